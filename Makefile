@@ -1,0 +1,75 @@
+# make demo    the whole job once, in front of you      make test   everything that CI runs, the demo apart
+# make lab     JupyterLab on the tutorial               make soak   what is longer
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+# The first Python here that is new enough; `make PYTHON=… demo` takes another
+PYTHON := $(or $(PYTHON),$(shell for p in python3 python3.13 python3.12 python3.11 python; do $$p -c 'import sys; sys.exit(not (3,11) <= sys.version_info < (3,14))' 2>/dev/null && echo $$p && break; done))
+LOCK ?= requirements.lock
+BIN := .venv/bin
+STAMP := .venv/.installed-$(LOCK)
+EXECUTE := $(BIN)/python nbs/execute.py
+# What starts a child must find it: torchrun by its name, compiled bytecode beside the sources
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+unexport PYTHONDONTWRITEBYTECODE
+export HF_HUB_OFFLINE := 1
+
+.PHONY: help setup demo lab test clean-check soak benchmarks tiny notebooks readme lock
+
+help:
+	@sed -n '1,2s/^# //p' Makefile
+
+$(STAMP): $(LOCK) setup.py settings.ini
+	@test -n "$(PYTHON)" || { echo "This needs Python 3.11 to 3.13; name one with make PYTHON=/path/to/python3.11 …"; exit 1; }
+	@echo "Installing the pinned stack into .venv (about 8 GB, once) …"
+	@if command -v uv >/dev/null; then \
+	  uv venv --quiet --allow-existing --python $(PYTHON) .venv && uv pip install --quiet --compile-bytecode --python .venv --no-deps -r $(LOCK) && \
+	  uv pip install --quiet --python .venv --no-deps --no-build-isolation -e . ; \
+	else \
+	  $(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(LOCK) && \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e . ; \
+	fi
+	@rm -f .venv/.installed-*; touch $@
+
+setup: $(STAMP)
+
+demo: setup
+	@$(BIN)/python nbs/tutorials/demo.py
+
+lab: setup
+	@$(BIN)/jupyter lab nbs/tutorials/car_item.ipynb
+
+test: setup
+	$(BIN)/nbdev_test --n_workers 2
+	$(BIN)/python -m pytest -q tests
+	$(BIN)/ruff check qwen2vl_nb tests
+
+# Notebooks and package must not have drifted apart
+clean-check: setup
+	$(BIN)/nbdev_export && $(BIN)/nbdev_clean
+	$(MAKE) --no-print-directory readme
+	git diff --exit-code -- nbs qwen2vl_nb README.md
+
+soak: setup
+	$(BIN)/nbdev_test --n_workers 1 --flags slow
+	$(BIN)/python -m pytest -q tests --soak -m soak
+
+benchmarks: setup
+	$(EXECUTE) nbs/benchmarks/*.ipynb && $(BIN)/nbdev_clean
+
+tiny: setup
+	$(EXECUTE) --flags tiny -- nbs/20_tiny.ipynb && $(BIN)/nbdev_clean
+
+# Outputs of the notebooks, made anew
+notebooks: setup
+	$(EXECUTE) nbs/*.ipynb nbs/tutorials/*.ipynb && $(BIN)/nbdev_clean
+
+readme: setup
+	$(BIN)/jupyter nbconvert --to markdown --output-dir . --output README nbs/index.ipynb
+	sed -i -E "s,\]\((images|tutorials)/,](nbs/\1/,g; s,\]\(\.\./,](,g" README.md
+
+# Needs uv. The second set is for a machine that already has a newer torch: make LOCK=requirements-torch211.lock …
+lock:
+	printf 'torch==2.8.0\ntorchaudio==2.8.0\ntransformers==4.57.6\ndeepspeed==0.18.4\nllamafactory==0.9.5\n' | \
+	  uv pip compile --quiet --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url setup.py --extra dev -c - -o requirements.lock
+	printf 'torch==2.11.0\ntorchaudio==2.11.0\ntransformers==5.6.0\ndeepspeed==0.19.8\nllamafactory==0.9.5\n' | \
+	  uv pip compile --quiet --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url setup.py --extra dev -c - -o requirements-torch211.lock

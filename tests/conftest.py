@@ -1,0 +1,51 @@
+"""The tests run on the package as it is installed from a built wheel, beside the same stack, not on the sources.
+
+The wheel is built once, before any test module imports the package; child processes get it through PYTHONPATH."""
+import os, shutil, subprocess, sys, tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+def _install_wheel():
+    "Build the wheel from a copy of what goes into it, and install it without its dependencies."
+    work = Path(tempfile.mkdtemp(prefix='wheel-'))
+    for name in ('setup.py', 'settings.ini', 'pyproject.toml', 'README.md', 'LICENSE', 'qwen2vl_nb'):
+        copy = shutil.copytree if (ROOT/name).is_dir() else shutil.copy
+        copy(ROOT/name, work/name)
+    pip = [sys.executable, '-m', 'pip', '--quiet', '--disable-pip-version-check']
+    subprocess.run([*pip, 'wheel', '--no-deps', '--no-build-isolation', '--wheel-dir', work/'dist', work], check=True)
+    subprocess.run([*pip, 'install', '--no-deps', '--no-index', '--target', work/'site', *(work/'dist').glob('*.whl')], check=True)
+    return work
+
+WORK = _install_wheel()
+SITE = str(WORK/'site')
+sys.path.insert(0, SITE)
+os.environ['PYTHONPATH'] = SITE
+os.environ['HF_HUB_OFFLINE'] = '1'
+os.environ['CUDA_VISIBLE_DEVICES'] = ''  # the same on a machine with GPUs
+
+def pytest_addoption(parser): parser.addoption('--soak', action='store_true', help='run what is longer, too')
+
+def pytest_collection_modifyitems(config, items):
+    "Tests marked `soak` run under `make soak` only."
+    if not config.getoption('--soak'): items[:] = [i for i in items if not i.get_closest_marker('soak')]
+
+def pytest_configure(config): config.addinivalue_line('markers', 'soak: longer; runs under `make soak`')
+def pytest_unconfigure(config): shutil.rmtree(WORK, ignore_errors=True)
+
+@pytest.fixture(scope='session')
+def tiny(): return ROOT/'data'/'tiny_qwen2vl'
+
+@pytest.fixture(scope='session')
+def data(): return ROOT/'data'
+
+@pytest.fixture
+def few_steps(tiny, data, tmp_path):
+    "A training recipe that takes seconds on a CPU; keywords change it."
+    from qwen2vl_nb.recipe import train_recipe
+    def make(**changes):
+        return train_recipe(tiny, 'car_item', changes.pop('output_dir', tmp_path/'run'), **dict(dataset_dir=str(data), max_steps=4, max_samples=16, logging_steps=1,
+            bf16=None, use_cpu=True, gradient_accumulation_steps=1, preprocessing_num_workers=None) | changes)
+    return make
