@@ -13,8 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 import yaml
 from .stack import Finding, findings_table, gpus
-from .data import image_tokens, write_text
-from .registry import Registry, dataset_rows
+from .data import _media_of, check_samples, count_tokens, is_dialogue, write_text
+from .registry import Registry, dataset_samples, entry_faults
 
 # %% ../nbs/03_recipe.ipynb #eca681f9
 def _recipe(defaults, changes):
@@ -199,80 +199,52 @@ def model_findings(
     return found
 
 # %% ../nbs/03_recipe.ipynb #071e26a0
-def _limits(recipe):
-    "What bounds the size of a picture, as `image_tokens` takes it."
-    model = recipe.get('model_name_or_path') or ''
-    has_limits = (Path(model)/'preprocessor_config.json').is_file()
-    pixels = {k: recipe[k] for k in ('image_max_pixels', 'image_min_pixels') if k in recipe}
-    return pixels | {'model': model if has_limits else None}
+_sizes = ('image_max_pixels', 'image_min_pixels', 'video_max_pixels', 'video_min_pixels', 'video_fps', 'video_maxlen')
 
-def _picture_tokens(row, limits):
-    "Picture tokens of one row; `None` if a picture of it cannot be read."
-    from PIL import Image
-    tokens = 0
-    try:
-        for path in row['images']:
-            with Image.open(path) as im: tokens += image_tokens(*im.size, **limits)
-    except (OSError, ValueError, Image.DecompressionBombError): return None
-    return tokens
+_see = 'See `check_samples(read_samples(…))` for each of them.'
 
-def _row_findings(name, rows, recipe):
-    "Rows with a wrong number of tags, with pictures that are not there, or longer than `cutoff_len`."
-    from tqdm import tqdm
-    cutoff, limits = recipe.get('cutoff_len', 2048), _limits(recipe)
-    tags = lambda row: f"{row['prompt']}{row['label']}".count('<image>')
-    bar = tqdm(rows, desc=f'Pictures of {name}', unit='row', disable=len(rows) < 2000, file=sys.stdout)
-    tokens = [_picture_tokens(row, limits) for row in bar]
-    untagged = [i for i,row in enumerate(rows) if tags(row) != len(row['images'])]
-    lost = [i for i,n in enumerate(tokens) if n is None]
-    long = [(n, i) for i,n in enumerate(tokens) if n is not None and n >= cutoff]
-    see = 'See `check_samples(read_samples(…))` for each of them.'
-    if untagged:
-        yield Finding(name,
-            f'{len(untagged)} row(s) have another number of <image> tags than of pictures, '
-            f'row {untagged[0]} first.', see)
-    if lost:
-        yield Finding(name,
-            f'{len(lost)} row(s) have pictures that cannot be read, '
-            f'row {lost[0]} first: {rows[lost[0]]["images"]}.', see)
-    if long:
-        most, row = max(long)
+def _length_findings(name, samples, recipe):
+    "Rows with pictures that are not there, or longer than `cutoff_len`."
+    model, cutoff = Path(recipe.get('model_name_or_path') or ''), recipe.get('cutoff_len', 2048)
+    counts = all((model/file).is_file() for file in ('preprocessor_config.json', 'tokenizer.json'))
+    tokens = count_tokens(samples, model if counts else None, **{k: recipe[k] for k in _sizes if k in recipe})
+    lost = tokens.index[tokens.media.isna()]
+    if len(lost):
+        yield Finding(name, f'{len(lost)} row(s) have pictures or clips that cannot be read, '
+                            f'row {lost[0]} first: {_media_of(samples[lost[0]])}.', _see)
+    total = tokens.total.dropna()
+    if len(total) and total.max() > cutoff:
+        row, most = total.idxmax(), total.max()
         yield Finding('cutoff_len',
-            f'{len(long)} row(s) of {name} have more picture tokens than cutoff_len {cutoff}; '
-            f'row {row} has {most}. LLaMA-Factory would cut a picture in two and stop.',
-            f'Set cutoff_len above {most} with room for the text, or a smaller image_max_pixels.')
+            f'{(total > cutoff).sum()} row(s) of {name} have more tokens than cutoff_len {cutoff}; row {row} has {most}, '
+            f'{tokens.media[row]} of them for pictures. LLaMA-Factory would cut them off, in the middle of a picture stop.',
+            f'Set cutoff_len to {most} or more, or a smaller image_max_pixels.', 'error' if tokens.media[row] else 'warning')
+
+def _row_findings(name, samples, recipe):
+    "What is wrong with the text of rows, the first of each kind; and their lengths."
+    # a row to predict needs no answer
+    asked = samples if recipe.get('do_train') else [s if is_dialogue(s) or s.get('output') else s | {'output': '?'} for s in samples]
+    found = check_samples(asked, media=False)
+    for field, rows in found[found.level == 'error'].groupby('field', sort=False):
+        first = rows.iloc[0]
+        yield Finding(name, f'{rows.row.nunique()} row(s) have a fault in {field or "their form"}, row {first.row} first: {first.what}', _see)
+    yield from _length_findings(name, samples, recipe)
 
 # %% ../nbs/03_recipe.ipynb #f9ad7cb3
-def _column_findings(name, entry, path):
-    "What is wrong with an entry, its rows apart."
-    kind, columns = entry.get('formatting', 'alpaca'), entry.get('columns', {})
-    if kind == 'openai':
-        yield Finding(name,
-            'formatting: openai adds "detailed thinking off" to every system prompt.',
-            'Use formatting: sharegpt with role and content tags.', 'warning')
-    if kind != 'alpaca' or entry.get('ranking') or not columns: return
-    for k in ('prompt', 'response'):
-        if k in columns: continue
-        yield Finding(name,
-            f'Its entry has columns, but no {k!r} among them: '
-            'LLaMA-Factory then reads none, not the usual one.',
-            f'Add {k!r} to the columns in {path}.')
-
 def _entry_findings(name, registry, recipe):
     "What is wrong with a registered data set and its rows."
-    entry = registry[name]
-    found = list(_column_findings(name, entry, registry.path))
-    is_remote = entry.keys() & {'hf_hub_url', 'ms_hub_url', 'om_hub_url', 'script_url'}
-    if is_remote or 'file_name' not in entry: return found
-    file = registry.dataset_dir/entry['file_name']
+    try: entry = registry[name]
+    except ValueError as e: return [Finding(name, str(e), 'Mend the entry.')]
+    found = entry_faults(name, entry, recipe.get('stage', 'sft'))
+    file = registry.dataset_dir/entry.get('file_name', '')
+    is_remote = entry.keys() & {'hf_hub_url', 'ms_hub_url', 'om_hub_url', 'script_url', 'cloud_file_name'}
+    if is_remote or any(f.level == 'error' for f in found): return found
     if not file.exists():
-        return found + [Finding('dataset',
-            f'{name}: there is no file {file}.', 'Write it, or correct file_name in the registry.')]
-    if found or file.suffix != '.json': return found
-    try: rows = dataset_rows(registry, name, recipe.get('max_samples'), recipe.get('media_dir'))
-    except (ValueError, AttributeError, TypeError) as e:
-        return [Finding(name, f'{file} cannot be checked: {e}', 'See `read_samples(file)`.', 'warning')]
-    return list(_row_findings(name, rows, recipe))
+        return found + [Finding('dataset', f'{name}: there is no file {file}.', 'Write it, or correct file_name in the registry.')]
+    if file.is_dir() or entry.get('ranking'): return found
+    try: samples = dataset_samples(registry, name, recipe.get('max_samples'), recipe.get('media_dir'))
+    except (ValueError, TypeError, KeyError) as e: return found + [Finding(name, f'{file} cannot be read: {e}', 'See `read_samples(file)`.')]
+    return found + list(_row_findings(name, samples, recipe))
 
 # %% ../nbs/03_recipe.ipynb #731a7d55
 def _dataset_names(recipe):

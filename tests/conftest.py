@@ -49,3 +49,26 @@ def few_steps(tiny, data, tmp_path):
         return train_recipe(tiny, 'car_item', changes.pop('output_dir', tmp_path/'run'), **dict(dataset_dir=str(data), max_steps=4, max_samples=16, logging_steps=1,
             bf16=None, use_cpu=True, gradient_accumulation_steps=1, preprocessing_num_workers=None) | changes)
     return make
+
+@pytest.fixture(scope='session')
+def factory(tiny):
+    "LLaMA-Factory's own loading: `load` gives the rows of a registered data set as its converter makes them, `prepare` batches of tensors."
+    from types import SimpleNamespace
+    from llamafactory.data import SFTDataCollatorWith4DAttentionMask, get_template_and_fix_tokenizer
+    from llamafactory.data.loader import _get_merged_dataset, get_dataset
+    from llamafactory.hparams import get_train_args
+    from llamafactory.model import load_tokenizer
+    def arguments(folder, name, **changes):
+        recipe = dict(model_name_or_path=str(tiny), stage='sft', do_train=True, dataset=name, dataset_dir=str(folder), template='qwen2_vl', overwrite_cache=True,
+                      output_dir=str(Path(folder)/'out'), use_cpu=True, report_to='none', cache_dir=str(Path(folder)/'.cache'))
+        return get_train_args(recipe | changes)[:3]
+    def load(folder, name, **changes): return list(_get_merged_dataset([name], *arguments(folder, name, **changes), 'sft'))
+    def prepare(folder, name, **changes):
+        "(token ids of each row, batches of two as the model gets them)"
+        model_args, data_args, training_args = arguments(folder, name, **changes)
+        loaded = load_tokenizer(model_args)
+        template = get_template_and_fix_tokenizer(loaded['tokenizer'], data_args)
+        rows = get_dataset(template, model_args, data_args, training_args, 'sft', **loaded)['train_dataset']
+        collate = SFTDataCollatorWith4DAttentionMask(template=template, model=None, **loaded)
+        return rows['input_ids'], [collate([rows[i] for i in range(start, min(start+2, len(rows)))]) for start in range(0, len(rows), 2)]
+    return SimpleNamespace(load=load, prepare=prepare)
