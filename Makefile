@@ -52,6 +52,7 @@ clean-check: setup
 soak: setup
 	$(BIN)/nbdev_test --n_workers 1 --flags slow
 	$(BIN)/python -m pytest -q tests --soak -m soak
+	EXAMPLES=1500 $(BIN)/python -m pytest -q tests/test_property.py
 
 benchmarks: setup
 	$(EXECUTE) nbs/benchmarks/*.ipynb && $(BIN)/nbdev_clean

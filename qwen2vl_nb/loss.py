@@ -8,6 +8,7 @@ __all__ = ['read_log', 'plot_loss']
 # %% ../nbs/07_loss.ipynb #66e7f46e
 import json
 from pathlib import Path
+from .data import plain_axes
 
 # %% ../nbs/07_loss.ipynb #572a0e56
 def _log_rows(path):
@@ -40,15 +41,6 @@ def _smoothed(values, weight):
     "Exponential moving average of a pandas `Series`, corrected at its start."
     return values.ewm(alpha=1 - weight, adjust=True).mean() if weight else values
 
-def _style(ax):
-    ax.set_facecolor('none')
-    for side in ('top', 'right'): ax.spines[side].set_visible(False)
-    for side in ('left', 'bottom'): ax.spines[side].set_color(_grey)
-    ax.tick_params(colors=_grey)
-    ax.grid(color=_grey, alpha=.2, linewidth=.6)
-    ax.set_xlabel('step', color=_grey)
-    ax.set_ylabel('loss', color=_grey)
-
 def _series(log, column):
     "The values of a column by step, without the rows that don't have it."
     return log.set_index('current_steps')[column].dropna() if column in log else log.iloc[:0, 0]
@@ -73,7 +65,7 @@ def plot_loss(
     logs = [read_log(r) for r in runs]
     figure, ax = plt.subplots(figsize=(7, 3.6), dpi=120, facecolor='none', layout='constrained')
     plt.close(figure)  # shown by being returned, not a second time by pyplot
-    _style(ax)
+    plain_axes(ax, 'step', 'loss')
     parts = 1 if len({Path(r).name for r in runs}) == len(runs) else 2  # two runs may both be called train
     names = ['/'.join(Path(r).parts[-parts:]) + ': ' for r in runs] if len(runs) > 1 else ['']
     for i, (name, log) in enumerate(zip(names, logs)): _draw(ax, log, name, *_lines[i % len(_lines)], smooth)

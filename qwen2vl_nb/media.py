@@ -487,7 +487,7 @@ video_endings = ('.mp4', '.mov', '.mkv', '.webm', '.avi', '.m4v')
 def _div(style, inside): return f'<div style="{style}">{inside}</div>'
 
 def _strip_html(uris):
-    columns = f'display:grid;grid-template-columns:repeat({max(1, len(uris))},minmax(0,1fr));gap:2px'
+    columns = f'display:grid;grid-template-columns:repeat({min(2, len(uris)) or 1},minmax(0,1fr));gap:2px'
     return _div(columns, ''.join(f'<img src="{uri}" style="width:100%">' for uri in uris))
 
 def _picture_html(path):

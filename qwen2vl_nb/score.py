@@ -6,7 +6,7 @@
 __all__ = ['is_right', 'score', 'show_predictions']
 
 # %% ../nbs/10_score.ipynb #fe00c406
-from .data import PictureGrid
+from .data import PictureGrid, without_tags
 
 # %% ../nbs/10_score.ipynb #25b7b03b
 def is_right(
@@ -45,9 +45,10 @@ def score(
 # %% ../nbs/10_score.ipynb #87a405d6
 def _card(row):
     label, answer = row['label'].strip(), row['predict'].strip()
-    about = [('row', str(row['id']), None), ('prompt', row['prompt'].replace('<image>', '').strip(), None)]
-    if is_right(row): return row['images'], [*about, ('answer', f'✓ {answer}', '#2e9e5b')]
-    return row['images'], [*about, ('wanted', label, None), ('got', f'✗ {answer}', '#d64545')]
+    about = [('row', str(row['id']), None), ('prompt', without_tags(row['prompt']).strip(), None)]
+    media = row['images'] + row.get('videos', [])
+    if is_right(row): return media, [*about, ('answer', f'✓ {answer}', '#2e9e5b')]
+    return media, [*about, ('wanted', label, None), ('got', f'✗ {answer}', '#d64545')]
 
 def show_predictions(
     predictions, # `Predictions`, or any sequence of their rows

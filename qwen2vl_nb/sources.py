@@ -6,7 +6,7 @@
 __all__ = ['picture_endings', 'question_sample', 'dialogue_sample', 'read_rows', 'read_samples']
 
 # %% ../nbs/00b_sources.ipynb #146b215c
-import base64, binascii, hashlib, io, json, os, re, warnings
+import base64, binascii, hashlib, io, json, os, re, sys, warnings
 from collections import Counter
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -422,6 +422,11 @@ def read_rows(
     if not rows: raise ValueError(f'{path} has no rows.')
     return rows, taken + form
 
+def _said_columns(columns, words):
+    media, kind = [c for c in [*columns['images'], columns['videos']] if c], 'pictures' if columns['images'] else 'clips'
+    from_media = f"{kind} from {' and '.join(media)}, " if media else 'no pictures, '
+    return f"{from_media}prompt {words or columns['prompt']!r}, answers from {columns['response']}"
+
 def _say(source, samples, taken, place, how):
     name = ' + '.join(Path(p).name for p in source) if isinstance(source, (list, tuple)) else Path(source).name
     wrote = f' {place.written} pictures written to {place.out.name}/.' if place.written else ''
@@ -438,17 +443,18 @@ def read_samples(
     encoding:str=None, # Of a text file; `None`: UTF-8, UTF-16 or GB18030, by its bytes
 )->list: # Samples: questions with `image`, `instruction`, `input`, `output`, or dialogues with `image`, `messages`; and the columns left over
     "Read labels into samples, and say what they were taken for."
+    from tqdm import tqdm
     path = Path(source[0] if isinstance(source, (list, tuple)) else source)
     place = _place(path, media_dir)
     rows, taken = read_rows(source, place, encoding)
+    shown = tqdm(rows, desc=f'Reading {path.name}', unit='row', delay=2, file=sys.stdout)
     if _turns_key(rows) and not response:
         columns, tags, name = _dialogue_form(path, rows, image, video)
-        samples, how = [dialogue_sample(row, columns, tags, place) for row in rows], f'dialogues ({name})'
+        samples, how = [dialogue_sample(row, columns, tags, place) for row in shown], f'dialogues ({name})'
     else:
         columns, words = _table_columns(path, rows, image, video, prompt, response)
         columns |= _alpaca_extras(rows)
-        samples = [question_sample(row, columns, place, words) for row in rows]
-        media = ' and '.join(str(c) for c in [*columns['images'], columns['videos']] if c)
-        how = f"pictures from {media or 'nowhere'}, prompt {words or columns['prompt']!r}, answers from {columns['response']}"
+        samples = [question_sample(row, columns, place, words) for row in shown]
+        how = _said_columns(columns, words)
     _say(source, samples, taken, place, how)
     return samples

@@ -1,10 +1,12 @@
 "Samples against what LLaMA-Factory and the real processor make of them."
 import json, random
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
-from qwen2vl_nb.data import image_tokens, read_samples, split_samples
+from qwen2vl_nb.data import check_samples, count_tokens, image_tokens, read_samples, split_samples, video_tokens
+from qwen2vl_nb.media import sampled_frames
 from qwen2vl_nb.registry import Registry
 
 @pytest.fixture(scope='module')
@@ -23,12 +25,81 @@ def _true_tokens(plugin, processor, size, **limits):
     grid = processor.image_processor(images=[image], return_tensors='pt')['image_grid_thw'][0]
     return int(grid.prod()) // processor.image_processor.merge_size**2
 
+def _side(rng): return int(10**rng.uniform(0, 3.6))
+
 def test_image_tokens_are_those_of_the_trainer(plugin, processor, tiny):
+    "2,000 random sizes and limits through LLaMA-Factory's own steps and the real processor's resize; every tenth through all of the processor."
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+    rng, real = random.Random(0), processor.image_processor
+    corners = [(112, 84), (28, 28), (27, 29), (1, 1), (1999, 9), (9, 1999), (42, 42), (70, 98), (4032, 3024)]
+    for i in range(2000):
+        size = corners[i] if i < len(corners) else (_side(rng), _side(rng))
+        limits = dict(image_max_pixels=int(10**rng.uniform(4, 6.5)), image_min_pixels=int(10**rng.uniform(2, 4)))
+        image = plugin._preprocess_image(Image.new('L', size), **limits)
+        height, width = smart_resize(image.height, image.width, 28, real.size['shortest_edge'], real.size['longest_edge'])
+        assert image_tokens(*size, **limits, model=tiny) == height*width//28**2, (size, limits)
+        if i % 10 == 0 and height*width < 400_000: assert _true_tokens(plugin, processor, size, **limits) == height*width//28**2, (size, limits)
+
+def _clip(path, frames, rate, size):
+    import av
+    with av.open(str(path), 'w') as container:
+        stream = container.add_stream('libx264', rate=rate, options={'preset': 'ultrafast'})
+        stream.width, stream.height, stream.pix_fmt = *size, 'yuv420p'
+        for _ in range(frames): container.mux(stream.encode(av.VideoFrame.from_image(Image.new('RGB', size))))
+        container.mux(stream.encode())
+
+def test_video_tokens_are_those_of_the_trainer(plugin, processor, tiny, tmp_path, monkeypatch):
+    "Real clips of random sizes, lengths and rates, through LLaMA-Factory's counting and through its frames and the real processor."
     rng = random.Random(0)
-    sizes = [(int(10**rng.uniform(0, 3.3)), int(10**rng.uniform(0, 3.3))) for _ in range(250)] + [(112, 84), (28, 28), (27, 29), (1, 1), (1999, 9), (9, 1999), (42, 42), (70, 98)]
-    for size in sizes:
-        limits = dict(image_max_pixels=rng.choice([768*768, 300_000, 1_500_000]), image_min_pixels=rng.choice([32*32, 3136, 40_000]))
-        assert image_tokens(*size, **limits, model=tiny) == _true_tokens(plugin, processor, size, **limits), (size, limits)
+    for i in range(30):
+        frames, rate, size = rng.randint(1, 60), rng.choice([5, 8, 24, 30]), (2*rng.randint(8, 200), 2*rng.randint(8, 200))
+        limits = dict(video_fps=rng.choice([.5, 1., 2., 4.]), video_maxlen=rng.choice([1, 4, 7, 128]), video_max_pixels=rng.choice([256*256, 20_000]), video_min_pixels=rng.choice([16*16, 10_000]))
+        for key, value in limits.items(): monkeypatch.setattr(processor, key, value, raising=False)
+        path = str(tmp_path/f'{i}.mp4')
+        _clip(path, frames, rate, size)
+        sample = {'video': [path], 'instruction': '<video>What?', 'output': 'x'}
+        counted = int(count_tokens([sample], tiny, **limits).media[0])
+        promised = plugin._get_mm_token_metadata([], [path], [], processor)['video_grid_thw']
+        given = plugin._get_mm_inputs([], [path], [], processor)['video_grid_thw']
+        assert [counted]*2 == [int(grid[0].prod())//4 for grid in (promised, given)], (frames, rate, size, limits)
+        assert not len(check_samples([sample], model=tiny, **limits))
+
+def test_video_tokens_of_many_sizes(plugin, processor, tiny):
+    "The arithmetic alone, on 2,000 sizes, lengths and limits."
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+    rng, real = random.Random(1), processor.video_processor
+    for _ in range(2000):
+        size, total, seconds = (_side(rng), _side(rng)), rng.randint(1, 3000), rng.uniform(.1, 100)
+        low, high, fps, most = int(10**rng.uniform(2, 4)), int(10**rng.uniform(4, 6.5)), rng.choice([.5, 1., 2., 3.3]), rng.randint(1, 200)
+        stream = SimpleNamespace(frames=total, duration=seconds, time_base=1)
+        taken = plugin._get_video_sample_indices(stream, video_fps=fps, video_maxlen=most)
+        assert sampled_frames(total, seconds, fps, most) == taken.tolist()
+        w, h = plugin._get_qwen_video_size_after_regularization(*size, high, low)
+        h, w = smart_resize(h, w, 28, real.size['shortest_edge'], real.size['longest_edge'])
+        assert video_tokens(len(taken), *size, high, low, tiny) == (len(taken)+1)//2*h*w//28**2, (size, low, high)
+
+TALK = ['Hello', ' what is\nthis? ', '一辆车 😀', 'a  b\t', '{"a": 1}', '<b>', "don't"]
+
+def test_tokens_are_those_of_llamafactory(factory, tiny, data, tmp_path):
+    "Rows of both forms, every turn and picture, against the length that LLaMA-Factory's own preprocessing gives them."
+    rng, picture = random.Random(0), str(data/'car_item'/'images'/'0001.png')
+    def words(): return ''.join(rng.choices(TALK, k=rng.randint(1, 4)))
+    def question(n): return {'image': [picture]*n, 'instruction': words() + '<image>'*n, 'input': rng.choice(['', words()]), 'output': words(), 'system': rng.choice([None, words()]),
+                             'history': [[words(), words()] for _ in range(rng.randint(0, 2))]}
+    def talk(n): return {'image': [picture]*n, 'messages': [*([{'role': 'system', 'content': words()}]*rng.randint(0, 1)), {'role': 'user', 'content': '<image>'*n + words()}, {'role': 'assistant', 'content': words()},
+                                                           *[{'role': ('observation', 'assistant')[i%2], 'content': words()} for i in range(2*rng.randint(0, 1))]]}
+    for name, make in (('questions', question), ('talks', talk)):
+        samples = [make(rng.randint(0, 2)) for _ in range(60)]
+        Registry(tmp_path).add(name, samples)
+        ids, _ = factory.prepare(tmp_path, name, cutoff_len=4096)
+        assert list(count_tokens(samples, tiny).total) == list(map(len, ids))
+
+def test_a_row_is_too_long_exactly_when_it_is_cut(factory, tiny, data, tmp_path):
+    row = read_samples(data/'car_item'/'test.json')[0]
+    n = int(count_tokens([row], tiny).total[0])
+    Registry(tmp_path).add('x', [row])
+    for cutoff, is_cut in ((n, False), (n-1, True)):
+        assert (len(factory.prepare(tmp_path, 'x', cutoff_len=cutoff)[0][0]) < n) == is_cut == bool(len(check_samples([row], model=tiny, cutoff_len=cutoff)))
 
 def test_image_tokens_follow_the_model_folder(plugin, tiny, tmp_path):
     import shutil

@@ -1,0 +1,179 @@
+"Every kind of source, made as people have it: read, registered, and loaded by LLaMA-Factory's own loader, it says the same."
+import base64, json, os, shutil
+
+import pytest
+from PIL import Image
+
+from qwen2vl_nb.data import as_list, check_samples, is_dialogue, read_samples
+from qwen2vl_nb.registry import Registry
+
+WORDS = ['A red car, nearly new', '一辆蓝色的车', '007', 'NA']
+ASKED = 'What is this?'
+
+def _pictures(folder):
+    (folder/'photos').mkdir()
+    for name, colour in zip('abcd', ('crimson', 'royalblue', 'gold', 'seagreen')): Image.new('RGB', (112, 84), colour).save(folder/'photos'/f'{name}.png')
+    return [f'photos/{name}.png' for name in 'abcd']
+
+def _table(between=',', encoding='utf-8'):
+    quote = lambda words: f'"{words}"' if between in words else words
+    def make(folder, paths):
+        lines = [between.join(('photo', 'caption', 'car'))] + [between.join((p, quote(w), str(i))) for i, (p, w) in enumerate(zip(paths, WORDS))]
+        file = folder/('labels.tsv' if between == '\t' else 'labels.csv')
+        file.write_bytes('\n'.join(lines).encode(encoding))
+        return dict(source=file, image='photo', prompt=ASKED, response='caption')
+    return make
+
+def _frame(paths):
+    import pandas as pd
+    return pd.DataFrame({'photo': paths, 'caption': WORDS, 'car': [1, 2, 3, 4]})
+
+def _excel(folder, paths):
+    _frame(paths).to_excel(folder/'labels.xlsx', index=False)
+    return dict(source=folder/'labels.xlsx', image='photo', prompt=ASKED, response='caption')
+
+def _parquet(folder, paths):
+    _frame(paths).to_parquet(folder/'labels.parquet')
+    return dict(source=folder/'labels.parquet', image='photo', prompt=ASKED, response='caption')
+
+def _rows(name, write=json.dumps):
+    def make(folder, paths):
+        rows = [{'images': [p], 'question': ASKED, 'answer': w, 'car': i} for i, (p, w) in enumerate(zip(paths, WORDS))]
+        (folder/name).write_text(write(rows), encoding='utf-8')
+        return dict(source=folder/name)
+    return make
+
+def _lines(rows): return ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
+
+def _several(folder, paths):
+    (folder/'labels.csv').write_text(f'image,instruction,output\n{paths[0]};{paths[1]},Which is newer?,The blue one\n,What has wheels?,A car\n{paths[2]},And this?,Gold\n"[""{paths[3]}""]",This?,Green\n')
+    return dict(source=folder/'labels.csv')
+
+def _saved(folder, paths):
+    import datasets
+    features = datasets.Features({'image': datasets.Image(), 'label': datasets.ClassLabel(names=WORDS), 'more': datasets.List(datasets.Image())})
+    rows = {'image': [str(folder/p) for p in paths], 'label': [0, 1, 2, 3], 'more': [[str(folder/paths[0])], [], [], []]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(folder/'saved')
+    shutil.rmtree(folder/'photos')  # the pictures stand in the data set
+    return dict(source=folder/'saved', prompt=ASKED, response='label')
+
+def _saved_parquet(folder, paths):
+    _saved(folder, paths)
+    import datasets
+    datasets.load_from_disk(folder/'saved').to_parquet(folder/'hub.parquet')
+    return dict(source=folder/'hub.parquet', prompt=ASKED, response='label')
+
+def _classes(folder, paths):
+    for path, words in zip(paths, WORDS):
+        (folder/'by class'/words).mkdir(parents=True)
+        shutil.copy(folder/path, folder/'by class'/words/'1.png')
+    return dict(source=folder/'by class', prompt=ASKED)
+
+def _llava(folder, paths):
+    rows = [{'id': i, 'image': p, 'conversations': [{'from': 'human', 'value': f'<image>\n{ASKED}'}, {'from': 'gpt', 'value': w},
+                                                    {'from': 'human', 'value': 'Sure?'}, {'from': 'gpt', 'value': 'Yes.'}]} for i, (p, w) in enumerate(zip(paths, WORDS))]
+    (folder/'llava.json').write_text(json.dumps(rows))
+    return dict(source=folder/'llava.json')
+
+def _openai(folder, paths):
+    inside = 'data:image/png;base64,' + base64.b64encode((folder/paths[0]).read_bytes()).decode()
+    urls = [inside, (folder/paths[1]).as_uri(), paths[2], str(folder/paths[3])]
+    rows = [{'messages': [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': [{'type': 'text', 'text': 'What is '}, {'type': 'image_url', 'image_url': {'url': u}}, {'type': 'text', 'text': '?'}]},
+                          {'role': 'assistant', 'content': [{'type': 'text', 'text': w}]}]} for u, w in zip(urls, WORDS)]
+    (folder/'chat.jsonl').write_text(_lines(rows))
+    return dict(source=folder/'chat.jsonl')
+
+def _coco(folder, paths):
+    data = {'info': {}, 'images': [{'id': 100+i, 'file_name': os.path.basename(p)} for i, p in enumerate(paths)],
+            'annotations': [{'id': i, 'image_id': 100+i, 'caption': w} for i, w in enumerate(WORDS)] + [{'id': 9, 'image_id': 100, 'caption': 'Again'}]}
+    (folder/'captions.json').write_text(json.dumps(data))
+    return dict(source=folder/'captions.json', prompt='Describe it.', media_dir=folder/'photos')
+
+def _vqa(folder, paths):
+    for i, path in enumerate(paths): Image.open(folder/path).save(folder/'photos'/f'COCO_val2014_{i:012d}.jpg')
+    questions = {'data_subtype': 'val2014', 'questions': [{'question_id': 10*i, 'image_id': i, 'question': ASKED} for i in range(4)]}
+    annotations = {'annotations': [{'question_id': 10*i, 'image_id': i, 'multiple_choice_answer': w, 'answers': [{'answer': w}], 'answer_type': 'other'} for i, w in enumerate(WORDS)]}
+    for name, data in (('q.json', questions), ('a.json', annotations)): (folder/name).write_text(json.dumps(data))
+    return dict(source=(folder/'q.json', folder/'a.json'), media_dir=folder/'photos')
+
+def _frames(folder, paths):
+    (folder/'clips.json').write_text(json.dumps([{'videos': [paths[:3], paths[:2]], 'instruction': '<video><video>Which?', 'input': 'Look well.', 'output': 'The second'}]))
+    return dict(source=folder/'clips.json')
+
+SOURCES = {
+    'CSV': (_table(), 4), 'CSV with semicolons': (_table(';'), 4), 'TSV': (_table('\t'), 4), 'UTF-8 with a mark': (_table(encoding='utf-8-sig'), 4), 'GB18030': (_table(encoding='gb18030'), 4),
+    'UTF-16': (_table('\t', 'utf-16'), 4), 'Excel': (_excel, 4), 'Parquet': (_parquet, 4), 'JSON': (_rows('rows.json'), 4), 'JSON lines': (_rows('rows.jsonl', _lines), 4),
+    'JSON lines named .json': (_rows('rows.json', _lines), 4), 'several pictures, or none': (_several, 4), 'a saved data set': (_saved, 4), 'Parquet with pictures': (_saved_parquet, 4),
+    'a folder by class': (_classes, 4), 'LLaVA': (_llava, 4), 'OpenAI': (_openai, 4), 'COCO captions': (_coco, 5), 'VQA v2': (_vqa, 4), 'clips as frames': (_frames, 1),
+}
+
+def _turns(sample):
+    "What LLaMA-Factory should make of a sample: (prompt, response, system), worked out by hand."
+    turn = lambda role, content: {'role': role, 'content': content}
+    if is_dialogue(sample):
+        said = [turn({'function_call': 'function'}.get(t['role'], t['role']), t['content']) for t in sample['messages']]
+        system = said.pop(0)['content'] if said[0]['role'] == 'system' else sample.get('system')
+        return said[:-1], said[-1:], system or ''
+    past = [turn(role, text) for pair in sample.get('history') or [] for role, text in zip(('user', 'assistant'), pair)]
+    asked = '\n'.join(t for t in (sample['instruction'], sample['input']) if t)
+    return [*past, turn('user', asked)], [turn('assistant', sample['output'])], sample.get('system') or ''
+
+def _same(loaded, samples):
+    assert [(r['_prompt'], r['_response'], r['_system'] or '') for r in loaded] == [_turns(s) for s in samples]
+    for key, column in (('image', '_images'), ('video', '_videos')): assert [r[column] or [] for r in loaded] == [as_list(s.get(key)) for s in samples]
+
+@pytest.mark.parametrize('make,n', SOURCES.values(), ids=SOURCES.keys())
+def test_from_each_source_to_llamafactory(make, n, factory, tiny, tmp_path, monkeypatch, capsys):
+    folder = tmp_path/'店 shop'
+    folder.mkdir()
+    samples = read_samples(**make(folder, _pictures(folder)))
+    assert f'{n} rows of ' in capsys.readouterr().out and len(samples) == n
+    found = check_samples(samples, model=tiny)
+    assert not len(found), found
+    monkeypatch.chdir(tmp_path)  # any working folder
+    registry = Registry(tmp_path/'注册 registry')
+    registry.add('x', samples)
+    _same(factory.load(registry.dataset_dir, 'x'), samples)
+    assert read_samples(registry.dataset_dir/'x.json') == samples
+
+@pytest.mark.parametrize('media', ['link', 'copy'])
+def test_pictures_come_along(media, factory, tmp_path, monkeypatch):
+    "Linked or copied beside the data set; copies are still there when the data set has moved and the source is gone."
+    samples = read_samples(**_table()(tmp_path, _pictures(tmp_path)))
+    Registry(tmp_path/'data').add('x', samples, media=media)
+    folder = tmp_path/'data'
+    if media == 'copy':
+        shutil.rmtree(tmp_path/'photos')
+        folder = (tmp_path/'data').rename(tmp_path/'moved')
+    monkeypatch.chdir('/')
+    loaded = factory.load(folder, 'x')
+    assert [r['_images'] for r in loaded] == [[str(folder/'x_media'/f'{name}.png')] for name in 'abcd'] and all(os.path.isfile(p) for r in loaded for p in r['_images'])
+
+OWN = {
+    'alpaca': ({'columns': {'prompt': 'instruction', 'query': 'input', 'response': 'output', 'system': 'system', 'history': 'history', 'images': 'images'}},
+               [{'instruction': 'And this?', 'input': 'Look: <image>', 'output': 'A bus.', 'system': 'Be brief.', 'history': [['<image>This?', 'A car.'], ['Sure?', 'Yes.']], 'images': ['photos/a.png', 'photos/b.png']},
+                {'instruction': 'Hello', 'input': '', 'output': 'Hi', 'system': None, 'history': [], 'images': []}]),
+    'sharegpt': ({'formatting': 'sharegpt', 'columns': {'messages': 'conversations', 'tools': 'tools', 'system': 'system'}},
+                 [{'conversations': [{'from': 'human', 'value': 'Where?'}, {'from': 'function_call', 'value': '{"name": "look", "arguments": {}}'}, {'from': 'observation', 'value': '{"seen": 1}'},
+                                     {'from': 'gpt', 'value': 'There.'}], 'tools': '[{"name": "look", "description": "", "parameters": {"type": "object", "properties": {}}}]', 'system': 'Look.'}]),
+    'sharegpt with roles': ({'formatting': 'sharegpt', 'columns': {'messages': 'messages', 'images': 'images'}, 'tags': {'role_tag': 'role', 'content_tag': 'content', 'user_tag': 'user', 'assistant_tag': 'assistant'}},
+                            [{'messages': [{'role': 'user', 'content': '<image>This?'}, {'role': 'assistant', 'content': 'A car.'}], 'images': ['photos/a.png']}]),
+}
+
+@pytest.mark.parametrize('entry,rows', OWN.values(), ids=OWN.keys())
+def test_llamafactorys_own_files_lose_nothing(entry, rows, factory, tmp_path):
+    "Its rows as it loads them, before and after they went through samples."
+    _pictures(tmp_path)
+    registry = Registry(tmp_path)
+    registry['own'] = {'file_name': 'own.json'} | entry
+    (tmp_path/'own.json').write_text(json.dumps(rows))
+    registry.add('again', read_samples(tmp_path/'own.json'))
+    before, after = factory.load(tmp_path, 'own'), factory.load(tmp_path, 'again')
+    if 'system' not in entry['columns'] and entry.get('tags'): before = [r | {'_system': r['_system'] or ''} for r in before]
+    assert [{k: v or None for k, v in r.items()} for r in before] == [{k: v or None for k, v in r.items()} for r in after]
+
+def test_both_forms_in_one_data_set(factory, tmp_path):
+    question = {'image': [], 'instruction': 'What has wheels?', 'input': '', 'output': 'A car.'}
+    talk = {'image': [], 'messages': [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello'}]}
+    Registry(tmp_path).add('x', [question, talk])
+    _same(factory.load(tmp_path, 'x'), [question, talk])
