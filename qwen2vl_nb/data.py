@@ -9,6 +9,7 @@ __all__ = ['as_list', 'is_dialogue', 'sample_turns', 'without_tags', 'count_toke
 
 # %% ../nbs/01_data.ipynb #f6c7731d
 import hashlib, json, math, os, random, shutil, sys, warnings
+from bisect import bisect_left
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from .stack import findings_table
 from .media import (Fault, PictureGrid, image_tokens, look_at_all, look_at_picture, look_at_video, mend_picture,
                               near_duplicates, processor_limits, video_tokens, whole_file, write_text)
 from .media import _tokens, glance_at_picture, glance_at_video
-from .sources import _media, _said, read_samples
+from .sources import _said, read_samples
 
 # %% ../nbs/01_data.ipynb #14218afc
 _all_ = ['image_tokens', 'video_tokens', 'processor_limits', 'PictureGrid', 'read_samples', 'write_text']
@@ -50,7 +51,8 @@ _says = {'user': 'prompt', 'assistant': 'answer', 'system': 'system prompt', 'ob
 
 def _show(value):
     "A value in a message, its middle left out where it is long."
-    text = repr(value)
+    try: text = repr(value)
+    except (ValueError, RecursionError): return f'a {type(value).__name__} too large to show'
     return text if len(text) <= 80 else f'{text[:50]} … {text[-20:]}'
 
 def without_tags(
@@ -80,7 +82,7 @@ def _text_faults(role, text):
     "Faults of one turn's text."
     name = _says.get(role, 'text')
     if not isinstance(text, str):
-        cure = f'Write it as JSON text: json.dumps(…).' if isinstance(text, (dict, list)) else f'Give the {name} as text.'
+        cure = 'Write it as JSON text: json.dumps(…).' if isinstance(text, (dict, list)) else f'Give the {name} as text.'
         return [Fault(f'The {name} is {_show(text)}, not text: LLaMA-Factory would drop the row or stop.', cure)]
     bom = Fault('It has a byte-order mark (U+FEFF) in it, a token of its own.', 'Take it out.', 'warning', 'text') if '\ufeff' in text else None
     return [f for f in (_empty_fault(role, text, name), _mark_fault(text, name), _place_fault(role, text, name), bom) if f]
@@ -132,7 +134,7 @@ def _history_faults(sample):
 def _json_fault(text, name):
     "LLaMA-Factory parses tools and function calls, and stops where it can't."
     try: return None if json.loads(text) else None
-    except (ValueError, TypeError) as e: return Fault(f'The {name} is not JSON: {e}.', f'Give the {name} as JSON text.')
+    except (ValueError, TypeError, RecursionError) as e: return Fault(f'The {name} is not JSON: {e}.', f'Give the {name} as JSON text.')
 
 def _tool_faults(sample, turns):
     tools = [('tools', _json_fault(sample['tools'], 'list of tools'))] if sample.get('tools') else []
@@ -142,8 +144,14 @@ def _tool_faults(sample, turns):
 # %% ../nbs/01_data.ipynb #4863e48e
 def _json_faults(sample):
     try: json.dumps(sample, ensure_ascii=False, allow_nan=False).encode()
-    except (TypeError, ValueError, RecursionError): return [(str(k), fault) for k,v in sample.items() if (fault := _unwritable(v))]
+    except (TypeError, ValueError, RecursionError):
+        return [(str(k), fault) for k,v in sample.items() if (fault := _unwritable(v))] or [('', _unwritable(sample))]
     return []
+
+def _key_faults(sample):
+    for key, ours in (('images', 'image'), ('videos', 'video')):
+        if sample.get(key) and not sample.get(ours):
+            yield key, Fault(f'Samples call it {ours!r}: nothing under {key!r} is shown to the model.', f'Rename the key to {ours!r}.', 'warning')
 
 def _unwritable(value):
     try: json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
@@ -158,7 +166,7 @@ def _row_faults(sample):
     text = [(field, fault) for field, role, text in turns for fault in _text_faults(role, text)]
     # an empty instruction is none where the input asks
     if sample.get('input') and not sample.get('instruction'): text = [(f, t) for f,t in text if f != 'instruction']
-    return form + text + _tag_faults(sample, turns) + _tool_faults(sample, turns) + _json_faults(sample)
+    return form + text + _tag_faults(sample, turns) + _tool_faults(sample, turns) + _json_faults(sample) + list(_key_faults(sample))
 
 # %% ../nbs/01_data.ipynb #17394b78
 _frames = {'system': '<|im_start|>system\n{}<|im_end|>\n', 'user': '<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n', 'assistant': '{}<|im_end|>\n',
@@ -258,22 +266,23 @@ def count_tokens(
 # %% ../nbs/01_data.ipynb #a2ec65c5
 _types = {str: 'text', int: 'a number', float: 'a number', bool: 'true or false', list: 'a list', dict: 'an object'}
 
-def _column_faults(rows):
-    "Columns whose values are not of one type; rows are (number, sample)."
-    import pyarrow as pa
+def _column_faults(rows, told):
+    "Columns whose values are not of one type; rows are (number, sample), of the (row, key) in `told` something worse was said."
     for key in dict.fromkeys(k for _, s in rows for k in s):
-        values = [(i, s[key]) for i, s in rows if s.get(key) is not None]
-        if {type(v) for _, v in values} <= {str}: continue
-        try: pa.array([v for _, v in values])
-        except (pa.ArrowException, OverflowError, UnicodeError, TypeError) as e: yield _odd_row(values), key, _mixed(key, values, e)
+        values = [(i, s[key]) for i, s in rows if s.get(key) is not None and (i, key) not in told]
+        if {type(v) for _, v in values} <= {str} or not (error := _arrow_error(values)): continue
+        n = bisect_left(range(len(values)), True, key=lambda n: bool(_arrow_error(values[:n+1])))  # the first that doesn't fit
+        yield values[n][0], key, _mixed(key, values[:n+1], error)
 
-def _odd_row(values):
-    "The first row whose value is of another type than the first."
-    return next((i for i, v in values if type(v) is not type(values[0][1])), values[0][0])
+def _arrow_error(values):
+    "Why pyarrow can't make a column of them."
+    import pyarrow as pa
+    try: pa.array([v for _, v in values])
+    except (pa.ArrowException, OverflowError, UnicodeError, TypeError) as e: return str(e) or type(e).__name__
 
 def _mixed(key, values, error):
-    named = dict.fromkeys(_types.get(type(v), type(v).__name__) for _, v in values)
-    what = f'{key!r} is {" in one row and ".join(named)} in another' if len(named) > 1 else f'{key!r} cannot be read as one column ({error})'
+    named = list(dict.fromkeys(_types.get(type(v), type(v).__name__) for _, v in values))
+    what = f'{key!r} is {named[-1]} here and {named[0]} before' if len(named) > 1 else f'{key!r} does not go with the rows before ({error})'
     return Fault(f'{what}: the loader takes one type for a column, and stops.', 'Give it one type, or take it out of the samples.')
 
 def _id_faults(rows):
@@ -285,7 +294,8 @@ def _id_faults(rows):
 def _same_faults(rows):
     first = {}
     for i, s in rows:
-        what = hash(repr((s.get('image'), s.get('video'), sample_turns(s))))
+        try: what = hash(repr((s.get('image'), s.get('video'), sample_turns(s))))
+        except (ValueError, RecursionError): continue
         if first.setdefault(what, i) != i:
             yield i, '', Fault(f'The row says the same as row {first[what]}.', 'Drop one of them, unless it is to count twice.', 'note')
 
@@ -293,7 +303,8 @@ _rare = 10  # times as frequent is noted as imbalance
 
 def _balance_faults(rows):
     "The rarest answer, where there are classes and one is much more frequent."
-    answers = [(i, s.get('output')) for i, s in rows if isinstance(s.get('output'), str)]
+    last = [(i, turns[-1][2]) for i, s in rows if (turns := sample_turns(s))]
+    answers = [(i, text) for i, text in last if isinstance(text, str)]
     counts = Counter(answer for _, answer in answers).most_common()
     if not 2 <= len(counts) <= max(2, min(50, len(answers)//5)): return
     (common, most), (rare, least) = counts[0], counts[-1]
@@ -303,10 +314,12 @@ def _balance_faults(rows):
 
 # %% ../nbs/01_data.ipynb #33983140
 def _shown_in(samples, key):
-    "Path → number of the first row that shows it."
+    "Path → number of the first row that shows it; a clip's frames count as pictures."
     rows = {}
     for i, s in enumerate(samples):
-        for path in as_list(s.get(key)) if isinstance(s, dict) else []:
+        if not isinstance(s, dict): continue
+        frames = [f for item in as_list(s.get('video')) if isinstance(item, list) for f in item] if key == 'image' else []
+        for path in as_list(s.get(key)) + frames:
             if isinstance(path, str): rows.setdefault(path, i)
     return rows
 
@@ -353,7 +366,7 @@ def _mend_pictures(seen):
     faulty = {path: look.faults for path, look in seen.items() if any(f.mends for f in look.faults)}
     if not faulty: return {}
     common = Path(os.path.commonpath([os.path.dirname(os.path.abspath(p)) for p, look in seen.items() if look.size]))
-    beside = common.parent/f'{common.name}_mended'
+    beside = common.parent/f'{common.name}_mended' if common.name else Path('mended').absolute()  # on several disks there is no common folder
     return {p: mend_picture(p, faults, beside/Path(p).absolute().relative_to(common)) for p, faults in faulty.items()}
 
 def _mended_text(value):
@@ -369,7 +382,8 @@ def _map_media(sample, change):
 
 def _mended_sample(sample, copies):
     if not isinstance(sample, dict): return sample
-    text = {k: _mended_text(v) for k,v in sample.items() if k not in ('image', 'video')}
+    try: text = {k: _mended_text(v) for k,v in sample.items() if k not in ('image', 'video')}
+    except RecursionError: text = {}
     return _map_media(sample | text, lambda path: copies.get(path, path))
 
 # %% ../nbs/01_data.ipynb #13ecf34d
@@ -382,8 +396,7 @@ def _leaks_of(looks, against, pictures, clips, workers):
 
 def _between_rows(rows, told):
     "Faults between rows; `told` are the (row, field) of which something worse was said."
-    mixed = [f for f in _column_faults(rows) if f[:2] not in told]
-    return [*mixed, *_id_faults(rows), *_same_faults(rows), *_balance_faults(rows)]
+    return [*_column_faults(rows, told), *_id_faults(rows), *_same_faults(rows), *_balance_faults(rows)]
 
 def _rows_table(found):
     columns = ('row', 'field', 'what', 'cure', 'level')
@@ -407,13 +420,13 @@ def check_samples(
     text = _text_tokens(samples, model) if model else [0]*len(samples)
     bar = tqdm(samples, desc='Checking rows', unit='row', delay=2, file=sys.stdout)
     found = [(i, *fault) for i, s in enumerate(bar) for fault in _row_faults(s)]
-    found += _between_rows(rows, {each[:2] for each in found})
     sizes = {k: limits[k] for k in ('image_max_pixels', 'image_min_pixels')}
     about = partial(look_at_picture, hashes=bool(against), **sizes), partial(look_at_video, **_sampling(limits)), workers
     looks = _look(samples if media else [], *about)
     leaks = _leaks_of(looks, against, *about) if media and against else {}
     copies = _mend_pictures(looks[0]) if fix else {}
     if media: found += [(i, *fault) for i, s in rows for fault in _media_faults(s, looks, leaks, copies)]
+    found += _between_rows(rows, {(i, field.split('[')[0]) for i, field, _ in found})
     found += _length_faults(rows, text, _media_tokens(samples, looks, model, limits) if media else [0]*len(samples), cutoff_len)
     if not fix: return _rows_table(found)
     noted = [(i, field, f._replace(cure='Mended: taken out.', level='mended') if f.mends == 'text' else f) for i, field, f in found]

@@ -124,12 +124,12 @@ def _names_in(folder, changed): return {name.lower(): name for name in os.listdi
 def _near_name(path):
     "The file that was probably meant: the same name in another case."
     folder, name = os.path.split(path)
-    if not os.path.isdir(folder or '.'): return
-    return _names_in(folder or '.', os.stat(folder or '.').st_mtime_ns).get(name.lower())
+    try: return _names_in(folder or '.', os.stat(folder or '.').st_mtime_ns).get(name.lower())
+    except OSError: return None  # no such folder, or none that may be listed
 
 def _missing(path):
     near = _near_name(path)
-    hint = f' There is {near}, in another case.' if near else ''
+    hint = f' There is {near}, in another case.' if near and not os.path.exists(path) else ''
     return Fault(f'There is no file {path}.{hint}', 'Correct the path, or drop the row.')
 
 def _file_fault(path):
@@ -156,6 +156,7 @@ def _true_kind(data):
     return next((kind for start, kind in _heads.items() if head.startswith(start)), None)
 
 def _unreadable(path, data, error):
+    if isinstance(error, PermissionError): return Fault(f'{path} may not be read by you.', 'Change its permissions, or drop the row.')
     kind = _true_kind(data)
     why = f'it is {kind}' if kind else str(error).replace(repr(path), 'it') or type(error).__name__
     return Fault(f'{path} cannot be read: {why}.', 'Save the picture again, or drop the row.')
@@ -200,11 +201,11 @@ def _formats():
     return Image.registered_extensions()
 
 def _kind(im): return 'JPEG' if im.format == 'MPO' else im.format
-def _ending(kind): return {'JPEG': '.jpg', 'TIFF': '.tif'}.get(kind) or next(e for e,k in _formats().items() if k == kind)
+def _ending(kind): return {'JPEG': '.jpg', 'TIFF': '.tif'}.get(kind) or next((e for e,k in _formats().items() if k == kind), None)
 
 def _misnamed(path, im):
     ending = os.path.splitext(path)[1].lower()
-    if _formats().get(ending) in (_kind(im), im.format): return
+    if _formats().get(ending) in (_kind(im), im.format) or not _ending(_kind(im)): return
     named = f'the ending {ending}' if ending else 'no ending'
     return Fault(f'It is a {_kind(im)} file with {named}.', f'Rename it to {_ending(_kind(im))}.', 'warning', 'name')
 
@@ -232,7 +233,7 @@ def _decode(look, im, path, hashes, limits):
     look.size = im.size
     shape = _shape_fault(im.size, **limits)
     im.load()
-    im.resize((1, 1)).convert('RGB')  # what LLaMA-Factory does; some modes refuse
+    im.crop((0, 0, 2, 2)).resize((1, 1)).convert('RGB')  # what LLaMA-Factory does to the whole; some modes refuse
     look.faults += [f for f in (shape, _animated(im), _turned(im), _spoilt(im), _misnamed(path, im)) if f]
     if hashes: _see(look, im)
 
@@ -347,6 +348,15 @@ def glance_at_video(
     except Exception as e: return Look(faults=[Fault(f'{path} cannot be decoded: {e}', 'Save the clip again, or drop the row.')])
 
 # %% ../nbs/00a_media.ipynb #60749bf5
+@contextmanager
+def _memory_kept(workers):
+    "Have Pillow keep blocks of memory (of 16 MB at most) for the next picture."
+    from PIL import Image
+    before = Image.core.get_blocks_max()
+    Image.core.set_blocks_max(max(before, 4*workers))
+    try: yield
+    finally: Image.core.set_blocks_max(before)
+
 def _batches(items, n): return [items[i:i+n] for i in range(0, len(items), n)]
 
 def look_at_all(
@@ -358,10 +368,10 @@ def look_at_all(
 )->dict: # Path → `Look`
     "Look at many pictures or clips at once, with a progress bar."
     from tqdm import tqdm
-    paths = list(dict.fromkeys(paths))
+    paths, workers = list(dict.fromkeys(paths)), workers or len(os.sched_getaffinity(0))
     looks, bar = {}, tqdm(total=len(paths), desc=f'Looking at {what}', delay=2, file=sys.stdout)
     def look_at_some(some): return [(path, look(path, **options)) for path in some]
-    with bar, ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
+    with bar, _memory_kept(workers), ThreadPoolExecutor(workers) as pool:
         for seen in pool.map(look_at_some, _batches(paths, 16)):
             looks.update(seen)
             bar.update(len(seen))

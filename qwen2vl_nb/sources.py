@@ -106,17 +106,17 @@ def _read_jsonl(path, place, encoding):
         if not line.strip(): continue
         try: rows.append(json.loads(line))
         except json.JSONDecodeError as e: bad.append(f'line {i}: {e.msg} at character {e.pos+1}')
+        except (ValueError, RecursionError) as e: bad.append(f'line {i}: {e}')
     if bad: raise ValueError(f'{path} has {len(bad)} line(s) that are not JSON. ' + '; '.join(bad[:10]))
     return rows, f'JSON lines in {encoding}'
 
 def _read_json(path, place, encoding):
     text, encoding = _read_text(path, encoding)
     try: return json.loads(text), f'JSON in {encoding}'
-    except json.JSONDecodeError as e: fault = e
-    if '\n{' in text.strip():
-        try: return _read_jsonl(path, place, encoding)  # JSON lines under the ending .json
-        except ValueError: pass
-    raise ValueError(f'{path} is not JSON: {fault.msg} at line {fault.lineno}, column {fault.colno}.')
+    except json.JSONDecodeError as e:
+        if e.msg == 'Extra data': return _read_jsonl(path, place, encoding)  # JSON lines under the ending .json
+        raise ValueError(f'{path} is not JSON: {e.msg} at line {e.lineno}, column {e.colno}.') from None
+    except ValueError as e: raise ValueError(f'{path} cannot be read: {e}') from None  # a number of thousands of digits
 
 # %% ../nbs/00b_sources.ipynb #af3d90fa
 def _separator(path, text):
@@ -171,11 +171,16 @@ def _arrow_rows(batches, place):
 def _read_parquet(path, place, encoding):
     import pyarrow as pa, pyarrow.parquet as pq
     try: return _arrow_rows(pq.ParquetFile(path).iter_batches(256), place), 'Parquet'
-    except pa.ArrowInvalid as e: raise ValueError(f'{path} is not Parquet: {e}') from None
+    except (pa.ArrowException, OSError) as e: raise ValueError(f'{path} is not Parquet, or damaged: {e}') from None
 
 # %% ../nbs/00b_sources.ipynb #289be14c
 _readers = {'.csv': _read_table, '.tsv': _read_table, '.json': _read_json, '.jsonl': _read_jsonl,
             '.parquet': _read_parquet, '.xlsx': _read_excel}
+
+def _existing(path):
+    path = Path(path)
+    if path.is_file(): return path
+    raise FileNotFoundError(f'There is no file {path} (working folder: {Path.cwd()}).')
 
 def _read_file(path, place, encoding=None):
     "What a file holds, and what it was taken for."
@@ -185,6 +190,8 @@ def _read_file(path, place, encoding=None):
         raise ValueError(f'{path}: cannot read {named}; give one of {", ".join(_readers)}.')
     try: return _readers[ending](path, place, encoding)
     except UnicodeDecodeError as e: raise ValueError(f'{path} is not {e.encoding}: {e.reason} at byte {e.start}.') from None
+    except LookupError: raise ValueError(f'{path}: Python knows no encoding {encoding!r} for text.') from None
+    except RecursionError: raise ValueError(f'{path} is nested too deeply to be rows.') from None
 
 # %% ../nbs/00b_sources.ipynb #b894451c
 picture_endings = ('.jpg', '.jpeg', '.jfif', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.avif')
@@ -347,13 +354,25 @@ def _tagged_turns(turns, images, videos):
 # %% ../nbs/00b_sources.ipynb #8d983c2a
 def _some(items): return ', '.join(map(str, items[:5])) + (' …' if len(items) > 5 else '')
 
+def _check_items(path, name, items, *keys):
+    "Every item is an object that has these keys."
+    bad = [i for i, item in enumerate(items) if not (isinstance(item, dict) and all(isinstance(item.get(k), (str, int)) for k in keys))]
+    if bad: raise ValueError(f'{path}: {len(bad)} of its {name} lack {" or ".join(keys)}: number {_some(bad)}.')
+
+def _listed(path, data, name):
+    if isinstance(data.get(name), list): return data[name]
+    raise ValueError(f'{path} has no list of {name}.')
+
 def _coco_rows(path, data):
-    files = {picture.get('id'): picture.get('file_name') for picture in data['images']}
-    if any('caption' not in a for a in data['annotations']):
+    images, captions = _listed(path, data, 'images'), _listed(path, data, 'annotations')
+    if captions and not any(isinstance(a, dict) and 'caption' in a for a in captions):
         raise ValueError(f'{path} has annotations without a caption (boxes or masks?); COCO captions are what is read here.')
-    lost = [a.get('id') for a in data['annotations'] if a.get('image_id') not in files]
+    _check_items(path, 'images', images, 'id', 'file_name')
+    _check_items(path, 'annotations', captions, 'image_id', 'caption')
+    files = {picture['id']: picture['file_name'] for picture in images}
+    lost = [a.get('id') for a in captions if a['image_id'] not in files]
     if lost: raise ValueError(f'{path}: the pictures of {len(lost)} annotation(s) are not among its images: annotation {_some(lost)}.')
-    return [{'image': files[a['image_id']], 'output': a['caption'], 'id': a.get('id'), 'image_id': a['image_id']} for a in data['annotations']]
+    return [{'image': files[a['image_id']], 'output': a['caption'], 'id': a.get('id'), 'image_id': a['image_id']} for a in captions]
 
 def _vqa_picture(question, subset, place):
     number = question['image_id']
@@ -362,21 +381,24 @@ def _vqa_picture(question, subset, place):
     return next((found for name in names if (found := place.find(name)) != name), names[0])
 
 def _vqa_rows(paths, questions, annotations, place):
-    answers = {a['question_id']: a for a in annotations['annotations']}
-    lost = [q['question_id'] for q in questions['questions'] if q['question_id'] not in answers]
+    asked, answered = _listed(paths[0], questions, 'questions'), _listed(paths[1], annotations, 'annotations')
+    _check_items(paths[0], 'questions', asked, 'question_id', 'image_id', 'question')
+    _check_items(paths[1], 'annotations', answered, 'question_id', 'multiple_choice_answer')
+    answers = {a['question_id']: a for a in answered}
+    lost = [q['question_id'] for q in asked if q['question_id'] not in answers]
     if lost: raise ValueError(f'{paths[1]} has no annotation for {len(lost)} question(s): {_some(lost)}.')
     kept = lambda q: {k: v for k,v in answers[q['question_id']].items() if k in ('question_type', 'answer_type')}
-    return [{'image': _vqa_picture(q, questions.get('data_subtype'), place), 'instruction': q['question'],
-             'output': answers[q['question_id']].get('multiple_choice_answer'), 'id': q['question_id'], 'image_id': q['image_id']} | kept(q)
-            for q in questions['questions']]
+    return [{'image': _vqa_picture(q, questions.get('data_subtype'), place), 'instruction': q['question'], 'id': q['question_id'],
+             'output': answers[q['question_id']]['multiple_choice_answer'], 'image_id': q['image_id']} | kept(q) for q in asked]
 
 def _read_vqa(paths, place):
     "Rows of a pair of files: questions, and annotations, in either order."
-    files = [_read_file(p, place)[0] for p in paths]
-    by_key = {key: f for f in files if isinstance(f, dict) for key in ('questions', 'annotations') if key in f}
+    if len(paths) != 2: raise ValueError(f'{_some(paths)}: VQA v2 is a pair of files, (questions, annotations); a table is one.')
+    files = [(p, _read_file(p, place)[0]) for p in map(_existing, paths)]
+    by_key = {key: (p, f) for p, f in files if isinstance(f, dict) for key in ('questions', 'annotations') if key in f}
     if len(by_key) < 2: raise ValueError(f'{paths[0]} and {paths[1]} are not the questions and annotations of VQA v2.')
-    try: return _vqa_rows(paths, by_key['questions'], by_key['annotations'], place), 'VQA v2 questions and annotations'
-    except (KeyError, TypeError) as e: raise ValueError(f'{paths[0]} and {paths[1]} are not of the form of VQA v2: {type(e).__name__} {e}.') from None
+    names, (questions, annotations) = zip(*(by_key[k] for k in ('questions', 'annotations')))
+    return _vqa_rows(names, questions, annotations, place), 'VQA v2 questions and annotations'
 
 # %% ../nbs/00b_sources.ipynb #2f6b746d
 def _rows_of(path, data):
@@ -413,14 +435,14 @@ def read_rows(
     encoding:str=None, # Of a text file; `None`: UTF-8, UTF-16 or GB18030, by its bytes
 )->tuple: # (rows, what the source was taken for)
     "The rows of a source, as dicts."
-    if isinstance(source, (list, tuple)): return _read_vqa([Path(p) for p in source], place)
-    path = Path(source)
-    if path.is_dir(): return _read_folder(path, place)
-    if not path.is_file(): raise FileNotFoundError(f'There is no file {path} (working folder: {Path.cwd()}).')
-    data, taken = _read_file(path, place, encoding)
-    rows, form = _rows_of(path, data)
-    if not rows: raise ValueError(f'{path} has no rows.')
-    return rows, taken + form
+    if isinstance(source, (list, tuple)): rows, taken = _read_vqa(source, place)
+    elif Path(source).is_dir(): rows, taken = _read_folder(Path(source), place)
+    else:
+        data, taken = _read_file(_existing(source), place, encoding)
+        rows, form = _rows_of(source, data)
+        taken += form
+    if rows: return rows, taken
+    raise ValueError(f'{source} has no rows.')
 
 def _said_columns(columns, words):
     media, kind = [c for c in [*columns['images'], columns['videos']] if c], 'pictures' if columns['images'] else 'clips'

@@ -34,7 +34,7 @@ LAUNCHING = {
     'an unknown data set': (dict(dataset='car_itme'), "did you mean 'car_item'"),
     'no registry': (dict(dataset_dir='/nowhere'), 'There is no /nowhere/dataset_info.json'),
     'no model': (dict(model_name_or_path='/nowhere/model_7b'), 'There is no folder /nowhere/model_7b'),
-    'a cutoff inside a picture': (dict(cutoff_len=10), 'row 299 has 12|more picture tokens than cutoff_len 10'),
+    'a cutoff inside a picture': (dict(cutoff_len=10), r'300 row\(s\) of car_item have more tokens than cutoff_len 10; row 0 has 53, 12 of them for pictures'),
     'an adapter for full fine-tuning': (dict(adapter_name_or_path='/nowhere', finetuning_type='full'), 'An adapter is refused unless'),
     'a ZeRO file that does not exist': (dict(deepspeed='examples/deepspeed/ds_z3_config.json', use_cpu=None), 'ships its ZeRO configs in its repository'),
     'use_cpu with DeepSpeed': (dict(deepspeed=zero_config('z2')), 'sees a single process'),
