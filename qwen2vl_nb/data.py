@@ -14,8 +14,9 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 from .stack import findings_table
-from .media import (Fault, PictureGrid, image_tokens, look_at_all, look_at_picture, look_at_video, mend_picture,
-                              near_duplicates, processor_limits, video_tokens, whole_file, write_text)
+from .media import (Fault, PictureGrid, image_tokens, look_at_all, look_at_picture, look_at_video,
+                              mend_picture, near_duplicates, processor_limits, video_tokens, whole_file,
+                              write_text)
 from .media import _tokens, glance_at_picture, glance_at_video
 from .sources import _said, read_samples
 
@@ -23,9 +24,13 @@ from .sources import _said, read_samples
 _all_ = ['image_tokens', 'video_tokens', 'processor_limits', 'PictureGrid', 'read_samples', 'write_text']
 
 # %% ../nbs/01_data.ipynb #2d01f0b0
-def as_list(value): return value if isinstance(value, list) else [] if value in (None, '') else [value]
+def as_list(value):
+    "A list of what a row has under `image` or `video`: a list, one path, or nothing."
+    return value if isinstance(value, list) else [] if value in (None, '') else [value]
 
-def is_dialogue(sample): return 'messages' in sample
+def is_dialogue(sample):
+    "Whether a sample is a dialogue rather than a question."
+    return 'messages' in sample
 
 def _dialogue_turns(sample):
     turns = sample['messages'] if isinstance(sample['messages'], list) else []
@@ -33,9 +38,11 @@ def _dialogue_turns(sample):
     return [(f'messages[{i}]', role(t), t.get('content')) for i,t in enumerate(turns) if isinstance(t, dict)]
 
 def _question_turns(sample):
-    said = [(f'history[{i//2}]', ('user', 'assistant')[i%2], text) for i, text in enumerate(_said(sample.get('history')))]
+    said = [(f'history[{i//2}]', ('user', 'assistant')[i%2], text)
+            for i, text in enumerate(_said(sample.get('history')))]
     more = [('input', 'user', sample['input'])] if sample.get('input') else []
-    return said + [('instruction', 'user', sample.get('instruction')), *more, ('output', 'assistant', sample.get('output'))]
+    return said + [('instruction', 'user', sample.get('instruction')), *more,
+                   ('output', 'assistant', sample.get('output'))]
 
 def sample_turns(
     sample:dict, # A question or a dialogue
@@ -45,9 +52,11 @@ def sample_turns(
     return system + (_dialogue_turns(sample) if is_dialogue(sample) else _question_turns(sample))
 
 # %% ../nbs/01_data.ipynb #930ce439
-_marks = ('<|im_start|>', '<|im_end|>', '<|endoftext|>', '<|vision_start|>', '<|vision_end|>', '<|vision_pad|>', '<|image_pad|>', '<|video_pad|>')
+_marks = ('<|im_start|>', '<|im_end|>', '<|endoftext|>', '<|vision_start|>', '<|vision_end|>',
+          '<|vision_pad|>', '<|image_pad|>', '<|video_pad|>')
 _media_tags = ('<image>', '<video>', '<audio>')
-_says = {'user': 'prompt', 'assistant': 'answer', 'system': 'system prompt', 'observation': 'observation', 'function_call': 'function call'}
+_says = {'user': 'prompt', 'assistant': 'answer', 'system': 'system prompt', 'observation': 'observation',
+         'function_call': 'function call'}
 
 def _show(value):
     "A value in a message, its middle left out where it is long."
@@ -57,7 +66,7 @@ def _show(value):
 
 def without_tags(
     text:str, # What is said in a turn
-)->str:
+)->str: # The rest
     "The text without the tags of its pictures and clips."
     for tag in _media_tags: text = text.replace(tag, '')
     return text
@@ -71,27 +80,39 @@ def _empty_fault(role, text, name):
 
 def _mark_fault(text, name):
     found = '<|' in text and [mark for mark in _marks if mark in text]
-    if found: return Fault(f'The {name} has {", ".join(found)}, which the tokenizer takes for the token itself.', 'Take it out of the text.')
+    if found:
+        return Fault(f'The {name} has {", ".join(found)}, which the tokenizer takes for the token itself.',
+                     'Take it out of the text.')
 
 def _place_fault(role, text, name):
     "Tags where they don't belong."
-    found = '<' in text and role != 'user' and role != 'observation' and [tag for tag in _media_tags if tag in text]
-    if found: return Fault(f'The {name} has an {found[0]} tag.', 'Take it out: tags belong into the prompt.')
+    found = ('<' in text and role != 'user' and role != 'observation'
+             and [tag for tag in _media_tags if tag in text])
+    if found: return Fault(f'The {name} has {found[0]} in it.', 'Take it out: tags belong into the prompt.')
+
+def _bom_fault(text):
+    if '\ufeff' in text:
+        return Fault('It has a byte-order mark (U+FEFF) in it, a token of its own.',
+                     'Take it out.', 'warning', 'text')
 
 def _text_faults(role, text):
     "Faults of one turn's text."
     name = _says.get(role, 'text')
     if not isinstance(text, str):
-        cure = 'Write it as JSON text: json.dumps(…).' if isinstance(text, (dict, list)) else f'Give the {name} as text.'
-        return [Fault(f'The {name} is {_show(text)}, not text: LLaMA-Factory would drop the row or stop.', cure)]
-    bom = Fault('It has a byte-order mark (U+FEFF) in it, a token of its own.', 'Take it out.', 'warning', 'text') if '\ufeff' in text else None
-    return [f for f in (_empty_fault(role, text, name), _mark_fault(text, name), _place_fault(role, text, name), bom) if f]
+        is_json = isinstance(text, (dict, list))
+        cure = 'Write it as JSON text: json.dumps(…).' if is_json else f'Give the {name} as text.'
+        return [Fault(f'The {name} is {_show(text)}, not text: '
+                      'LLaMA-Factory would drop the row or stop.', cure)]
+    faults = (_empty_fault(role, text, name), _mark_fault(text, name), _place_fault(role, text, name),
+              _bom_fault(text))
+    return [f for f in faults if f]
 
 # %% ../nbs/01_data.ipynb #6f53b0d3
 def _tag_fault(sample, turns, tag, key):
     "Tags against pictures or clips, over all turns, as LLaMA-Factory counts them."
     # the system prompt is not among LLaMA-Factory's turns: its tags stay text
-    counts = [(field, text.count(tag)) for field, role, text in turns if role != 'system' and isinstance(text, str) and tag in text]
+    counts = [(field, text.count(tag)) for field, role, text in turns
+              if role != 'system' and isinstance(text, str) and tag in text]
     tags, media = sum(n for _, n in counts), len(as_list(sample.get(key)))
     if tags == media: return
     where = f" ({', '.join(f'{n} in {field}' for field, n in counts)})" if counts else ''
@@ -112,66 +133,88 @@ def _order_faults(turns):
     for i, turn in enumerate(turns[start:]):
         role, wanted = turn.get('role'), (_asking, _answering)[i%2]
         if role in wanted: continue
-        yield f'messages[{i+start}]', Fault(f"The role is {_show(role)}, where {' or '.join(wanted)} must come: LLaMA-Factory drops the row.",
-                                            'Put the turns in order, one of the user and one of the assistant.')
+        yield f'messages[{i+start}]', Fault(
+            f"The role is {_show(role)}, where {' or '.join(wanted)} must come: LLaMA-Factory drops the row.",
+            'Put the turns in order, one of the user and one of the assistant.')
         return
-    if not turns[start:]: yield 'messages', Fault('There are no turns: LLaMA-Factory drops the row.', 'Drop the row.')
+    if not turns[start:]:
+        yield 'messages', Fault('There are no turns: LLaMA-Factory drops the row.', 'Drop the row.')
     elif len(turns[start:]) % 2:
-        yield f'messages[{len(turns)-1}]', Fault('The last turn is not an answer: LLaMA-Factory drops the row.', 'Add the answer, or take the turn out.')
+        yield f'messages[{len(turns)-1}]', Fault(
+            'The last turn is not an answer: LLaMA-Factory drops the row.',
+            'Add the answer, or take the turn out.')
 
 def _form_faults(sample):
     "Turns that are none, roles out of order."
     turns = sample['messages']
-    if not isinstance(turns, list): return [('messages', Fault(f'The turns are {_show(turns)}, not a list.', 'Give a list of dicts with role and content.'))]
-    bad = [(f'messages[{i}]', Fault(f'The turn is {_show(t)}, not a dict.', 'Give a dict with role and content.')) for i,t in enumerate(turns) if not isinstance(t, dict)]
+    if not isinstance(turns, list):
+        return [('messages', Fault(f'The turns are {_show(turns)}, not a list.',
+                                   'Give a list of dicts with role and content.'))]
+    bad = [(f'messages[{i}]', Fault(f'The turn is {_show(t)}, not a dict.',
+                                    'Give a dict with role and content.'))
+           for i,t in enumerate(turns) if not isinstance(t, dict)]
     return bad or list(_order_faults(turns))
 
 def _history_faults(sample):
     history = sample.get('history') or []
-    if isinstance(history, list) and all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in history): return []
+    is_pair = lambda pair: isinstance(pair, (list, tuple)) and len(pair) == 2
+    if isinstance(history, list) and all(map(is_pair, history)): return []
     return [('history', Fault(f'The history is {_show(history)}.', 'Give a list of pairs, [asked, answered].'))]
 
 def _json_fault(text, name):
     "LLaMA-Factory parses tools and function calls, and stops where it can't."
-    try: return None if json.loads(text) else None
-    except (ValueError, TypeError, RecursionError) as e: return Fault(f'The {name} is not JSON: {e}.', f'Give the {name} as JSON text.')
+    try: json.loads(text)
+    except (ValueError, TypeError, RecursionError) as e:
+        return Fault(f'The {name} is not JSON: {e}.', f'Give the {name} as JSON text.')
 
 def _tool_faults(sample, turns):
     tools = [('tools', _json_fault(sample['tools'], 'list of tools'))] if sample.get('tools') else []
-    calls = [(field, _json_fault(text, 'function call')) for field, role, text in turns if role == 'function_call' and isinstance(text, str)]
+    calls = [(field, _json_fault(text, 'function call')) for field, role, text in turns
+             if role == 'function_call' and isinstance(text, str)]
     return [(field, fault) for field, fault in tools + calls if fault]
 
 # %% ../nbs/01_data.ipynb #4863e48e
 def _json_faults(sample):
     try: json.dumps(sample, ensure_ascii=False, allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError):
-        return [(str(k), fault) for k,v in sample.items() if (fault := _unwritable(v))] or [('', _unwritable(sample))]
+        each = [(str(k), fault) for k,v in sample.items() if (fault := _unwritable(v))]
+        return each or [('', _unwritable(sample))]
     return []
 
 def _key_faults(sample):
     for key, ours in (('images', 'image'), ('videos', 'video')):
         if sample.get(key) and not sample.get(ours):
-            yield key, Fault(f'Samples call it {ours!r}: nothing under {key!r} is shown to the model.', f'Rename the key to {ours!r}.', 'warning')
+            yield key, Fault(f'Samples call it {ours!r}: nothing under {key!r} is shown to the model.',
+                             f'Rename the key to {ours!r}.', 'warning')
 
 def _unwritable(value):
     try: json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-    except UnicodeEncodeError: return Fault('It holds half a character (a lone surrogate) and cannot be written.', 'Correct the text.')
-    except (TypeError, ValueError, RecursionError) as e: return Fault(f'It cannot be written as JSON: {e}.', 'Give text, numbers, lists or dicts.')
+    except UnicodeEncodeError:
+        return Fault('It holds half a character (a lone surrogate) and cannot be written.', 'Correct the text.')
+    except (TypeError, ValueError, RecursionError) as e:
+        return Fault(f'It cannot be written as JSON: {e}.', 'Give text, numbers, lists or dicts.')
 
 def _row_faults(sample):
     "(field, fault) for each fault of one sample, its pictures and clips apart."
-    if not isinstance(sample, dict): return [('', Fault(f'The row is {_show(sample)}, not a dict.', 'Give a dict with image, instruction and output.'))]
+    if not isinstance(sample, dict):
+        return [('', Fault(f'The row is {_show(sample)}, not a dict.',
+                           'Give a dict with image, instruction and output.'))]
     turns = sample_turns(sample)
     form = _form_faults(sample) if is_dialogue(sample) else _history_faults(sample)
     text = [(field, fault) for field, role, text in turns for fault in _text_faults(role, text)]
     # an empty instruction is none where the input asks
-    if sample.get('input') and not sample.get('instruction'): text = [(f, t) for f,t in text if f != 'instruction']
-    return form + text + _tag_faults(sample, turns) + _tool_faults(sample, turns) + _json_faults(sample) + list(_key_faults(sample))
+    if sample.get('input') and not sample.get('instruction'):
+        text = [(f, t) for f,t in text if f != 'instruction']
+    return (form + text + _tag_faults(sample, turns) + _tool_faults(sample, turns)
+            + _json_faults(sample) + list(_key_faults(sample)))
 
 # %% ../nbs/01_data.ipynb #17394b78
-_frames = {'system': '<|im_start|>system\n{}<|im_end|>\n', 'user': '<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n', 'assistant': '{}<|im_end|>\n',
+_frames = {'system': '<|im_start|>system\n{}<|im_end|>\n',
+           'user': '<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n',
+           'assistant': '{}<|im_end|>\n',
            'function_call': '<tool_call>\n{}\n</tool_call><|im_end|>\n',
-           'observation': '<|im_start|>user\n<tool_response>\n{}\n</tool_response><|im_end|>\n<|im_start|>assistant\n'}
+           'observation': '<|im_start|>user\n<tool_response>\n{}\n</tool_response><|im_end|>\n'
+                          '<|im_start|>assistant\n'}
 _default_system, _two_marks = 'You are a helpful assistant.', '<|vision_start|><|vision_end|>'
 
 def _trained_turns(sample):
@@ -184,15 +227,19 @@ def _trained_turns(sample):
 def _encoded_strings(sample):
     "The strings that the tokenizer gets for a sample, pictures and clips as their two marks alone."
     def marked(text):
-        whole = text if text.isascii() else text.encode('utf-8', 'replace').decode()  # half characters can't be encoded
+        # half characters can't be encoded
+        whole = text if text.isascii() else text.encode('utf-8', 'replace').decode()
         return whole.replace('<image>', _two_marks).replace('<video>', _two_marks)
     tools = [marked(sample['tools'])] if isinstance(sample.get('tools'), str) else []
-    return tools + [_frames[role].format(marked(text)) for role, text in _trained_turns(sample) if isinstance(text, str) and role in _frames]
+    return tools + [_frames[role].format(marked(text)) for role, text in _trained_turns(sample)
+                    if isinstance(text, str) and role in _frames]
 
 def _load_tokenizer(model):
     from tokenizers import Tokenizer
     file = Path(model)/'tokenizer.json'
-    if not file.is_file(): raise FileNotFoundError(f'There is no {file}: text tokens are counted with the tokenizer of the model folder.')
+    if not file.is_file():
+        raise FileNotFoundError(f'There is no {file}: '
+                                'text tokens are counted with the tokenizer of the model folder.')
     return Tokenizer.from_file(str(file))
 
 def _text_tokens(samples, model):
@@ -210,7 +257,8 @@ def _text_tokens(samples, model):
     return counts
 
 # %% ../nbs/01_data.ipynb #ab1110e0
-_limits = {'image_max_pixels': 768*768, 'image_min_pixels': 32*32, 'video_max_pixels': 256*256, 'video_min_pixels': 16*16,
+_limits = {'image_max_pixels': 768*768, 'image_min_pixels': 32*32,
+           'video_max_pixels': 256*256, 'video_min_pixels': 16*16,
            'video_fps': 2., 'video_maxlen': 128}
 
 def _known_limits(limits):
@@ -227,7 +275,8 @@ def _look(samples, pictures, clips, workers=None):
     images, videos = ([item for s in rows for item in as_list(s.get(key))] for key in ('image', 'video'))
     frames = [frame for item in videos if isinstance(item, list) for frame in item]
     text = lambda items: [item for item in items if isinstance(item, str)]
-    return look_at_all(pictures, text(images + frames), workers=workers), look_at_all(clips, text(videos), 'clips', workers)
+    return (look_at_all(pictures, text(images + frames), workers=workers),
+            look_at_all(clips, text(videos), 'clips', workers))
 
 def _tokens_of(look, kind, limits, processor):
     "Tokens of a picture, or of one frame of a clip; `None` where it can't be read."
@@ -236,11 +285,12 @@ def _tokens_of(look, kind, limits, processor):
 
 def _media_tokens(samples, looks, model, limits):
     "Tokens of the pictures and clips of each sample; `None` where one can't be read."
-    (seen, watched), frame = looks, processor_limits(model, video=True)
-    pictures = {path: _tokens_of(look, 'image', limits, processor_limits(model)) for path, look in seen.items()}
+    (seen, watched), image, frame = looks, processor_limits(model), processor_limits(model, video=True)
+    pictures = {path: _tokens_of(look, 'image', limits, image) for path, look in seen.items()}
     def clip(item):
         if isinstance(item, str): look, frames = watched[item], watched[item].frames
-        elif isinstance(item, list) and item and isinstance(item[0], str): look, frames = seen[item[0]], len(item)
+        elif isinstance(item, list) and item and isinstance(item[0], str):
+            look, frames = seen[item[0]], len(item)
         else: return None
         one = _tokens_of(look, 'video', limits, frame)
         return one and one*math.ceil(frames/2)
@@ -250,28 +300,33 @@ def _media_tokens(samples, looks, model, limits):
         return None if None in each else sum(each)
     return [media(s) if isinstance(s, dict) else None for s in samples]
 
+def _glance(samples, limits): return _look(samples, glance_at_picture, partial(glance_at_video, **_sampling(limits)))
+
 def count_tokens(
     samples:list, # Samples
     model=None, # Model folder, for its tokenizer and processor; `None`: no text is counted
+    looks:tuple=None, # Path → `Look` of the pictures, and of the clips, where they were looked at before
     **limits, # `image_max_pixels`, `video_fps`, … as in the recipe
 ): # A pandas `DataFrame` with `text`, `media`, `total` for each sample; <NA> where a picture can't be read
     "Tokens of each sample, as LLaMA-Factory makes them of it."
     import pandas as pd
     limits = _known_limits(limits)
-    looks = _look(samples, glance_at_picture, partial(glance_at_video, **_sampling(limits)))
+    looks = looks or _glance(samples, limits)
     text = _text_tokens(samples, model) if model else [0]*len(samples)
     table = pd.DataFrame({'text': text, 'media': _media_tokens(samples, looks, model, limits)}, dtype='Int64')
     return table.assign(total=table.text + table.media)
 
 # %% ../nbs/01_data.ipynb #a2ec65c5
-_types = {str: 'text', int: 'a number', float: 'a number', bool: 'true or false', list: 'a list', dict: 'an object'}
+_types = {str: 'text', int: 'a number', float: 'a number', bool: 'true or false',
+          list: 'a list', dict: 'an object'}
 
 def _column_faults(rows, told):
-    "Columns whose values are not of one type; rows are (number, sample), of the (row, key) in `told` something worse was said."
+    "Columns not of one type; rows are (number, sample), and of the (row, key) in `told` worse was said."
     for key in dict.fromkeys(k for _, s in rows for k in s):
         values = [(i, s[key]) for i, s in rows if s.get(key) is not None and (i, key) not in told]
         if {type(v) for _, v in values} <= {str} or not (error := _arrow_error(values)): continue
-        n = bisect_left(range(len(values)), True, key=lambda n: bool(_arrow_error(values[:n+1])))  # the first that doesn't fit
+        # the first that doesn't fit
+        n = bisect_left(range(len(values)), True, key=lambda n: bool(_arrow_error(values[:n+1])))
         yield values[n][0], key, _mixed(key, values[:n+1], error)
 
 def _arrow_error(values):
@@ -282,14 +337,17 @@ def _arrow_error(values):
 
 def _mixed(key, values, error):
     named = list(dict.fromkeys(_types.get(type(v), type(v).__name__) for _, v in values))
-    what = f'{key!r} is {named[-1]} here and {named[0]} before' if len(named) > 1 else f'{key!r} does not go with the rows before ({error})'
-    return Fault(f'{what}: the loader takes one type for a column, and stops.', 'Give it one type, or take it out of the samples.')
+    what = (f'{key!r} is {named[-1]} here and {named[0]} before' if len(named) > 1
+            else f'{key!r} does not go with the rows before ({error})')
+    return Fault(f'{what}: the loader takes one type for a column, and stops.',
+                 'Give it one type, or take it out of the samples.')
 
 def _id_faults(rows):
     first = {}
     for i, s in rows:
         if isinstance(s.get('id'), (str, int)) and first.setdefault(s['id'], i) != i:
-            yield i, 'id', Fault(f"The id {_show(s['id'])} is also that of row {first[s['id']]}.", 'Give each row an id of its own.', 'warning')
+            yield i, 'id', Fault(f"The id {_show(s['id'])} is also that of row {first[s['id']]}.",
+                                 'Give each row an id of its own.', 'warning')
 
 def _same_faults(rows):
     first = {}
@@ -297,7 +355,8 @@ def _same_faults(rows):
         try: what = hash(repr((s.get('image'), s.get('video'), sample_turns(s))))
         except (ValueError, RecursionError): continue
         if first.setdefault(what, i) != i:
-            yield i, '', Fault(f'The row says the same as row {first[what]}.', 'Drop one of them, unless it is to count twice.', 'note')
+            yield i, '', Fault(f'The row says the same as row {first[what]}.',
+                               'Drop one of them, unless it is to count twice.', 'note')
 
 _rare = 10  # times as frequent is noted as imbalance
 
@@ -310,7 +369,8 @@ def _balance_faults(rows):
     (common, most), (rare, least) = counts[0], counts[-1]
     if most >= _rare*least:
         yield next(i for i, a in answers if a == rare), 'output', Fault(
-            f'{_show(rare)} is the answer of {least} row(s), {_show(common)} of {most}.', 'Gather more of it, and score it by itself.', 'note')
+            f'{_show(rare)} is the answer of {least} row(s), {_show(common)} of {most}.',
+            'Gather more of it, and score it by itself.', 'note')
 
 # %% ../nbs/01_data.ipynb #33983140
 def _shown_in(samples, key):
@@ -318,7 +378,8 @@ def _shown_in(samples, key):
     rows = {}
     for i, s in enumerate(samples):
         if not isinstance(s, dict): continue
-        frames = [f for item in as_list(s.get('video')) if isinstance(item, list) for f in item] if key == 'image' else []
+        clips = as_list(s.get('video')) if key == 'image' else []
+        frames = [f for item in clips if isinstance(item, list) for f in item]
         for path in as_list(s.get(key)) + frames:
             if isinstance(path, str): rows.setdefault(path, i)
     return rows
@@ -326,10 +387,12 @@ def _shown_in(samples, key):
 def _leaks(looks, others, against, key):
     "Path → fault, for pictures or clips that are also among `others`."
     rows = _shown_in(against, key)
-    found = {path: (path, True) for path in looks if path in rows} | near_duplicates(looks, {p: others[p] for p in rows if p in others})
+    found = {path: (path, True) for path in looks if path in rows}
+    found |= near_duplicates(looks, {p: others[p] for p in rows if p in others})
     for path, (other, equal) in found.items():
         how, level = ('the same file as', 'error') if equal else ('nearly the same as', 'warning')
-        yield path, Fault(f'It is {how} {os.path.basename(other)} in row {rows[other]} of the other split.', 'Keep them in one split: `split_samples(…, group=…)`.', level)
+        yield path, Fault(f'It is {how} {os.path.basename(other)} in row {rows[other]} of the other split.',
+                          'Keep them in one split: `split_samples(…, group=…)`.', level)
 
 # %% ../nbs/01_data.ipynb #579decbe
 def _named(path, fault):
@@ -341,33 +404,39 @@ def _item_faults(key, item, looks, leaks, copies):
     "Faults of one picture or clip; of those that were mended, with the copy for a cure."
     if isinstance(item, str):
         faults = [*looks[key == 'video'][item].faults, *leaks.get(item, [])]
-        mended = lambda f: f._replace(cure=f'Mended in the copy {copies[item]}', level='mended') if f.mends and item in copies else f
-        return [_named(item, mended(f)) for f in faults]
+        mended = lambda f: f._replace(cure=f'Mended in the copy {copies[item]}', level='mended')
+        return [_named(item, mended(f) if f.mends and item in copies else f) for f in faults]
     if key == 'video' and isinstance(item, list) and item:
         return [f for frame in item for f in _item_faults('image', frame, looks, leaks, copies)]
     return [Fault(f'The path is {_show(item)}, not text.', 'Give the path of a file.')]
 
 def _media_faults(sample, *about):
-    return [(key, fault) for key in ('image', 'video') for item in as_list(sample.get(key)) for fault in _item_faults(key, item, *about)]
+    return [(key, fault) for key in ('image', 'video') for item in as_list(sample.get(key))
+            for fault in _item_faults(key, item, *about)]
 
 def _length_faults(rows, text, media, cutoff_len):
     "Rows with more tokens than LLaMA-Factory keeps."
     for i, _ in rows:
         total = text[i] + (media[i] or 0)
         if total <= cutoff_len: continue
-        share, level = (f', {media[i]} of them for its pictures or clips', 'error') if media[i] else ('', 'warning')
-        ends = 'cut in the middle of a picture, and training stops' if media[i] else 'cut off'
+        share, level, ends, smaller = '', 'warning', 'cut off', 'text'
+        if media[i]:
+            share, level = f', {media[i]} of them for its pictures or clips', 'error'
+            ends, smaller = 'cut in the middle of a picture, and training stops', 'image_max_pixels'
         yield i, '', Fault(f'It takes {total} tokens{share}: above cutoff_len {cutoff_len} it is {ends}.',
-                           f'Set cutoff_len to {total} or more, or a smaller {"image_max_pixels" if media[i] else "text"}.', level)
+                           f'Set cutoff_len to {total} or more, or a smaller {smaller}.', level)
 
 # %% ../nbs/01_data.ipynb #53c1f2d0
 def _mend_pictures(seen):
     "Mended copies of the pictures that can be mended: path → copy."
     faulty = {path: look.faults for path, look in seen.items() if any(f.mends for f in look.faults)}
     if not faulty: return {}
-    common = Path(os.path.commonpath([os.path.dirname(os.path.abspath(p)) for p, look in seen.items() if look.size]))
-    beside = common.parent/f'{common.name}_mended' if common.name else Path('mended').absolute()  # on several disks there is no common folder
-    return {p: mend_picture(p, faults, beside/Path(p).absolute().relative_to(common)) for p, faults in faulty.items()}
+    folders = [os.path.dirname(os.path.abspath(p)) for p, look in seen.items() if look.size]
+    common = Path(os.path.commonpath(folders))
+    # on several disks there is no common folder
+    beside = common.parent/f'{common.name}_mended' if common.name else Path('mended').absolute()
+    return {p: mend_picture(p, faults, beside/Path(p).absolute().relative_to(common))
+            for p, faults in faulty.items()}
 
 def _mended_text(value):
     "The value with no byte-order marks in its text."
@@ -377,7 +446,9 @@ def _mended_text(value):
 
 def _map_media(sample, change):
     "The sample with its pictures and clips changed."
-    each = lambda item: [each(i) for i in item] if isinstance(item, list) else change(item) if isinstance(item, str) else item
+    def each(item):
+        if isinstance(item, list): return [each(i) for i in item]
+        return change(item) if isinstance(item, str) else item
     return sample | {k: each(as_list(sample[k])) for k in ('image', 'video') if k in sample}
 
 def _mended_sample(sample, copies):
@@ -401,7 +472,8 @@ def _between_rows(rows, told):
 def _rows_table(found):
     columns = ('row', 'field', 'what', 'cure', 'level')
     found = sorted(found, key=lambda each: each[0])
-    return findings_table([dict(zip(columns, (row, field, *fault[:3]))) for row, field, fault in found], columns)
+    rows = [dict(zip(columns, (row, field, *fault[:3]))) for row, field, fault in found]
+    return findings_table(rows, columns)
 
 def check_samples(
     samples:list, # Samples, as `read_samples` gives them
@@ -421,15 +493,18 @@ def check_samples(
     bar = tqdm(samples, desc='Checking rows', unit='row', delay=2, file=sys.stdout)
     found = [(i, *fault) for i, s in enumerate(bar) for fault in _row_faults(s)]
     sizes = {k: limits[k] for k in ('image_max_pixels', 'image_min_pixels')}
-    about = partial(look_at_picture, hashes=bool(against), **sizes), partial(look_at_video, **_sampling(limits)), workers
+    about = (partial(look_at_picture, hashes=bool(against), **sizes),
+             partial(look_at_video, **_sampling(limits)), workers)
     looks = _look(samples if media else [], *about)
     leaks = _leaks_of(looks, against, *about) if media and against else {}
     copies = _mend_pictures(looks[0]) if fix else {}
     if media: found += [(i, *fault) for i, s in rows for fault in _media_faults(s, looks, leaks, copies)]
     found += _between_rows(rows, {(i, field.split('[')[0]) for i, field, _ in found})
-    found += _length_faults(rows, text, _media_tokens(samples, looks, model, limits) if media else [0]*len(samples), cutoff_len)
+    shown = _media_tokens(samples, looks, model, limits) if media else [0]*len(samples)
+    found += _length_faults(rows, text, shown, cutoff_len)
     if not fix: return _rows_table(found)
-    noted = [(i, field, f._replace(cure='Mended: taken out.', level='mended') if f.mends == 'text' else f) for i, field, f in found]
+    mended = lambda f: f._replace(cure='Mended: taken out.', level='mended') if f.mends == 'text' else f
+    noted = [(i, field, mended(f)) for i, field, f in found]
     return [_mended_sample(s, copies) for s in samples], _rows_table(noted)
 
 # %% ../nbs/01_data.ipynb #234b2bd6
@@ -443,12 +518,13 @@ def _same_files(paths):
 
 def _media_of(sample):
     items = [item for key in ('image', 'video') for item in as_list(sample.get(key))]
-    return [p for item in items for p in (item if isinstance(item, list) else [item])]
+    return [p for item in items for p in (item if isinstance(item, list) else [item]) if isinstance(p, str)]
 
 def _ties(samples, group):
     "What ties each row to others: its pictures and clips, its value of `group`."
     same = _same_files({p for s in samples for p in _media_of(s)})
-    return [[same.get(p, p) for p in _media_of(s)] + ([(group, repr(s[group]))] if group else []) for s in samples]
+    return [[same.get(p, p) for p in _media_of(s)] + ([(group, repr(s[group]))] if group else [])
+            for s in samples]
 
 def _groups(ties):
     "Lists of row numbers that stay together: rows with a tie in common, directly or through others."
@@ -468,7 +544,8 @@ def _in_strata(groups, strata, random):
     random.shuffle(groups)
     by_stratum = {}
     for rows in groups: by_stratum.setdefault(strata[rows[0]], []).append(rows)
-    placed = [((i + random.random())/len(those), rows) for those in by_stratum.values() for i, rows in enumerate(those)]
+    placed = [((i + random.random())/len(those), rows)
+              for those in by_stratum.values() for i, rows in enumerate(those)]
     return [rows for _, rows in sorted(placed)]
 
 def _draw(groups, want):
@@ -482,7 +559,8 @@ def _check_keys(samples, **keys):
     for what, key in keys.items():
         missing = [i for i, s in enumerate(samples) if key and key not in s]
         if not missing: continue
-        raise ValueError(f"Rows {missing[:10]} have no {key!r} to {what} by; their keys: {', '.join(samples[missing[0]])}.")
+        raise ValueError(f"Rows {missing[:10]} have no {key!r} to {what} by; "
+                         f"their keys: {', '.join(samples[missing[0]])}.")
 
 def split_samples(
     samples:list, # Samples
@@ -499,8 +577,11 @@ def split_samples(
     strata = [repr(s[stratify]) if stratify else '' for s in samples]
     groups = _groups(_ties(samples, group))
     held = _draw(_in_strata(groups, strata, random.Random(seed)), want)
-    if held: return [s for i, s in enumerate(samples) if i not in held], [s for i, s in enumerate(samples) if i in held]
-    raise ValueError(f'Every {group or "picture"} has more than {want} samples, the smallest {min(map(len, groups))}: '
+    if held:
+        return ([s for i, s in enumerate(samples) if i not in held],
+                [s for i, s in enumerate(samples) if i in held])
+    raise ValueError(f'Every {group or "picture"} has more than {want} samples, '
+                     f'the smallest {min(map(len, groups))}: '
                      'a split would put one of them into both halves. Ask for a larger test half.')
 
 # %% ../nbs/01_data.ipynb #d82f4fec
@@ -510,14 +591,17 @@ def as_dialogue(
     "A sample as a dialogue; a data set has one form."
     if is_dialogue(sample): return sample
     turns = [{'role': role, 'content': text} for role, text in _trained_turns(sample)[1:]]
-    return {k: v for k,v in sample.items() if k not in ('instruction', 'input', 'output', 'history')} | {'messages': turns}
+    others = {k: v for k,v in sample.items() if k not in ('instruction', 'input', 'output', 'history')}
+    return others | {'messages': turns}
 
-def in_one_form(samples):
+def in_one_form(
+    samples:list, # Samples of either form
+)->list: # Samples
     "Samples of both forms as dialogues; of one form as they are."
     return [as_dialogue(s) for s in samples] if len({is_dialogue(s) for s in samples}) > 1 else samples
 
 def _written_path(path, media_dir):
-    "A path as it is written: inside `media_dir` relative to it, else absolute; one that leads nowhere as it is."
+    "A path as it is written: relative inside `media_dir`, else absolute; one that leads nowhere as it is."
     if not os.path.isabs(path) and not os.path.isfile(path): return path
     path = os.path.abspath(path)
     return os.path.relpath(path, media_dir) if media_dir and Path(path).is_relative_to(media_dir) else path
@@ -528,7 +612,8 @@ def _names_beside(paths, folder):
     often = Counter(os.path.basename(p) for p in paths)
     def name(path):
         stem, ending = os.path.splitext(os.path.basename(path))
-        return f'{stem}{ending}' if often[stem + ending] == 1 else f'{stem}-{hashlib.sha1(path.encode()).hexdigest()[:8]}{ending}'
+        if often[stem + ending] == 1: return f'{stem}{ending}'
+        return f'{stem}-{hashlib.sha1(path.encode()).hexdigest()[:8]}{ending}'
     return {p: os.path.join(folder, name(p)) for p in paths}
 
 def _bring(source, target, how):
@@ -545,7 +630,9 @@ def _bring_all(samples, folder, how):
     "The samples with their pictures and clips linked or copied into a folder."
     paths = sorted({p for s in samples for p in _media_of(s)})
     lost = [p for p in paths if not os.path.isfile(p)]
-    if lost: raise FileNotFoundError(f'{len(lost)} file(s) to {how} are not there: {", ".join(lost[:5])}. Nothing was written; see `check_samples`.')
+    if lost:
+        raise FileNotFoundError(f'{len(lost)} file(s) to {how} are not there: {", ".join(lost[:5])}. '
+                                'Nothing was written; see `check_samples`.')
     targets = _names_beside(paths, folder)
     for source, target in targets.items(): _bring(source, target, how)
     return [_map_media(s, targets.get) for s in samples]
@@ -555,11 +642,12 @@ def write_samples(
     samples:list, # Samples, all of one form
     path, # JSON file to write
     media_dir=None, # Paths inside this folder are written relative to it; `None`: all absolute
-    media:str='refer', # Pictures and clips: `'refer'` to them where they are, or `'link'` or `'copy'` them into a folder beside the file
+    media:str='refer', # `'refer'` to pictures and clips, `'link'` or `'copy'` them to a folder beside the file
 ):
     "Write samples as the JSON file that LLaMA-Factory reads."
     from tqdm import tqdm
-    if media not in ('refer', 'link', 'copy'): raise ValueError(f"media={media!r}: choose 'refer', 'link' or 'copy'.")
+    if media not in ('refer', 'link', 'copy'):
+        raise ValueError(f"media={media!r}: choose 'refer', 'link' or 'copy'.")
     path, media_dir = Path(path).absolute(), media_dir and Path(media_dir).absolute()
     if media != 'refer': samples = _bring_all(samples, path.parent/f'{path.stem}_media', media)
     bar = tqdm(samples, desc=f'Writing {path.name}', unit='row', delay=2, file=sys.stdout)
@@ -572,24 +660,30 @@ def write_samples(
         f.write('\n]\n')
 
 # %% ../nbs/01_data.ipynb #4a2dfdb2
-_asks = {'user': 'prompt', 'assistant': 'answer', 'system': 'system', 'observation': 'observation', 'function_call': 'call'}
+_asks = {'user': 'prompt', 'assistant': 'answer', 'system': 'system', 'observation': 'observation',
+         'function_call': 'call'}
 
 def _card(sample):
-    lines = [(_asks.get(role, str(role)), without_tags(str(text)), None) for _, role, text in sample_turns(sample)]
+    lines = [(_asks.get(role, str(role)), without_tags(str(text)), None)
+             for _, role, text in sample_turns(sample)]
     return as_list(sample.get('image')) + as_list(sample.get('video')), lines
 
 def show_samples(
     samples:list, # Samples
     n:int=8, # How many to show, from the first
     columns:int=4, # Pictures side by side
-)->PictureGrid:
+)->PictureGrid: # Shows itself in a notebook
     "Look at samples: a grid of pictures with prompt and answer, or with the turns of a dialogue."
-    return PictureGrid([_card(s) for s in samples[:n]], columns)
+    return PictureGrid([_card(s) for s in samples[:n] if isinstance(s, dict)], columns)
 
 # %% ../nbs/01_data.ipynb #76ba32d0
 _grey, _blue, _orange, _red = '#767676', '#3b82c4', '#d9740b', '#c4443b'
 
-def plain_axes(ax, xlabel, ylabel=''):
+def plain_axes(
+    ax, # matplotlib's `Axes`
+    xlabel:str, # Label of the horizontal axis
+    ylabel:str='', # Label of the vertical axis
+):
     "Axes that read well on a light and on a dark ground."
     ax.set_facecolor('none')
     for side in ('top', 'right'): ax.spines[side].set_visible(False)
@@ -607,19 +701,22 @@ def _draw_lengths(ax, table, cutoff_len):
     ax.hist(total, bins, color=_blue, alpha=.7, label='in all')
     if media.any(): ax.hist(media, bins, color=_orange, alpha=.6, label='pictures')
     if max(total, default=0) > cutoff_len/2: ax.axvline(cutoff_len, color=_red, linewidth=1)
-    ax.set_title(f'{longer:,} of {len(total):,} rows above cutoff_len {cutoff_len}', color=_red if longer else _grey, fontsize=9)
+    ax.set_title(f'{longer:,} of {len(total):,} rows above cutoff_len {cutoff_len}',
+                 color=_red if longer else _grey, fontsize=9)
     ax.legend(frameon=False, labelcolor=_grey, fontsize=8)
     plain_axes(ax, 'tokens', 'rows')
 
 def _draw_sizes(ax, looks, max_pixels):
     sizes = Counter(look.size for look in looks.values() if look.size) or {(0, 0): 0}
     (widths, heights), most = zip(*sizes), max(sizes.values())
-    ax.scatter(widths, heights, s=[8 + 40*n/max(most, 1) for n in sizes.values()], color=_blue, alpha=.5, linewidth=0, rasterized=True)
+    areas = [8 + 40*n/max(most, 1) for n in sizes.values()]
+    ax.scatter(widths, heights, s=areas, color=_blue, alpha=.5, linewidth=0, rasterized=True)
     ax.set(xlim=(0, 1.08*max(widths) or 1), ylim=(0, 1.08*max(heights) or 1))
     if any(w*h > max_pixels for w, h in sizes):  # beyond the curve LLaMA-Factory scales down
         x = [max(widths)*i/100 for i in range(1, 109)]
         ax.plot(x, [max_pixels/w for w in x], color=_grey, linestyle='--', linewidth=1)
-    ax.set_title(f'{len(looks):,} pictures, {sum(w*h > max_pixels for w, h in sizes for _ in range(sizes[w, h])):,} scaled down', color=_grey, fontsize=9)
+    scaled = sum(n for (w, h), n in sizes.items() if w*h > max_pixels)
+    ax.set_title(f'{len(looks):,} pictures, {scaled:,} scaled down', color=_grey, fontsize=9)
     plain_axes(ax, 'width in pixels', 'height')
 
 def _short(text, n=30): return text if len(text) <= n else f'{text[:n//2]}…{text[-n//2+1:]}'
@@ -630,7 +727,8 @@ def _draw_answers(ax, answers):
     plain_axes(ax, 'rows')
     ax.set_yticks(range(len(counts)), [_short(answer) for answer, _ in counts], parse_math=False, fontsize=8)
     different = len(set(answers))
-    ax.set_title(f'{different:,} different answers' + (', the most frequent' if different > 10 else ''), color=_grey, fontsize=9)
+    some = ', the most frequent' if different > 10 else ''
+    ax.set_title(f'{different:,} different answers{some}', color=_grey, fontsize=9)
 
 # %% ../nbs/01_data.ipynb #bc0cfdab
 class Plots:
@@ -639,9 +737,11 @@ class Plots:
     def _repr_svg_(self):
         import io, matplotlib
         out = io.StringIO()
-        with warnings.catch_warnings(), matplotlib.rc_context({'svg.fonttype': 'none', 'svg.hashsalt': 'plots'}):
+        settings = {'svg.fonttype': 'none', 'svg.hashsalt': 'plots'}
+        with warnings.catch_warnings(), matplotlib.rc_context(settings):
             warnings.simplefilter('ignore')  # of letters that matplotlib's own font doesn't have
-            self.figure.savefig(out, format='svg', transparent=True, dpi=150, bbox_inches='tight', metadata={'Date': None})
+            self.figure.savefig(out, format='svg', transparent=True, dpi=150, bbox_inches='tight',
+                                metadata={'Date': None})
         return out.getvalue()
 
 def describe_samples(
@@ -649,13 +749,14 @@ def describe_samples(
     model=None, # Model folder: text is counted by its tokenizer; `None`: pictures and clips alone are counted
     cutoff_len:int=2048, # Tokens that LLaMA-Factory keeps of a row, as in the recipe
     **limits, # `image_max_pixels`, `video_fps`, … as in the recipe
-)->Plots:
+)->Plots: # Shows itself in a notebook; its `figure` can be saved
     "What a data set looks like: lengths, picture sizes, answers."
     from matplotlib.figure import Figure
-    looks, _ = _look(samples, glance_at_picture, glance_at_video)
+    samples = [s for s in samples if isinstance(s, dict)]
+    looks = _glance(samples, _known_limits(limits))
     figure = Figure(figsize=(10, 2.8), layout='constrained')
     lengths, sizes, answers = figure.subplots(1, 3, width_ratios=(3, 3, 2))
-    _draw_lengths(lengths, count_tokens(samples, model, **limits), cutoff_len)
-    _draw_sizes(sizes, looks, _known_limits(limits)['image_max_pixels'])
+    _draw_lengths(lengths, count_tokens(samples, model, looks, **limits), cutoff_len)
+    _draw_sizes(sizes, looks[0], _known_limits(limits)['image_max_pixels'])
     _draw_answers(answers, [str(sample_turns(s)[-1][2]) for s in samples if sample_turns(s)])
     return Plots(figure)

@@ -51,7 +51,8 @@ def processor_limits(
 )->dict: # `min_pixels`, `max_pixels`, and `unit`, the side of a token in pixels
     "The limits that the processor in a model folder puts on a picture."
     if not model: return dict(_published)
-    files = [Path(model)/name for name in ('video_preprocessor_config.json', 'preprocessor_config.json')[not video:]]
+    files = [Path(model)/name
+             for name in ('video_preprocessor_config.json', 'preprocessor_config.json')[not video:]]
     config = json.loads(next((f for f in files if f.is_file()), files[-1]).read_text(encoding='utf-8'))
     size, least, most = config.get('size') or {}, *((128*28*28, 768*28*28) if video else (56*56, 1280*28*28))
     return {'min_pixels': config.get('min_pixels') or size.get('shortest_edge') or least,
@@ -97,7 +98,8 @@ def video_tokens(
     model=None, # Model folder, for the processor's own limits; `None`: the published ones
 )->int: # Number of tokens
     "Tokens that one clip takes in the prompt."
-    return math.ceil(frames/2) * _tokens(width, height, video_max_pixels, video_min_pixels, processor_limits(model, video=True))
+    limits = processor_limits(model, video=True)
+    return math.ceil(frames/2) * _tokens(width, height, video_max_pixels, video_min_pixels, limits)
 
 # %% ../nbs/00a_media.ipynb #3270c756
 class Fault(NamedTuple):
@@ -129,7 +131,7 @@ def _near_name(path):
 
 def _missing(path):
     near = _near_name(path)
-    hint = f' There is {near}, in another case.' if near and not os.path.exists(path) else ''
+    hint = f' There is {near}, in another case.' if near and near != os.path.basename(path) else ''
     return Fault(f'There is no file {path}.{hint}', 'Correct the path, or drop the row.')
 
 def _file_fault(path):
@@ -139,26 +141,30 @@ def _file_fault(path):
     if path.startswith(('http://', 'https://', 's3://', 'gs://')):
         return Fault(f'{path} is a web address, and nothing is downloaded.', 'Download it, and give its path.')
     if path.startswith('data:'):
-        return Fault('The picture stands in the row itself (data: …).', 'Read it with `read_samples`, which writes it out.')
+        return Fault('The picture stands in the row itself (data: …).',
+                     'Read it with `read_samples`, which writes it out.')
     if os.path.isdir(path): return Fault(f'{path} is a folder.', 'Give the path of a file.')
     if not os.path.isfile(path): return _missing(path)
     if not os.path.getsize(path): return Fault(f'{path} has no bytes in it.', 'Save it again, or drop the row.')
 
 # %% ../nbs/00a_media.ipynb #1c0e21f1
-_heads = {b'<!doctype': 'a web page', b'<html': 'a web page', b'<svg': 'an SVG drawing', b'<?xml': 'XML or an SVG drawing',
-          b'version https://git-lfs': 'a Git LFS pointer (`git lfs pull` fetches the file)', b'%pdf': 'a PDF',
-          b'pk\x03\x04': 'a zip archive'}
+_heads = {b'<!doctype': 'a web page', b'<html': 'a web page',
+          b'<svg': 'an SVG drawing', b'<?xml': 'XML or an SVG drawing',
+          b'version https://git-lfs': 'a Git LFS pointer (`git lfs pull` fetches the file)',
+          b'%pdf': 'a PDF', b'pk\x03\x04': 'a zip archive'}
 
 def _true_kind(data):
     "What the bytes are that Pillow cannot read, if it is one of the usual things."
     head = data[:64].lstrip().lower()
-    if data[4:12] in (b'ftypheic', b'ftypheix', b'ftypmif1', b'ftyphevc'): return 'a HEIC photograph; save it as JPEG'
+    if data[4:12] in (b'ftypheic', b'ftypheix', b'ftypmif1', b'ftyphevc'):
+        return 'a HEIC photograph; save it as JPEG'
     return next((kind for start, kind in _heads.items() if head.startswith(start)), None)
 
 def _unreadable(path, data, error):
-    if isinstance(error, PermissionError): return Fault(f'{path} may not be read by you.', 'Change its permissions, or drop the row.')
-    kind = _true_kind(data)
-    why = f'it is {kind}' if kind else str(error).replace(repr(path), 'it') or type(error).__name__
+    if isinstance(error, PermissionError):
+        return Fault(f'{path} may not be read by you.', 'Change its permissions, or drop the row.')
+    kind, known = _true_kind(data), 'cannot identify' not in str(error)
+    why = f'it is {kind}' if kind else str(error) or type(error).__name__ if known else 'Pillow knows no such picture'
     return Fault(f'{path} cannot be read: {why}.', 'Save the picture again, or drop the row.')
 
 # %% ../nbs/00a_media.ipynb #9ea2debe
@@ -171,8 +177,8 @@ def _animated(im):
 def _turned(im):
     orientation = im.getexif().get(0x0112, 1)
     if orientation in (0, 1): return
-    return Fault(f'Its EXIF data say that it must be turned (orientation {orientation}), and LLaMA-Factory does not.',
-                 'Turn it and save it again.', 'warning', 'pixels')
+    return Fault(f'Its EXIF data say that it must be turned (orientation {orientation}), '
+                 'and LLaMA-Factory does not.', 'Turn it and save it again.', 'warning', 'pixels')
 
 def _is_clear(im):
     "Whether parts of the picture are transparent."
@@ -201,22 +207,27 @@ def _formats():
     return Image.registered_extensions()
 
 def _kind(im): return 'JPEG' if im.format == 'MPO' else im.format
-def _ending(kind): return {'JPEG': '.jpg', 'TIFF': '.tif'}.get(kind) or next((e for e,k in _formats().items() if k == kind), None)
+def _ending(kind):
+    usual = {'JPEG': '.jpg', 'TIFF': '.tif'}
+    return usual.get(kind) or next((e for e,k in _formats().items() if k == kind), None)
 
 def _misnamed(path, im):
     ending = os.path.splitext(path)[1].lower()
     if _formats().get(ending) in (_kind(im), im.format) or not _ending(_kind(im)): return
     named = f'the ending {ending}' if ending else 'no ending'
-    return Fault(f'It is a {_kind(im)} file with {named}.', f'Rename it to {_ending(_kind(im))}.', 'warning', 'name')
+    return Fault(f'It is a {_kind(im)} file with {named}.', f'Rename it to {_ending(_kind(im))}.',
+                 'warning', 'name')
 
 # %% ../nbs/00a_media.ipynb #0f98741b
 def _shape_fault(size, image_max_pixels=768*768, image_min_pixels=32*32):
     width, height = size
     try: _trainer_size(width, height, image_max_pixels, image_min_pixels)
-    except ValueError: return Fault(f'It has {width}×{height} pixels: scaled down, nothing is left of one side.', 'Cut it, or drop the row.')
+    except ValueError:
+        return Fault(f'It has {width}×{height} pixels: scaled down, nothing is left of one side.',
+                     'Cut it, or drop the row.')
     if max(size) > 200*min(size):
-        return Fault(f'It has {width}×{height} pixels: the processor refuses more than 200:1, and LLaMA-Factory squeezes it to 180:1.',
-                     'Cut it, or drop the row.', 'warning')
+        return Fault(f'It has {width}×{height} pixels: the processor refuses more than 200:1, '
+                     'and LLaMA-Factory squeezes it to 180:1.', 'Cut it, or drop the row.', 'warning')
 
 # %% ../nbs/00a_media.ipynb #5d12ede4
 def _see(look, im):
@@ -233,12 +244,14 @@ def _decode(look, im, path, hashes, limits):
     look.size = im.size
     shape = _shape_fault(im.size, **limits)
     im.load()
-    im.crop((0, 0, 2, 2)).resize((1, 1)).convert('RGB')  # what LLaMA-Factory does to the whole; some modes refuse
+    # what LLaMA-Factory does to the whole; some modes refuse
+    im.crop((0, 0, 2, 2)).resize((1, 1)).convert('RGB')
     look.faults += [f for f in (shape, _animated(im), _turned(im), _spoilt(im), _misnamed(path, im)) if f]
     if hashes: _see(look, im)
 
 def _bomb(size):
-    return Fault(f'It has {size} pixels; Pillow takes so many for an attack (a decompression bomb).', 'Scale it down: the model sees less than a million pixels.')
+    return Fault(f'It has {size} pixels; Pillow takes so many for an attack (a decompression bomb).',
+                 'Scale it down: the model sees less than a million pixels.')
 
 def _decode_unless_bomb(look, im, path, hashes, limits):
     from PIL import Image
@@ -249,7 +262,7 @@ def look_at_picture(
     path:str, # Of the picture
     hashes:bool=False, # Also make the hashes by which near duplicates are known
     **limits, # `image_max_pixels` and `image_min_pixels`, as in the recipe
-)->Look:
+)->Look: # Its size, faults and hashes
     "Read one picture whole and say what is wrong with it; never raises."
     from PIL import Image
     look, fault, data = Look(), _file_fault(path), b''
@@ -271,10 +284,12 @@ def _stream_facts(stream):
 
 def _header_fault(stream):
     frames, seconds = _stream_facts(stream)
-    if not stream.average_rate: return Fault('It does not say how many frames a second it has.', 'Save it as MP4 again.')
+    if not stream.average_rate:
+        return Fault('It does not say how many frames a second it has.', 'Save it as MP4 again.')
     if frames and not seconds: return Fault('It does not say how long it is.', 'Save it as MP4 again.')
     if not frames:
-        return Fault('It does not say how many frames it has (as MKV and WebM): LLaMA-Factory takes its first frames instead of some of each second.',
+        return Fault('It does not say how many frames it has (as MKV and WebM): '
+                     'LLaMA-Factory takes its first frames instead of some of each second.',
                      'Save it as MP4.', 'warning')
 
 def _frame_faults(taken, decoded, promised):
@@ -282,7 +297,9 @@ def _frame_faults(taken, decoded, promised):
     found = sum(i < decoded for i in taken)
     if not found: return [Fault('No frame of it can be decoded.', 'Save it again, or drop the row.')]
     if promised and found < len(taken):
-        return [Fault(f'It promises {promised} frames and has {decoded}: {found} of the {len(taken)} that LLaMA-Factory takes.', 'Save it again, or drop the row.')]
+        return [Fault(f'It promises {promised} frames and has {decoded}: '
+                      f'{found} of the {len(taken)} that LLaMA-Factory takes.',
+                      'Save it again, or drop the row.')]
     return []
 
 def _watch(look, container, video_fps, video_maxlen):
@@ -298,13 +315,14 @@ def _watch(look, container, video_fps, video_maxlen):
     look.faults += _frame_faults(taken, decoded, stream.frames)
     look.frames = sum(i < decoded for i in taken)
     if rotation:
-        look.faults.append(Fault(f'It says that it must be turned ({rotation}°), and LLaMA-Factory does not.', 'Turn it and save it again.', 'warning'))
+        look.faults.append(Fault(f'It says that it must be turned ({rotation}°), and LLaMA-Factory does not.',
+                                 'Turn it and save it again.', 'warning'))
 
 def look_at_video(
     path:str, # Of the clip
     video_fps:float=2., # Frames taken for each second, as in the recipe
     video_maxlen:int=128, # and at most so many
-)->Look:
+)->Look: # Its size, the frames taken, and faults
     "Decode one clip whole and say what is wrong with it; never raises."
     import av
     fault = _file_fault(path)
@@ -313,7 +331,8 @@ def look_at_video(
     try:
         look.digest = _file_digest(path)
         with av.open(path) as container: _watch(look, container, video_fps, video_maxlen)
-    except Exception as e: look.faults = [Fault(f'{path} cannot be decoded: {e}', 'Save the clip again, or drop the row.')]
+    except Exception as e:
+        look.faults = [Fault(f'{path} cannot be decoded: {e}', 'Save the clip again, or drop the row.')]
     return look
 
 def _file_digest(path):
@@ -345,7 +364,8 @@ def glance_at_video(
             stream = container.streams.video[0]
             taken = sampled_frames(*_stream_facts(stream), video_fps, video_maxlen)
             return Look(size=(stream.width, stream.height), frames=len(taken))
-    except Exception as e: return Look(faults=[Fault(f'{path} cannot be decoded: {e}', 'Save the clip again, or drop the row.')])
+    except Exception as e:
+        return Look(faults=[Fault(f'{path} cannot be decoded: {e}', 'Save the clip again, or drop the row.')])
 
 # %% ../nbs/00a_media.ipynb #60749bf5
 @contextmanager
@@ -486,7 +506,7 @@ def _data_uri(im, side):
 def thumbnail(
     path:str, # Of a picture
     side:int=240, # At most so many pixels a side
-)->str:
+)->str: # PNG, or JPEG where it is large
     "A picture, scaled down, as a `data:` URI."
     from PIL import Image
     with Image.open(path) as im: return _data_uri(im, side)
@@ -503,7 +523,8 @@ def _strip_html(uris):
 def _picture_html(path):
     try:
         if isinstance(path, list): return _strip_html([thumbnail(frame, 120) for frame in path[:4]])
-        if path.lower().endswith(video_endings): return _strip_html([_data_uri(im, 120) for im in video_frames(path)])
+        if path.lower().endswith(video_endings):
+            return _strip_html([_data_uri(im, 120) for im in video_frames(path)])
         return f'<img src="{thumbnail(path)}" style="width:100%;max-height:240px;object-fit:contain">'
     except Exception as e:
         return _div('padding:2em 1em;border:1px dashed', html.escape(f'{path}: {type(e).__name__}'))
@@ -519,7 +540,8 @@ def _card_html(pictures, lines):
     return _div(frame, ''.join([*map(_picture_html, pictures), *(_line_html(*line) for line in lines)]))
 
 def _card_text(pictures, lines):
-    return ' | '.join([*(os.path.basename(str(p)) for p in pictures), *(f'{name}: {text}' for name, text, _ in lines)])
+    names = [os.path.basename(str(p)) for p in pictures]
+    return ' | '.join(names + [f'{name}: {text}' for name, text, _ in lines])
 
 # %% ../nbs/00a_media.ipynb #5e0b0511
 class PictureGrid:

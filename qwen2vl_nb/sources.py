@@ -6,7 +6,7 @@
 __all__ = ['picture_endings', 'question_sample', 'dialogue_sample', 'read_rows', 'read_samples']
 
 # %% ../nbs/00b_sources.ipynb #146b215c
-import base64, binascii, hashlib, io, json, os, re, sys, warnings
+import base64, hashlib, io, json, os, re, sys, warnings
 from collections import Counter
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -34,30 +34,32 @@ class _Place:
         return os.path.normpath(found) if found else path
 
 def _place(path, media_dir=None):
-    return _Place(_roots(path, media_dir), Path(media_dir or path.resolve().with_name(f'{path.stem}_media')).resolve())
+    out = Path(media_dir or path.resolve().with_name(f'{path.stem}_media'))
+    return _Place(_roots(path, media_dir), out.resolve())
 
 def _write_out(data, place):
     "Write a picture's bytes to a file."
     from PIL import Image
     try: ending = Image.open(io.BytesIO(data)).format.lower().replace('jpeg', 'jpg')
-    except Exception: ending = 'img'  # `check_samples` will say that it can't be read
+    except Exception: ending = 'mp4' if data[4:8] == b'ftyp' else 'img'  # `check_samples` will say more
     file = place.out/f'{hashlib.sha1(data).hexdigest()[:16]}.{ending}'
     if not file.is_file():
         with whole_file(file, 'wb') as f: f.write(data)
-    place.written += 1
+        place.written += 1
     return str(file)
 
 # %% ../nbs/00b_sources.ipynb #d5d1acf6
 def _from_data_uri(uri, place):
     try: return _write_out(base64.b64decode(uri.split(',', 1)[1], validate=True), place)
-    except (IndexError, binascii.Error): return uri
+    except (IndexError, ValueError): return uri  # `check_samples` will say so
 
 def _one_media(value, place):
     "The path of one picture or clip."
-    if isinstance(value, dict) and isinstance(value.get('bytes'), bytes): return _write_out(value['bytes'], place)
+    if isinstance(value, dict) and isinstance(value.get('bytes'), bytes):
+        return _write_out(value['bytes'], place)
     if isinstance(value, dict) and isinstance(value.get('path'), str): value = value['path']
     if isinstance(value, bytes): return _write_out(value, place)
-    if isinstance(value, list): return [_one_media(frame, place) for frame in value]  # a clip as a list of its frames
+    if isinstance(value, list): return [_one_media(frame, place) for frame in value]  # a clip as its frames
     if not isinstance(value, str): return value
     if value.startswith('data:'): return _from_data_uri(value, place)
     if value.startswith('file:'): value = unquote(urlparse(value).path)
@@ -96,7 +98,8 @@ def _read_text(path, encoding=None):
     except UnicodeDecodeError: text = ''
     wide = [c for c in text[:100_000] if ord(c) > 127]
     if sum(map(_is_common, wide)) > .8*len(wide): return text, 'GB18030'
-    raise ValueError(f"{path} is neither UTF-8 nor GB18030 (line {place}): name its encoding, as in encoding='cp1252'.")
+    raise ValueError(f'{path} is neither UTF-8 nor GB18030 (line {place}): '
+                     "name its encoding, as in encoding='cp1252'.")
 
 # %% ../nbs/00b_sources.ipynb #4872fa7c
 def _read_jsonl(path, place, encoding):
@@ -116,7 +119,8 @@ def _read_json(path, place, encoding):
     except json.JSONDecodeError as e:
         if e.msg == 'Extra data': return _read_jsonl(path, place, encoding)  # JSON lines under the ending .json
         raise ValueError(f'{path} is not JSON: {e.msg} at line {e.lineno}, column {e.colno}.') from None
-    except ValueError as e: raise ValueError(f'{path} cannot be read: {e}') from None  # a number of thousands of digits
+    except ValueError as e:  # a number of thousands of digits
+        raise ValueError(f'{path} cannot be read: {e}') from None
 
 # %% ../nbs/00b_sources.ipynb #af3d90fa
 def _separator(path, text):
@@ -131,18 +135,24 @@ def _read_table(path, place, encoding):
         warnings.simplefilter('error', pd.errors.ParserWarning)  # a row with more cells than the header
         try: table = pd.read_csv(io.StringIO(text), dtype=str, na_filter=False, sep=between, index_col=False)
         except (pd.errors.ParserError, pd.errors.EmptyDataError, pd.errors.ParserWarning) as e:
-            raise ValueError(f'{path} is not a CSV file with as many cells in its rows as in its header: {e}') from None
-    return table.to_dict('records'), f"a table in {encoding} with {dict(zip(',;', ('commas', 'semicolons'))).get(between, 'tabs')}"
+            raise ValueError(f'{path} is not a CSV file with as many cells in its rows '
+                             f'as in its header: {e}') from None
+    named = {',': 'commas', ';': 'semicolons'}.get(between, 'tabs')
+    return table.to_dict('records'), f'a table in {encoding} with {named}'
 
 def _read_excel(path, place, encoding):
     import pandas as pd
     try: sheets = pd.read_excel(path, dtype=str, na_filter=False, sheet_name=None)
-    except Exception as e: raise ValueError(f'{path} is no Excel workbook that can be read ({e}). Save it as .xlsx or as CSV UTF-8.') from None
+    except Exception as e:
+        raise ValueError(f'{path} is no Excel workbook that can be read ({e}). '
+                         'Save it as .xlsx or as CSV UTF-8.') from None
     name, table = next((pair for pair in sheets.items() if len(pair[1])), next(iter(sheets.items())))
-    return table.to_dict('records'), f'the sheet {name!r} of an Excel workbook' + (f' ({len(sheets)} sheets)' if len(sheets) > 1 else '')
+    of_several = f' ({len(sheets)} sheets)' if len(sheets) > 1 else ''
+    return table.to_dict('records'), f'the sheet {name!r} of an Excel workbook{of_several}'
 
 # %% ../nbs/00b_sources.ipynb #7c372d7d
-def _holds_picture(value): return isinstance(value, bytes) or isinstance(value, dict) and value.keys() == {'bytes', 'path'}
+def _holds_picture(value):
+    return isinstance(value, bytes) or isinstance(value, dict) and value.keys() == {'bytes', 'path'}
 
 def _plain(value, place):
     "A value as JSON can hold it; pictures are written out."
@@ -164,14 +174,16 @@ def _arrow_rows(batches, place):
     for batch in batches:
         classes = _class_names(batch.schema)
         for row in batch.to_pylist():
-            named = {k: names[row[k]] for k, names in classes.items() if isinstance(row[k], int) and row[k] >= 0}
+            named = {k: names[row[k]] for k, names in classes.items()
+                     if isinstance(row[k], int) and row[k] >= 0}
             rows.append({k: _plain(v, place) for k,v in (row | named).items()})
     return rows
 
 def _read_parquet(path, place, encoding):
     import pyarrow as pa, pyarrow.parquet as pq
     try: return _arrow_rows(pq.ParquetFile(path).iter_batches(256), place), 'Parquet'
-    except (pa.ArrowException, OSError) as e: raise ValueError(f'{path} is not Parquet, or damaged: {e}') from None
+    except (pa.ArrowException, OSError) as e:
+        raise ValueError(f'{path} is not Parquet, or damaged: {e}') from None
 
 # %% ../nbs/00b_sources.ipynb #289be14c
 _readers = {'.csv': _read_table, '.tsv': _read_table, '.json': _read_json, '.jsonl': _read_jsonl,
@@ -189,7 +201,8 @@ def _read_file(path, place, encoding=None):
         named = path.suffix or 'a file without an ending'
         raise ValueError(f'{path}: cannot read {named}; give one of {", ".join(_readers)}.')
     try: return _readers[ending](path, place, encoding)
-    except UnicodeDecodeError as e: raise ValueError(f'{path} is not {e.encoding}: {e.reason} at byte {e.start}.') from None
+    except UnicodeDecodeError as e:
+        raise ValueError(f'{path} is not {e.encoding}: {e.reason} at byte {e.start}.') from None
     except LookupError: raise ValueError(f'{path}: Python knows no encoding {encoding!r} for text.') from None
     except RecursionError: raise ValueError(f'{path} is nested too deeply to be rows.') from None
 
@@ -197,7 +210,8 @@ def _read_file(path, place, encoding=None):
 picture_endings = ('.jpg', '.jpeg', '.jfif', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.avif')
 _split_names = {'train', 'test', 'val', 'valid', 'validation', 'dev'}
 
-def _labels_in(folder): return ' or '.join(p.name for p in sorted(folder.iterdir()) if p.suffix.lower() in _readers)
+def _labels_in(folder):
+    return ' or '.join(p.name for p in sorted(folder.iterdir()) if p.suffix.lower() in _readers)
 
 def _read_class_folder(folder):
     "Rows of a folder with a subfolder of pictures for each class."
@@ -209,7 +223,8 @@ def _read_class_folder(folder):
         hint = f' Its labels may be in {labels}: give that file.' if labels else ''
         raise ValueError(f'{folder} has no subfolders with pictures or clips, one for each class.{hint}')
     if classes.keys() <= _split_names:
-        raise ValueError(f'{folder} holds splits, not classes: read each, as in read_samples({str(folder/next(iter(classes)))!r}, …).')
+        raise ValueError(f'{folder} holds splits, not classes: '
+                         f'read each, as in read_samples({str(folder/next(iter(classes)))!r}, …).')
     key = lambda f: 'video' if f.suffix.lower() in video_endings else 'image'
     rows = [{key(f): [str(f.resolve())], 'output': f.relative_to(folder).parts[0]} for f in files]
     return rows, f'a folder of {len(classes)} classes'
@@ -220,7 +235,8 @@ def _read_saved(folder, place):
     try: saved = datasets.load_from_disk(str(folder))
     except Exception as e: raise ValueError(f'{folder} is no data set that datasets can load: {e}') from None
     if isinstance(saved, dict):
-        raise ValueError(f'{folder} holds the splits {", ".join(saved)}: read each, as in read_samples({str(folder/next(iter(saved)))!r}, …).')
+        raise ValueError(f'{folder} holds the splits {", ".join(saved)}: '
+                         f'read each, as in read_samples({str(folder/next(iter(saved)))!r}, …).')
     return _arrow_rows(saved.with_format('arrow').iter(256), place), 'a saved Hugging Face data set'
 
 def _read_folder(folder, place):
@@ -228,15 +244,16 @@ def _read_folder(folder, place):
     return _read_saved(folder, place) if is_saved else _read_class_folder(folder)
 
 # %% ../nbs/00b_sources.ipynb #ca5211f1
-_usual = {'image': ('image', 'images'), 'video': ('video', 'videos'), 'prompt': ('instruction', 'prompt', 'question'),
-          'response': ('output', 'response', 'answer')}
+_usual = {'image': ('image', 'images'), 'video': ('video', 'videos'),
+          'prompt': ('instruction', 'prompt', 'question'), 'response': ('output', 'response', 'answer')}
 _what = {'image': 'the picture', 'video': 'the clip', 'prompt': 'the prompt', 'response': 'the answer'}
 
 def _no_column(path, name, what, columns):
     near = get_close_matches(name, columns, 1)
     hint = f'; did you mean {near[0]!r}?' if near else '.'
     words = " Or give the prompt itself: prompt='What is this?'." if what == 'prompt' else ''
-    return ValueError(f'{path} has no column {name!r} for {_what[what]}{hint} Its columns: {", ".join(map(str, columns))}.{words}')
+    return ValueError(f'{path} has no column {name!r} for {_what[what]}{hint} '
+                      f'Its columns: {", ".join(map(str, columns))}.{words}')
 
 def _column(path, columns, what, given, required):
     "The column for the prompt, the picture, …: the one given, or a usual one."
@@ -267,7 +284,9 @@ def _table_columns(path, rows, image, video, prompt, response):
 # %% ../nbs/00b_sources.ipynb #d2fdda0c
 def _tags(text, tag): return text.count(tag) if isinstance(text, str) else 0
 
-def _said(history): return [turn for pair in history if isinstance(pair, (list, tuple)) for turn in pair] if isinstance(history, list) else []
+def _said(history):
+    if not isinstance(history, list): return []
+    return [turn for pair in history if isinstance(pair, (list, tuple)) for turn in pair]
 
 def _tagged(prompt, others, images, videos):
     "The prompt with a tag for each picture and clip, where no text has any."
@@ -277,7 +296,7 @@ def _tagged(prompt, others, images, videos):
 
 def question_sample(
     row:dict, # A row of a source
-    columns:dict, # LLaMA-Factory's column (`images`, `prompt`, `query`, `response`, `history`, …) → the row's key
+    columns:dict, # LLaMA-Factory's column (`images`, `prompt`, `query`, `response`, `history`, …) → the row's
     place, # Where its pictures are looked for
     prompt:str=None, # The words of the prompt, where no column has them
     tag:bool=True, # Put a tag for each picture and clip where there is none
@@ -285,7 +304,8 @@ def question_sample(
     "One row with a prompt and an answer as a sample."
     key = {k: c for k,c in columns.items() if c}
     pictures = key.get('images', [])
-    images = [p for c in ([pictures] if isinstance(pictures, str) else pictures) for p in _media(row.get(c), place)]
+    images = [p for c in ([pictures] if isinstance(pictures, str) else pictures)
+              for p in _media(row.get(c), place)]
     videos = _media(row.get(key.get('videos')), place)
     more, text = row.get(key.get('query')) or '', prompt if prompt is not None else row.get(key.get('prompt'))
     history = row.get(key.get('history', 'history'))
@@ -299,13 +319,14 @@ def question_sample(
 # %% ../nbs/00b_sources.ipynb #a1de712a
 _roles = {'human': 'user', 'gpt': 'assistant', 'chatgpt': 'assistant', 'bing': 'assistant', 'bard': 'assistant',
           'model': 'assistant', 'developer': 'system', 'tool': 'observation', 'function': 'observation'}
-_part_tags = {'image': '<image>', 'image_url': '<image>', 'input_image': '<image>', 'video': '<video>', 'video_url': '<video>'}
+_part_tags = {'image': '<image>', 'image_url': '<image>', 'input_image': '<image>',
+              'video': '<video>', 'video_url': '<video>'}
 
 def _part(part):
     "The text of one part of a turn, and the picture or clip that it brings."
     if isinstance(part, str) or not isinstance(part, dict): return str(part), None
     kind = part.get('type')
-    if kind not in _part_tags: return str(part.get('text', '')), None
+    if not isinstance(kind, str) or kind not in _part_tags: return str(part.get('text', '')), None
     media = part.get(kind) or part.get('image_url') or part.get('url') or part.get('path')
     return _part_tags[kind], media.get('url') if isinstance(media, dict) and 'url' in media else media
 
@@ -320,9 +341,11 @@ def _turn(turn, role_tag, content_tag, roles, place):
     if not isinstance(turn, dict): return turn, [], []
     role, content, images, videos = turn.get(role_tag), turn.get(content_tag), [], []
     if isinstance(content, list): content, images, videos = _parts(content, place)
-    if turn.get('tool_calls'):
-        role, content = 'function_call', json.dumps([call.get('function', call) for call in turn['tool_calls']], ensure_ascii=False)
-    return {'role': roles.get(role, role) if isinstance(role, str) else role, 'content': content}, images, videos
+    if isinstance(turn.get('tool_calls'), list) and turn['tool_calls']:
+        calls = [call.get('function', call) if isinstance(call, dict) else call for call in turn['tool_calls']]
+        role, content = 'function_call', json.dumps(calls, ensure_ascii=False)
+    role = roles.get(role, role) if isinstance(role, str) else role
+    return {'role': role, 'content': content}, images, videos
 
 def dialogue_sample(
     row:dict, # A row of a source
@@ -332,14 +355,17 @@ def dialogue_sample(
     tag:bool=True, # Put a tag for each picture and clip where there is none
 )->dict: # A dialogue
     "One row with turns as a sample."
-    roles = _roles | {word: tag.removesuffix('_tag').replace('function', 'function_call') for tag, word in tags.items() if tag not in ('role_tag', 'content_tag')}
+    roles = _roles | {word: tag.removesuffix('_tag').replace('function', 'function_call')
+                      for tag, word in tags.items() if tag not in ('role_tag', 'content_tag')}
     said = row.get(columns['messages'])
-    read = [_turn(t, tags['role_tag'], tags['content_tag'], roles, place) for t in said] if isinstance(said, list) else []
+    given = said if isinstance(said, list) else []
+    read = [_turn(t, tags['role_tag'], tags['content_tag'], roles, place) for t in given]
     key = lambda k: columns.get(k) and row.get(columns[k])
     images = [p for _, found, _ in read for p in found] or _media(key('images'), place)
     videos = [p for _, _, found in read for p in found] or _media(key('videos'), place)
     turns = [turn for turn, _, _ in read] if isinstance(said, list) else said
-    sample = {k: v for k,v in row.items() if k not in columns.values()} | {k: key(k) for k in ('system', 'tools') if columns.get(k) in row}
+    sample = {k: v for k,v in row.items() if k not in columns.values()}
+    sample |= {k: key(k) for k in ('system', 'tools') if columns.get(k) in row}
     sample |= {'image': images} | ({'video': videos} if videos else {})
     return sample | {'messages': _tagged_turns(turns, images, videos) if tag else turns}
 
@@ -349,14 +375,16 @@ def _tagged_turns(turns, images, videos):
     first = next((i for i,t in enumerate(turns) if t['role'] == 'user'), None)
     if first is None: return turns
     others = [t['content'] for i,t in enumerate(turns) if i != first]
-    return [t | {'content': _tagged(t['content'], others, images, videos)} if i == first else t for i,t in enumerate(turns)]
+    return [t | {'content': _tagged(t['content'], others, images, videos)} if i == first else t
+            for i,t in enumerate(turns)]
 
 # %% ../nbs/00b_sources.ipynb #8d983c2a
 def _some(items): return ', '.join(map(str, items[:5])) + (' …' if len(items) > 5 else '')
 
 def _check_items(path, name, items, *keys):
     "Every item is an object that has these keys."
-    bad = [i for i, item in enumerate(items) if not (isinstance(item, dict) and all(isinstance(item.get(k), (str, int)) for k in keys))]
+    has_keys = lambda item: all(isinstance(item.get(k), (str, int)) for k in keys)
+    bad = [i for i, item in enumerate(items) if not (isinstance(item, dict) and has_keys(item))]
     if bad: raise ValueError(f'{path}: {len(bad)} of its {name} lack {" or ".join(keys)}: number {_some(bad)}.')
 
 def _listed(path, data, name):
@@ -366,13 +394,17 @@ def _listed(path, data, name):
 def _coco_rows(path, data):
     images, captions = _listed(path, data, 'images'), _listed(path, data, 'annotations')
     if captions and not any(isinstance(a, dict) and 'caption' in a for a in captions):
-        raise ValueError(f'{path} has annotations without a caption (boxes or masks?); COCO captions are what is read here.')
+        raise ValueError(f'{path} has annotations without a caption (boxes or masks?); '
+                         'COCO captions are what is read here.')
     _check_items(path, 'images', images, 'id', 'file_name')
     _check_items(path, 'annotations', captions, 'image_id', 'caption')
     files = {picture['id']: picture['file_name'] for picture in images}
     lost = [a.get('id') for a in captions if a['image_id'] not in files]
-    if lost: raise ValueError(f'{path}: the pictures of {len(lost)} annotation(s) are not among its images: annotation {_some(lost)}.')
-    return [{'image': files[a['image_id']], 'output': a['caption'], 'id': a.get('id'), 'image_id': a['image_id']} for a in captions]
+    if lost:
+        raise ValueError(f'{path}: the pictures of {len(lost)} annotation(s) are not among its images: '
+                         f'annotation {_some(lost)}.')
+    return [{'image': files[a['image_id']], 'output': a['caption'],
+             'id': a.get('id'), 'image_id': a['image_id']} for a in captions]
 
 def _vqa_picture(question, subset, place):
     number = question['image_id']
@@ -387,33 +419,44 @@ def _vqa_rows(paths, questions, annotations, place):
     answers = {a['question_id']: a for a in answered}
     lost = [q['question_id'] for q in asked if q['question_id'] not in answers]
     if lost: raise ValueError(f'{paths[1]} has no annotation for {len(lost)} question(s): {_some(lost)}.')
-    kept = lambda q: {k: v for k,v in answers[q['question_id']].items() if k in ('question_type', 'answer_type')}
-    return [{'image': _vqa_picture(q, questions.get('data_subtype'), place), 'instruction': q['question'], 'id': q['question_id'],
-             'output': answers[q['question_id']]['multiple_choice_answer'], 'image_id': q['image_id']} | kept(q) for q in asked]
+    kept = lambda q: {k: v for k,v in answers[q['question_id']].items()
+                      if k in ('question_type', 'answer_type')}
+    return [{'image': _vqa_picture(q, questions.get('data_subtype'), place), 'instruction': q['question'],
+             'id': q['question_id'], 'output': answers[q['question_id']]['multiple_choice_answer'],
+             'image_id': q['image_id']} | kept(q) for q in asked]
 
 def _read_vqa(paths, place):
     "Rows of a pair of files: questions, and annotations, in either order."
-    if len(paths) != 2: raise ValueError(f'{_some(paths)}: VQA v2 is a pair of files, (questions, annotations); a table is one.')
+    if len(paths) != 2:
+        raise ValueError(f'{_some(paths)}: VQA v2 is a pair of files, (questions, annotations); '
+                         'a table is one.')
     files = [(p, _read_file(p, place)[0]) for p in map(_existing, paths)]
-    by_key = {key: (p, f) for p, f in files if isinstance(f, dict) for key in ('questions', 'annotations') if key in f}
-    if len(by_key) < 2: raise ValueError(f'{paths[0]} and {paths[1]} are not the questions and annotations of VQA v2.')
+    by_key = {key: (p, f) for p, f in files if isinstance(f, dict)
+              for key in ('questions', 'annotations') if key in f}
+    if len(by_key) < 2:
+        raise ValueError(f'{paths[0]} and {paths[1]} are not the questions and annotations of VQA v2.')
     names, (questions, annotations) = zip(*(by_key[k] for k in ('questions', 'annotations')))
     return _vqa_rows(names, questions, annotations, place), 'VQA v2 questions and annotations'
 
 # %% ../nbs/00b_sources.ipynb #2f6b746d
 def _rows_of(path, data):
     "The rows of what a file holds."
-    if isinstance(data, dict) and {'images', 'annotations'} <= data.keys(): return _coco_rows(path, data), ' (COCO captions)'
+    if isinstance(data, dict) and {'images', 'annotations'} <= data.keys():
+        return _coco_rows(path, data), ' (COCO captions)'
     if isinstance(data, dict) and data.keys() & {'questions', 'annotations'}:
         raise ValueError(f'{path} is one half of VQA v2: give both, read_samples((questions, annotations), …).')
-    if not isinstance(data, list): raise ValueError(f'{path} holds a {type(data).__name__}; it should be a list of rows.')
+    if not isinstance(data, list):
+        raise ValueError(f'{path} holds a {type(data).__name__}; it should be a list of rows.')
     bad = [i for i,row in enumerate(data) if not isinstance(row, dict)]
-    if bad: raise ValueError(f'{path}: rows {bad[:10]} are not objects with named fields; each row should be like {{"image": …, "output": …}}.')
+    if bad:
+        raise ValueError(f'{path}: rows {bad[:10]} are not objects with named fields; '
+                         'each row should be like {"image": …, "output": …}.')
     return data, ''
 
 def _turns_key(rows):
     "The key that holds the turns of dialogues; `None` of other rows."
-    return next((k for k in ('messages', 'conversations') if any(isinstance(row.get(k), list) for row in rows)), None)
+    return next((k for k in ('messages', 'conversations')
+                 if any(isinstance(row.get(k), list) for row in rows)), None)
 
 def _dialogue_form(path, rows, image, video):
     "Columns and tags of rows that are dialogues, and what their form is called."
@@ -421,8 +464,10 @@ def _dialogue_form(path, rows, image, video):
     turns = [t for row in rows[:100] if isinstance(row.get(key), list) for t in row[key] if isinstance(t, dict)]
     is_from = sum('from' in t for t in turns) > sum('role' in t for t in turns)
     in_parts = any(isinstance(t.get('content'), list) for t in turns)
-    columns = {'messages': key, 'images': _column(path, names, 'image', image, False), 'videos': _column(path, names, 'video', video, False)}
-    tags = {'role_tag': 'from', 'content_tag': 'value'} if is_from else {'role_tag': 'role', 'content_tag': 'content'}
+    columns = {'messages': key, 'images': _column(path, names, 'image', image, False),
+               'videos': _column(path, names, 'video', video, False)}
+    tags = ({'role_tag': 'from', 'content_tag': 'value'} if is_from
+            else {'role_tag': 'role', 'content_tag': 'content'})
     name = 'LLaVA or ShareGPT' if is_from else 'OpenAI' if in_parts else 'role and content'
     return columns | {k: k for k in ('system', 'tools') if k in names}, tags, name
 
@@ -445,25 +490,25 @@ def read_rows(
     raise ValueError(f'{source} has no rows.')
 
 def _said_columns(columns, words):
-    media, kind = [c for c in [*columns['images'], columns['videos']] if c], 'pictures' if columns['images'] else 'clips'
-    from_media = f"{kind} from {' and '.join(media)}, " if media else 'no pictures, '
-    return f"{from_media}prompt {words or columns['prompt']!r}, answers from {columns['response']}"
+    media = {'pictures': ' and '.join(columns['images']), 'clips': columns['videos']}
+    named = ', '.join(f'{kind} from {names}' for kind, names in media.items() if names) or 'no pictures'
+    return f"{named}, prompt {words or columns['prompt']!r}, answers from {columns['response']}"
 
 def _say(source, samples, taken, place, how):
     name = ' + '.join(Path(p).name for p in source) if isinstance(source, (list, tuple)) else Path(source).name
-    wrote = f' {place.written} pictures written to {place.out.name}/.' if place.written else ''
+    wrote = f' {place.written} file(s) written to {place.out.name}/.' if place.written else ''
     print(f'{name}: {len(samples)} rows of {taken}; {how}.{wrote}')
 
 # %% ../nbs/00b_sources.ipynb #adaf857d
 def read_samples(
-    source, # A CSV, TSV, JSON, JSONL, Parquet or Excel file; a folder of pictures by class; a saved data set; or (questions, annotations)
-    image=None, # Column with a picture's path or a list of paths, or a list of such columns; `None`: `image` or `images`
-    prompt:str=None, # Column with the prompt, or the prompt itself; `None`: `instruction`, `prompt` or `question`
+    source, # CSV, TSV, JSON, JSONL, Parquet, Excel; folder by class; saved data set; (questions, annotations)
+    image=None, # Column with a picture's path or paths, or a list of such columns; `None`: `image` or `images`
+    prompt:str=None, # Column with the prompt, or its words; `None`: `instruction`, `prompt` or `question`
     response:str=None, # Column with the answer; `None`: `output`, `response` or `answer`
     video:str=None, # Column with clips, as `image`; `None`: `video` or `videos`
     media_dir=None, # Folder of the pictures, or for those that are written out; `None`: beside the source
     encoding:str=None, # Of a text file; `None`: UTF-8, UTF-16 or GB18030, by its bytes
-)->list: # Samples: questions with `image`, `instruction`, `input`, `output`, or dialogues with `image`, `messages`; and the columns left over
+)->list: # Questions or dialogues: `image`, `instruction`, `input`, `output` or `messages`, and other columns
     "Read labels into samples, and say what they were taken for."
     from tqdm import tqdm
     path = Path(source[0] if isinstance(source, (list, tuple)) else source)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from qwen2vl_nb.data import check_samples, count_tokens, image_tokens, read_samples, split_samples, video_tokens
+from qwen2vl_nb.data import check_samples, count_tokens, image_tokens, read_samples, video_tokens
 from qwen2vl_nb.media import sampled_frames
 from qwen2vl_nb.registry import Registry
 
@@ -124,19 +124,3 @@ def test_the_stored_data_is_deterministic_and_does_not_leak(data, tmp_path):
         else: assert path.read_bytes() == made[name].read_bytes(), name
     halves = [{Image.open(p).tobytes() for s in read_samples(data/'car_item'/f'{half}.json') for p in s['image']} for half in ('train', 'test')]
     assert len(halves[0]) >= 200 and len(halves[1]) >= 100 and not halves[0] & halves[1]
-
-def test_what_is_registered_is_what_llamafactory_loads(data, tiny, tmp_path):
-    "Rows written here, loaded by LLaMA-Factory's own loader, from another working folder."
-    import os
-    from llamafactory.data.converter import align_dataset  # noqa: F401  (the loader imports it lazily)
-    from llamafactory.data.loader import _get_merged_dataset
-    from llamafactory.hparams import get_train_args
-    folder = tmp_path/'数据 data'
-    train, test = split_samples(read_samples(data/'car_item'/'test.json'), test=.3)
-    Registry(folder).add('小车', train)
-    args = get_train_args(dict(model_name_or_path=str(tiny), stage='sft', do_train=True, dataset='小车', dataset_dir=str(folder), template='qwen2_vl', output_dir=str(tmp_path/'out'), use_cpu=True, report_to='none'))
-    before = os.getcwd()
-    os.chdir(tmp_path)
-    try: rows = _get_merged_dataset(['小车'], *args[:3], 'sft')
-    finally: os.chdir(before)
-    assert [(r['_images'], r['_prompt'][0]['content'], r['_response'][0]['content']) for r in rows] == [(s['image'], s['instruction'], s['output']) for s in train]

@@ -74,7 +74,7 @@ def test_a_kill_during_writes_leaves_whole_files(kills, tmp_path):
 BROKEN = {
     'empty': (b'', 1, 1),
     'torn': (b'{\n  "a": {},\n  "b": {"file_n', 3, 9),
-    'a comma too many': (b'{\n  "a": {},\n}\n', 3, 1),
+    'a name without quotes': (b'{\n  "a": {},\n  b: {}\n}\n', 3, 3),
     'a name twice': (b'{\n  "a": {"x": 1},\n  "b": {},\n  "a": {"x": 2}\n}\n', 4, 3),
     'an array': (b'\n[{"a": {}}]\n', 2, 1),
     'a text': (b'"a"', 1, 1),

@@ -132,9 +132,9 @@ def test_from_each_source_to_llamafactory(make, n, factory, tiny, tmp_path, monk
     assert not len(found), found
     monkeypatch.chdir(tmp_path)  # any working folder
     registry = Registry(tmp_path/'注册 registry')
-    registry.add('x', samples)
-    _same(factory.load(registry.dataset_dir, 'x'), samples)
-    assert read_samples(registry.dataset_dir/'x.json') == samples
+    registry.add('小车', samples)
+    _same(factory.load(registry.dataset_dir, '小车'), samples)
+    assert read_samples(registry.dataset_dir/'小车.json') == samples
 
 @pytest.mark.parametrize('media', ['link', 'copy'])
 def test_pictures_come_along(media, factory, tmp_path, monkeypatch):
