@@ -28,6 +28,11 @@ def as_list(value):
     "A list of what a row has under `image` or `video`: a list, one path, or nothing."
     return value if isinstance(value, list) else [] if value in (None, '') else [value]
 
+def _media_of(sample):
+    "Paths of all pictures and clips of a sample."
+    items = [item for key in ('image', 'video') for item in as_list(sample.get(key))]
+    return [p for item in items for p in (item if isinstance(item, list) else [item]) if isinstance(p, str)]
+
 def is_dialogue(sample):
     "Whether a sample is a dialogue rather than a question."
     return 'messages' in sample
@@ -161,25 +166,39 @@ def _history_faults(sample):
     if isinstance(history, list) and all(map(is_pair, history)): return []
     return [('history', Fault(f'The history is {_show(history)}.', 'Give a list of pairs, [asked, answered].'))]
 
-def _json_fault(text, name):
-    "LLaMA-Factory parses tools and function calls, and stops where it can't."
-    try: json.loads(text)
-    except (ValueError, TypeError, RecursionError) as e:
-        return Fault(f'The {name} is not JSON: {e}.', f'Give the {name} as JSON text.')
+def _objects(text, *keys):
+    "Whether the text is JSON of an object, or of a list of objects, that have these keys."
+    try: found = json.loads(text)
+    except (ValueError, TypeError, RecursionError): return False
+    each = found if isinstance(found, list) else [found]
+    return all(isinstance(one, dict) and all(k in one for k in keys) for one in each)
 
 def _tool_faults(sample, turns):
-    tools = [('tools', _json_fault(sample['tools'], 'list of tools'))] if sample.get('tools') else []
-    calls = [(field, _json_fault(text, 'function call')) for field, role, text in turns
-             if role == 'function_call' and isinstance(text, str)]
-    return [(field, fault) for field, fault in tools + calls if fault]
+    "LLaMA-Factory parses tools and function calls, and stops where it can't."
+    calls = [(field, text) for field, role, text in turns if role == 'function_call' and isinstance(text, str)]
+    for field, text in calls:
+        if not _objects(text, 'name', 'arguments'):
+            yield field, Fault(f'The function call is {_show(text)}, not JSON with name and arguments: training stops.',
+                               'Give {"name": …, "arguments": {…}}, or a list of such.')
+    tools = sample.get('tools')
+    if tools and not (_objects(tools, 'name') or _objects(tools, 'function')) or _is_no_list(tools):
+        yield 'tools', Fault(f'The tools are {_show(tools)}, not JSON text of a list of tools: training stops.',
+                             'Give a list of {"name": …, "description": …, "parameters": …} as text: json.dumps(…).')
+
+def _is_no_list(tools): return isinstance(tools, str) and bool(tools) and not tools.lstrip().startswith('[')
 
 # %% ../nbs/01_data.ipynb #4863e48e
 def _json_faults(sample):
-    try: json.dumps(sample, ensure_ascii=False, allow_nan=False).encode()
+    try: (text := json.dumps(sample, ensure_ascii=False, allow_nan=False)).encode()
     except (TypeError, ValueError, RecursionError):
-        each = [(str(k), fault) for k,v in sample.items() if (fault := _unwritable(v))]
-        return each or [('', _unwritable(sample))]
-    return []
+        return [(str(k), fault) for k,v in sample.items() if (fault := _unwritable(v))] or [('', _unwritable(sample))]
+    nul = [k for k,v in sample.items() if _has_nul_key({k: v})] if '\\u0000' in text else []
+    return [(k, Fault('A key has the character NUL in it, at which Arrow ends the name.', 'Take it out.')) for k in nul]
+
+def _has_nul_key(value):
+    "Whether a key in a value, however deep, has NUL in it."
+    if isinstance(value, list): return any(map(_has_nul_key, value))
+    return isinstance(value, dict) and any('\0' in str(k) or _has_nul_key(v) for k,v in value.items())
 
 def _key_faults(sample):
     for key, ours in (('images', 'image'), ('videos', 'video')):
@@ -205,7 +224,7 @@ def _row_faults(sample):
     # an empty instruction is none where the input asks
     if sample.get('input') and not sample.get('instruction'):
         text = [(f, t) for f,t in text if f != 'instruction']
-    return (form + text + _tag_faults(sample, turns) + _tool_faults(sample, turns)
+    return (form + text + _tag_faults(sample, turns) + list(_tool_faults(sample, turns))
             + _json_faults(sample) + list(_key_faults(sample)))
 
 # %% ../nbs/01_data.ipynb #17394b78
@@ -349,11 +368,16 @@ def _id_faults(rows):
             yield i, 'id', Fault(f"The id {_show(s['id'])} is also that of row {first[s['id']]}.",
                                  'Give each row an id of its own.', 'warning')
 
+def _said_in(sample):
+    "Pictures and turns of a sample as one text; `None` where it is too deep or long for that."
+    try: return repr((sample.get('image'), sample.get('video'), sample_turns(sample)))
+    except (ValueError, RecursionError): return None
+
 def _same_faults(rows):
     first = {}
     for i, s in rows:
-        try: what = hash(repr((s.get('image'), s.get('video'), sample_turns(s))))
-        except (ValueError, RecursionError): continue
+        if (said := _said_in(s)) is None: continue
+        what = hash(said)
         if first.setdefault(what, i) != i:
             yield i, '', Fault(f'The row says the same as row {first[what]}.',
                                'Drop one of them, unless it is to count twice.', 'note')
@@ -465,6 +489,15 @@ def _leaks_of(looks, against, pictures, clips, workers):
         for path, fault in _leaks(mine, theirs, against, key): leaks.setdefault(path, []).append(fault)
     return leaks
 
+def _said_before(rows, against):
+    "Rows without pictures that the other split has, too."
+    key = lambda s: _said_in(s) if isinstance(s, dict) and not _media_of(s) else None
+    others = {key(s): i for i, s in enumerate(against) if key(s)}
+    for i, s in rows:
+        if others and key(s) in others:
+            yield i, '', Fault(f'The row says the same as row {others[key(s)]} of the other split.',
+                               'Keep them in one split: `split_samples` does.')
+
 def _between_rows(rows, told):
     "Faults between rows; `told` are the (row, field) of which something worse was said."
     return [*_column_faults(rows, told), *_id_faults(rows), *_same_faults(rows), *_balance_faults(rows)]
@@ -487,6 +520,7 @@ def check_samples(
 ): # Findings as a `DataFrame`: row, field, what, cure, level; with `fix`, (mended samples, findings)
     "Every fault of the samples, before training trips over it; never raises on bad data."
     from tqdm import tqdm
+    if isinstance(samples, (str, os.PathLike)): raise TypeError('Samples are checked, not files: check_samples(read_samples(…)).')
     limits, samples = _known_limits(limits), list(samples)
     rows = [(i, s) for i, s in enumerate(samples) if isinstance(s, dict)]
     text = _text_tokens(samples, model) if model else [0]*len(samples)
@@ -498,6 +532,7 @@ def check_samples(
     looks = _look(samples if media else [], *about)
     leaks = _leaks_of(looks, against, *about) if media and against else {}
     copies = _mend_pictures(looks[0]) if fix else {}
+    found += _said_before(rows, against or [])
     if media: found += [(i, *fault) for i, s in rows for fault in _media_faults(s, looks, leaks, copies)]
     found += _between_rows(rows, {(i, field.split('[')[0]) for i, field, _ in found})
     shown = _media_tokens(samples, looks, model, limits) if media else [0]*len(samples)
@@ -516,15 +551,11 @@ def _same_files(paths):
     first = {}
     return {p: first.setdefault(digest(p), p) for p, size in sizes.items() if often[size] > 1}
 
-def _media_of(sample):
-    items = [item for key in ('image', 'video') for item in as_list(sample.get(key))]
-    return [p for item in items for p in (item if isinstance(item, list) else [item]) if isinstance(p, str)]
-
 def _ties(samples, group):
-    "What ties each row to others: its pictures and clips, its value of `group`."
+    "What ties each row to others: its pictures and clips, what it says if it has none, its value of `group`."
     same = _same_files({p for s in samples for p in _media_of(s)})
-    return [[same.get(p, p) for p in _media_of(s)] + ([(group, repr(s[group]))] if group else [])
-            for s in samples]
+    shown = lambda s: [same.get(p, p) for p in _media_of(s)] or [('the same text', repr(sample_turns(s)))]
+    return [shown(s) + ([(group, s[group])] if group and s[group] not in ('', None) else []) for s in samples]
 
 def _groups(ties):
     "Lists of row numbers that stay together: rows with a tie in common, directly or through others."
@@ -575,14 +606,19 @@ def split_samples(
         raise ValueError(f'test={test} takes {want} of {len(samples)} samples; both halves need some.')
     _check_keys(samples, group=group, stratify=stratify)
     strata = [repr(s[stratify]) if stratify else '' for s in samples]
-    groups = _groups(_ties(samples, group))
+    ties = _ties(samples, group)
+    groups = _groups(ties)
     held = _draw(_in_strata(groups, strata, random.Random(seed)), want)
-    if held:
-        return ([s for i, s in enumerate(samples) if i not in held],
-                [s for i, s in enumerate(samples) if i in held])
-    raise ValueError(f'Every {group or "picture"} has more than {want} samples, '
-                     f'the smallest {min(map(len, groups))}: '
-                     'a split would put one of them into both halves. Ask for a larger test half.')
+    if not held: raise _too_large(groups, ties, want)
+    if len(held) < want: print(f'{len(held)} of the {want} rows asked for: what belongs together was not torn apart.')
+    return [s for i, s in enumerate(samples) if i not in held], [s for i, s in enumerate(samples) if i in held]
+
+def _too_large(groups, ties, want):
+    "The error for groups that don't fit, with what ties most rows together."
+    tie, n = Counter(tie for row in ties for tie in set(row)).most_common(1)[0]
+    name = os.path.basename(tie) if isinstance(tie, str) else ' '.join(map(str, tie))
+    return ValueError(f'Rows that belong together come to {min(map(len, groups))} and more, and the test half has room for {want}: '
+                      f'a split would leak. {n} of them share {_show(name)}. Ask for a larger test half.')
 
 # %% ../nbs/01_data.ipynb #d82f4fec
 def as_dialogue(
@@ -695,16 +731,18 @@ def plain_axes(
     ax.set_ylabel(ylabel, color=_grey)
 
 def _draw_lengths(ax, table, cutoff_len):
-    total = table.total.dropna().astype(int)
+    has_text, total = bool(table.text.sum()), table.total.dropna().astype(int)
     media, longer = table.media[total.index].astype(int), int((total > cutoff_len).sum())
     bins = [max(total, default=1)*i/30 for i in range(31)]
     ax.hist(total, bins, color=_blue, alpha=.7, label='in all')
     if media.any(): ax.hist(media, bins, color=_orange, alpha=.6, label='pictures')
     if max(total, default=0) > cutoff_len/2: ax.axvline(cutoff_len, color=_red, linewidth=1)
-    ax.set_title(f'{longer:,} of {len(total):,} rows above cutoff_len {cutoff_len}',
+    what = 'rows' if has_text else 'rows, their text apart,'
+    ax.set_title(f'{longer:,} of {len(total):,} {what} above cutoff_len {cutoff_len}',
                  color=_red if longer else _grey, fontsize=9)
     ax.legend(frameon=False, labelcolor=_grey, fontsize=8)
     plain_axes(ax, 'tokens', 'rows')
+    ax.yaxis.get_major_locator().set_params(integer=True)
 
 def _draw_sizes(ax, looks, max_pixels):
     sizes = Counter(look.size for look in looks.values() if look.size) or {(0, 0): 0}
@@ -724,11 +762,12 @@ def _short(text, n=30): return text if len(text) <= n else f'{text[:n//2]}…{te
 def _draw_answers(ax, answers):
     counts = Counter(answers).most_common(10)[::-1]
     ax.barh(range(len(counts)), [n for _, n in counts], color=_blue, alpha=.7)
+    ax.xaxis.get_major_locator().set_params(integer=True)
     plain_axes(ax, 'rows')
     ax.set_yticks(range(len(counts)), [_short(answer) for answer, _ in counts], parse_math=False, fontsize=8)
     different = len(set(answers))
-    some = ', the most frequent' if different > 10 else ''
-    ax.set_title(f'{different:,} different answers{some}', color=_grey, fontsize=9)
+    some = ', the first 10' if different > 10 else ''
+    ax.set_title(f'{different:,} answers{some}', color=_grey, fontsize=9)
 
 # %% ../nbs/01_data.ipynb #bc0cfdab
 class Plots:

@@ -201,7 +201,7 @@ def model_findings(
 # %% ../nbs/03_recipe.ipynb #071e26a0
 _sizes = ('image_max_pixels', 'image_min_pixels', 'video_max_pixels', 'video_min_pixels', 'video_fps', 'video_maxlen')
 
-_see = 'See `check_samples(read_samples(…))` for each of them.'
+def _see(name): return f'See `check_samples(dataset_samples(registry, {name!r}))` for each of them.'
 
 def _length_findings(name, samples, recipe):
     "Rows with pictures that are not there, or longer than `cutoff_len`."
@@ -211,7 +211,7 @@ def _length_findings(name, samples, recipe):
     lost = tokens.index[tokens.media.isna()]
     if len(lost):
         yield Finding(name, f'{len(lost)} row(s) have pictures or clips that cannot be read, '
-                            f'row {lost[0]} first: {_media_of(samples[lost[0]])}.', _see)
+                            f'row {lost[0]} first: {_media_of(samples[lost[0]])}.', _see(name))
     total = tokens.total.dropna()
     if len(total) and total.max() > cutoff:
         row, most = total.idxmax(), total.max()
@@ -227,7 +227,7 @@ def _row_findings(name, samples, recipe):
     found = check_samples(asked, media=False)
     for field, rows in found[found.level == 'error'].groupby('field', sort=False):
         first = rows.iloc[0]
-        yield Finding(name, f'{rows.row.nunique()} row(s) have a fault in {field or "their form"}, row {first.row} first: {first.what}', _see)
+        yield Finding(name, f'{rows.row.nunique()} row(s) have a fault in {field or "their form"}, row {first.row} first: {first.what}', _see(name))
     yield from _length_findings(name, samples, recipe)
 
 # %% ../nbs/03_recipe.ipynb #f9ad7cb3

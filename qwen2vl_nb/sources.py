@@ -28,9 +28,13 @@ class _Place:
     roots:list
     out:Path
     written:int=0
+    lost:int=0
+    beside_calls:int=0
     def find(self, path):
+        "The path where the file is; as it was where it isn't."
         found = next((full for r in self.roots if os.path.isfile(full := os.path.join(r, path))), None)
         if not found and '\\' in path: return self.find(path.replace('\\', '/'))
+        if not found: self.lost += 1
         return os.path.normpath(found) if found else path
 
 def _place(path, media_dir=None):
@@ -66,14 +70,16 @@ def _one_media(value, place):
     return place.find(value)
 
 def _cell_media(text, place):
-    "Paths in one cell: a JSON list, several with ; or | between, or one."
+    "Paths in one cell: a JSON list; several with a semicolon, a bar, a comma or a new line between; or one."
     if text.startswith('['):
         try: return _media(json.loads(text), place)
         except ValueError: pass
-    found = _one_media(text.strip(), place)
-    if found == text.strip() and re.search('[;|]', text) and not text.startswith('data:'):
-        return [_one_media(part.strip(), place) for part in re.split('[;|]', text) if part.strip()]
-    return [found]
+    lost, found = place.lost, _one_media(text.strip(), place)
+    if place.lost == lost or not re.search(_between, text): return [found]
+    place.lost = lost  # of the whole, which was none
+    return [_one_media(part.strip(), place) for part in re.split(_between, text) if part.strip()]
+
+_between = r'[;|\n]|, '
 
 def _media(value, place):
     "The pictures or clips that a cell or key names, as a list of paths."
@@ -138,7 +144,13 @@ def _read_table(path, place, encoding):
             raise ValueError(f'{path} is not a CSV file with as many cells in its rows '
                              f'as in its header: {e}') from None
     named = {',': 'commas', ';': 'semicolons'}.get(between, 'tabs')
-    return table.to_dict('records'), f'a table in {encoding} with {named}'
+    rows, blank = _filled(table)
+    return rows, f'a table in {encoding} with {named}{blank}'
+
+def _filled(table):
+    "The rows of a table that are not blank, and words for those that were; names without blanks around them."
+    rows = [row for row in table.rename(columns=lambda c: str(c).strip()).to_dict('records') if any(cell.strip() for cell in row.values())]
+    return rows, f' ({len(table) - len(rows)} blank rows left out)' if len(rows) < len(table) else ''
 
 def _read_excel(path, place, encoding):
     import pandas as pd
@@ -148,7 +160,8 @@ def _read_excel(path, place, encoding):
                          'Save it as .xlsx or as CSV UTF-8.') from None
     name, table = next((pair for pair in sheets.items() if len(pair[1])), next(iter(sheets.items())))
     of_several = f' ({len(sheets)} sheets)' if len(sheets) > 1 else ''
-    return table.to_dict('records'), f'the sheet {name!r} of an Excel workbook{of_several}'
+    rows, blank = _filled(table)
+    return rows, f'the sheet {name!r} of an Excel workbook{of_several}{blank}'
 
 # %% ../nbs/00b_sources.ipynb #7c372d7d
 def _holds_picture(value):
@@ -207,7 +220,8 @@ def _read_file(path, place, encoding=None):
     except RecursionError: raise ValueError(f'{path} is nested too deeply to be rows.') from None
 
 # %% ../nbs/00b_sources.ipynb #b894451c
-picture_endings = ('.jpg', '.jpeg', '.jfif', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.avif')
+# HEIC is not read; `check_samples` says what to do about it
+picture_endings = ('.jpg', '.jpeg', '.jfif', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.avif', '.heic', '.heif')
 _split_names = {'train', 'test', 'val', 'valid', 'validation', 'dev'}
 
 def _labels_in(folder):
@@ -215,8 +229,10 @@ def _labels_in(folder):
 
 def _read_class_folder(folder):
     "Rows of a folder with a subfolder of pictures for each class."
-    files = [f for f in sorted(folder.glob('*/**/*')) if f.suffix.lower() in picture_endings + video_endings
+    there = [f for f in sorted(folder.glob('*/**/*')) if f.is_file() and f.name not in ('Thumbs.db', 'desktop.ini')
              and not any(part.startswith('.') for part in f.relative_to(folder).parts)]
+    files = [f for f in there if f.suffix.lower() in picture_endings + video_endings]
+    others = [f.name for f in there if f.suffix.lower() not in picture_endings + video_endings]
     classes = Counter(f.relative_to(folder).parts[0] for f in files)
     if not classes:
         labels = _labels_in(folder)
@@ -227,7 +243,8 @@ def _read_class_folder(folder):
                          f'read each, as in read_samples({str(folder/next(iter(classes)))!r}, …).')
     key = lambda f: 'video' if f.suffix.lower() in video_endings else 'image'
     rows = [{key(f): [str(f.resolve())], 'output': f.relative_to(folder).parts[0]} for f in files]
-    return rows, f'a folder of {len(classes)} classes'
+    passed = f' ({len(others)} other file(s) passed over: {_some(others)})' if others else ''
+    return rows, f'a folder of {len(classes)} classes{passed}'
 
 def _read_saved(folder, place):
     "Rows of a Hugging Face data set saved on disk."
@@ -248,38 +265,54 @@ _usual = {'image': ('image', 'images'), 'video': ('video', 'videos'),
           'prompt': ('instruction', 'prompt', 'question'), 'response': ('output', 'response', 'answer')}
 _what = {'image': 'the picture', 'video': 'the clip', 'prompt': 'the prompt', 'response': 'the answer'}
 
-def _no_column(path, name, what, columns):
+def _no_column(name, what, columns):
     near = get_close_matches(name, columns, 1)
-    hint = f'; did you mean {near[0]!r}?' if near else '.'
-    words = " Or give the prompt itself: prompt='What is this?'." if what == 'prompt' else ''
-    return ValueError(f'{path} has no column {name!r} for {_what[what]}{hint} '
-                      f'Its columns: {", ".join(map(str, columns))}.{words}')
+    hint = f'; did you mean {near[0]!r}?' if near else ''
+    words = " (or give the prompt itself: prompt='What is this?')" if what == 'prompt' else ''
+    return ValueError(f'no column {name!r} for {_what[what]}{hint}{words}')
 
-def _column(path, columns, what, given, required):
+def _column(columns, what, given, required):
     "The column for the prompt, the picture, …: the one given, or a usual one."
     if given is not None:
         if given in columns: return given
-        raise _no_column(path, given, what, columns)
+        raise _no_column(given, what, columns)
     usual = next((name for name in _usual[what] if name in columns), None)
-    is_near = bool(get_close_matches(_usual[what][0], [c for c in columns if isinstance(c, str)], 1, .8))
-    if usual is None and (required or is_near): raise _no_column(path, _usual[what][0], what, columns)
+    is_near = bool(get_close_matches(_usual[what][0], columns, 1, .8))
+    if usual is None and (required or is_near): raise _no_column(_usual[what][0], what, columns)
     return usual
 
 def _is_misspelt(prompt, columns):
     "Whether a prompt was rather meant to name a column."
     return ' ' not in prompt and bool(get_close_matches(prompt, columns, 1, .8))
 
+# %% ../nbs/00b_sources.ipynb #5264a39d
+def _unnamed_media(rows, columns):
+    "A column whose first cells are paths of pictures or clips, and which of the two."
+    for name in columns:
+        cells = [row[name].strip().lower() for row in rows[:20] if isinstance(row.get(name), str) and row[name].strip()]
+        for what, endings in (('image', picture_endings), ('video', video_endings)):
+            if cells and all(cell.endswith(endings) for cell in cells): return what, name
+
+def _check_unnamed(rows, columns):
+    found = _unnamed_media(rows, columns)
+    if found: raise ValueError('no column for {0}; {1!r} holds paths: {2}={1!r}'.format(_what[found[0]], found[1], found[0]))
+
 def _table_columns(path, rows, image, video, prompt, response):
-    "LLaMA-Factory's column → the source's, and the words of the prompt where they are given."
-    columns = list(dict.fromkeys(str(name) for row in rows for name in row))
+    "LLaMA-Factory's column → the source's, and the words of the prompt where they are given; all faults at once."
+    columns, faults = list(dict.fromkeys(str(name) for row in rows for name in row)), []
+    def column(*about):
+        try: return _column(columns, *about)
+        except ValueError as e: faults.append(str(e))
     is_text = prompt is not None and prompt not in columns and not _is_misspelt(prompt, columns)
     images = image if isinstance(image, (list, tuple)) else [image]
-    found = {'images': [c for i in images if (c := _column(path, columns, 'image', i, False))],
-             'videos': _column(path, columns, 'video', video, False),
-             'prompt': None if is_text else _column(path, columns, 'prompt', prompt, True),
-             'response': _column(path, columns, 'response', response, True),
-             'query': 'input' if 'input' in columns else None}
-    return found, prompt if is_text else None
+    found = {'images': [c for i in images if (c := column('image', i, False))], 'videos': column('video', video, False)}
+    found['prompt'] = None if is_text else column('prompt', prompt, True)
+    found['response'] = column('response', response, True)
+    if image is None and video is None and not (found['images'] or found['videos']):
+        try: _check_unnamed(rows, columns)
+        except ValueError as e: faults.append(str(e))
+    if faults: raise ValueError(f'{path} has {"; ".join(faults)}. Its columns: {", ".join(columns)}.')
+    return found | {'query': 'input' if 'input' in columns else None}, prompt if is_text else None
 
 # %% ../nbs/00b_sources.ipynb #d2fdda0c
 def _tags(text, tag): return text.count(tag) if isinstance(text, str) else 0
@@ -342,10 +375,25 @@ def _turn(turn, role_tag, content_tag, roles, place):
     role, content, images, videos = turn.get(role_tag), turn.get(content_tag), [], []
     if isinstance(content, list): content, images, videos = _parts(content, place)
     if isinstance(turn.get('tool_calls'), list) and turn['tool_calls']:
-        calls = [call.get('function', call) if isinstance(call, dict) else call for call in turn['tool_calls']]
-        role, content = 'function_call', json.dumps(calls, ensure_ascii=False)
-    role = roles.get(role, role) if isinstance(role, str) else role
+        place.beside_calls += bool(content)
+        role, content = 'function_call', json.dumps([_call(c) for c in turn['tool_calls']], ensure_ascii=False)
+    role = roles.get(role.lower(), role) if isinstance(role, str) else role
     return {'role': role, 'content': content}, images, videos
+
+def _call(call):
+    "A tool call of OpenAI's as LLaMA-Factory has it: its arguments are an object, not text."
+    call = call.get('function', call) if isinstance(call, dict) else call
+    try: return {'name': call['name'], 'arguments': json.loads(call['arguments'])}
+    except (TypeError, KeyError, ValueError): return call
+
+def _in_one_turn(turns):
+    "Answers of tools that follow one another, as the one observation that LLaMA-Factory takes."
+    joined = []
+    for turn in turns:
+        both = joined and all(isinstance(t, dict) and t['role'] == 'observation' and isinstance(t['content'], str) for t in (joined[-1], turn))
+        if both: joined[-1] = turn | {'content': f"{joined[-1]['content']}\n</tool_response>\n<tool_response>\n{turn['content']}"}
+        else: joined.append(turn)
+    return joined
 
 def dialogue_sample(
     row:dict, # A row of a source
@@ -363,9 +411,10 @@ def dialogue_sample(
     key = lambda k: columns.get(k) and row.get(columns[k])
     images = [p for _, found, _ in read for p in found] or _media(key('images'), place)
     videos = [p for _, _, found in read for p in found] or _media(key('videos'), place)
-    turns = [turn for turn, _, _ in read] if isinstance(said, list) else said
+    turns = _in_one_turn([turn for turn, _, _ in read]) if isinstance(said, list) else said
     sample = {k: v for k,v in row.items() if k not in columns.values()}
     sample |= {k: key(k) for k in ('system', 'tools') if columns.get(k) in row}
+    if isinstance(sample.get('tools'), list): sample['tools'] = json.dumps(sample['tools'], ensure_ascii=False)
     sample |= {'image': images} | ({'video': videos} if videos else {})
     return sample | {'messages': _tagged_turns(turns, images, videos) if tag else turns}
 
@@ -464,8 +513,9 @@ def _dialogue_form(path, rows, image, video):
     turns = [t for row in rows[:100] if isinstance(row.get(key), list) for t in row[key] if isinstance(t, dict)]
     is_from = sum('from' in t for t in turns) > sum('role' in t for t in turns)
     in_parts = any(isinstance(t.get('content'), list) for t in turns)
-    columns = {'messages': key, 'images': _column(path, names, 'image', image, False),
-               'videos': _column(path, names, 'video', video, False)}
+    try: media = {'images': _column(names, 'image', image, False), 'videos': _column(names, 'video', video, False)}
+    except ValueError as e: raise ValueError(f'{path} has {e}. Its columns: {", ".join(names)}.') from None
+    columns = {'messages': key} | media
     tags = ({'role_tag': 'from', 'content_tag': 'value'} if is_from
             else {'role_tag': 'role', 'content_tag': 'content'})
     name = 'LLaVA or ShareGPT' if is_from else 'OpenAI' if in_parts else 'role and content'
@@ -492,12 +542,15 @@ def read_rows(
 def _said_columns(columns, words):
     media = {'pictures': ' and '.join(columns['images']), 'clips': columns['videos']}
     named = ', '.join(f'{kind} from {names}' for kind, names in media.items() if names) or 'no pictures'
-    return f"{named}, prompt {words or columns['prompt']!r}, answers from {columns['response']}"
+    prompt = f'the prompt {words!r} for all' if words is not None else f"prompts from {columns['prompt']}"
+    return f"{named}, {prompt}, answers from {columns['response']}"
 
 def _say(source, samples, taken, place, how):
     name = ' + '.join(Path(p).name for p in source) if isinstance(source, (list, tuple)) else Path(source).name
-    wrote = f' {place.written} file(s) written to {place.out.name}/.' if place.written else ''
-    print(f'{name}: {len(samples)} rows of {taken}; {how}.{wrote}')
+    more = [f'{place.written} file(s) written to {place.out.name}/.'] if place.written else []
+    if place.lost: more.append(f'{place.lost} path(s) lead nowhere: media_dir=… names the folder of the pictures.')
+    if place.beside_calls: more.append(f'Words beside {place.beside_calls} tool call(s) left out: LLaMA-Factory has no place for them.')
+    print(f'{name}: {len(samples)} rows of {taken}; {how}.', *more)
 
 # %% ../nbs/00b_sources.ipynb #adaf857d
 def read_samples(

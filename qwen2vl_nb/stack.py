@@ -24,20 +24,33 @@ class Finding:
     level:str='error' # `'error'`, `'warning'` or `'note'`
 
 # %% ../nbs/00_stack.ipynb #43575d44
+_levels, _shown = ('error', 'warning', 'note', 'mended'), 60
+
+def _worst(table):
+    "The findings that are shown, and a line about those that are not."
+    if len(table) <= _shown or 'level' not in table: return table, ''
+    counts = table.level.value_counts()
+    named = ', '.join(f'{counts[level]} {level}' for level in _levels if level in counts)
+    worst = table.sort_values('level', key=lambda levels: levels.map(_levels.index), kind='stable').head(_shown)
+    return worst, f'{len(table)} findings ({named}); the worst {_shown} are:'
+
 @cache
 def _table_class():
     import pandas as pd
     class FindingsTable(pd.DataFrame):
-        "A `DataFrame` of findings that shows its cells whole."
+        "A `DataFrame` of findings that shows its cells whole, and of many the worst."
         _constructor = property(lambda self: FindingsTable)
         def _repr_html_(self):
             if self.empty: return '<p>Nothing found.</p>'
-            with pd.option_context('display.max_colwidth', None): shown = super()._repr_html_()
-            return shown.replace('<td>', '<td style="text-align:left">').replace('<th>', '<th style="text-align:left">')
+            worst, line = _worst(self)
+            with pd.option_context('display.max_colwidth', None): shown = super(FindingsTable, worst)._repr_html_()
+            shown = shown.replace('<td>', '<td style="text-align:left">').replace('<th>', '<th style="text-align:left">')
+            return f'<p>{line}</p>{shown}' if line else shown
         def __repr__(self):
             if self.empty: return 'Nothing found.'
-            rows = self.to_dict('records')
-            return '\n'.join('  '.join(f'{name}: {cell}' for name,cell in row.items()) for row in rows)
+            worst, line = _worst(self)
+            rows = ['  '.join(f'{name}: {cell}' for name,cell in row.items()) for row in worst.to_dict('records')]
+            return '\n'.join([line]*bool(line) + rows)
     return FindingsTable
 
 def findings_table(

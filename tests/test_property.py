@@ -23,6 +23,7 @@ def pictures(tmp_path_factory):
     return sorted(map(str, folder.iterdir())) + [str(folder/'gone.png'), str(folder)]
 
 IMAGE_PAD = 384  # in the tiny model's vocabulary, see its config.json
+CALLS = ['{"name": "look", "arguments": {}}', '[{"name": "look", "arguments": {"at": 1}}]', '{"name": "look"}', '{"a": 1}', '5', 'null', '"a"', '[1]', '[]', 'look()']
 PIECES = ['<image>', '<video>', '<|im_end|>', '<|image_pad|>', '<|vision_start|>', '\ufeff', '\0', '\n', '{{content}}', '007', '2024-01-02', '[]', '红色', '😀', '\ud83d']
 text = st.lists(st.sampled_from(PIECES) | st.text(max_size=12), max_size=3).map(''.join)
 good_text = st.text(st.characters(exclude_categories=['Cs', 'Cc']), min_size=1, max_size=12).map(lambda t: 'a' + t.replace('<', ''))
@@ -41,11 +42,11 @@ def rows_of(draw, pictures, sound, extras=values):
         image = draw(media(paths))
         ask = lambda tags: draw(words) if not sound and draw(st.integers(0, 4)) == 0 else '<image>'*tags + str(draw(words))
         rest = draw(st.fixed_dictionaries({}, optional={'id': st.integers(0, 3), 'extra': extras, 'system': words} | (
-            {} if sound else {'tools': st.sampled_from(['[]', '[{"name": "look"}]', 'no JSON', 7, None]), 'history': st.lists(st.lists(words, min_size=1, max_size=3), max_size=2) | odd}
+            {} if sound else {'tools': st.sampled_from(['[]', '[{"name": "look"}]', '[{"type": "function", "function": {"name": "look"}}]', *CALLS, 7, None]), 'history': st.lists(st.lists(words, min_size=1, max_size=3), max_size=2) | odd}
         )))
         if dialogues:
-            roles = ['user', 'assistant']*draw(st.integers(1, 2)) if sound else draw(st.lists(st.sampled_from(['user', 'assistant', 'user', 'assistant', 'system', 'tool', 'observation', 'function_call']), max_size=4))
-            return rest | {'image': image, 'messages': [{'role': r, 'content': ask(len(image) if i == 0 else 0)} for i, r in enumerate(roles)]}
+            roles = ['user', 'assistant']*draw(st.integers(1, 2)) if sound else ['user', 'function_call', 'observation', 'assistant'] if draw(st.booleans()) else draw(st.lists(st.sampled_from(['user', 'assistant', 'user', 'assistant', 'system', 'tool', 'observation', 'function_call']), max_size=4))
+            return rest | {'image': image, 'messages': [{'role': r, 'content': draw(st.sampled_from(CALLS)) if r == 'function_call' else ask(len(image) if i == 0 else 0)} for i, r in enumerate(roles)]}
         return rest | {'image': image, 'instruction': ask(len(image)), 'input': draw(st.just('') | words), 'output': draw(words)}
     dialogues = draw(st.booleans())
     return [row() for _ in range(draw(st.integers(1, 5)))]

@@ -83,6 +83,26 @@ def _openai(folder, paths):
     (folder/'chat.jsonl').write_text(_lines(rows))
     return dict(source=folder/'chat.jsonl')
 
+def _tool_calls(folder, paths):
+    call = lambda plate: {'id': plate, 'type': 'function', 'function': {'name': 'look_up', 'arguments': json.dumps({'plate': plate})}}
+    turns = [{'role': 'user', 'content': [{'type': 'image_url', 'image_url': {'url': paths[0]}}, {'type': 'text', 'text': 'Whose are these?'}]},
+             {'role': 'assistant', 'content': None, 'tool_calls': [call('AB1'), call('CD2')]}, {'role': 'tool', 'content': 'Ann', 'tool_call_id': 'AB1'}, {'role': 'tool', 'content': 'Bob', 'tool_call_id': 'CD2'},
+             {'role': 'assistant', 'content': "Ann's and Bob's."}]
+    tools = [{'type': 'function', 'function': {'name': 'look_up', 'description': 'Who owns a car.', 'parameters': {'type': 'object', 'properties': {'plate': {'type': 'string'}}}}}]
+    (folder/'tools.jsonl').write_text(json.dumps({'messages': turns, 'tools': tools}))
+    return dict(source=folder/'tools.jsonl')
+
+def test_tool_calls_come_out_as_llamafactory_wants_them(factory, tiny, tmp_path):
+    "OpenAI has arguments as text and an answer of a tool for each call; what is trained on are objects, and one observation."
+    sample, = read_samples(**_tool_calls(tmp_path, _pictures(tmp_path)))
+    assert [t['role'] for t in sample['messages']] == ['user', 'function_call', 'observation', 'assistant'] and not len(check_samples([sample], model=tiny))
+    assert json.loads(sample['messages'][1]['content'])[0] == {'name': 'look_up', 'arguments': {'plate': 'AB1'}}
+    Registry(tmp_path).add('x', [sample])
+    ids, _ = factory.prepare(tmp_path, 'x')
+    from transformers import AutoTokenizer
+    text = AutoTokenizer.from_pretrained(tiny).decode(ids[0])
+    assert '"arguments": {"plate": "CD2"}' in text and 'Ann\n</tool_response>\n<tool_response>\nBob' in text
+
 def _coco(folder, paths):
     data = {'info': {}, 'images': [{'id': 100+i, 'file_name': os.path.basename(p)} for i, p in enumerate(paths)],
             'annotations': [{'id': i, 'image_id': 100+i, 'caption': w} for i, w in enumerate(WORDS)] + [{'id': 9, 'image_id': 100, 'caption': 'Again'}]}
