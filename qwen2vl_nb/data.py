@@ -17,7 +17,7 @@ from .stack import findings_table
 from .media import (Fault, PictureGrid, image_tokens, look_at_all, look_at_picture, look_at_video,
                               mend_picture, near_duplicates, processor_limits, video_tokens, whole_file,
                               write_text)
-from .media import _tokens, glance_at_picture, glance_at_video
+from .media import _file_digest, _tokens, glance_at_picture, glance_at_video
 from .sources import _said, read_samples
 
 # %% ../nbs/01_data.ipynb #14218afc
@@ -158,7 +158,13 @@ def _form_faults(sample):
     bad = [(f'messages[{i}]', Fault(f'The turn is {_show(t)}, not a dict.',
                                     'Give a dict with role and content.'))
            for i,t in enumerate(turns) if not isinstance(t, dict)]
-    return bad or list(_order_faults(turns))
+    return bad or list(_order_faults(turns)) + list(_system_faults(sample))
+
+def _system_faults(sample):
+    "Two system prompts, of which LLaMA-Factory takes the turn."
+    if sample.get('system') and sample['messages'] and sample['messages'][0].get('role') == 'system':
+        yield 'system', Fault('It has a system prompt twice; the one in the first turn counts.',
+                              'Take one of them out.', 'warning')
 
 def _history_faults(sample):
     history = sample.get('history') or []
@@ -178,12 +184,12 @@ def _tool_faults(sample, turns):
     calls = [(field, text) for field, role, text in turns if role == 'function_call' and isinstance(text, str)]
     for field, text in calls:
         if not _objects(text, 'name', 'arguments'):
-            yield field, Fault(f'The function call is {_show(text)}, not JSON with name and arguments: training stops.',
-                               'Give {"name": …, "arguments": {…}}, or a list of such.')
+            what = f'The function call is {_show(text)}, not JSON with name and arguments: training stops.'
+            yield field, Fault(what, 'Give {"name": …, "arguments": {…}}, or a list of such.')
     tools = sample.get('tools')
     if tools and not (_objects(tools, 'name') or _objects(tools, 'function')) or _is_no_list(tools):
         yield 'tools', Fault(f'The tools are {_show(tools)}, not JSON text of a list of tools: training stops.',
-                             'Give a list of {"name": …, "description": …, "parameters": …} as text: json.dumps(…).')
+                             'Give a list of {"name": …, "parameters": …} as text: json.dumps(…).')
 
 def _is_no_list(tools): return isinstance(tools, str) and bool(tools) and not tools.lstrip().startswith('[')
 
@@ -191,9 +197,11 @@ def _is_no_list(tools): return isinstance(tools, str) and bool(tools) and not to
 def _json_faults(sample):
     try: (text := json.dumps(sample, ensure_ascii=False, allow_nan=False)).encode()
     except (TypeError, ValueError, RecursionError):
-        return [(str(k), fault) for k,v in sample.items() if (fault := _unwritable(v))] or [('', _unwritable(sample))]
+        found = [(str(k), fault) for k,v in sample.items() if (fault := _unwritable(v))]
+        return found or [('', _unwritable(sample))]
     nul = [k for k,v in sample.items() if _has_nul_key({k: v})] if '\\u0000' in text else []
-    return [(k, Fault('A key has the character NUL in it, at which Arrow ends the name.', 'Take it out.')) for k in nul]
+    what = 'A key has the character NUL in it, at which Arrow ends the name.'
+    return [(k, Fault(what, 'Take it out.')) for k in nul]
 
 def _has_nul_key(value):
     "Whether a key in a value, however deep, has NUL in it."
@@ -319,7 +327,8 @@ def _media_tokens(samples, looks, model, limits):
         return None if None in each else sum(each)
     return [media(s) if isinstance(s, dict) else None for s in samples]
 
-def _glance(samples, limits): return _look(samples, glance_at_picture, partial(glance_at_video, **_sampling(limits)))
+def _glance(samples, limits):
+    return _look(samples, glance_at_picture, partial(glance_at_video, **_sampling(limits)))
 
 def count_tokens(
     samples:list, # Samples
@@ -489,6 +498,15 @@ def _leaks_of(looks, against, pictures, clips, workers):
         for path, fault in _leaks(mine, theirs, against, key): leaks.setdefault(path, []).append(fault)
     return leaks
 
+def _look_around(samples, against, fix, workers, limits):
+    "What was seen of pictures and clips, which of them the other split has, and copies of those mended."
+    sizes = {k: limits[k] for k in ('image_max_pixels', 'image_min_pixels')}
+    about = (partial(look_at_picture, hashes=bool(against), **sizes),
+             partial(look_at_video, **_sampling(limits)), workers)
+    looks = _look(samples, *about)
+    leaks = _leaks_of(looks, against, *about) if samples and against else {}
+    return looks, leaks, _mend_pictures(looks[0]) if fix else {}
+
 def _said_before(rows, against):
     "Rows without pictures that the other split has, too."
     key = lambda s: _said_in(s) if isinstance(s, dict) and not _media_of(s) else None
@@ -520,19 +538,15 @@ def check_samples(
 ): # Findings as a `DataFrame`: row, field, what, cure, level; with `fix`, (mended samples, findings)
     "Every fault of the samples, before training trips over it; never raises on bad data."
     from tqdm import tqdm
-    if isinstance(samples, (str, os.PathLike)): raise TypeError('Samples are checked, not files: check_samples(read_samples(…)).')
+    if isinstance(samples, (str, os.PathLike)):
+        raise TypeError('Samples are checked, not files: check_samples(read_samples(…)).')
     limits, samples = _known_limits(limits), list(samples)
     rows = [(i, s) for i, s in enumerate(samples) if isinstance(s, dict)]
     text = _text_tokens(samples, model) if model else [0]*len(samples)
     bar = tqdm(samples, desc='Checking rows', unit='row', delay=2, file=sys.stdout)
     found = [(i, *fault) for i, s in enumerate(bar) for fault in _row_faults(s)]
-    sizes = {k: limits[k] for k in ('image_max_pixels', 'image_min_pixels')}
-    about = (partial(look_at_picture, hashes=bool(against), **sizes),
-             partial(look_at_video, **_sampling(limits)), workers)
-    looks = _look(samples if media else [], *about)
-    leaks = _leaks_of(looks, against, *about) if media and against else {}
-    copies = _mend_pictures(looks[0]) if fix else {}
     found += _said_before(rows, against or [])
+    looks, leaks, copies = _look_around(samples if media else [], against, fix, workers, limits)
     if media: found += [(i, *fault) for i, s in rows for fault in _media_faults(s, looks, leaks, copies)]
     found += _between_rows(rows, {(i, field.split('[')[0]) for i, field, _ in found})
     shown = _media_tokens(samples, looks, model, limits) if media else [0]*len(samples)
@@ -547,9 +561,8 @@ def _same_files(paths):
     "Path → one path of all those whose files are equal."
     sizes = {p: os.path.getsize(p) for p in paths if os.path.isfile(p)}
     often = Counter(sizes.values())
-    digest = lambda p: hashlib.blake2b(Path(p).read_bytes()).digest()
     first = {}
-    return {p: first.setdefault(digest(p), p) for p, size in sizes.items() if often[size] > 1}
+    return {p: first.setdefault(_file_digest(p), p) for p, size in sizes.items() if often[size] > 1}
 
 def _ties(samples, group):
     "What ties each row to others: its pictures and clips, what it says if it has none, its value of `group`."
@@ -610,15 +623,15 @@ def split_samples(
     groups = _groups(ties)
     held = _draw(_in_strata(groups, strata, random.Random(seed)), want)
     if not held: raise _too_large(groups, ties, want)
-    if len(held) < want: print(f'{len(held)} of the {want} rows asked for: what belongs together was not torn apart.')
+    if len(held) < want: print(f'{len(held)} of the {want} rows asked for: what belongs together stays together.')
     return [s for i, s in enumerate(samples) if i not in held], [s for i, s in enumerate(samples) if i in held]
 
 def _too_large(groups, ties, want):
     "The error for groups that don't fit, with what ties most rows together."
     tie, n = Counter(tie for row in ties for tie in set(row)).most_common(1)[0]
     name = os.path.basename(tie) if isinstance(tie, str) else ' '.join(map(str, tie))
-    return ValueError(f'Rows that belong together come to {min(map(len, groups))} and more, and the test half has room for {want}: '
-                      f'a split would leak. {n} of them share {_show(name)}. Ask for a larger test half.')
+    return ValueError(f'Rows that belong together come to {min(map(len, groups))} and more, '
+                      f'and the test half has room for {want}: a split would leak. {n} of them share {_show(name)}. Ask for a larger test half.')
 
 # %% ../nbs/01_data.ipynb #d82f4fec
 def as_dialogue(
@@ -634,6 +647,8 @@ def in_one_form(
     samples:list, # Samples of either form
 )->list: # Samples
     "Samples of both forms as dialogues; of one form as they are."
+    bad = [i for i, s in enumerate(samples) if not isinstance(s, dict)]
+    if bad: raise ValueError(f'Rows {bad[:10]} are no samples, which are dicts; see `check_samples`.')
     return [as_dialogue(s) for s in samples] if len({is_dialogue(s) for s in samples}) > 1 else samples
 
 def _written_path(path, media_dir):
@@ -675,7 +690,7 @@ def _bring_all(samples, folder, how):
 
 # %% ../nbs/01_data.ipynb #84976748
 def write_samples(
-    samples:list, # Samples, all of one form
+    samples:list, # Samples; of both forms, they become dialogues
     path, # JSON file to write
     media_dir=None, # Paths inside this folder are written relative to it; `None`: all absolute
     media:str='refer', # `'refer'` to pictures and clips, `'link'` or `'copy'` them to a folder beside the file
@@ -684,15 +699,18 @@ def write_samples(
     from tqdm import tqdm
     if media not in ('refer', 'link', 'copy'):
         raise ValueError(f"media={media!r}: choose 'refer', 'link' or 'copy'.")
+    samples = in_one_form(samples)
     path, media_dir = Path(path).absolute(), media_dir and Path(media_dir).absolute()
     if media != 'refer': samples = _bring_all(samples, path.parent/f'{path.stem}_media', media)
+    written = lambda p: _written_path(p, media_dir)
     bar = tqdm(samples, desc=f'Writing {path.name}', unit='row', delay=2, file=sys.stdout)
     with whole_file(path) as f:
         f.write('[')
         for i, s in enumerate(bar):
-            row = _map_media(s, lambda p: _written_path(p, media_dir))
             f.write(',\n ' if i else '\n ')
-            f.write(json.dumps(row, ensure_ascii=False))
+            try: f.write(json.dumps(_map_media(s, written), ensure_ascii=False, allow_nan=False))
+            except (TypeError, ValueError) as e:
+                raise ValueError(f'Row {i} cannot be written ({e}); nothing was. See `check_samples`.') from None
         f.write('\n]\n')
 
 # %% ../nbs/01_data.ipynb #4a2dfdb2

@@ -163,8 +163,9 @@ def _true_kind(data):
 def _unreadable(path, data, error):
     if isinstance(error, PermissionError):
         return Fault(f'{path} may not be read by you.', 'Change its permissions, or drop the row.')
-    kind, known = _true_kind(data), 'cannot identify' not in str(error)
-    why = f'it is {kind}' if kind else str(error) or type(error).__name__ if known else 'Pillow knows no such picture'
+    kind, why = _true_kind(data), str(error) or type(error).__name__
+    if kind: why = f'it is {kind}'
+    elif 'cannot identify' in why: why = 'Pillow knows no such picture'
     return Fault(f'{path} cannot be read: {why}.', 'Save the picture again, or drop the row.')
 
 # %% ../nbs/00a_media.ipynb #9ea2debe

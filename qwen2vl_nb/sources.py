@@ -149,7 +149,8 @@ def _read_table(path, place, encoding):
 
 def _filled(table):
     "The rows of a table that are not blank, and words for those that were; names without blanks around them."
-    rows = [row for row in table.rename(columns=lambda c: str(c).strip()).to_dict('records') if any(cell.strip() for cell in row.values())]
+    named = table.rename(columns=lambda name: str(name).strip())
+    rows = [row for row in named.to_dict('records') if any(cell.strip() for cell in row.values())]
     return rows, f' ({len(table) - len(rows)} blank rows left out)' if len(rows) < len(table) else ''
 
 def _read_excel(path, place, encoding):
@@ -221,7 +222,8 @@ def _read_file(path, place, encoding=None):
 
 # %% ../nbs/00b_sources.ipynb #b894451c
 # HEIC is not read; `check_samples` says what to do about it
-picture_endings = ('.jpg', '.jpeg', '.jfif', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.avif', '.heic', '.heif')
+picture_endings = ('.jpg', '.jpeg', '.jfif', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.avif',
+                   '.heic', '.heif')
 _split_names = {'train', 'test', 'val', 'valid', 'validation', 'dev'}
 
 def _labels_in(folder):
@@ -229,8 +231,9 @@ def _labels_in(folder):
 
 def _read_class_folder(folder):
     "Rows of a folder with a subfolder of pictures for each class."
-    there = [f for f in sorted(folder.glob('*/**/*')) if f.is_file() and f.name not in ('Thumbs.db', 'desktop.ini')
-             and not any(part.startswith('.') for part in f.relative_to(folder).parts)]
+    is_hidden = lambda f: any(part.startswith('.') for part in f.relative_to(folder).parts)
+    there = [f for f in sorted(folder.glob('*/**/*'))
+             if f.is_file() and not is_hidden(f) and f.name not in ('Thumbs.db', 'desktop.ini')]
     files = [f for f in there if f.suffix.lower() in picture_endings + video_endings]
     others = [f.name for f in there if f.suffix.lower() not in picture_endings + video_endings]
     classes = Counter(f.relative_to(folder).parts[0] for f in files)
@@ -289,28 +292,26 @@ def _is_misspelt(prompt, columns):
 def _unnamed_media(rows, columns):
     "A column whose first cells are paths of pictures or clips, and which of the two."
     for name in columns:
-        cells = [row[name].strip().lower() for row in rows[:20] if isinstance(row.get(name), str) and row[name].strip()]
+        text = [row[name].strip().lower() for row in rows[:20] if isinstance(row.get(name), str)]
+        cells = list(filter(None, text))
         for what, endings in (('image', picture_endings), ('video', video_endings)):
             if cells and all(cell.endswith(endings) for cell in cells): return what, name
 
-def _check_unnamed(rows, columns):
-    found = _unnamed_media(rows, columns)
-    if found: raise ValueError('no column for {0}; {1!r} holds paths: {2}={1!r}'.format(_what[found[0]], found[1], found[0]))
-
 def _table_columns(path, rows, image, video, prompt, response):
-    "LLaMA-Factory's column → the source's, and the words of the prompt where they are given; all faults at once."
+    "LLaMA-Factory's column → the source's, and the words of the prompt if they are given; all faults at once."
     columns, faults = list(dict.fromkeys(str(name) for row in rows for name in row)), []
     def column(*about):
         try: return _column(columns, *about)
         except ValueError as e: faults.append(str(e))
     is_text = prompt is not None and prompt not in columns and not _is_misspelt(prompt, columns)
     images = image if isinstance(image, (list, tuple)) else [image]
-    found = {'images': [c for i in images if (c := column('image', i, False))], 'videos': column('video', video, False)}
+    found = {'images': [c for i in images if (c := column('image', i, False))]}
+    found['videos'] = column('video', video, False)
     found['prompt'] = None if is_text else column('prompt', prompt, True)
     found['response'] = column('response', response, True)
     if image is None and video is None and not (found['images'] or found['videos']):
-        try: _check_unnamed(rows, columns)
-        except ValueError as e: faults.append(str(e))
+        what, name = _unnamed_media(rows, columns) or ('', '')
+        if what: faults.append(f'no column for {_what[what]}; {name!r} holds paths: {what}={name!r}')
     if faults: raise ValueError(f'{path} has {"; ".join(faults)}. Its columns: {", ".join(columns)}.')
     return found | {'query': 'input' if 'input' in columns else None}, prompt if is_text else None
 
@@ -390,10 +391,14 @@ def _in_one_turn(turns):
     "Answers of tools that follow one another, as the one observation that LLaMA-Factory takes."
     joined = []
     for turn in turns:
-        both = joined and all(isinstance(t, dict) and t['role'] == 'observation' and isinstance(t['content'], str) for t in (joined[-1], turn))
-        if both: joined[-1] = turn | {'content': f"{joined[-1]['content']}\n</tool_response>\n<tool_response>\n{turn['content']}"}
-        else: joined.append(turn)
+        if not (joined and _is_observation(joined[-1]) and _is_observation(turn)): joined.append(turn)
+        else: joined[-1] = turn | {'content': _next_response.join((joined[-1]['content'], turn['content']))}
     return joined
+
+_next_response = '\n</tool_response>\n<tool_response>\n'
+
+def _is_observation(turn):
+    return isinstance(turn, dict) and turn['role'] == 'observation' and isinstance(turn['content'], str)
 
 def dialogue_sample(
     row:dict, # A row of a source
@@ -513,9 +518,9 @@ def _dialogue_form(path, rows, image, video):
     turns = [t for row in rows[:100] if isinstance(row.get(key), list) for t in row[key] if isinstance(t, dict)]
     is_from = sum('from' in t for t in turns) > sum('role' in t for t in turns)
     in_parts = any(isinstance(t.get('content'), list) for t in turns)
-    try: media = {'images': _column(names, 'image', image, False), 'videos': _column(names, 'video', video, False)}
+    try: images, videos = _column(names, 'image', image, False), _column(names, 'video', video, False)
     except ValueError as e: raise ValueError(f'{path} has {e}. Its columns: {", ".join(names)}.') from None
-    columns = {'messages': key} | media
+    columns = {'messages': key, 'images': images, 'videos': videos}
     tags = ({'role_tag': 'from', 'content_tag': 'value'} if is_from
             else {'role_tag': 'role', 'content_tag': 'content'})
     name = 'LLaVA or ShareGPT' if is_from else 'OpenAI' if in_parts else 'role and content'
@@ -549,7 +554,8 @@ def _say(source, samples, taken, place, how):
     name = ' + '.join(Path(p).name for p in source) if isinstance(source, (list, tuple)) else Path(source).name
     more = [f'{place.written} file(s) written to {place.out.name}/.'] if place.written else []
     if place.lost: more.append(f'{place.lost} path(s) lead nowhere: media_dir=… names the folder of the pictures.')
-    if place.beside_calls: more.append(f'Words beside {place.beside_calls} tool call(s) left out: LLaMA-Factory has no place for them.')
+    if place.beside_calls:
+        more.append(f'Words beside {place.beside_calls} tool call(s) left out: LLaMA-Factory has no place for them.')
     print(f'{name}: {len(samples)} rows of {taken}; {how}.', *more)
 
 # %% ../nbs/00b_sources.ipynb #adaf857d

@@ -311,6 +311,7 @@ ROWS = { # name → (samples, how they are checked), row → findings
                                                 {1: [('video', 'error', 'the same file as a.png in row 1'), ('video', 'error', 'the same file as b.png in row 1')]}),
     'keys that differ by NUL alone': (lambda f: ([_question(0), _question(1, box={'': 1, '\0': 2}), _question(2)], {}), {1: [('box', 'error', 'character NUL')]}),
     'a row of text alone in both splits': (lambda f: ([_question(0), _question(1)], dict(against=[_question(7), _question(1)])), {1: [('', 'error', 'says the same as row 1 of the other split')]}),
+    'a system prompt twice': (lambda f: ([_question(0), {'image': [], 'system': 'Be brief.', 'messages': [{'role': r, 'content': 'x'} for r in ('system', 'user', 'assistant')]}, _question(2)], {}), {1: [('system', 'warning', 'a system prompt twice')]}),
     'the same row twice': (lambda f: ([_question(0), _question(1), _question(0, id=5)], {}), {2: [('', 'note', 'says the same as row 0')]}),
     'the same dialogue twice': (lambda f: ([_dialogue(0), _dialogue(1), _dialogue(0)], {}), {2: [('', 'note', 'says the same as row 0')]}),
     'a rare answer': (lambda f: ([_question(i, output='dog' if i == 4 else 'cat') for i in range(30)], {}), {4: [('output', 'note', "'dog' is the answer of 1 row(s), 'cat' of 29")]}),

@@ -87,12 +87,16 @@ OTHERS = {
     'a model of unknown size': (lambda t: zero_table(train_recipe('my_model', 'd'), gpus=1, gpu_gib=80), 'none of the sizes 2B, 7B, 72B'),
     'a GPU too small': (lambda t: pick_zero(train_recipe('model_72b', 'd'), gpus=1, gpu_gib=8), 'Nothing fits 1 GPU'),
     'nothing to score': (lambda t: score([]), 'no predictions'),
+    'a file to register': (lambda t: Registry(t).add('x', 'labels.csv'), 'are no samples'),
+    'a row that JSON has no words for': (lambda t: Registry(t).add('x', [{'image': [], 'instruction': 'a', 'output': 'b', 'n': float('nan')}]), 'Row 0 cannot be written'),
+    'a file to check': (lambda t: check_samples('labels.csv'), 'Samples are checked, not files'),
     'nothing to split': (lambda t: split_samples([{'image': ['a']}]), 'both halves need some'),
 }
 
 @pytest.mark.parametrize('act,words', OTHERS.values(), ids=OTHERS.keys())
 def test_others(act, words, tmp_path):
-    with pytest.raises((ValueError, FileNotFoundError), match=words): act(tmp_path)
+    with pytest.raises((ValueError, TypeError, FileNotFoundError), match=words): act(tmp_path)
+    assert not list(tmp_path.glob('*.json')), 'nothing was written'
 
 def test_checking_samples_never_raises():
     strange = [None, 7, [], {}, {'image': None}, {'image': [None, 3.5, '', '/nowhere.png'], 'instruction': 5, 'output': ['x']}, {'image': 'x'*5000, 'instruction': '', 'output': ''}]
