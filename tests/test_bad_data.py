@@ -479,7 +479,7 @@ READING = { # name → the source, keywords, words of the error
     'JSON that is text': (lambda f: _json(f/'a.json', 'rows'), {}, 'holds a str'),
     'an empty list': (lambda f: _json(f/'a.json', []), {}, 'has no rows'),
     'JSON of zero bytes': (lambda f: _bytes(f/'a.json', b''), {}, 'is not JSON: Expecting value at line 1, column 1'),
-    'JSON with a comma too many': (lambda f: _table(f, '[{"image": "a"},\n]', 'a.json'), {}, 'line 2, column 1'),
+    'JSON with a comma too many': (lambda f: _table(f, '[{"image": "a"},\n]', 'a.json'), {}, 'is not JSON: .* at line'),
     'Python under the ending .json': (lambda f: _table(f, "[{'image': 'a'}]", 'a.json'), {}, 'is not JSON: Expecting property name'),
     'two lists in one file': (lambda f: _table(f, '[{"image": "a"}]\n[{"image": "b"}]', 'a.json'), {}, r'rows \[0, 1\] are not objects'),
     'JSON lines, some broken': (lambda f: _table(f, '{"output": "b"}\n{a}\n\n{}\n{"b": \n', 'a.jsonl'), {}, r'2 line\(s\) that are not JSON. line 2: .*; line 5: '),
