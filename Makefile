@@ -66,7 +66,7 @@ notebooks: setup
 
 readme: setup
 	$(BIN)/jupyter nbconvert --to markdown --output-dir . --output README nbs/index.ipynb
-	sed -i -E "s,\]\((images|tutorials)/,](nbs/\1/,g; s,\]\(\.\./,](,g" README.md
+	sed -i -E "s,\]\((images|tutorials|benchmarks)/,](nbs/\1/,g; s,\]\(\.\./,](,g" README.md
 
 # Needs uv. The second set is for a machine that already has a newer torch: make LOCK=requirements-torch211.lock …
 lock:

@@ -319,6 +319,10 @@ def _watch(look, container, video_fps, video_maxlen):
         look.faults.append(Fault(f'It says that it must be turned ({rotation}°), and LLaMA-Factory does not.',
                                  'Turn it and save it again.', 'warning'))
 
+def _undecodable(path, error):
+    why = getattr(error, 'strerror', None) or error  # the whole of FFmpeg's errors says the path twice
+    return Fault(f'{path} cannot be decoded: {why}', 'Save the clip again, or drop the row.')
+
 def look_at_video(
     path:str, # Of the clip
     video_fps:float=2., # Frames taken for each second, as in the recipe
@@ -333,7 +337,7 @@ def look_at_video(
         look.digest = _file_digest(path)
         with av.open(path) as container: _watch(look, container, video_fps, video_maxlen)
     except Exception as e:
-        look.faults = [Fault(f'{path} cannot be decoded: {e}', 'Save the clip again, or drop the row.')]
+        look.faults = [_undecodable(path, e)]
     return look
 
 def _file_digest(path):
@@ -366,7 +370,7 @@ def glance_at_video(
             taken = sampled_frames(*_stream_facts(stream), video_fps, video_maxlen)
             return Look(size=(stream.width, stream.height), frames=len(taken))
     except Exception as e:
-        return Look(faults=[Fault(f'{path} cannot be decoded: {e}', 'Save the clip again, or drop the row.')])
+        return Look(faults=[_undecodable(path, e)])
 
 # %% ../nbs/00a_media.ipynb #60749bf5
 @contextmanager

@@ -485,6 +485,7 @@ class Registry(MutableMapping):
         names=None, # A data set, or several; `None`: all
     ): # A pandas `DataFrame`, one row an entry: name, what, loads, why, cure
         "What each entry is, and whether LLaMA-Factory would load it; local files are loaded, nothing is fetched."
+        if not self.path.exists(): raise FileNotFoundError(f'There is no {self.path}: nothing is registered here.')
         entries = self._read()
         wanted = entries if names is None else [names] if isinstance(names, str) else names
         asked = {n: self._asked(n, entries) for n in wanted}

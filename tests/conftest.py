@@ -51,6 +51,17 @@ def few_steps(tiny, data, tmp_path):
     return make
 
 @pytest.fixture(scope='session')
+def plugin():
+    "LLaMA-Factory's own steps on pictures and clips."
+    from llamafactory.data.mm_plugin import get_mm_plugin
+    return get_mm_plugin(name='qwen2_vl', image_token='<|image_pad|>', video_token='<|video_pad|>')
+
+@pytest.fixture(scope='session')
+def processor(tiny):
+    from transformers import AutoProcessor
+    return AutoProcessor.from_pretrained(tiny)
+
+@pytest.fixture(scope='session')
 def factory(tiny):
     "LLaMA-Factory's own loading: `load` gives the rows of a registered data set as its converter makes them, `prepare` batches of tensors."
     from types import SimpleNamespace

@@ -2,22 +2,11 @@
 import json, random
 from types import SimpleNamespace
 
-import pytest
 from PIL import Image
 
 from qwen2vl_nb.data import check_samples, count_tokens, image_tokens, read_samples, video_tokens
 from qwen2vl_nb.media import sampled_frames
 from qwen2vl_nb.registry import Registry
-
-@pytest.fixture(scope='module')
-def plugin():
-    from llamafactory.data.mm_plugin import get_mm_plugin
-    return get_mm_plugin(name='qwen2_vl', image_token='<|image_pad|>', video_token='<|video_pad|>')
-
-@pytest.fixture(scope='module')
-def processor(tiny):
-    from transformers import AutoProcessor
-    return AutoProcessor.from_pretrained(tiny)
 
 def _true_tokens(plugin, processor, size, **limits):
     "Tokens by LLaMA-Factory's own picture steps and the real processor."

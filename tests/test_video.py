@@ -18,16 +18,6 @@ def samples(data): return {half: json.loads((data/'car_video'/f'{half}.json').re
 @pytest.fixture(scope='module')
 def clips(data, samples): return [data/path for half in samples.values() for s in half for path in s['video']]
 
-@pytest.fixture(scope='module')
-def plugin():
-    from llamafactory.data.mm_plugin import get_mm_plugin
-    return get_mm_plugin(name='qwen2_vl', image_token='<|image_pad|>', video_token='<|video_pad|>')
-
-@pytest.fixture(scope='module')
-def processor(tiny):
-    from transformers import AutoProcessor
-    return AutoProcessor.from_pretrained(tiny)
-
 def _decoded(path):
     with av.open(str(path)) as clip: return [frame.to_ndarray(format='rgb24').astype(int) for frame in clip.decode(video=0)]
 
