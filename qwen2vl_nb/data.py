@@ -548,7 +548,8 @@ def check_samples(
     found += _said_before(rows, against or [])
     looks, leaks, copies = _look_around(samples if media else [], against, fix, workers, limits)
     if media: found += [(i, *fault) for i, s in rows for fault in _media_faults(s, looks, leaks, copies)]
-    found += _between_rows(rows, {(i, field.split('[')[0]) for i, field, _ in found})
+    told = {(i, field.split('[')[0]) for i, field, fault in found if fault.level == 'error'}
+    found += _between_rows(rows, told)
     shown = _media_tokens(samples, looks, model, limits) if media else [0]*len(samples)
     found += _length_faults(rows, text, shown, cutoff_len)
     if not fix: return _rows_table(found)

@@ -312,6 +312,8 @@ ROWS = { # name → (samples, how they are checked), row → findings
     'keys that differ by NUL alone': (lambda f: ([_question(0), _question(1, box={'': 1, '\0': 2}), _question(2)], {}), {1: [('box', 'error', 'character NUL')]}),
     'a row of text alone in both splits': (lambda f: ([_question(0), _question(1)], dict(against=[_question(7), _question(1)])), {1: [('', 'error', 'says the same as row 1 of the other split')]}),
     'a system prompt twice': (lambda f: ([_question(0), {'image': [], 'system': 'Be brief.', 'messages': [{'role': r, 'content': 'x'} for r in ('system', 'user', 'assistant')]}, _question(2)], {}), {1: [('system', 'warning', 'a system prompt twice')]}),
+    'a mark in a column of two types': (lambda f: ([_question(0, year='1999'), _question(1, year='2000'), _question(2, input=0), _question(3, input='\ufeffWhy?')], {}),
+                                        {2: [('input', 'error', "'input' is a number here and text before")], 3: [('input', 'warning', 'byte-order mark')]}),
     'the same row twice': (lambda f: ([_question(0), _question(1), _question(0, id=5)], {}), {2: [('', 'note', 'says the same as row 0')]}),
     'the same dialogue twice': (lambda f: ([_dialogue(0), _dialogue(1), _dialogue(0)], {}), {2: [('', 'note', 'says the same as row 0')]}),
     'a rare answer': (lambda f: ([_question(i, output='dog' if i == 4 else 'cat') for i in range(30)], {}), {4: [('output', 'note', "'dog' is the answer of 1 row(s), 'cat' of 29")]}),
