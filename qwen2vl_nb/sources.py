@@ -573,6 +573,9 @@ def read_samples(
     path = Path(source[0] if isinstance(source, (list, tuple)) else source)
     place = _place(path, media_dir)
     rows, taken = read_rows(source, place, encoding)
+    if not response and all({'chosen', 'rejected'} <= row.keys() for row in rows):
+        raise ValueError(f'{path} holds rankings (chosen and rejected answers), and a sample has one answer: '
+                         "name it, response='chosen', or register the file as it is.")
     shown = tqdm(rows, desc=f'Reading {path.name}', unit='row', delay=2, file=sys.stdout)
     if _turns_key(rows) and not response:
         columns, tags, name = _dialogue_form(path, rows, image, video)
