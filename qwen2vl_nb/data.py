@@ -510,10 +510,10 @@ def _look_around(samples, against, fix, workers, limits):
 def _said_before(rows, against):
     "Rows without pictures that the other split has, too."
     key = lambda s: _said_in(s) if isinstance(s, dict) and not _media_of(s) else None
-    others = {key(s): i for i, s in enumerate(against) if key(s)}
-    for i, s in rows:
-        if others and key(s) in others:
-            yield i, '', Fault(f'The row says the same as row {others[key(s)]} of the other split.',
+    others = {said: i for i, s in enumerate(against) if (said := key(s))}
+    for i, s in rows if others else []:
+        if (said := key(s)) in others:
+            yield i, '', Fault(f'The row says the same as row {others[said]} of the other split.',
                                'Keep them in one split: `split_samples` does.')
 
 def _between_rows(rows, told):
@@ -632,7 +632,8 @@ def _too_large(groups, ties, want):
     tie, n = Counter(tie for row in ties for tie in set(row)).most_common(1)[0]
     name = os.path.basename(tie) if isinstance(tie, str) else ' '.join(map(str, tie))
     return ValueError(f'Rows that belong together come to {min(map(len, groups))} and more, '
-                      f'and the test half has room for {want}: a split would leak. {n} of them share {_show(name)}. Ask for a larger test half.')
+                      f'and the test half has room for {want}: a split would leak. '
+                      f'{n} of them share {_show(name)}. Ask for a larger test half.')
 
 # %% ../nbs/01_data.ipynb #d82f4fec
 def as_dialogue(

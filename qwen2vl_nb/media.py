@@ -8,7 +8,7 @@ __all__ = ['video_endings', 'processor_limits', 'image_tokens', 'sampled_frames'
            'whole_file', 'write_text', 'mend_picture', 'video_frames', 'thumbnail', 'PictureGrid']
 
 # %% ../nbs/00a_media.ipynb #4c6e1eed
-import base64, hashlib, html, io, json, math, os, sys, warnings
+import base64, hashlib, html, io, json, math, os, shutil, sys, warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -293,9 +293,8 @@ def _header_fault(stream):
                      'LLaMA-Factory takes its first frames instead of some of each second.',
                      'Save it as MP4.', 'warning')
 
-def _frame_faults(taken, decoded, promised):
-    "What is wrong when `decoded` frames are there, and those numbered `taken` are wanted."
-    found = sum(i < decoded for i in taken)
+def _frame_faults(found, taken, decoded, promised):
+    "What is wrong with a clip of which `found` of the frames `taken` are there."
     if not found: return [Fault('No frame of it can be decoded.', 'Save it again, or drop the row.')]
     if promised and found < len(taken):
         return [Fault(f'It promises {promised} frames and has {decoded}: '
@@ -313,8 +312,8 @@ def _watch(look, container, video_fps, video_maxlen):
     if fault and fault.level == 'error': return
     taken, decoded, rotation = sampled_frames(*_stream_facts(stream), video_fps, video_maxlen), 0, 0
     for frame in container.decode(stream): decoded, rotation = decoded + 1, frame.rotation
-    look.faults += _frame_faults(taken, decoded, stream.frames)
     look.frames = sum(i < decoded for i in taken)
+    look.faults += _frame_faults(look.frames, taken, decoded, stream.frames)
     if rotation:
         look.faults.append(Fault(f'It says that it must be turned ({rotation}°), and LLaMA-Factory does not.',
                                  'Turn it and save it again.', 'warning'))
@@ -336,8 +335,7 @@ def look_at_video(
     try:
         look.digest = _file_digest(path)
         with av.open(path) as container: _watch(look, container, video_fps, video_maxlen)
-    except Exception as e:
-        look.faults = [_undecodable(path, e)]
+    except Exception as e: look.faults = [_undecodable(path, e)]
     return look
 
 def _file_digest(path):
@@ -369,8 +367,7 @@ def glance_at_video(
             stream = container.streams.video[0]
             taken = sampled_frames(*_stream_facts(stream), video_fps, video_maxlen)
             return Look(size=(stream.width, stream.height), frames=len(taken))
-    except Exception as e:
-        return Look(faults=[_undecodable(path, e)])
+    except Exception as e: return Look(faults=[_undecodable(path, e)])
 
 # %% ../nbs/00a_media.ipynb #60749bf5
 @contextmanager
@@ -432,7 +429,7 @@ def whole_file(
     path, # File to write; its folder is made
     mode:str='w', # `'w'` for text in UTF-8, `'wb'` for bytes
 ):
-    "A file to write all or not at all: it takes its name when the block has ended well."
+    "A file to write all or not at all: it takes its name, and the mode of the one before, when the block has ended well."
     path = Path(os.path.realpath(path))  # of a link, the file that it leads to
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
@@ -441,6 +438,7 @@ def whole_file(
             yield f
             f.flush()
             os.fsync(f.fileno())
+        if path.exists(): shutil.copymode(path, beside)
         os.replace(beside, path)
     finally: beside.unlink(missing_ok=True)
 

@@ -13,8 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 import yaml
 from .stack import Finding, findings_table, gpus
-from .data import _media_of, check_samples, count_tokens, is_dialogue, write_text
-from .registry import Registry, dataset_samples, entry_faults
+from .data import _limits, _media_of, check_samples, count_tokens, is_dialogue, write_text
+from .registry import Registry, _source, child_env, dataset_samples, entry_faults
 
 # %% ../nbs/03_recipe.ipynb #eca681f9
 def _recipe(defaults, changes):
@@ -199,15 +199,13 @@ def model_findings(
     return found
 
 # %% ../nbs/03_recipe.ipynb #071e26a0
-_sizes = ('image_max_pixels', 'image_min_pixels', 'video_max_pixels', 'video_min_pixels', 'video_fps', 'video_maxlen')
-
 def _see(name): return f'See `check_samples(dataset_samples(registry, {name!r}))` for each of them.'
 
 def _length_findings(name, samples, recipe):
     "Rows with pictures that are not there, or longer than `cutoff_len`."
     model, cutoff = Path(recipe.get('model_name_or_path') or ''), recipe.get('cutoff_len', 2048)
     counts = all((model/file).is_file() for file in ('preprocessor_config.json', 'tokenizer.json'))
-    tokens = count_tokens(samples, model if counts else None, **{k: recipe[k] for k in _sizes if k in recipe})
+    tokens = count_tokens(samples, model if counts else None, **{k: recipe[k] for k in _limits if k in recipe})
     lost = tokens.index[tokens.media.isna()]
     if len(lost):
         yield Finding(name, f'{len(lost)} row(s) have pictures or clips that cannot be read, '
@@ -216,18 +214,23 @@ def _length_findings(name, samples, recipe):
     if len(total) and total.max() > cutoff:
         row, most = total.idxmax(), total.max()
         yield Finding('cutoff_len',
-            f'{(total > cutoff).sum()} row(s) of {name} have more tokens than cutoff_len {cutoff}; row {row} has {most}, '
-            f'{tokens.media[row]} of them for pictures. LLaMA-Factory would cut them off, in the middle of a picture stop.',
-            f'Set cutoff_len to {most} or more, or a smaller image_max_pixels.', 'error' if tokens.media[row] else 'warning')
+            f'{(total > cutoff).sum()} row(s) of {name} have more tokens than cutoff_len {cutoff}; '
+            f'row {row} has {most}, {tokens.media[row]} of them for pictures. '
+            'LLaMA-Factory would cut them off, in the middle of a picture stop.',
+            f'Set cutoff_len to {most} or more, or a smaller image_max_pixels.',
+            'error' if tokens.media[row] else 'warning')
 
 def _row_findings(name, samples, recipe):
     "What is wrong with the text of rows, the first of each kind; and their lengths."
     # a row to predict needs no answer
-    asked = samples if recipe.get('do_train') else [s if is_dialogue(s) or s.get('output') else s | {'output': '?'} for s in samples]
+    answered = lambda s: s if is_dialogue(s) or s.get('output') else s | {'output': '?'}
+    asked = samples if recipe.get('do_train') else [answered(s) for s in samples]
     found = check_samples(asked, media=False)
     for field, rows in found[found.level == 'error'].groupby('field', sort=False):
         first = rows.iloc[0]
-        yield Finding(name, f'{rows.row.nunique()} row(s) have a fault in {field or "their form"}, row {first.row} first: {first.what}', _see(name))
+        yield Finding(name,
+            f'{rows.row.nunique()} row(s) have a fault in {field or "their form"}, '
+            f'row {first.row} first: {first.what}', _see(name))
     yield from _length_findings(name, samples, recipe)
 
 # %% ../nbs/03_recipe.ipynb #f9ad7cb3
@@ -236,14 +239,16 @@ def _entry_findings(name, registry, recipe):
     try: entry = registry[name]
     except ValueError as e: return [Finding(name, str(e), 'Mend the entry.')]
     found = entry_faults(name, entry, recipe.get('stage', 'sft'))
-    file = registry.dataset_dir/entry.get('file_name', '')
-    is_remote = entry.keys() & {'hf_hub_url', 'ms_hub_url', 'om_hub_url', 'script_url', 'cloud_file_name'}
-    if is_remote or any(f.level == 'error' for f in found): return found
+    where, source = _source(entry, registry.dataset_dir)
+    if where != 'file' or any(f.level == 'error' for f in found): return found
+    file = registry.dataset_dir/source
     if not file.exists():
-        return found + [Finding('dataset', f'{name}: there is no file {file}.', 'Write it, or correct file_name in the registry.')]
-    if file.is_dir() or entry.get('ranking'): return found
+        return found + [Finding('dataset',
+            f'{name}: there is no file {file}.', 'Write it, or correct file_name in the registry.')]
+    if entry.get('ranking'): return found
     try: samples = dataset_samples(registry, name, recipe.get('max_samples'), recipe.get('media_dir'))
-    except (ValueError, TypeError, KeyError) as e: return found + [Finding(name, f'{file} cannot be read: {e}', 'See `read_samples(file)`.')]
+    except (ValueError, TypeError, KeyError) as e:
+        return found + [Finding(name, f'{file} cannot be read: {e}', 'See `read_samples(file)`.')]
     return found + list(_row_findings(name, samples, recipe))
 
 # %% ../nbs/03_recipe.ipynb #731a7d55
@@ -430,11 +435,6 @@ def _trial_zero(recipe):
     except (OSError, ValueError): return {}
     return zero and {'train_micro_batch_size_per_gpu': 1} | zero
 
-def _child_env():
-    "No GPU, and no trace of a torchrun that this process may be part of."
-    env = {k:v for k,v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')}
-    return env | {'CUDA_VISIBLE_DEVICES': '', 'PYTHONUTF8': '1'}
-
 def ask_llamafactory(
     recipe:dict, # The recipe
 )->list: # `Finding`s
@@ -442,7 +442,7 @@ def ask_llamafactory(
     with tempfile.TemporaryDirectory() as folder:
         question = json.dumps([_trial(recipe, folder), _trial_zero(recipe)], default=os.fspath)
         done = subprocess.run([sys.executable, '-c', _ask], input=question, capture_output=True, text=True,
-                              env=_child_env(), cwd=folder)
+                              env=child_env(), cwd=folder)
     if done.returncode:
         why = done.stderr.strip().splitlines()[-1]
         return [Finding('llamafactory', f'LLaMA-Factory cannot be imported: {why}', 'See `check_stack()`.')]

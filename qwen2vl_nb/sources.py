@@ -31,11 +31,15 @@ class _Place:
     lost:int=0
     beside_calls:int=0
     def find(self, path):
-        "The path where the file is; as it was where it isn't."
+        "The path where the file is, or `None`."
         found = next((full for r in self.roots if os.path.isfile(full := os.path.join(r, path))), None)
         if not found and '\\' in path: return self.find(path.replace('\\', '/'))
-        if not found: self.lost += 1
-        return os.path.normpath(found) if found else path
+        return found and os.path.normpath(found)
+    def located(self, path):
+        "The path where the file is; as it was where it isn't, and counted."
+        found = self.find(path)
+        self.lost += not found
+        return found or path
 
 def _place(path, media_dir=None):
     out = Path(media_dir or path.resolve().with_name(f'{path.stem}_media'))
@@ -57,6 +61,8 @@ def _from_data_uri(uri, place):
     try: return _write_out(base64.b64decode(uri.split(',', 1)[1], validate=True), place)
     except (IndexError, ValueError): return uri  # `check_samples` will say so
 
+def _without_scheme(path): return unquote(urlparse(path).path) if path.startswith('file:') else path
+
 def _one_media(value, place):
     "The path of one picture or clip."
     if isinstance(value, dict) and isinstance(value.get('bytes'), bytes):
@@ -66,18 +72,17 @@ def _one_media(value, place):
     if isinstance(value, list): return [_one_media(frame, place) for frame in value]  # a clip as its frames
     if not isinstance(value, str): return value
     if value.startswith('data:'): return _from_data_uri(value, place)
-    if value.startswith('file:'): value = unquote(urlparse(value).path)
-    return place.find(value)
+    return place.located(_without_scheme(value))
 
 def _cell_media(text, place):
     "Paths in one cell: a JSON list; several with a semicolon, a bar, a comma or a new line between; or one."
     if text.startswith('['):
         try: return _media(json.loads(text), place)
         except ValueError: pass
-    lost, found = place.lost, _one_media(text.strip(), place)
-    if place.lost == lost or not re.search(_between, text): return [found]
-    place.lost = lost  # of the whole, which was none
-    return [_one_media(part.strip(), place) for part in re.split(_between, text) if part.strip()]
+    text = text.strip()
+    is_one = text.startswith('data:') or not re.search(_between, text) or place.find(_without_scheme(text))
+    parts = [text] if is_one else filter(None, map(str.strip, re.split(_between, text)))
+    return [_one_media(part, place) for part in parts]
 
 _between = r'[;|\n]|, '
 
@@ -297,9 +302,11 @@ def _unnamed_media(rows, columns):
         for what, endings in (('image', picture_endings), ('video', video_endings)):
             if cells and all(cell.endswith(endings) for cell in cells): return what, name
 
+def _names_in(rows): return list(dict.fromkeys(str(name) for row in rows for name in row))
+
 def _table_columns(path, rows, image, video, prompt, response):
     "LLaMA-Factory's column → the source's, and the words of the prompt if they are given; all faults at once."
-    columns, faults = list(dict.fromkeys(str(name) for row in rows for name in row)), []
+    columns, faults = _names_in(rows), []
     def column(*about):
         try: return _column(columns, *about)
         except ValueError as e: faults.append(str(e))
@@ -313,7 +320,8 @@ def _table_columns(path, rows, image, video, prompt, response):
         what, name = _unnamed_media(rows, columns) or ('', '')
         if what: faults.append(f'no column for {_what[what]}; {name!r} holds paths: {what}={name!r}')
     if faults: raise ValueError(f'{path} has {"; ".join(faults)}. Its columns: {", ".join(columns)}.')
-    return found | {'query': 'input' if 'input' in columns else None}, prompt if is_text else None
+    found |= {'query': 'input' if 'input' in columns else None}
+    return found | {k: k for k in ('system', 'tools', 'history') if k in columns}, prompt if is_text else None
 
 # %% ../nbs/00b_sources.ipynb #d2fdda0c
 def _tags(text, tag): return text.count(tag) if isinstance(text, str) else 0
@@ -464,7 +472,7 @@ def _vqa_picture(question, subset, place):
     number = question['image_id']
     if not isinstance(number, int): return str(number)
     names = [f'COCO_{subset}_{number:012d}.jpg', f'{number:012d}.jpg']
-    return next((found for name in names if (found := place.find(name)) != name), names[0])
+    return next((found for name in names if (found := place.find(name))), names[0])
 
 def _vqa_rows(paths, questions, annotations, place):
     asked, answered = _listed(paths[0], questions, 'questions'), _listed(paths[1], annotations, 'annotations')
@@ -514,7 +522,7 @@ def _turns_key(rows):
 
 def _dialogue_form(path, rows, image, video):
     "Columns and tags of rows that are dialogues, and what their form is called."
-    key, names = _turns_key(rows), list(dict.fromkeys(str(name) for row in rows for name in row))
+    key, names = _turns_key(rows), _names_in(rows)
     turns = [t for row in rows[:100] if isinstance(row.get(key), list) for t in row[key] if isinstance(t, dict)]
     is_from = sum('from' in t for t in turns) > sum('role' in t for t in turns)
     in_parts = any(isinstance(t.get('content'), list) for t in turns)
@@ -525,8 +533,6 @@ def _dialogue_form(path, rows, image, video):
             else {'role_tag': 'role', 'content_tag': 'content'})
     name = 'LLaVA or ShareGPT' if is_from else 'OpenAI' if in_parts else 'role and content'
     return columns | {k: k for k in ('system', 'tools') if k in names}, tags, name
-
-def _alpaca_extras(rows): return {k: k for k in ('system', 'tools', 'history') if any(k in row for row in rows)}
 
 # %% ../nbs/00b_sources.ipynb #3b2681b1
 def read_rows(
@@ -553,9 +559,11 @@ def _said_columns(columns, words):
 def _say(source, samples, taken, place, how):
     name = ' + '.join(Path(p).name for p in source) if isinstance(source, (list, tuple)) else Path(source).name
     more = [f'{place.written} file(s) written to {place.out.name}/.'] if place.written else []
-    if place.lost: more.append(f'{place.lost} path(s) lead nowhere: media_dir=… names the folder of the pictures.')
+    if place.lost:
+        more.append(f'{place.lost} path(s) lead nowhere: media_dir=… names the folder of the pictures.')
     if place.beside_calls:
-        more.append(f'Words beside {place.beside_calls} tool call(s) left out: LLaMA-Factory has no place for them.')
+        more.append(f'Words beside {place.beside_calls} tool call(s) left out: '
+                    'LLaMA-Factory has no place for them.')
     print(f'{name}: {len(samples)} rows of {taken}; {how}.', *more)
 
 # %% ../nbs/00b_sources.ipynb #adaf857d
@@ -582,7 +590,6 @@ def read_samples(
         samples, how = [dialogue_sample(row, columns, tags, place) for row in shown], f'dialogues ({name})'
     else:
         columns, words = _table_columns(path, rows, image, video, prompt, response)
-        columns |= _alpaca_extras(rows)
         samples = [question_sample(row, columns, place, words) for row in shown]
         how = _said_columns(columns, words)
     _say(source, samples, taken, place, how)
