@@ -4,7 +4,7 @@ A bad row stands between two sound ones, which must stay without findings; each 
 import json, os, random, struct, zipfile, zlib
 
 import av, datasets, pandas as pd, pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from qwen2vl_nb.data import check_samples, read_samples
 
@@ -327,6 +327,7 @@ ROWS = { # name → (samples, how they are checked), row → findings
     'a copy under another name': (lambda f: _two_splits(f, *[_save(f/n) for n in ('a.png', 'b.png')]), {1: [('image', 'error', 'a.png: It is the same file as b.png')]}),
     'a picture saved again as JPEG': (lambda f: _two_splits(f, *_again(f, 'b.jpg', quality=70)), {1: [('image', 'warning', 'nearly the same as b.jpg')]}),
     'a picture scaled down': (lambda f: _two_splits(f, *_again(f, 'b.png', size=(64, 48))), {1: [('image', 'warning', 'nearly the same as b.png')]}),
+    'a drawing in another colour is another picture': (lambda f: _two_splits(f, *[_save(f/f'{c}.png', ImageOps.colorize(_smooth(1).convert('L'), 'black', c)) for c in ('red', 'blue')]), {}),
     'a broken picture in both splits': (lambda f: _two_splits(f, *[_bytes(f/n, 'no picture') for n in ('a.png', 'b.png')]),
                                         {1: [('image', 'error', 'cannot be read'), ('image', 'error', 'the same file as b.png')]}),
     'a missing picture in both splits': (lambda f: _two_splits(f, f/'a.png', f/'a.png'), {1: [('image', 'error', 'There is no file'), ('image', 'error', 'the same file as a.png')]}),
