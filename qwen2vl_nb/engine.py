@@ -144,11 +144,14 @@ class Stage2(Rank):
 
     def _owned(self, r):
         "Parameters of which rank `r` owns something, as they are dealt out in turn."
-        owned = set()
-        for group, share in zip(self.groups, self.share):
-            dealt = [i for turn in range(self.ranks) for i in list(group)[turn::self.ranks]]
-            owned |= {i for i,end in zip(dealt, accumulate(map(group.get, dealt))) if r*share < end < (r+1)*share + group[i]}
-        return owned
+        in_share = lambda i, end, share: r*share < end < (r+1)*share + self.trained[i]
+        return {i for dealt, share in zip(self._dealt, self.share) for i,end in dealt if in_share(i, end, share)}
+
+    @cached_property
+    def _dealt(self):
+        "Of each group its parameters in the order in which they are dealt out, and where each ends."
+        in_turn = lambda group: [i for _,i in sorted(enumerate(group), key=lambda at: at[0] % self.ranks)]
+        return [list(zip(dealt, accumulate(map(self.trained.get, dealt)))) for dealt in map(in_turn, self.groups)]
 
     def begin(self, first): self.waiting, self.is_open, self.kept = [], False, 0
 

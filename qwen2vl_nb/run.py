@@ -8,11 +8,13 @@ __all__ = ['Run', 'attach', 'launch']
 # %% ../nbs/08_run.ipynb #49a64c03
 import importlib.metadata, json, os, re, shutil, signal, subprocess, sys, sysconfig, time, warnings
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from . import waiter
 from .stack import Finding, gpus
 from .data import write_text
 from .recipe import load_recipe, read_zero, recipe_findings, save_recipe
+from .plan import memory_findings
 
 # %% ../nbs/08_run.ipynb #48d7a074
 _cures = {
@@ -168,6 +170,11 @@ def _refuse(found):
     for text in said('warning'): warnings.warn(text, stacklevel=3)
     if said('error'): raise ValueError('This recipe cannot run:\n- ' + '\n- '.join(said('error')))
 
+def _memory(recipe, cards, force):
+    "Whether the run fits; where it is forced, that it doesn't is a warning."
+    found = memory_findings(recipe, cards)
+    return [replace(f, level='warning', cure='It is started as you say.') if force and f.level == 'error' else f for f in found]
+
 def _is_distributed(recipe, nproc): return nproc > 1 or bool(recipe.get('deepspeed'))
 
 def _first_gpus(n):
@@ -204,10 +211,12 @@ def _clear(folder):
 def launch(
     recipe:dict, # A recipe for training or prediction
     nproc:int=None, # Number of processes on this machine; `None`: one for each GPU here, one without
+    force:bool=False, # Start even what, as predicted, can't fit the GPUs
 )->Run: # The run, started
     "Start a recipe in its `output_dir`, apart from this kernel."
     nproc = nproc or max(1, len(gpus()))
     _refuse(recipe_findings(recipe, nproc) + _machine_findings(recipe))
+    _refuse(_memory(recipe, gpus()[:nproc], force))
     run = Run(recipe['output_dir'])
     if run.is_running: raise RuntimeError(f'A run is at work in {run.output_dir}: attach(…) to it, stop() it, or choose another output_dir.')
     run.output_dir.mkdir(parents=True, exist_ok=True)

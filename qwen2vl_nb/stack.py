@@ -91,6 +91,16 @@ bad_pairs = [
         'FlashAttention 2 is broken in this release (transformers issue 45588).',
         'Leave `flash_attn` out of the recipe, or pip install transformers==4.57.6 with torch 2.8.0.',
         'warning'),
+    BadPair({'transformers': '==5.6.0'},
+        'With LoRA all activations of the frozen vision tower are kept for the backward pass, which 4.57.6 does not do: '
+        '6 to 7 GiB more for 7B and a picture of 1,274 tokens (counted on small models, predicted for 7B).',
+        'Plan with it: `predict_memory` counts it. Or pip install transformers==4.57.6 with torch 2.8.0.',
+        'warning'),
+    BadPair({'deepspeed': '>=0.19'},
+        'ZeRO-3 with LoRA keeps frozen weights gathered until the step, which 0.18.4 does not do: '
+        '10 GiB more for 7B on four GPUs (counted on small models, predicted for 7B).',
+        'Plan with it: `predict_memory` counts it. Or take z2, or pip install deepspeed==0.18.4 (with torch 2.8.0).',
+        'warning'),
     BadPair({'transformers': '>5.6.0'},
         'LLaMA-Factory 0.9.5 refuses transformers above 5.6.0 as soon as it is imported.',
         _transformers),
