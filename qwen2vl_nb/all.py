@@ -7,8 +7,8 @@ __all__ = ['Finding', 'Gpu', 'check_stack', 'gpus', 'image_tokens', 'sampled_fra
            'check_samples', 'count_tokens', 'describe_samples', 'show_samples', 'split_samples', 'write_samples',
            'Registry', 'dataset_samples', 'check_recipe', 'load_recipe', 'predict_recipe', 'save_recipe',
            'train_recipe', 'zero_config', 'zero_names', 'MemoryEstimate', 'predict_memory', 'ZeroTable', 'pick_zero',
-           'zero_table', 'plot_loss', 'read_log', 'Run', 'attach', 'launch', 'Predictions', 'predict', 'score',
-           'show_predictions', 'make_car_item', 'make_car_video', 'tiny_model']
+           'what_would_fit', 'zero_table', 'plot_loss', 'read_log', 'Run', 'attach', 'launch', 'Predictions', 'predict',
+           'score', 'show_predictions', 'make_car_item', 'make_car_video', 'tiny_model']
 
 # %% ../nbs/90_all.ipynb #213d0949
 from .stack import Finding, Gpu, check_stack, gpus
@@ -19,7 +19,7 @@ from .registry import Registry, dataset_samples
 from .recipe import check_recipe, load_recipe, predict_recipe, save_recipe, train_recipe
 from .zero import zero_config, zero_names
 from .memory import MemoryEstimate, predict_memory
-from .plan import ZeroTable, pick_zero, zero_table
+from .plan import ZeroTable, pick_zero, what_would_fit, zero_table
 from .loss import plot_loss, read_log
 from .run import Run, attach, launch
 from .predict import Predictions, predict
@@ -29,5 +29,5 @@ from .tiny import make_car_item, make_car_video, tiny_model
 # %% ../nbs/90_all.ipynb #39ae8616
 _all_ = ['Finding', 'Gpu', 'check_stack', 'gpus', 'image_tokens', 'sampled_frames', 'video_tokens', 'read_samples', 'check_samples', 'count_tokens',
          'describe_samples', 'show_samples', 'split_samples', 'write_samples', 'Registry', 'dataset_samples', 'check_recipe', 'load_recipe', 'predict_recipe', 'save_recipe',
-         'train_recipe', 'zero_config', 'zero_names', 'MemoryEstimate', 'predict_memory', 'ZeroTable', 'pick_zero', 'zero_table', 'plot_loss', 'read_log',
+         'train_recipe', 'zero_config', 'zero_names', 'MemoryEstimate', 'predict_memory', 'ZeroTable', 'pick_zero', 'what_would_fit', 'zero_table', 'plot_loss', 'read_log',
          'Run', 'attach', 'launch', 'Predictions', 'predict', 'score', 'show_predictions', 'make_car_item', 'make_car_video', 'tiny_model']

@@ -83,7 +83,16 @@ class Rank:
         rounds = min(2, self.recipe.get('gradient_accumulation_steps', 1)) if train else 1
         for micro in range(rounds): self._micro_batch(micro == 0, micro == rounds-1)
         if train: self.update()
+        if train and self.recipe.get('eval_strategy', 'no') != 'no': self._evaluate()
         return self
+
+    def _evaluate(self):
+        "An evaluation is taken for the forward pass of a step, which keeps a little more; it matters if its batch is larger."
+        n = self.recipe.get('per_device_eval_batch_size', 8)
+        self.held['gradients'] *= bool(self.zero and self.zero.get('stage') == 3)
+        for kind, _, most, _ in batch_events(self.step_, n):
+            if kind == 'backward': break
+            self.see(most, 'evaluation')
 
     def _micro_batch(self, first, last):
         n = self.recipe.get(f"per_device_{'train' if self.recipe.get('do_train') else 'eval'}_batch_size", 1)

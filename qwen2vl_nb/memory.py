@@ -225,14 +225,14 @@ def _answer(rank, recipe, tokens, layers):
     kept = rank.work['KV cache']*(tokens + recipe.get('max_new_tokens', 1024))//tokens
     rank.see({'vision': rank.work['vision'], 'language': kept//layers//2, 'KV cache': kept}, 'answer')
 
-def _disk(step, recipe, engine, half):
-    "Bytes of a checkpoint."
-    trained = sum(p[0] for p in step['parameters'] if len(p) == 3)
-    size = lambda p: 2 if engine and half else p[1]
+def _disk(step, recipe, stage, half):
+    "Bytes of a checkpoint, by what the files of real ones hold; up to stage 2 DeepSpeed writes the weights once more."
+    trained, size = sum(p[0] for p in step['parameters'] if len(p) == 3), lambda p: 2 if half and stage is not None else p[1]
     saved = [p for p in step['parameters'] if len(p) == 3 or recipe.get('finetuning_type', 'lora') != 'lora']
     weights = sum(p[0]*size(p) for p in saved)
     if recipe.get('save_only_model'): return weights
-    return weights + (weights + 12*trained if engine else 8*trained)
+    has_master = stage in (2, 3) or stage == 0 and half
+    return weights*(2 if stage in (0, 2) else 1) + (12 if has_master else 8)*trained
 
 def _notes(recipe, config):
     "What is missing on this machine for the recipe."
@@ -272,4 +272,4 @@ def predict_memory(
     zero = _filled(config['zero_optimization'], text['hidden_size']) if config else None
     rank = kind(step, recipe, world_size, zero, 2 if half else 4).run()
     if not recipe.get('do_train'): _answer(rank, recipe, sample['tokens'], text['num_hidden_layers'])
-    return _estimate(rank, recipe, config, gpu, source, _disk(step, recipe, config, half))
+    return _estimate(rank, recipe, config, gpu, source, _disk(step, recipe, stage, half))

@@ -63,14 +63,16 @@ def _bar(estimate, limit, scale):
     reach = _span(f'position:absolute;left:{share(estimate.low)};width:{share(estimate.high - estimate.low)};top:17px;'
                   'border-top:2px solid currentColor;opacity:.6', title='from the lowest to the highest')
     bar = ''.join(part(k) for k in _colours if estimate.parts.get(k))
-    return f'<div style="position:relative;width:320px;height:20px;white-space:nowrap;font-size:0;line-height:14px">{bar}{reach}{line}</div>'
+    return f'<div style="position:relative;width:260px;height:20px;white-space:nowrap;font-size:0;line-height:14px">{bar}{reach}{line}</div>'
 
 def _legend(names):
     box = lambda k: _span(f'display:inline-block;width:10px;height:10px;background:{_colours[k]}')
     return ' &nbsp;'.join(_span('white-space:nowrap', f'{box(k)} {k}') for k in names)
 
 def _table_row(tag, cells):
-    return '<tr>' + ''.join(f'<{tag} style="text-align:left;vertical-align:middle">{c}</{tag}>' for c in cells) + '</tr>'
+    "A row of the table; only its last cell may break."
+    style = lambda i: f'text-align:left;vertical-align:middle;white-space:{"normal" if i == len(cells)-1 else "nowrap"}'
+    return '<tr>' + ''.join(f'<{tag} style="{style(i)}">{c}</{tag}>' for i,c in enumerate(cells)) + '</tr>'
 
 # %% ../nbs/06_plan.ipynb #70f1d873
 @dataclass
@@ -104,7 +106,7 @@ class ZeroTable:
         limit, estimates = self.gpu_gib*GiB, [r.estimate for r in self.rows if r.estimate]
         scale = 1.01*max([limit, *(e.high for e in estimates)])
         cells = [(f'<b>{r.name}</b>', _bar(r.estimate, limit, scale), r.peak, r.range, _marks[r.fits], r.host, r.why) for r in self.rows]
-        head = _table_row('th', ('config', '', 'peak', 'range', '', 'host memory', 'speed'))
+        head = _table_row('th', ('config', '', 'peak', 'range', '', 'host', 'speed'))
         legend = _legend(k for k in _colours if any(e.parts.get(k) for e in estimates))
         taken = '; '.join(estimates[0].assumptions)
         return (f'<p>Predicted peak on each of {self.where} (dashed), for {html.escape(taken)}.<br>{legend}</p>'

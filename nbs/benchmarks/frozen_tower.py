@@ -91,7 +91,8 @@ def small_runs(home):
     wide, medium = make_model(home/'wide', (128, 4, 384), (320, 8)), make_model(home/'medium')
     tower = dict(freeze_vision_tower=False)
     alone = {'tower frozen': make_recipe(home, 'frozen', wide), 'tower trained': make_recipe(home, 'trained', wide, **tower)}
-    ranks = {'z3 tower trained': make_recipe(home, 'z3', medium, 'z3', **tower), 'z3 tower frozen': make_recipe(home, 'z3f', medium, 'z3')}
+    ranks = {'z3': make_recipe(home, 'z3', medium, 'z3'), 'z3 twice': make_recipe(home, 'twice', medium, 'z3', gradient_accumulation_steps=2),
+             'z3 tower trained': make_recipe(home, 'z3t', medium, 'z3', **tower)}
     for n, recipes in (1, alone), (2, ranks):
         for name, (counted, sample) in count(home/f'ranks{n}', recipes, n, Path(__file__).name, '--count').items():
             estimate = predict_memory(recipes[name], None, n, gpu=False, sample=sample)
@@ -99,9 +100,10 @@ def small_runs(home):
 
 def of_7b():
     "Predicted, for 7B on GPUs."
-    recipe, prompt = train_recipe('Qwen2-VL-7B', 'data'), predict_recipe('Qwen2-VL-7B', 'data', per_device_eval_batch_size=1, flash_attn='fa2')
-    cases = [('LoRA', recipe, None, 1, 2048, [768]), ('LoRA', recipe, None, 1, 2048, [1274]), ('LoRA, z3', recipe, 'z3', 4, 2048, [1274]),
-             ('prompt', prompt, None, 1, 30_720, [])]
+    recipe = train_recipe('Qwen2-VL-7B', 'data', gradient_accumulation_steps=1)
+    prompt = predict_recipe('Qwen2-VL-7B', 'data', per_device_eval_batch_size=1, flash_attn='fa2')
+    cases = [('LoRA', recipe, None, 1, 2048, [768]), ('LoRA', recipe, None, 1, 2048, [1274]), ('z3', recipe, 'z3', 4, 2048, [1274]),
+             ('z3 twice', recipe | {'gradient_accumulation_steps': 2}, 'z3', 4, 2048, [1274]), ('prompt', prompt, None, 1, 30_720, [])]
     for what, asked, zero, ranks, tokens, pictures in cases:
         estimate = predict_memory(asked, zero, ranks, sample={'tokens': tokens, 'pictures': pictures, 'padded': False})
         yield line(what, estimate, model='7B', ranks=ranks, tokens=tokens, image_tokens=sum(pictures))
