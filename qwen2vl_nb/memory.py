@@ -112,7 +112,7 @@ def _job(recipe, config, stage, sample, gpu):
     return {'config': model, 'recipe': kept, 'dtype': dtype,
             'cast': half or ('float32' if stage == 3 else None) if engine else None, 'autocast': None if engine else half,
             'half': half, 'copy': 'float32' if engine and not half else None, 'zero_3': engine and stage == 3, 'labels': train, 'backward': train,
-            'kernel': 'fa2' if recipe.get('flash_attn') == 'fa2' else 'cuda' if gpu else 'cpu', **sample}
+            'kernel': 'fa2' if recipe.get('flash_attn') == 'fa2' else 'cuda' if gpu else 'cpu', 'padded': True, **sample}
 
 def _cache_file(job):
     "Where a job's result lies: named by the job, the code that does it and the versions that it stands on."

@@ -253,7 +253,7 @@ def _batch(job, n, vision):
     empty, tokens = partial(torch.empty, device='meta'), job['tokens']
     long, merge = partial(empty, dtype=torch.long), vision.spatial_merge_size
     batch = {'input_ids': long(n, tokens), 'position_ids': long(4, n, tokens), 'use_cache': not job['recipe'].get('do_train'),
-             'attention_mask': {'full_attention': empty(n, 1, tokens, tokens, dtype=torch.bool) if job.get('padded', True) else None}}
+             'attention_mask': {'full_attention': empty(n, 1, tokens, tokens, dtype=torch.bool) if job['padded'] else None}}
     if job['labels']: batch['labels'] = long(n, tokens)
     else: batch['logits_to_keep'] = 1
     grids = [[1, merge, merge*tokens_of] for tokens_of in job['pictures']]*n

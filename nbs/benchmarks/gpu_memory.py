@@ -7,7 +7,7 @@ A row that is in the file for this card is not measured again. Then `calibrate(p
 take 21 GB of the folder for temporary files.
 
 `--cpu` tries the same on small models without a GPU: bytes of live tensors are counted, offloaded ones among them."""
-import argparse, csv, importlib.metadata, json, os, shutil, subprocess, sys, tempfile, weakref
+import argparse, csv, importlib.metadata, json, os, shutil, subprocess, sys, tempfile
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -151,31 +151,6 @@ def join_fake_group(ranks):
     # DeepSpeed's shared memory between CPU ranks would wait for the others; deepspeed.comm.torch, as an attribute, is torch itself
     sys.modules['deepspeed.comm.torch'].build_shm_op = lambda: None
 
-def live_bytes():
-    "A mode that counts the bytes of live tensors on the CPU, now (`live`) and at most (`peak`)."
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
-    class LiveBytes(TorchDispatchMode):
-        live = peak = 0
-        is_counting = True
-        sizes = {}  # storage → bytes; views share one
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            if not self.is_counting: return result
-            for leaf in tree_leaves((args, kwargs, result)):
-                if isinstance(leaf, torch.Tensor) and leaf.device.type == 'cpu': self.add(leaf.untyped_storage())
-            return result
-        def add(self, storage):
-            key = storage._cdata
-            if key in self.sizes: return
-            self.sizes[key] = storage.nbytes()
-            self.live += self.sizes[key]
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self.drop, key)
-        def drop(self, key): self.live -= self.sizes.pop(key)
-    return LiveBytes()
-
 def in_use():
     "Bytes of the card that are in use by the driver's count."
     card = gpus()[0]
@@ -183,14 +158,18 @@ def in_use():
 
 def leave_out_host(counter, trainer, callback):
     "A callback by which the counter leaves out what a card would not hold: weights as they are read, and batches made ahead."
+    from torch.utils._python_dispatch import _disable_current_modes
     fetch = trainer.get_batch_samples
     def fetch_uncounted(*args, **kwargs):
-        counter.is_counting = False
-        try: return fetch(*args, **kwargs)
-        finally: counter.is_counting = True
+        with _disable_current_modes(): batches, count = fetch(*args, **kwargs)
+        for batch in batches:
+            for tensor in batch.values(): counter.add(tensor)
+        return batches, count
     trainer.get_batch_samples = fetch_uncounted
     class FromHere(callback):
-        def on_train_begin(self, *args, **kwargs): counter.peak = counter.live
+        def on_train_begin(self, *args, model, **kwargs):
+            for tensor in [*model.parameters(), *model.buffers()]: counter.add(tensor)
+            counter.peak = {}
     return FromHere()
 
 def on_card(read, before):
@@ -207,9 +186,10 @@ def train(run):
     from llamafactory.train import callbacks, tuner
     from transformers import Trainer, TrainerCallback
     Trainer.save_model = lambda *args, **kwargs: None  # up to 16 GB that nobody reads, after the last figure
-    counter, read = live_bytes() if asked['cpu'] else None, callbacks.get_peak_memory
+    from qwen2vl_nb.simulate import LiveBytes
+    counter, read = LiveBytes('cpu') if asked['cpu'] else None, callbacks.get_peak_memory
     def noted():
-        found = dict(allocated=counter.peak, reserved='', context='') if counter else on_card(read, asked['before'])
+        found = dict(allocated=sum(counter.peak.values()), reserved='', context='') if counter else on_card(read, asked['before'])
         (run/'figures.json').write_text(json.dumps(found))
         return found['allocated'], found['reserved'] or 0
     callbacks.get_peak_memory = noted
@@ -247,7 +227,8 @@ def measure(case, recipe, run, cpu):
 def predicted(case, recipe, cpu):
     "What `predict_memory` says of a case."
     from qwen2vl_nb.memory import predict_memory
-    return predict_memory(recipe, None, case['ranks'], not cpu, {'tokens': case['tokens'], 'pictures': [case['image_tokens']]})
+    return predict_memory(recipe, None, case['ranks'], not cpu,
+                          {'tokens': case['tokens'], 'pictures': [case['image_tokens']], 'padded': case['tokens'] % 8 > 0})
 
 def is_measured(out, row):
     "Whether the file has a line for this case on this card."
