@@ -17,6 +17,11 @@ from qwen2vl_nb.simulate import LiveBytes
 
 PACKAGES = ['torch', 'transformers', 'peft', 'deepspeed', 'llamafactory']
 
+def shape_of(batch):
+    "Rows and tokens of a batch, the patches of its pictures, and whether it has padding."
+    return {'tokens': list(batch['input_ids'].shape), 'grids': batch['image_grid_thw'].tolist(),
+            'padded': not batch['attention_mask'].all().item()}
+
 @contextmanager
 def counted_inputs(live, batches):
     "The trainer's batches are counted as they are handed over, not what the data loader does to make them; noted in `batches`."
@@ -25,7 +30,7 @@ def counted_inputs(live, batches):
     def get_batch_samples(*args, **kwargs):
         with _disable_current_modes(): got = fetch(*args, **kwargs)
         for leaf in tree_leaves([dict(b) for b in got[0]]): live.add(leaf)
-        batches[:] = [{'tokens': list(b['input_ids'].shape), 'grids': b['image_grid_thw'].tolist(), 'padded': not b['attention_mask'].all().item()} for b in got[0]]
+        batches[:] = map(shape_of, got[0])
         return got
     Trainer.get_batch_samples = get_batch_samples
     try: yield
@@ -35,18 +40,35 @@ def steps_of(live, batches, steps):
     "A callback that adds each step to `steps`: its peak in bytes and its batches."
     from transformers import TrainerCallback
     class Steps(TrainerCallback):
-        def on_step_begin(self, *args, **kwargs):
+        def on_step_begin(self, *args, model, **kwargs):
+            for tensor in [*model.parameters(), *model.buffers()]: live.add(tensor) # transformers 5 loads in threads, unseen
             gc.collect()
             live.peak = {}
         def on_step_end(self, *args, **kwargs): steps.append({'peak': sum(live.peak.values()), 'batches': list(batches)})
     return Steps()
 
+@contextmanager
+def counted_answers(live, steps):
+    "Each batch of a prediction is added to `steps`, with what it takes to answer it."
+    from transformers import Seq2SeqTrainer
+    answer = Seq2SeqTrainer.prediction_step
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        for tensor in [*model.parameters(), *model.buffers(), *inputs.values()]: live.add(tensor)
+        gc.collect()
+        live.peak, shape = {}, shape_of(inputs)
+        answered = answer(self, model, inputs, *args, **kwargs)
+        steps.append({'peak': sum(live.peak.values()), 'batches': [shape]})
+        return answered
+    Seq2SeqTrainer.prediction_step = prediction_step
+    try: yield
+    finally: Seq2SeqTrainer.prediction_step = answer
+
 def count(recipe):
-    "Run a recipe; its step with the most live bytes, after the first."
+    "Run a recipe; its step with the most live bytes, after the first; of a prediction the last batch, beside which no next one waits."
     from llamafactory.train.tuner import run_exp
     live, batches, steps = LiveBytes('cpu'), [], []
-    with counted_inputs(live, batches), live: run_exp(recipe, callbacks=[steps_of(live, batches, steps)])
-    return max(steps[1:], key=lambda step: step['peak'])
+    with counted_inputs(live, batches), counted_answers(live, steps), live: run_exp(recipe, callbacks=[steps_of(live, batches, steps)])
+    return steps[-1] if recipe.get('do_predict') else max(steps[1:], key=lambda step: step['peak'])
 
 def forget():
     "Let go of what accelerate and transformers keep of the last run; the process group stays."
