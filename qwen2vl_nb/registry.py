@@ -18,7 +18,6 @@ from .sources import _Place, dialogue_sample, question_sample, read_rows
 from .data import in_one_form, sample_turns, write_samples, write_text
 
 # %% ../nbs/02_registry.ipynb #e977fb69
-_question_columns = {'images': 'image', 'prompt': 'instruction', 'query': 'input', 'response': 'output'}
 _dialogue_tags = {'role_tag': 'role', 'content_tag': 'content', 'user_tag': 'user', 'assistant_tag': 'assistant',
                   'observation_tag': 'observation', 'function_tag': 'function_call', 'system_tag': 'system'}
 
@@ -29,8 +28,8 @@ def sample_entry(
     "The registry entry for samples; one dialogue among them makes it sharegpt."
     def named(**columns): return {k: key for k,key in columns.items() if any(key in s for s in samples)}
     if not any('messages' in s for s in samples):
-        rest = named(videos='video', system='system', history='history', tools='tools')
-        return {'file_name': file_name, 'columns': _question_columns | rest}
+        rest = named(query='input', images='image', videos='video', system='system', history='history', tools='tools')
+        return {'file_name': file_name, 'columns': {'prompt': 'instruction', 'response': 'output'} | rest}
     columns = named(messages='messages', images='image', videos='video', system='system', tools='tools')
     return {'file_name': file_name, 'formatting': 'sharegpt', 'columns': columns, 'tags': dict(_dialogue_tags)}
 
