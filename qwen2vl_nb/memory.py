@@ -7,7 +7,6 @@ __all__ = ['GiB', 'model_config', 'longest_sample', 'MemoryEstimate', 'predict_m
 
 # %% ../nbs/05_memory.ipynb #8ea571b2
 import gzip, hashlib, importlib.metadata, json, re, shutil, subprocess, sys
-from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.util import find_spec
@@ -15,7 +14,7 @@ from pathlib import Path
 from filelock import FileLock
 from platformdirs import user_cache_path
 from .data import _limits, count_tokens
-from .engine import Rank, Stage0, Stage2, Stage3
+from .engine import Rank, Stage0, Stage2, Stage3, Step
 from .media import image_tokens, whole_file
 from .recipe import read_zero
 from .registry import Registry, child_env, dataset_samples
@@ -134,7 +133,7 @@ def _read_or_run(file, text):
                                env=child_env() | {'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'})
         if child.returncode: raise RuntimeError('The step could not be simulated: ' + child.stderr.strip().splitlines()[-1])
         with whole_file(file, 'wb') as f: f.write(gzip.compress(child.stdout.encode()))
-    return json.loads(gzip.decompress(file.read_bytes()))
+    return Step(json.loads(gzip.decompress(file.read_bytes())))
 
 # %% ../nbs/05_memory.ipynb #0059c144
 _allowances = {'low': (.3, .1, 0), 'likely': (.5, .5, .03), 'high': (1, 1, .1)} # GiB of context, GiB of NCCL, share of the tensors
@@ -222,8 +221,9 @@ def _filled(zero, hidden):
 def _answer(rank, recipe, tokens, layers):
     "Look at the end of the answer too: keys and values of all tokens, and half a layer's while they are put together."
     if rank.when == 'forward': rank.when = 'prompt'
-    kept = rank.work['KV cache']*(tokens + recipe.get('max_new_tokens', 1024))//tokens
-    rank.see({'vision': rank.work['vision'], 'language': kept//layers//2, 'KV cache': kept}, 'answer')
+    vision, _, _, cache = rank.work
+    kept = cache*(tokens + recipe.get('max_new_tokens', 1024))//tokens
+    rank.see((vision, kept//layers//2, 0, kept), 'answer')
 
 def _disk(step, recipe, stage, half):
     "Bytes of a checkpoint, by what the files of real ones hold; up to stage 2 DeepSpeed writes the weights once more."
