@@ -237,8 +237,8 @@ class Stage3(Rank):
             if i not in self.stays: self._leave(i)
         if first:
             for i in self.stays: self._enter(i, self.numel[i])
+            self.users, self.backward, self.again = defaultdict(set), {}, defaultdict(set)
         self.at, self.live, self.seen, self.waiting, self.pile = 0, 0, {}, [], 0
-        self.users, self.backward, self.again = defaultdict(set), {}, defaultdict(set)
         self.ahead = deque((i, at) for at,m in enumerate(self.order) for i in self.weights_of[m])
 
     def _enter(self, i, n):
@@ -330,7 +330,9 @@ class Stage3(Rank):
         self.held['gradients'] -= self.size*sum(self.numel[i] for i in self.waiting if self.numel[i] > self.bucket)
         self.waiting, self.pile = [], 0
 
-    def reduce(self, first, last): self._flush()
+    def reduce(self, first, last):
+        self._flush()
+        while self.holds_recomputed and self.backward: self.release(self.backward.popitem()[0], True)
 
     def update(self):
         for i in list(self.coming): self._arrive(i)

@@ -97,7 +97,7 @@ bad_pairs = [
         'Plan with it: `predict_memory` counts it. Or pip install transformers==4.57.6 with torch 2.8.0.',
         'warning'),
     BadPair({'deepspeed': '>=0.19'},
-        'ZeRO-3 with LoRA keeps frozen weights gathered until the step, which 0.18.4 does not do: '
+        'ZeRO-3 with LoRA keeps frozen weights gathered until the backward pass is through, as 0.18.4 does not: '
         '10 GiB more for 7B on four GPUs (counted on small models, predicted for 7B).',
         'Plan with it: `predict_memory` counts it. Or take z2, or pip install deepspeed==0.18.4 (with torch 2.8.0).',
         'warning'),
