@@ -10,7 +10,7 @@ import html
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from .stack import Finding, Gpu, gpus as gpus_here
+from .stack import Finding, gpus as gpus_here
 from .zero import zero_config
 from .memory import GiB, MemoryEstimate, longest_sample, predict_memory
 

@@ -66,7 +66,7 @@ def test_a_model_of_another_kind(tiny, data, tmp_path):
     model = shutil.copytree(tiny, tmp_path/'model')
     (model/'config.json').write_text(json.dumps(json.loads((model/'config.json').read_text()) | {'model_type': 'llama'}))
     with pytest.raises(ValueError, match='holds a llama model'): launch(_recipe(model, data, tmp_path))
-    with pytest.raises(ValueError, match='only qwen2_vl is predicted'): predict_memory(_recipe(model, data, tmp_path))
+    with pytest.raises(ValueError, match='predicted are Qwen2-VL models'): predict_memory(_recipe(model, data, tmp_path))
 
 def test_a_broken_registry_is_left_alone(tmp_path):
     (tmp_path/'dataset_info.json').write_text('{"a": {}, b}')
@@ -85,7 +85,7 @@ OTHERS = {
     'an unknown engine': (lambda t: predict(predict_recipe('m', 'd'), engine='abacus'), 'no engine'),
     'no GPUs': (lambda t: zero_table(train_recipe('model_7b', 'd')), 'No GPU is visible here'),
     'a model of unknown size': (lambda t: zero_table(train_recipe('my_model', 'd'), gpus=1, gpu_gib=80), 'none of the sizes 2B, 7B, 72B'),
-    'a GPU too small': (lambda t: pick_zero(train_recipe('model_72b', 'd'), gpus=1, gpu_gib=8), 'Nothing fits 1 GPU'),
+    'a prediction with ZeRO': (lambda t: pick_zero(predict_recipe('model_7b', 'd', t/'out'), gpus=1, gpu_gib=8), 'Only training takes'),
     'nothing to score': (lambda t: score([]), 'no predictions'),
     'a file to register': (lambda t: Registry(t).add('x', 'labels.csv'), 'are no samples'),
     'a row that JSON has no words for': (lambda t: Registry(t).add('x', [{'image': [], 'instruction': 'a', 'output': 'b', 'n': float('nan')}]), 'Row 0 cannot be written'),
