@@ -26,7 +26,9 @@ class Step(dict):
         n:int, # Samples at once
     )->list: # (kind, number, work at most since the last event, work now), work in bytes by `parts`
         "The events of a step."
-        grown = lambda one, two: tuple(a + (n-1)*(b-a) for a,b in zip(one, two))
+        def grown(one, two):
+            (a, b, c, d), (e, f, g, h) = one, two # one for each of `parts`
+            return a + (n-1)*(e-a), b + (n-1)*(f-b), c + (n-1)*(g-c), d + (n-1)*(h-d)
         return [(kind, number, grown(most, most_2), grown(now, now_2))
                 for (kind, number, most, now), (_, _, most_2, now_2) in zip(*self['events'], strict=True)]
 
