@@ -21,14 +21,14 @@ plain, pairs, by_four, twice = (dict(disable_gradient_checkpointing=True), dict(
                                 dict(gradient_accumulation_steps=2))
 tower, projector = dict(freeze_vision_tower=False), dict(freeze_multi_modal_projector=False)
 
-ALONE = {'tiny lora': dict(model='tiny'), 'lora plain': plain, 'lora tower': tower, 'lora pairs twice': pairs | twice,
+ALONE = {'tiny lora': dict(model='tiny'), 'lora plain': plain, 'lora pairs twice': pairs | twice,
          'lora bf16 by four': bf16 | by_four, 'full plain by four': full | plain | by_four,
          'freeze bf16': bf16 | dict(finetuning_type='freeze', freeze_trainable_layers=2), 'answers': dict(asks=True), 'answers bf16': bf16 | dict(asks=True)}
 RANKS = {'lora z0': dict(zero='z0'), 'full z2 twice': full | twice | dict(zero='z2'),
-         'full bf16 z0': full | bf16 | dict(zero='z0'), 'lora bf16 z2': bf16 | dict(zero='z2'),
+         'lora bf16 z2': bf16 | dict(zero='z2'),
          'tiny full z3': full | dict(model='tiny', zero='z3'), 'lora pairs twice z3': pairs | twice | dict(zero='z3'),
-         'lora bf16 z3': bf16 | dict(zero='z3'), 'full bf16 z3': full | bf16 | dict(zero='z3')}
-MORE = {'tiny full plain': full | plain | dict(model='tiny'), 'lora': {}, 'lora by four': by_four, 'full pairs': full | pairs,
+         'lora bf16 z3': bf16 | dict(zero='z3')}
+MORE = {'lora tower': tower, 'full bf16 z0': full | bf16 | dict(zero='z0'), 'full bf16 z3': full | bf16 | dict(zero='z3'), 'tiny full plain': full | plain | dict(model='tiny'), 'lora': {}, 'lora by four': by_four, 'full pairs': full | pairs,
         'full tower and projector': full | tower | projector, 'full bf16': full | bf16, 'full bf16 plain': full | bf16 | plain,
         'lora bf16 z0': bf16 | dict(zero='z0'), 'full bf16 z2': full | bf16 | dict(zero='z2'), 'full z0': full | dict(zero='z0'),
         'lora z2': dict(zero='z2'), 'full z2': full | dict(zero='z2'), 'tiny lora z3': dict(model='tiny', zero='z3'), 'full z3': full | dict(zero='z3')}
