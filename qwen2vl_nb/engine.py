@@ -45,6 +45,7 @@ class Rank:
         self.step_, self.recipe, self.ranks, self.zero, self.size = step, recipe, ranks, zero, size
         self.numel = [p[0] for p in step['parameters']] # number of weights of each parameter
         self.trained = {i: p[0] for i,p in enumerate(step['parameters']) if len(p) == 3}
+        self.frozen = [i for i in range(len(self.numel)) if i not in self.trained]
         self.own = 'adapters' if recipe.get('finetuning_type', 'lora') == 'lora' else 'weights'
         self.held, self.peak, self.most, self.when, self.host = Counter(), {}, 0, '', 0
         if self.recipe.get('do_train'): self.setup()
@@ -67,7 +68,7 @@ class Rank:
 
     def setup(self):
         "What is held at rest, from the second step on."
-        self.held['weights'] += sum(self.bytes_of(i) for i in range(len(self.numel)) if i not in self.trained)
+        self.held['weights'] += sum(map(self.bytes_of, self.frozen))
         self.held[self.own] += sum(map(self.bytes_of, self.trained))
         self.held['optimizer'] += 8*sum(self.trained.values())
         if self.ranks > 1 and not self.zero: self.held['communication'] += sum(map(self.bytes_of, self.trained))
@@ -149,7 +150,7 @@ class Stage2(Rank):
         self.padded = [math.ceil(sum(g.values())/(2*self.ranks))*2*self.ranks for g in self.groups]
         self.share = [n//self.ranks for n in self.padded]
         self.mine = max(map(self._owned, range(self.ranks)), key=lambda owned: sum(map(self.trained.get, owned)))
-        self.held['weights'] += sum(self.bytes_of(i) for i in range(len(self.numel)) if i not in self.trained)
+        self.held['weights'] += sum(map(self.bytes_of, self.frozen))
         self.held[self.own] += self.size*sum(self.padded)
         largest = self.size*max(self.trained.values())
         if self.offload:
@@ -212,7 +213,7 @@ class Stage3(Rank):
         self.holds_recomputed = Version(version('deepspeed')) >= Version('0.19')
         self.bucket = int(self.zero['reduce_bucket_size'])
         share = sum(map(self._piece, self.trained))
-        frozen = sum(self._piece(i) for i in range(len(self.numel)) if i not in self.trained)
+        frozen = sum(map(self._piece, self.frozen))
         if self.offload_weights: self.host += self.size*(frozen + share)
         else: self.held += Counter({'weights': self.size*frozen}) + Counter({self.own: self.size*share})
         if self.offload: self.host += (16 + self.size)*share

@@ -16,7 +16,7 @@ from platformdirs import user_cache_path
 from .data import _limits, count_tokens
 from .engine import Rank, Stage0, Stage2, Stage3, Step
 from .media import image_tokens, whole_file
-from .recipe import read_zero
+from .recipe import _dataset_names, read_zero
 from .registry import Registry, child_env, dataset_samples
 from .zero import zero_config
 
@@ -64,7 +64,7 @@ def _counted(model, folder, names, media_dir, n, limits, _changed):
 def _from_data(recipe):
     "The longest sample of the recipe's data; `None` where it can't be counted."
     model, folder = Path(recipe['model_name_or_path']), Path(recipe.get('dataset_dir', 'data'))
-    names = tuple(n.strip() for n in (recipe.get('dataset' if recipe.get('do_train') else 'eval_dataset') or '').split(',') if n.strip())
+    names = tuple(_dataset_names({'dataset': recipe.get('dataset' if recipe.get('do_train') else 'eval_dataset')}))
     if not names or not all((model/f).is_file() for f in ('tokenizer.json', 'preprocessor_config.json')): return
     try: files = [folder/Registry(folder)[name]['file_name'] for name in names]
     except (KeyError, ValueError, OSError): return
@@ -191,7 +191,7 @@ def _zero(recipe, zero):
 def _faults(recipe, config, stage, ranks):
     "Why a recipe can't be predicted."
     train, kind, bits = recipe.get('do_train'), recipe.get('finetuning_type', 'lora'), recipe.get('quantization_bit')
-    batch, n = (f"per_device_{'train' if train else 'eval'}_batch_size", recipe.get('optim', 'adamw_torch_fused'))
+    batch, optim = f"per_device_{'train' if train else 'eval'}_batch_size", recipe.get('optim', 'adamw_torch_fused')
     less = {k: v for k,v in {'world_size': ranks, batch: recipe.get(batch, 1), 'cutoff_len': recipe.get('cutoff_len', 2048),
                              'gradient_accumulation_steps': recipe.get('gradient_accumulation_steps', 1)}.items() if v < 1}
     offloaded = [part.get('device') for part in (config or {}).get('zero_optimization', {}).values() if isinstance(part, dict)]
@@ -203,7 +203,7 @@ def _faults(recipe, config, stage, ranks):
         (bits and train and kind != 'lora', 'A quantized model takes LoRA only: set finetuning_type: lora, or take quantization_bit out.'),
         (bits and stage == 3, 'A quantized model is not predicted with ZeRO-3: take z2, or no DeepSpeed.'),
         (stage == 1, 'ZeRO stage 1 is not predicted; 0, 2 and 3 are.'),
-        (train and n not in _optimizers, f'The optimizer {n!r} is not predicted; AdamW is ({", ".join(_optimizers)}).'),
+        (train and optim not in _optimizers, f'The optimizer {optim!r} is not predicted; AdamW is ({", ".join(_optimizers)}).'),
         (any(d not in ('cpu', 'none') for d in offloaded), 'Offloading is predicted to the host only (device: cpu).'),
         (stage == 3 and recipe.get('predict_with_generate'), 'ZeRO-3 cannot generate: take the deepspeed key out.')]
     found = [text for holds, text in rules if holds] + [f'{k} must be at least 1, not {v}.' for k,v in less.items()]

@@ -9,7 +9,6 @@ __all__ = ['ZeroRow', 'ZeroTable', 'zero_table', 'what_would_fit', 'pick_zero', 
 import html
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from .stack import Finding, gpus as gpus_here
 from .zero import zero_config
 from .memory import GiB, MemoryEstimate, longest_sample, predict_memory
@@ -137,23 +136,24 @@ def zero_table(
     return ZeroTable(rows + [ZeroRow(n, None, 'not chosen', why) for n,why in _never.items()], gpus, gpu_gib)
 
 # %% ../nbs/06_plan.ipynb #a59dcaef
-def _changes(recipe, sample):
-    "Changes of a recipe by kind, each a list from the least: (in words, recipe, longest sample)."
+def _changes(recipe, gpus, sample):
+    "Changes by kind, each kind from the least: (in words, recipe, number of GPUs, longest sample)."
     batch, pixels = recipe.get('per_device_train_batch_size', 1), recipe.get('image_max_pixels', 768*768)
-    cutoff, media = sample['tokens'], sum(sample['pictures'])
+    cutoff, media, rounds = sample['tokens'], sum(sample['pictures']), recipe.get('gradient_accumulation_steps', 1)
     def smaller(share):
         pictures = [int(n*share) for n in sample['pictures']]
         return {'tokens': cutoff - (media - sum(pictures))//8*8, 'pictures': pictures}
-    rounds = recipe.get('gradient_accumulation_steps', 1)
-    yield [(f'per_device_train_batch_size: {n} with gradient_accumulation_steps: {rounds*batch//n}',
-            recipe | {'per_device_train_batch_size': n, 'gradient_accumulation_steps': rounds*batch//n}, sample)
+    def changed(what='', longest=sample, **changes):
+        return what or ' with '.join(f'{k}: {v}' for k,v in changes.items()), recipe | changes, gpus, longest
+    yield [changed(per_device_train_batch_size=n, gradient_accumulation_steps=rounds*batch//n)
            for n in (batch//2**k for k in range(1, batch.bit_length()))]
-    yield [('gradient checkpointing on: leave disable_gradient_checkpointing out', recipe | {'disable_gradient_checkpointing': False}, sample)
-           ]*bool(recipe.get('disable_gradient_checkpointing'))
-    yield [(f'image_max_pixels: {int(pixels*share)}', recipe | {'image_max_pixels': int(pixels*share)}, smaller(share)) for share in (.5, .25)]*bool(media)
-    yield [(f'cutoff_len: {n}', recipe | {'cutoff_len': n}, sample | {'tokens': n}) for n in (cutoff//16*8, cutoff//32*8) if n > media]
+    if recipe.get('disable_gradient_checkpointing'):
+        yield [changed('gradient checkpointing on: leave disable_gradient_checkpointing out', disable_gradient_checkpointing=False)]
+    if media: yield [changed(longest=smaller(share), image_max_pixels=int(pixels*share)) for share in (.5, .25)]
+    yield [changed(longest=sample | {'tokens': n}, cutoff_len=n) for n in (cutoff//16*8, cutoff//32*8) if n > media]
     if recipe.get('finetuning_type', 'lora') == 'lora' and not recipe.get('quantization_bit'):
-        yield [('quantization_bit: 4 (QLoRA; it needs bitsandbytes)', recipe | {'quantization_bit': 4}, sample)]
+        yield [changed('quantization_bit: 4 (QLoRA; it needs bitsandbytes)', quantization_bit=4)]
+    yield [(f'{n} GPUs instead of {gpus}', recipe, n, sample) for n in (gpus*2**k for k in range(1, 7))]
 
 def _first_fit(recipe, gpus, gpu_gib, sample):
     "The fastest config that fits, with its estimate; `None` if none does. The one that needs least is asked first."
@@ -168,13 +168,14 @@ def what_would_fit(
     sample:dict=None, # The longest sample; `None`: as the data or the recipe have it
 )->list: # Changes in words, each with the config that then fits and its peak; empty if none of them is enough
     "The smallest change of each kind with which a recipe would fit."
-    sample, found = sample or longest_sample(recipe)[0], []
-    more = [(f'{n} GPUs instead of {gpus}', n) for n in (gpus*2**k for k in range(1, 7))]
-    tried = [[(what, partial(_first_fit, changed, gpus, gpu_gib, longest)) for what, changed, longest in kind] for kind in _changes(recipe, sample)]
-    tried.append([(what, partial(_first_fit, recipe, n, gpu_gib, sample)) for what, n in more])
-    for kind in tried:
-        fit = next(((what, fit) for what, fit in ((what, look()) for what, look in kind) if fit), None)
-        if fit: found.append(f'{fit[0]}: {fit[1][0]} then needs {fit[1][1].peak/GiB:.1f} GiB, at most {fit[1][1].high/GiB:.1f}')
+    found = []
+    for kind in _changes(recipe, gpus, sample or longest_sample(recipe)[0]):
+        for what, changed, n, longest in kind:
+            fit = _first_fit(changed, n, gpu_gib, longest)
+            if not fit: continue
+            name, estimate = fit
+            found.append(f'{what}: {name} then needs {estimate.peak/GiB:.1f} GiB, at most {estimate.high/GiB:.1f}')
+            break
     return found
 
 # %% ../nbs/06_plan.ipynb #0ffda851

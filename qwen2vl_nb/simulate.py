@@ -107,7 +107,8 @@ class Autocast(TorchFunctionMode):
     def _cast(self, x):
         if not isinstance(x, torch.Tensor) or x.dtype != torch.float32: return x
         if not (x.is_leaf and x.requires_grad): return x.to(self.dtype)
-        return self._casts.setdefault(id(x), x.to(self.dtype)) if id(x) not in self._casts else self._casts[id(x)]
+        if id(x) not in self._casts: self._casts[id(x)] = x.to(self.dtype)
+        return self._casts[id(x)]
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if self.depth and func in _lower: args = [self._cast(a) for a in args]
@@ -170,7 +171,7 @@ def build_model(
         if trains: prepare_model_for_training(model, arguments)
         model = init_adapter(config, model, arguments, _chosen(FinetuningArguments, recipe), trains)
     if job['cast']: model.to(getattr(torch, job['cast']))
-    return model.train(trains).requires_grad_(False) if not trains else model.train()
+    return model.train() if trains else model.eval().requires_grad_(False)
 
 # %% ../nbs/04a_simulate.ipynb #947bbdb8
 class _Told(torch.autograd.Function):
