@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 from .stack import Finding, findings_table, gpus
 from .data import _limits, _media_of, check_samples, count_tokens, is_dialogue, write_text
+from .checkpoint import checkpoints, is_whole_file
 from .registry import Registry, _source, child_env, dataset_samples, entry_faults
 
 # %% ../nbs/03_recipe.ipynb #eca681f9
@@ -49,15 +50,9 @@ def _is_adapter(folder):
     weights = ('adapter_model.safetensors', 'adapter_model.bin')
     return (folder/'adapter_config.json').is_file() and any((folder/w).is_file() for w in weights)
 
-def _step(checkpoint):
-    number = checkpoint.name.split('-')[1]
-    return int(number) if number.isdigit() else -1
-
-def _checkpoints(folder): return sorted(folder.glob('checkpoint-*'), key=_step)
-
 def _best_checkpoint(folder):
     "The checkpoint that the trainer noted as best, if it noted one."
-    states = [p/'trainer_state.json' for p in (folder, *reversed(_checkpoints(folder)))]
+    states = [p/'trainer_state.json' for p in (folder, *reversed(checkpoints(folder)))]
     state = next((s for s in states if s.is_file()), None)
     best = state and json.loads(state.read_text(encoding='utf-8')).get('best_model_checkpoint')
     return [folder/Path(best).name] if best else []
@@ -67,7 +62,7 @@ def find_adapter(
 )->Path: # Folder of the adapter
     "The adapter of a run: its best checkpoint where it kept one, else its last."
     folder = Path(run).absolute()
-    for found in (*_best_checkpoint(folder), folder, *reversed(_checkpoints(folder))):
+    for found in (*_best_checkpoint(folder), folder, *reversed(checkpoints(folder))):
         if _is_adapter(found): return found
     why = '; has the run ended well?' if folder.is_dir() else ': the folder does not exist.'
     raise FileNotFoundError(f'There is no adapter in {folder}{why} '
@@ -155,16 +150,6 @@ def save_recipe(
     return path
 
 # %% ../nbs/03_recipe.ipynb #e3901ee6
-def _is_whole(path):
-    "Whether a safetensors file is as long as its header says."
-    with open(path, 'rb') as f:
-        try:
-            size = int.from_bytes(f.read(8), 'little')
-            header = json.loads(f.read(size))
-            ends = [v['data_offsets'][1] for k,v in header.items() if k != '__metadata__']
-        except (ValueError, TypeError, KeyError, OverflowError, MemoryError): return False
-    return os.path.getsize(path) == 8 + size + max(ends, default=0)
-
 def _weight_files(folder):
     index = folder/'model.safetensors.index.json'
     if not index.is_file(): return ['model.safetensors']
@@ -188,7 +173,7 @@ def model_findings(
     needed = ['config.json', 'tokenizer_config.json', 'preprocessor_config.json']
     if not (is_there('vocab.json') and is_there('merges.txt')): needed.append('tokenizer.json')
     missing = [n for n in needed + weights if not is_there(n)]
-    torn = [w for w in weights if is_there(w) and not _is_whole(folder/w)]
+    torn = [w for w in weights if is_there(w) and not is_whole_file(folder/w)]
     faults = dict.fromkeys(missing, 'This file is missing from the model folder.')
     faults |= dict.fromkeys(torn, 'These weights are cut off or damaged.')
     found = [Finding(str(folder/name), what, 'Download it again.') for name, what in faults.items()]
@@ -360,7 +345,7 @@ def _argument_findings(recipe):
 def _is_finished(folder):
     "Whether a training has ended well here."
     saved = _is_adapter(folder) or (folder/'model.safetensors').is_file()
-    return (folder/'train_results.json').is_file() or saved and not _checkpoints(folder)
+    return (folder/'train_results.json').is_file() or saved and not checkpoints(folder)
 
 def _output_findings(recipe):
     out = recipe.get('output_dir')
@@ -384,9 +369,9 @@ def recipe_findings(
     recipe:dict, # The recipe
     nproc:int=1, # Number of processes that it will run on
 )->list: # `Finding`s
-    "All that can be said of a recipe at once, without LLaMA-Factory."
+    "All that can be said of a recipe at once, its data apart, without LLaMA-Factory."
     return [*_model_path_findings(recipe), *_adapter_findings(recipe), *_argument_findings(recipe),
-            *_output_findings(recipe), *_zero_findings(recipe, nproc), *data_findings(recipe)]
+            *_output_findings(recipe), *_zero_findings(recipe, nproc)]
 
 # %% ../nbs/03_recipe.ipynb #83628938
 _ask = '''
@@ -455,4 +440,4 @@ def check_recipe(
 ): # Findings as a `DataFrame`: level, where, what, cure; empty is good
     "Everything that is wrong with a recipe, in words, before anything starts."
     nproc = nproc or max(1, len(gpus()))
-    return findings_table(recipe_findings(recipe, nproc) + ask_llamafactory(recipe))
+    return findings_table(recipe_findings(recipe, nproc) + data_findings(recipe) + ask_llamafactory(recipe))

@@ -7,7 +7,7 @@ __all__ = ['bad_pairs', 'Finding', 'findings_table', 'BadPair', 'installed_versi
            'machine_findings', 'check_stack']
 
 # %% ../nbs/00_stack.ipynb #b3f6779d
-import importlib.metadata, os, shutil, sys
+import importlib.metadata, json, os, shutil, subprocess, sys
 from dataclasses import dataclass
 from functools import cache
 from packaging.requirements import Requirement
@@ -118,13 +118,23 @@ _needed = ('torch', 'torchvision', 'torchaudio', 'transformers', 'peft', 'accele
            'deepspeed', 'llamafactory')
 _scores = ('jieba', 'nltk', 'rouge-chinese')
 
-def installed_versions()->dict: # Package → version
+_ask_versions = """
+import importlib.metadata, json, sys
+found = {}
+for name in sys.argv[1:]:
+    try: found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError: pass
+print(json.dumps(found))
+"""
+
+def installed_versions(
+    python=sys.executable, # The interpreter of an environment
+)->dict: # Package → version
     "Versions of the packages that the work stands on, without importing them."
-    found = {}
-    for name in (*_needed, *_scores, 'nbdev', 'execnb'):
-        try: found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError: pass
-    return found
+    names = (*_needed, *_scores, 'nbdev', 'execnb')
+    asked = subprocess.run([python, '-c', _ask_versions, *names], capture_output=True, text=True)
+    if asked.returncode: raise ValueError(f'{python} cannot tell its versions: {asked.stderr.strip().splitlines()[-1]}')
+    return json.loads(asked.stdout)
 
 # %% ../nbs/00_stack.ipynb #4b1c06f2
 def _within(version, spec): return SpecifierSet(spec).contains(Version(version).base_version)
@@ -177,11 +187,11 @@ class Gpu:
     name:str  # As NVIDIA calls it
     total:int # Memory in bytes
     free:int  # Memory that nobody uses now, in bytes
+    load:int=0 # Share of the last second in which it was at work, in percent
 
 # %% ../nbs/00_stack.ipynb #13a1c698
-def _visible(handles, ids):
-    "The GPUs that CUDA programs started from here will see, in their order."
-    named = os.environ.get('CUDA_VISIBLE_DEVICES')
+def _visible(handles, ids, named):
+    "The GPUs that CUDA programs see, in their order, by what `CUDA_VISIBLE_DEVICES` says to them."
     if named is None: return handles
     is_named = lambda i, name: name == str(i) or name.startswith('GPU-') and ids[i].startswith(name)
     seen = []
@@ -191,16 +201,25 @@ def _visible(handles, ids):
         seen += found
     return seen
 
-def gpus()->list: # `Gpu`s, empty without a driver
-    "The NVIDIA GPUs that are visible here, after `CUDA_VISIBLE_DEVICES`."
+def _load(handle):
+    "How busy a GPU is, in percent; 0 where it can't be asked, as with a part of one (MIG)."
     import pynvml
+    try: return pynvml.nvmlDeviceGetUtilizationRates(handle).gpu
+    except pynvml.NVMLError: return 0
+
+def gpus(
+    visible:str=None, # What `CUDA_VISIBLE_DEVICES` is for the programs that are asked about; `None`: as it is here
+)->list: # `Gpu`s, empty without a driver
+    "The NVIDIA GPUs that are visible, after `CUDA_VISIBLE_DEVICES`."
+    import pynvml
+    visible = os.environ.get('CUDA_VISIBLE_DEVICES') if visible is None else visible
     try: pynvml.nvmlInit()
     except pynvml.NVMLError: return []
     try:
         handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        handles = _visible(handles, list(map(pynvml.nvmlDeviceGetUUID, handles)))
+        handles = _visible(handles, list(map(pynvml.nvmlDeviceGetUUID, handles)), visible)
         names, memory = map(pynvml.nvmlDeviceGetName, handles), map(pynvml.nvmlDeviceGetMemoryInfo, handles)
-        return [Gpu(i, name, m.total, m.free) for i,(name,m) in enumerate(zip(names, memory))]
+        return [Gpu(i, name, m.total, m.free, _load(h)) for i, (h, name, m) in enumerate(zip(handles, names, memory))]
     finally: pynvml.nvmlShutdown()
 
 # %% ../nbs/00_stack.ipynb #41ceeed4
