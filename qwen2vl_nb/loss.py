@@ -190,8 +190,8 @@ def _draw_not_numbers(ax, steps, colour):
 def _name_lowest(ax, evals, last, colour):
     "The value of the lowest evaluation, beside it."
     step, value = evals.idxmin(), evals.min()
-    ax.annotate(f'lowest {value:.4g}', (step, value), (0, 10), textcoords='offset points', color=colour, fontsize=9,
-                ha='right' if step > .9*last else 'center')
+    ax.annotate(f'lowest {value:.4g}', (step, value), (0, 10), textcoords='offset points', color=colour,
+                fontsize=9, ha='right' if step > .9*last else 'center')
 
 def _draw_loss(ax, rows, i, smooth, alone):
     "The loss of run `i`: as logged, smoothed, evaluated, and where it is no number."
@@ -271,7 +271,7 @@ def _png(figure):
 
 def plot_loss(
     *runs, # Runs, their folders or `Log`s, one or more
-    smooth:float=None, # Weight of the past in the moving average, 0 (none) to below 1; `None`: as LLaMA-Factory's
+    smooth:float=None, # Weight of the past in the average, 0 (none) to below 1; `None`: LLaMA-Factory's
     log:bool=False, # Loss on a log scale
     lr:bool=False, # The learning rate, too
     throughput:bool=False, # Tokens or steps a second, too: tokens, where all of the runs count them

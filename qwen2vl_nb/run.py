@@ -409,12 +409,13 @@ def _resume(run):
     "Start a run again where it left off."
     about, recipe = run._json('run.json'), run.recipe
     if run.is_running or run.status == 'done': raise RuntimeError(f'The run in {run.output_dir} is {run.status}: there is nothing to go on with.')
-    last = set_aside_torn(recipe['output_dir'], about['nproc']*about['nnodes'])
-    if not last and not about['node_rank']:
+    is_first = not about['node_rank']  # the first machine has the checkpoints
+    last = set_aside_torn(recipe['output_dir'], about['nproc']*about['nnodes']) if is_first else None
+    if is_first and not last:
         raise RuntimeError(f"There is no whole checkpoint in {recipe['output_dir']} to go on from: launch(recipe) starts from the beginning.")
     recipe = {k: v for k,v in recipe.items() if k != 'resume_from_checkpoint'} | {'overwrite_output_dir': False}
     about |= {'id': uuid.uuid4().hex, 'host': socket.gethostname(), 'versions': installed_versions(about['python'])}
-    then = _checked(recipe | {'resume_from_checkpoint': str(last)}, about)
+    then = _checked(recipe | {'resume_from_checkpoint': True}, about)
     run = _start(recipe, about, _keep)
     then(run)
     return run

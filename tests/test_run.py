@@ -1,12 +1,14 @@
-"Runs as processes: they outlive who started them, end when told to, and say why they failed."
+"Runs as processes: they outlive who started them, stop at a step, go on where they were, and leave nothing behind."
 import os, signal, subprocess, sys, time
 
 import psutil
 import pytest
 
 from qwen2vl_nb import waiter
+from qwen2vl_nb.checkpoint import checkpoints, is_whole
+from qwen2vl_nb.loss import read_log
 from qwen2vl_nb.recipe import save_recipe
-from qwen2vl_nb.run import attach, launch
+from qwen2vl_nb.run import _marked, attach, export, launch, runs
 from qwen2vl_nb.zero import zero_config
 
 def _processes(run):
@@ -14,67 +16,166 @@ def _processes(run):
     w = psutil.Process(run._json('waiter.json')['pid'])
     return [w, *w.children(recursive=True)]
 
-def _until(condition, seconds=120):
+def _until(condition, seconds=180):
     end = time.time() + seconds
     while not condition():
         assert time.time() < end, 'it took too long'
-        time.sleep(.2)
+        time.sleep(.1)
+
+def _at_step(run, step):
+    _until(lambda: run.progress.step >= step or not run.is_running)
+    assert run.is_running, run.failure
+
+def _losses(run): return read_log(run).dropna(subset=['loss']).set_index('current_steps').loss
+
+def _same(losses, others): return list(losses.index) == list(others.index) and (losses - others).abs().max() <= 2e-4
+
+def _sessions(processes):
+    "The sessions of processes: torchrun gives each rank its own."
+    return {os.getsid(p.pid) for p in processes}
+
+def _left(run, sessions):
+    "Processes that a run has left, by its mark and by the sessions that it had."
+    of_session = [p.pid for p in psutil.process_iter(['status']) if p.info['status'] != psutil.STATUS_ZOMBIE and _sid(p.pid) in sessions]
+    return _marked(run._json('run.json')['id']), of_session
+
+def _sid(pid):
+    try: return os.getsid(pid)
+    except ProcessLookupError: return None
+
+def _python(code, **kwargs):
+    "A process of its own session, as a Jupyter kernel is."
+    return subprocess.Popen([sys.executable, '-c', f'from qwen2vl_nb.all import *\n{code}'], stdout=subprocess.PIPE, text=True, start_new_session=True, **kwargs)
 
 def test_a_run_outlives_the_kernel_that_started_it(few_steps, tmp_path):
-    "The kernel's whole process group is killed, as a Jupyter restart does."
-    save_recipe(few_steps(), tmp_path/'r.yaml')
-    code = f'from qwen2vl_nb.all import *\nrun = launch(load_recipe({str(tmp_path/"r.yaml")!r}))\nprint("started", flush=True)\nrun.wait()'
-    kernel = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    "The kernel's whole process group is killed in the middle, as a Jupyter restart does; another process finds the run."
+    save_recipe(few_steps(max_steps=30), tmp_path/'r.yaml')
+    kernel = _python(f'run = launch(load_recipe({str(tmp_path/"r.yaml")!r}))\nprint("started", flush=True)\nrun.wait()')
     assert kernel.stdout.readline().strip() == 'started'
+    run = attach(tmp_path/'run')
+    _at_step(run, 2)
     os.killpg(kernel.pid, signal.SIGKILL)
     kernel.wait()
-    run = attach(tmp_path/'run')
     assert run.status == 'running'
-    assert run.wait().status == 'done'
-    assert (run.output_dir/'training_loss.png').exists() and run.recipe['max_steps'] == 4
+    code = f'run = attach({str(tmp_path/"run")!r}).wait()\nprint(run.status, len(read_log(run).dropna(subset=["loss"])))'
+    assert _python(code).communicate()[0].splitlines()[-1] == 'done 30'
+    assert (run.output_dir/'training_loss.png').exists() and run.recipe['max_steps'] == 30
 
-def test_the_recipe_left_behind_runs_by_itself(few_steps, tmp_path):
-    "Unchanged, under `llamafactory-cli train`, from another folder."
-    run = launch(few_steps(overwrite_output_dir=True))
-    run.wait()
+def test_interrupting_a_cell_that_waits_leaves_the_run_at_work(few_steps, tmp_path):
+    save_recipe(few_steps(max_steps=100_000), tmp_path/'r.yaml')
+    code = f'''run = launch(load_recipe({str(tmp_path/"r.yaml")!r}))
+print("started", flush=True)
+try: run.wait()
+except KeyboardInterrupt: print("interrupted", flush=True)'''
+    kernel = _python(code)
+    assert kernel.stdout.readline().strip() == 'started'
+    run = attach(tmp_path/'run')
+    _at_step(run, 1)
+    kernel.send_signal(signal.SIGINT)
+    said = kernel.communicate(timeout=30)[0]
+    try: assert 'The run goes on without you' in said and 'interrupted' in said and run.is_running
+    finally: run.stop(patience=0)
+    assert run.status == 'stopped'
+
+def test_llamafactory_cli_trains_the_same(few_steps, tmp_path):
+    "The recipe as it was left behind, unchanged, from another folder: the same losses."
+    run = launch(few_steps(overwrite_output_dir=True, max_steps=6)).wait()
+    losses = _losses(run)
     before = (run.output_dir/'trainer_log.jsonl').stat().st_mtime
     subprocess.run(['llamafactory-cli', 'train', run.output_dir/'recipe.yaml'], cwd=tmp_path, check=True, capture_output=True)
     assert (run.output_dir/'trainer_log.jsonl').stat().st_mtime > before
+    assert len(losses) == 6 and _same(_losses(run), losses)
 
-def test_two_ranks_end_together_when_stopped(few_steps):
-    run = launch(few_steps(deepspeed=zero_config('z2'), use_cpu=None, max_steps=100_000), nproc=2)
-    _until(lambda: (run.output_dir/'trainer_log.jsonl').exists())
-    processes = _processes(run)
-    assert len(processes) >= 4, 'waiter, torchrun and two ranks'
+@pytest.mark.parametrize('nproc', [1, 2])
+def test_stopping_ends_at_a_step_with_a_checkpoint_and_leaves_nothing(nproc, few_steps):
+    zero = dict(deepspeed=zero_config('z2'), use_cpu=None) if nproc == 2 else {}
+    run = launch(few_steps(max_steps=100_000, **zero), nproc=nproc)
+    _at_step(run, 3)
+    processes, sessions = _processes(run), _sessions(_processes(run))
+    assert len(processes) >= 2*nproc and len(sessions) == (2 if nproc == 1 else 4), 'the waiter, torchrun and two ranks, each in a session of its own'
+    asked = time.time()
     assert attach(run).stop().status == 'stopped'
-    assert not [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
-    assert set(run._rank_logs()) == {0, 1} and 'trainable params' in run.log(rank=0)
+    assert time.time() - asked < 40
+    assert _left(run, sessions) == ([], [])
+    last = checkpoints(run)[-1]
+    assert is_whole(last, nproc) and int(last.name.split('-')[1]) == run.progress.step == read_log(run).current_steps.max()
+    if nproc == 2: assert 'trainable params' in run.log(rank=0) and run.log(rank=1)
 
-def test_a_killed_rank_is_named(few_steps):
-    run = launch(few_steps(deepspeed=zero_config('z0'), use_cpu=None, max_steps=100_000), nproc=2)
-    _until(lambda: (run.output_dir/'trainer_log.jsonl').exists())
-    rank = next(p for p in _processes(run) if p.environ().get('RANK') == '1')
-    rank.kill()
-    with pytest.raises(RuntimeError, match='Rank 1 was killed by SIGKILL') as e: run.wait()
-    assert 'Out of host memory' in str(e.value)
-
-def test_a_failure_says_its_cause(few_steps):
-    run = launch(few_steps(lr_scheduler_type='cosinus'))
-    with pytest.raises(RuntimeError, match='cosinus is not a valid SchedulerType'): run.wait()
-    assert run.status == 'failed' and run.failure.startswith('ValueError')
-
-def test_one_folder_one_run(few_steps):
+def test_a_run_that_has_not_begun_is_stopped_at_once(few_steps):
     run = launch(few_steps(max_steps=100_000))
-    try:
-        with pytest.raises(RuntimeError, match='A run is at work'): launch(few_steps())
-    finally: run.stop()
-    assert run.status == 'stopped'
+    asked = time.time()
+    assert run.stop().status == 'stopped' and run.failure is None
+    assert time.time() - asked < 30 and not checkpoints(run)
+
+@pytest.fixture(scope='module')
+def whole(tiny, data, tmp_path_factory):
+    "A run on two ranks that nothing has interrupted, and a recipe for others like it."
+    from qwen2vl_nb.recipe import train_recipe
+    folder = tmp_path_factory.mktemp('whole')
+    recipe = train_recipe(tiny, 'car_item', folder/'whole', dataset_dir=str(data), max_steps=12, logging_steps=2, save_steps=4, max_samples=32, bf16=None,
+        gradient_accumulation_steps=1, preprocessing_num_workers=None, deepspeed=zero_config('z2'), learning_rate=1e-3, overwrite_output_dir=True)
+    return launch(recipe, nproc=2).wait(), recipe
+
+def test_a_killed_rank_is_made_up_for(whole, tmp_path):
+    "kill -9 of a rank, the newest checkpoint torn as well, then resume: the joined curve is that of a run that nothing interrupted."
+    reference, recipe = whole
+    run = launch(recipe | {'output_dir': str(tmp_path/'run'), 'max_steps': 12}, nproc=2)
+    _until(lambda: run.progress.step >= 9)
+    next(p for p in _processes(run) if p.environ().get('RANK') == '1').kill()
+    with pytest.raises(RuntimeError, match='rank 1.*SIGKILL'): run.wait()
+    assert run.status == 'failed' and not _marked(run._json('run.json')['id'])
+    torn = checkpoints(run)[-1]
+    (torn/'trainer_state.json').write_bytes((torn/'trainer_state.json').read_bytes()[:100])
+    assert run.resume().wait().status == 'done'
+    assert _same(_losses(run), _losses(reference)), (_losses(run), _losses(reference))
+    assert run.recipe == reference.recipe | {'overwrite_output_dir': False, 'output_dir': str(tmp_path/'run'), 'deepspeed': run.recipe['deepspeed']}
+    assert [p.name for p in run.output_dir.glob('torn-*')] == [f'torn-{torn.name}']
+    assert 'SIGKILL' in (run.output_dir/'earlier'/'1'/'run.log').read_text()
+
+def test_a_stopped_run_goes_on(whole, tmp_path):
+    reference, recipe = whole
+    run = launch(recipe | {'output_dir': str(tmp_path/'run')}, nproc=2)
+    _at_step(run, 5)
+    stopped = run.stop().progress.step
+    assert run.resume().wait().status == 'done'
+    logged = _losses(run)
+    assert _same(logged[logged.index > stopped + 1], _losses(reference)[lambda l: l.index > stopped + 1])
+    assert list(_losses(reference).index) == [s for s in logged.index if s % 2 == 0], 'a stop off the log steps has a row of its own'
+    table = runs(tmp_path).set_index('run')
+    assert table.state['run'] == 'done' and table.step['run'] == table.of['run'] == 12
+
+def test_there_must_be_something_to_go_on_from(few_steps):
+    run = launch(few_steps(max_steps=100_000, save_steps=100_000))
+    with pytest.raises(RuntimeError, match='is running'): run.resume()
+    run.stop(patience=0)
+    with pytest.raises(RuntimeError, match='no whole checkpoint'): run.resume()
 
 def test_a_run_and_its_waiter_killed_is_no_running_run(few_steps):
     run = launch(few_steps(max_steps=100_000))
     for p in _processes(run): p.kill()
     _until(lambda: run.status != 'running', 10)
-    assert run.status == 'failed' and 'without a word' in run.failure
+    assert run.status == 'failed' and 'without a word' in run.failure.what
+
+def test_a_run_whose_waiter_was_killed_is_stopped_all_the_same(few_steps):
+    run = launch(few_steps(max_steps=100_000, deepspeed=zero_config('z0'), use_cpu=None), nproc=2)
+    _at_step(run, 1)
+    sessions = _sessions(_processes(run))
+    _processes(run)[0].kill()
+    assert run.is_running
+    run.stop(patience=0)
+    assert _left(run, sessions) == ([], [])
+
+def test_a_merged_model_answers_as_base_and_adapter_did(few_steps, tiny, data, tmp_path):
+    from qwen2vl_nb.predict import predict
+    from qwen2vl_nb.recipe import predict_recipe
+    run = launch(few_steps(max_steps=60, max_samples=100, learning_rate=2e-3, per_device_train_batch_size=8)).wait()
+    asking = dict(dataset_dir=str(data), use_cpu=True, preprocessing_num_workers=None, per_device_eval_batch_size=50, max_new_tokens=32)
+    merged = export(run, tmp_path/'merged 合并')
+    with pytest.raises(FileExistsError): export(run, merged)
+    answers = [[row['predict'] for row in predict(predict_recipe(model, 'car_item_test', tmp_path/name, **asking | adapter))]
+               for name, model, adapter in (('adapter', tiny, {'adapter': run}), ('merged', merged, {}))]
+    assert answers[0] == answers[1] and len(set(answers[0])) > 1 and '{' in answers[0][0]
+    assert sorted(p.name for p in tmp_path.glob('.merged*')) == []
 
 def test_the_waiter_needs_the_standard_library_only():
     code = f'import runpy, sys; runpy.run_path({waiter.__file__!r}); print(sorted(m for m in sys.modules if m.split(".")[0] in ("psutil", "pandas", "qwen2vl_nb")))'

@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from qwen2vl_nb.cpu_ranks import blocking
+from qwen2vl_nb.worker import blocking
 from qwen2vl_nb.simulate import LiveBytes
 
 PACKAGES = ['torch', 'transformers', 'peft', 'deepspeed', 'llamafactory']
