@@ -6,7 +6,7 @@
 __all__ = ['Progress', 'Run', 'attach', 'runs', 'launch', 'export']
 
 # %% ../nbs/08_run.ipynb #49a64c03
-import json, os, re, shutil, signal, socket, subprocess, sys, tempfile, time, uuid, warnings
+import json, os, re, shutil, socket, subprocess, sys, tempfile, time, uuid, warnings
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -394,8 +394,9 @@ def launch(
     force:bool=False, # Start even what the checks say can't run
 )->Run: # The run, started
     "Start a recipe in its `output_dir`, apart from this kernel."
-    python = shutil.which(python or sys.executable)
-    if not python: raise ValueError('python= names no interpreter: give its path, such as /env/bin/python.')
+    found = shutil.which(python or sys.executable)
+    if not found: raise ValueError(f'python={os.fspath(python)!r} is no interpreter: give its path, such as /env/bin/python.')
+    python = str(Path(found).absolute())
     about = {'id': uuid.uuid4().hex, 'python': python, 'nproc': nproc or max(1, len(gpus())), 'nnodes': nnodes, 'node_rank': node_rank,
              'master': master, 'given': env or {}, 'force': force, 'host': socket.gethostname(), 'versions': installed_versions(python)}
     about['gpus'] = list(map(asdict, gpus()[:about['nproc']]))

@@ -1,5 +1,6 @@
 "Runs as processes: they outlive who started them, stop at a step, go on where they were, and leave nothing behind."
-import os, signal, subprocess, sys, time
+import os, signal, subprocess, sys, sysconfig, time, venv
+from pathlib import Path
 
 import psutil
 import pytest
@@ -164,6 +165,19 @@ def test_a_run_whose_waiter_was_killed_is_stopped_all_the_same(few_steps):
     assert run.is_running
     run.stop(patience=0)
     assert _left(run, sessions) == ([], [])
+
+def test_another_environment_does_the_work(few_steps, tmp_path):
+    "Its interpreter is named. Its path has a space, and it has LLaMA-Factory, but not this package."
+    environment = tmp_path/'another environment'
+    venv.create(environment)
+    python = environment/'bin'/'python'
+    (next(environment.glob('lib/python*/site-packages'))/'stack.pth').write_text(sysconfig.get_path('purelib'))
+    assert subprocess.run([python, '-P', '-c', 'import qwen2vl_nb'], env=os.environ | {'PYTHONPATH': ''}, capture_output=True).returncode
+    recipe = few_steps(deepspeed=zero_config('z0'), use_cpu=None, max_steps=2)
+    run = launch(recipe, nproc=2, python=python, env={'PYTHONPATH': ''})
+    _until(lambda: len(_processes(run)) >= 4)
+    assert {Path(p.cmdline()[0]) for p in _processes(run)[1:] if 'worker.py' in ' '.join(p.cmdline())} == {python}
+    assert run.wait().status == 'done' and len(_losses(run)) == 2
 
 def test_a_merged_model_answers_as_base_and_adapter_did(few_steps, tiny, data, tmp_path):
     from qwen2vl_nb.predict import predict
