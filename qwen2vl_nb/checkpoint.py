@@ -7,6 +7,7 @@ __all__ = ['is_whole_file', 'is_whole', 'checkpoints', 'set_aside_torn']
 
 # %% ../nbs/02a_checkpoint.ipynb #5b2f20b4
 import json, re, zipfile
+from contextlib import suppress
 from pathlib import Path
 
 # %% ../nbs/02a_checkpoint.ipynb #0859f1c4
@@ -70,5 +71,5 @@ def set_aside_torn(
     while found and not is_whole(found[-1], world_size):
         torn = found.pop()
         times = len([*torn.parent.glob(f'torn-{torn.name}*')])
-        torn.rename(torn.with_name(f'torn-{torn.name}' + f'.{times}'*bool(times)))
+        with suppress(FileNotFoundError): torn.rename(torn.with_name(f'torn-{torn.name}' + f'.{times}'*bool(times)))  # another rank was first
     return found[-1] if found else None

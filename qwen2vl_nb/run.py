@@ -194,9 +194,11 @@ class Run:
         while self.is_running or _alive(w.get('pid'), w.get('created')): time.sleep(.1)
         return self
 
-    def resume(self):
+    def resume(self,
+        master:str=None, # Address and port of the first of several machines; `None`: as before
+    ):
         "Go on from the last whole checkpoint, with the same recipe, on as many processes."
-        return _resume(self)
+        return _resume(self, master)
 
 def _said(finding): return f'{finding.where}: {finding.what} {finding.cure}'
 
@@ -294,12 +296,19 @@ def _refuse(found, force):
 
 def _end_refused(run, force, future):
     "What is done with findings that came when the run had started."
+    if future.exception(): return  # this process is at its end
     errors = [asdict(f) for f in future.result() if f.level == 'error']
     if not errors or force or not run.is_running: return
     write_text(run.output_dir/'refused.json', json.dumps(errors, indent=1, ensure_ascii=False) + '\n')
     run.stop(patience=0)
 
 # %% ../nbs/08_run.ipynb #f7ec21bf
+def _own_address(host, port):
+    "This machine's address on the way to another."
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        s.connect((host, port))  # sends nothing
+        return s.getsockname()[0]
+
 def _meeting(about):
     "torchrun's options for how the ranks find each other."
     nnodes, env = about['nnodes'], about['given']
@@ -308,7 +317,8 @@ def _meeting(about):
     host, port = _address(about['master'])
     if 'RDZV_ID' not in env: return ['--nnodes', nnodes, '--node-rank', about['node_rank'], '--master-addr', host, '--master-port', port]
     spread = f"{env['MIN_NNODES']}:{env['MAX_NNODES']}" if {'MIN_NNODES', 'MAX_NNODES'} <= env.keys() else nnodes
-    return ['--nnodes', spread, '--rdzv-id', env['RDZV_ID'], '--rdzv-backend', 'c10d', '--rdzv-endpoint', f'{host}:{port}', *restarts]
+    return ['--nnodes', spread, '--rdzv-id', env['RDZV_ID'], '--rdzv-backend', 'c10d', '--rdzv-endpoint', f'{host}:{port}', *restarts,
+            '--rdzv-conf', f"is_host={int(not about['node_rank'])}", '--local-addr', _own_address(host, port)]
 
 def _command(recipe, about):
     "The command of a run, for its folder as working folder."
@@ -330,6 +340,7 @@ def _environment(recipe, about):
     if 'TORCH_EXTENSIONS_DIR' not in os.environ: added['TORCH_EXTENSIONS_DIR'] = str(compiled)
     if about['nproc'] < len(gpus()): added['CUDA_VISIBLE_DEVICES'] = _first_gpus(about['nproc'])
     if about['nproc'] > 1 or recipe.get('deepspeed'): added |= {'PYTORCH_CUDA_ALLOC_CONF': 'expandable_segments:True', 'TORCH_NCCL_AVOID_RECORD_STREAMS': '1'}
+    if about['given'].get('MAX_RESTARTS', '0') != '0': added['TORCH_DISABLE_SHARE_RDZV_TCP_STORE'] = '1'
     return added | about['given']
 
 _kept = re.compile(r'^(CUDA|OMP|MKL|NCCL|GLOO|TORCH|PYTORCH|PET_|HF_|DS_|SLURM|PYTHON|LD_|QWEN2VL)')
@@ -406,7 +417,7 @@ def launch(
     then(run)
     return run
 
-def _resume(run):
+def _resume(run, master):
     "Start a run again where it left off."
     about, recipe = run._json('run.json'), run.recipe
     if run.is_running or run.status == 'done': raise RuntimeError(f'The run in {run.output_dir} is {run.status}: there is nothing to go on with.')
@@ -415,7 +426,7 @@ def _resume(run):
     if is_first and not last:
         raise RuntimeError(f"There is no whole checkpoint in {recipe['output_dir']} to go on from: launch(recipe) starts from the beginning.")
     recipe = {k: v for k,v in recipe.items() if k != 'resume_from_checkpoint'} | {'overwrite_output_dir': False}
-    about |= {'id': uuid.uuid4().hex, 'host': socket.gethostname(), 'versions': installed_versions(about['python'])}
+    about |= {'id': uuid.uuid4().hex, 'master': master or about['master'], 'host': socket.gethostname(), 'versions': installed_versions(about['python'])}
     then = _checked(recipe | {'resume_from_checkpoint': True}, about)
     run = _start(recipe, about, _keep)
     then(run)
