@@ -26,6 +26,8 @@ class ShownClient(NotebookClient):
         if self.left_out & set(re.findall(r'^#\| *(\w+) *$', cell.source, re.M)): return cell
         cell = await super().async_execute_cell(cell, cell_index, **kwargs)
         if '#| hide' in cell.source and cell.cell_type == 'code': cell.outputs = []
+        for output in cell.get('outputs', []):  # a widget lives as long as its kernel; what is kept is its text
+            output.get('data', {}).pop('application/vnd.jupyter.widget-view+json', None)
         return cell
 
 def execute(

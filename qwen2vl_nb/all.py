@@ -7,8 +7,9 @@ __all__ = ['Finding', 'Gpu', 'check_stack', 'gpus', 'image_tokens', 'sampled_fra
            'check_samples', 'count_tokens', 'describe_samples', 'show_samples', 'split_samples', 'write_samples',
            'Registry', 'dataset_samples', 'check_recipe', 'load_recipe', 'predict_recipe', 'save_recipe',
            'train_recipe', 'zero_config', 'zero_names', 'MemoryEstimate', 'predict_memory', 'ZeroTable', 'pick_zero',
-           'what_would_fit', 'zero_table', 'plot_loss', 'read_log', 'Run', 'attach', 'launch', 'Predictions', 'predict',
-           'score', 'show_predictions', 'make_car_item', 'make_car_video', 'tiny_model']
+           'what_would_fit', 'zero_table', 'Log', 'plot_loss', 'read_log', 'Progress', 'Run', 'attach', 'export',
+           'launch', 'runs', 'watch_loss', 'Predictions', 'predict', 'score', 'show_predictions', 'make_car_item',
+           'make_car_video', 'tiny_model']
 
 # %% ../nbs/90_all.ipynb #213d0949
 from .stack import Finding, Gpu, check_stack, gpus
@@ -20,8 +21,9 @@ from .recipe import check_recipe, load_recipe, predict_recipe, save_recipe, trai
 from .zero import zero_config, zero_names
 from .memory import MemoryEstimate, predict_memory
 from .plan import ZeroTable, pick_zero, what_would_fit, zero_table
-from .loss import plot_loss, read_log
-from .run import Run, attach, launch
+from .loss import Log, plot_loss, read_log
+from .run import Progress, Run, attach, export, launch, runs
+from .watch import watch_loss
 from .predict import Predictions, predict
 from .score import score, show_predictions
 from .tiny import make_car_item, make_car_video, tiny_model
@@ -29,5 +31,5 @@ from .tiny import make_car_item, make_car_video, tiny_model
 # %% ../nbs/90_all.ipynb #39ae8616
 _all_ = ['Finding', 'Gpu', 'check_stack', 'gpus', 'image_tokens', 'sampled_frames', 'video_tokens', 'read_samples', 'check_samples', 'count_tokens',
          'describe_samples', 'show_samples', 'split_samples', 'write_samples', 'Registry', 'dataset_samples', 'check_recipe', 'load_recipe', 'predict_recipe', 'save_recipe',
-         'train_recipe', 'zero_config', 'zero_names', 'MemoryEstimate', 'predict_memory', 'ZeroTable', 'pick_zero', 'what_would_fit', 'zero_table', 'plot_loss', 'read_log',
-         'Run', 'attach', 'launch', 'Predictions', 'predict', 'score', 'show_predictions', 'make_car_item', 'make_car_video', 'tiny_model']
+         'train_recipe', 'zero_config', 'zero_names', 'MemoryEstimate', 'predict_memory', 'ZeroTable', 'pick_zero', 'what_would_fit', 'zero_table', 'Log', 'plot_loss', 'read_log',
+         'Progress', 'Run', 'attach', 'export', 'launch', 'runs', 'watch_loss', 'Predictions', 'predict', 'score', 'show_predictions', 'make_car_item', 'make_car_video', 'tiny_model']

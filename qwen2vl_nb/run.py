@@ -98,8 +98,8 @@ class Run:
 
     def _is_at_work(self):
         "Whether the waiter or what it started is there. From another machine, by the waiter's last sign of life."
-        w = self._json('waiter.json')
-        if not w: return False
+        w, started = self._json('waiter.json'), self.output_dir/'run.json'
+        if not w: return started.exists() and time.time() - started.stat().st_mtime < waiter.BEAT  # it is just being started
         if self._json('run.json').get('host') != socket.gethostname():
             return time.time() - (self.output_dir/'waiter.json').stat().st_mtime < 6*waiter.BEAT
         return _alive(w['pid'], w['created']) or _alive(w['child'], w['child_created'])
@@ -351,7 +351,7 @@ def _inherited():
     return {k: v for k,v in os.environ.items() if _kept.match(k) and not _secret.search(k)}
 
 # %% ../nbs/08_run.ipynb #8ce1a50c
-_of_a_start = ('run.json', 'waiter.json', 'ended.json', 'run.log', 'progress.json', 'refused.json', 'stop', 'stopping', 'failure-*.json', 'ranks')
+_of_a_start = ('run.json', 'waiter.json', 'ended.json', 'run.log', 'progress.json', 'refused.json', 'stop', 'stopping', 'failure-*', 'ended.json.*', 'ranks')
 
 def _clear(folder):
     "Take away what an earlier run left of its start and end."

@@ -10,9 +10,11 @@ import ctypes, json, os, signal, subprocess, sys, time
 from pathlib import Path
 
 # %% ../nbs/07a_waiter.ipynb #da0120de
+def _beside(path): return Path(f'{path}.{os.getpid()}.tmp')
+
 def write_json(path, value):
     "Write JSON all or not at all: beside first, then renamed."
-    beside = Path(f'{path}.{os.getpid()}.tmp')
+    beside = _beside(path)
     beside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
     os.replace(beside, path)
 
@@ -92,6 +94,7 @@ def wait_on(
     for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, lambda *_: told.append(time.time()))
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     _adopt_orphans()
+    _beside(folder/'ended.json').write_bytes(bytes(4096))  # room for the last word, also when the disk is full by then
     kills = _kernel_kills()
     try:
         with open(folder/'run.log', 'ab') as log:

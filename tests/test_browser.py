@@ -1,0 +1,216 @@
+"""The live view where it is looked at: JupyterLab in a browser, with a run at work.
+
+Pictures of what was to be seen are kept in `test-artefacts`."""
+import base64, json, os, secrets, shutil, signal, socket, subprocess, sys, time, urllib.request
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+from playwright.sync_api import sync_playwright
+
+from qwen2vl_nb.loss import plot_loss
+from qwen2vl_nb.recipe import save_recipe
+from qwen2vl_nb.run import attach
+
+ROOT = Path(__file__).resolve().parent.parent
+KEPT = ROOT/'test-artefacts'
+
+def _until(condition, what, seconds=120):
+    "Wait for something, and return it."
+    end = time.time() + seconds
+    while not (found := condition()):
+        assert time.time() < end, f'it took too long: {what}'
+        time.sleep(.25)
+    return found
+
+def _notebook(path, cells):
+    kernel = dict(name='python3', display_name='python3', language='python')
+    cells = [dict(cell_type='code', id=f'cell-{i}', execution_count=None, metadata={}, outputs=[], source=c) for i,c in enumerate(cells)]
+    path.write_text(json.dumps(dict(cells=cells, metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)))
+
+def _setting(folder, plugin, **values):
+    path = folder/f'{plugin}.jupyterlab-settings'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values))
+
+def _is_up(url):
+    try: return urllib.request.urlopen(f'{url}/api', timeout=5).status == 200
+    except OSError: return False
+
+@pytest.fixture(scope='session')
+def chromium():
+    "Debian's browser, installed where there is none."
+    for command in ('apt-get update', 'apt-get install -y --no-install-recommends chromium'):
+        if shutil.which('chromium'): break
+        done = subprocess.run(command.split(), capture_output=True, text=True)
+        if done.returncode: pytest.fail(f'There is no chromium here, and {command!r} could not change that:\n{done.stderr[-2000:]}')
+    return shutil.which('chromium')
+
+@pytest.fixture(scope='module')
+def lab(tmp_path_factory):
+    "JupyterLab on a folder like the repository's, with settings of its own: url and token, folder and process."
+    root = tmp_path_factory.mktemp('lab')
+    (root/'data').symlink_to(ROOT/'data')
+    own = {f'JUPYTER_{k}_DIR': str(root/'.jupyter'/k) for k in ('CONFIG', 'DATA', 'RUNTIME')}
+    own |= {f'JUPYTERLAB_{k}_DIR': str(root/'.jupyter'/k) for k in ('SETTINGS', 'WORKSPACES')} | {'IPYTHONDIR': str(root/'.ipython')}
+    settings = Path(own['JUPYTERLAB_SETTINGS_DIR'])
+    _setting(settings, '@jupyterlab/notebook-extension/tracker', windowingMode='none')  # or what is out of sight is not there
+    _setting(settings, '@jupyterlab/apputils-extension/notification', checkForUpdates=False, fetchNews='false')
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    url, token = f'http://127.0.0.1:{port}', secrets.token_hex()
+    command = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}', '--ServerApp.port_retries=0',
+               f'--IdentityProvider.token={token}', f'--ServerApp.root_dir={root}']
+    with open(root/'lab.log', 'w') as log:
+        env = os.environ | own | {'RUN_FOLDER': str(root/'runs'/'browser'), 'OMP_NUM_THREADS': '1', 'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'}
+        process = psutil.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        _until(lambda: _is_up(url) or process.poll() is not None, 'JupyterLab starts')
+        assert process.poll() is None, (root/'lab.log').read_text()[-2000:]
+        yield SimpleNamespace(url=url, token=token, root=root, process=process)
+    finally:
+        for r in root.rglob('run.json'): attach(r.parent).stop(patience=0)
+        kernels = process.children(recursive=True)
+        process.terminate()
+        for p in psutil.wait_procs([process, *kernels], timeout=20)[1]: p.kill()
+
+@pytest.fixture
+def page(chromium):
+    "A page of a headless browser; what the last one showed is kept where a test fails."
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=chromium, args=['--no-sandbox'])
+        page = browser.new_page(viewport=dict(width=1300, height=1100))
+        page.set_default_timeout(60_000)
+        KEPT.mkdir(exist_ok=True)
+        yield page
+        page.screenshot(path=KEPT/'last.png')
+        browser.close()
+
+def _menu(page, menu, *items):
+    page.get_by_role('menuitem', name=menu, exact=True).click()
+    for i in items: page.locator('.lm-Menu-itemLabel').get_by_text(i, exact=True).click()
+
+def _idle(page): page.get_by_text('Python 3 (ipykernel) | Idle').wait_for()
+
+def _open(page, lab, path):
+    page.goto(f'{lab.url}/lab/tree/{path}?reset&token={lab.token}')
+    page.locator('.jp-Notebook').wait_for()
+    _idle(page)
+
+def _reload(page):
+    page.keyboard.press('Control+s')
+    page.locator('.jp-DirListing-item').first.wait_for()
+    time.sleep(1)
+    page.reload()
+    page.locator('.jp-Notebook').wait_for()
+
+def _picture(page):
+    "The bytes of the curve that the browser shows; none as long as it shows none."
+    script = '''async () => {
+        const image = document.querySelector('img.widget-image')
+        if (!image || !image.naturalWidth || getComputedStyle(image).visibility == 'hidden') return ''
+        const bytes = new Uint8Array(await (await fetch(image.src)).arrayBuffer())
+        return btoa(Array.from(bytes, b => String.fromCharCode(b)).join(''))
+    }'''
+    return base64.b64decode(page.evaluate(script))
+
+def _says(page, text): page.locator('.widget-vbox', has_text=text).first.wait_for()
+
+def _keep(page, name):
+    page.locator('.widget-vbox').first.scroll_into_view_if_needed()
+    page.screenshot(path=KEPT/f'{name}.png')
+
+def _changes(page, run, enough):
+    "Pictures that the browser showed while the run was at work, each once, until there were enough."
+    shown = []
+    while run.is_running and len(shown) < enough:
+        picture = _picture(page)
+        if picture and picture not in shown: shown.append(picture)
+        time.sleep(.25)
+    return shown
+
+def test_the_tutorial_is_seen_to_train(lab, page):
+    "The curve grows while a cell waits; after a reload and a restart of the kernel it is there again, and whole."
+    tutorial = json.loads((ROOT/'nbs'/'tutorials'/'car_item.ipynb').read_text())
+    for cell in tutorial['cells']:
+        if cell['cell_type'] == 'code': cell['outputs'] = []
+    there = lab.root/'nbs'/'tutorials'
+    there.mkdir(parents=True)
+    (there/'car_item.ipynb').write_text(json.dumps(tutorial))
+    _open(page, lab, 'nbs/tutorials/car_item.ipynb')
+    _menu(page, 'Run', 'Run All Cells')
+    folder = lab.root/'runs'/'browser'/'train'
+    _until((folder/'waiter.json').exists, 'the tutorial comes to its training', 600)
+    run = attach(folder)
+    shown = _changes(page, run, 4)
+    was_at_work = run.is_running
+    assert len(shown) == 4, f'only {len(shown)} pictures while the run was at work: {run.progress}'
+    _keep(page, 'tutorial-training')
+
+    _reload(page)
+    _menu(page, 'Kernel', 'Restart Kernel…')
+    page.locator('.jp-Dialog button.jp-mod-warn').click()
+    page.locator('.jp-Dialog').wait_for(state='detached')
+    _idle(page)
+    page.locator('.jp-CodeCell .jp-InputPrompt').first.click()
+    page.keyboard.press('a')
+    page.keyboard.press('Enter')
+    page.keyboard.insert_text("from qwen2vl_nb.all import *\nattach('../../runs/browser/train').watch()")
+    page.keyboard.press('Shift+Enter')
+    again = _until(lambda: _picture(page), 'the curve after the restart')
+    assert again not in shown[:3], 'what was logged before the restart is there'
+    _until(lambda: not run.is_running, 'the training', 600)
+    assert run.status == 'done' and was_at_work
+    _says(page, 'train: done, step 85 of 85')
+    _until(lambda: _picture(page) == plot_loss(run)._repr_png_(), 'the whole curve, as it is drawn from the finished log', 20)
+    _keep(page, 'tutorial-reattached')
+
+    _idle(page)
+    _reload(page)
+    _until(lambda: _picture(page) == plot_loss(run)._repr_png_(), 'the view comes back by itself where the kernel lives on')
+
+def _long_run(lab, page, few_steps, name):
+    "A long run launched and watched in a notebook of its own."
+    save_recipe(few_steps(output_dir=lab.root/name, max_steps=100_000), lab.root/f'{name}.yaml')
+    _notebook(lab.root/f'{name}.ipynb', [f"from qwen2vl_nb.all import *\nrun = launch(load_recipe('{name}.yaml'))\nrun.watch()", '1 + 1', 'run.watch()'])
+    _open(page, lab, f'{name}.ipynb')
+    _menu(page, 'Run', 'Run All Cells')
+    _until((lab.root/name/'waiter.json').exists, 'the launch')
+    page.locator('.jp-OutputArea-output', has_text='2').first.wait_for()  # the cells below go on at once
+    return attach(lab.root/name)
+
+def test_buttons_and_failure(lab, page, few_steps):
+    "Stop, Resume, and the cause in red; in a dark theme, too. And it takes next to nothing of the processor."
+    run = _long_run(lab, page, few_steps, 'cars')
+    assert len(_changes(page, run, 2)) == 2
+    kernels = [p for p in lab.process.children(recursive=True) if 'ipykernel_launcher' in p.cmdline()]
+    kernel = next(p for p in kernels if Path(p.cwd()) == lab.root)  # that of this notebook
+    spent, began = sum(kernel.cpu_times()[:2]), time.time()
+    time.sleep(25)
+    share = (sum(kernel.cpu_times()[:2]) - spent)/(time.time() - began)
+    print(f'the kernel takes {share:.2%} of one core')
+    assert share < .05
+    _keep(page, 'light')
+
+    page.locator('.widget-button', has_text='Stop').first.click()
+    _says(page, 'cars: stopp')
+    _until(lambda: run.status == 'stopped', 'the stop')
+    _says(page, 'cars: stopped')
+    assert page.locator('.widget-button', has_text='Stop').first.is_disabled()
+    before = _picture(page)
+    page.locator('.widget-button', has_text='Resume').first.click()
+    _until(lambda: run.is_running, 'the start')
+    _says(page, 'cars: running, step')
+    _until(lambda: _picture(page) != before, 'the curve goes on')
+
+    _menu(page, 'Settings', 'Theme', 'JupyterLab Dark')
+    page.locator('body[data-jp-theme-light=false]').wait_for(state='attached')
+    _keep(page, 'dark')
+    os.kill(run._json('waiter.json')['child'], signal.SIGKILL)
+    _says(page, 'SIGKILL')
+    red = page.locator('.widget-vbox span', has_text='SIGKILL').first
+    assert red.evaluate('e => getComputedStyle(e).color') == 'rgb(214, 69, 69)'
+    assert not page.locator('.widget-button', has_text='Resume').first.is_disabled()
+    _keep(page, 'failed')
