@@ -187,12 +187,6 @@ def _draw_not_numbers(ax, steps, colour):
     ax.plot(places, [.03]*len(places), 'x', color=colour, markersize=5, label='not a number',
             transform=ax.get_xaxis_transform())
 
-def _name_lowest(ax, evals, last, colour):
-    "The value of the lowest evaluation, beside it."
-    step, value = evals.idxmin(), evals.min()
-    ax.annotate(f'lowest {value:.4g}', (step, value), (0, 10), textcoords='offset points', color=colour,
-                fontsize=9, ha='right' if step > .9*last else 'center')
-
 def _draw_loss(ax, rows, i, smooth, alone):
     "The loss of run `i`: as logged, smoothed, evaluated, and where it is no number."
     train, evals = _series(rows, 'loss'), _series(rows, 'eval_loss')
@@ -203,18 +197,23 @@ def _draw_loss(ax, rows, i, smooth, alone):
           markevery=max(1, len(evals)//20), markerfacecolor=None if alone else 'none')
     none = [*train.index[train.isna()], *evals.index[evals.isna()]]
     if none: _draw_not_numbers(ax, none, _red if alone else look['color'])
-    if alone and evals.notna().any(): _name_lowest(ax, evals, rows[-1]['current_steps'], other['color'])
 
 # %% ../nbs/07_loss.ipynb #83f5c8ee
 def _legend(figure, lines, side, columns):
     figure.legend(lines.values(), lines, loc=f'outside upper {side}', ncols=columns, frameon=False, fontsize=9,
                   labelcolor=_grey)
 
+def _with_lowest(kinds):
+    "The lines by name, the evaluation with its lowest value."
+    for name,line in kinds.items():
+        lowest = f', lowest {min(line.get_ydata()):.4g}' if name == 'evaluation' else ''
+        yield name + lowest, line
+
 def _label(figure, ax, names):
     "Say what the lines are, and make room for it."
     from matplotlib.lines import Line2D
     kinds = {line.get_label(): line for line in ax.lines}
-    if len(names) == 1: return _legend(figure, kinds, 'left', 4) if kinds else None
+    if len(names) == 1: return _legend(figure, dict(_with_lowest(kinds)), 'left', 4) if kinds else None
     runs = {textwrap.fill(name, 50): Line2D([], [], **_look(i)) for i,name in enumerate(names)}
     plain = {k: Line2D([], [], color=_grey, alpha=line.get_alpha(), linestyle=line.get_linestyle(),
                        marker='x' if k == 'not a number' else '') for k,line in kinds.items()}

@@ -6,7 +6,7 @@
 __all__ = ['step_callback', 'describe_failure', 'blocking', 'go_on', 'work', 'main']
 
 # %% ../nbs/07b_worker.ipynb #c7dec335
-import json, os, re, runpy, time, traceback
+import gc, json, os, re, runpy, time, traceback
 from contextlib import suppress
 from pathlib import Path
 
@@ -114,9 +114,13 @@ def work(
     folder:Path, # Folder of the run
 ):
     "Train or predict as the recipe says that is named on the command line."
+    gc.disable()
     import torch
     from llamafactory.hparams.parser import read_args
     from llamafactory.train.tuner import run_exp
+    with suppress(ImportError): import deepspeed # noqa: F401, accelerate imports it for every training
+    gc.freeze()
+    gc.enable()
     recipe = go_on(read_args())
     if recipe.get('deepspeed') and not torch.cuda.is_available(): _wait_for_gathers()
     run_exp(recipe, [step_callback(folder)])

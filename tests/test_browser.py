@@ -181,6 +181,7 @@ def _long_run(lab, page, few_steps, name):
     page.locator('.jp-OutputArea-output', has_text='2').first.wait_for()  # the cells below go on at once
     return attach(lab.root/name)
 
+@pytest.mark.soak
 def test_buttons_and_failure(lab, page, few_steps):
     "Stop, Resume, and the cause in red; in a dark theme, too. And it takes next to nothing of the processor."
     run = _long_run(lab, page, few_steps, 'cars')

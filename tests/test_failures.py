@@ -208,7 +208,7 @@ def tag_without_picture_in_a_worker(room):
     rows = [row | {'instruction': '<image>'*(i == 9) + row['instruction']} for i,row in enumerate(good_rows)]
     return room.fail(**room.rows(rows), preprocessing_num_workers=2)
 
-@case(r'^rank 0, Image.py:\d+ in open', r'missing. FileNotFoundError: \[Errno 2\] [^\n]*\.png.$', cure='moved after the launch')
+@case(r'^rank 0, Image.py:\d+ in open', r'missing. FileNotFoundError: \[Errno 2\] [^\n]*\.png.$', cure='moved after the launch', soak=True)
 def pictures_gone_in_a_loader(room):
     "In a worker process of `DataLoader`, when training has begun."
     run = room.start(**room.rows(good_rows), max_steps=100_000, dataloader_num_workers=1)

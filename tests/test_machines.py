@@ -116,6 +116,7 @@ def _logged(run, losses):
 
 def _two_wrote(checkpoint): return len([*checkpoint.glob('global_step*/*_optim_states.pt')]) == 2 and is_whole(checkpoint, 2)
 
+@pytest.mark.soak
 def test_two_machines_train_as_one_with_two_ranks(machines, three, losses, tmp_path):
     runs = _launched(machines, three(), tmp_path)
     assert _await_end(runs) == [('done', None)]*2

@@ -133,6 +133,7 @@ def test_a_killed_rank_is_made_up_for(whole, tmp_path):
     assert [p.name for p in run.output_dir.glob('torn-*')] == [f'torn-{torn.name}']
     assert 'SIGKILL' in (run.output_dir/'earlier'/'1'/'run.log').read_text()
 
+@pytest.mark.soak
 def test_a_stopped_run_goes_on(whole, tmp_path):
     reference, recipe = whole
     run = launch(recipe | {'output_dir': str(tmp_path/'run')}, nproc=2)
