@@ -64,17 +64,20 @@ def test_a_run_outlives_the_kernel_that_started_it(few_steps, tmp_path):
 
 def test_interrupting_a_cell_that_waits_leaves_the_run_at_work(few_steps, tmp_path):
     save_recipe(few_steps(max_steps=100_000), tmp_path/'r.yaml')
-    code = f'''run = launch(load_recipe({str(tmp_path/"r.yaml")!r}))
+    code = f'''import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # as a kernel does; what a shell starts in the background ignores it
+run = launch(load_recipe({str(tmp_path/"r.yaml")!r}))
 print("started", flush=True)
 try: run.wait()
 except KeyboardInterrupt: print("interrupted", flush=True)'''
     kernel = _python(code)
     assert kernel.stdout.readline().strip() == 'started'
     run = attach(tmp_path/'run')
-    _at_step(run, 1)
-    kernel.send_signal(signal.SIGINT)
-    said = kernel.communicate(timeout=30)[0]
-    try: assert 'The run goes on without you' in said and 'interrupted' in said and run.is_running
+    try:
+        _at_step(run, 1)
+        kernel.send_signal(signal.SIGINT)
+        said = kernel.communicate(timeout=30)[0]
+        assert 'The run goes on without you' in said and 'interrupted' in said and run.is_running
     finally: run.stop(patience=0)
     assert run.status == 'stopped'
 
@@ -132,6 +135,8 @@ def test_a_killed_rank_is_made_up_for(whole, tmp_path):
     assert run.recipe == reference.recipe | {'overwrite_output_dir': False, 'output_dir': str(tmp_path/'run'), 'deepspeed': run.recipe['deepspeed']}
     assert [p.name for p in run.output_dir.glob('torn-*')] == [f'torn-{torn.name}']
     assert 'SIGKILL' in (run.output_dir/'earlier'/'1'/'run.log').read_text()
+    row = runs(tmp_path).set_index('run').loc['run']
+    assert (row.state, row.step, row.of) == ('done', 12, 12) and row.loss == _losses(run).iloc[-1]
 
 @pytest.mark.soak
 def test_a_stopped_run_goes_on(whole, tmp_path):
@@ -143,8 +148,6 @@ def test_a_stopped_run_goes_on(whole, tmp_path):
     logged = _losses(run)
     assert _same(logged[logged.index > stopped + 1], _losses(reference)[lambda l: l.index > stopped + 1])
     assert list(_losses(reference).index) == [s for s in logged.index if s % 2 == 0], 'a stop off the log steps has a row of its own'
-    table = runs(tmp_path).set_index('run')
-    assert table.state['run'] == 'done' and table.step['run'] == table.of['run'] == 12
 
 def test_there_must_be_something_to_go_on_from(few_steps):
     run = launch(few_steps(max_steps=100_000, save_steps=100_000))
