@@ -116,27 +116,27 @@ def whole(tiny, data, tmp_path_factory):
     "A run on two ranks that nothing has interrupted, and a recipe for others like it."
     from qwen2vl_nb.recipe import train_recipe
     folder = tmp_path_factory.mktemp('whole')
-    recipe = train_recipe(tiny, 'car_item', folder/'whole', dataset_dir=str(data), max_steps=12, logging_steps=2, save_steps=4, max_samples=32, bf16=None,
+    recipe = train_recipe(tiny, 'car_item', folder/'whole', dataset_dir=str(data), max_steps=60, logging_steps=2, save_steps=8, max_samples=32, bf16=None,
         gradient_accumulation_steps=1, preprocessing_num_workers=None, deepspeed=zero_config('z2'), learning_rate=1e-3, overwrite_output_dir=True)
     return launch(recipe, nproc=2).wait(), recipe
 
 def test_a_killed_rank_is_made_up_for(whole, tmp_path):
     "kill -9 of a rank, the newest checkpoint torn as well, then resume: the joined curve is that of a run that nothing interrupted."
     reference, recipe = whole
-    run = launch(recipe | {'output_dir': str(tmp_path/'run'), 'max_steps': 12}, nproc=2)
-    _until(lambda: run.progress.step >= 9)
+    run = launch(recipe | {'output_dir': str(tmp_path/'run')}, nproc=2)
+    _until(lambda: is_whole(run.output_dir/'checkpoint-8', 2) and run.progress.step >= 17)
     next(p for p in _processes(run) if p.environ().get('RANK') == '1').kill()
     with pytest.raises(RuntimeError, match='rank 1.*SIGKILL'): run.wait()
     assert run.status == 'failed' and not _marked(run._json('run.json')['id'])
     torn = checkpoints(run)[-1]
-    (torn/'trainer_state.json').write_bytes((torn/'trainer_state.json').read_bytes()[:100])
+    (torn/'trainer_state.json').write_text('{"half of it')
     assert run.resume().wait().status == 'done'
     assert _same(_losses(run), _losses(reference)), (_losses(run), _losses(reference))
     assert run.recipe == reference.recipe | {'overwrite_output_dir': False, 'output_dir': str(tmp_path/'run'), 'deepspeed': run.recipe['deepspeed']}
     assert [p.name for p in run.output_dir.glob('torn-*')] == [f'torn-{torn.name}']
     assert 'SIGKILL' in (run.output_dir/'earlier'/'1'/'run.log').read_text()
     row = runs(tmp_path).set_index('run').loc['run']
-    assert (row.state, row.step, row.of) == ('done', 12, 12) and row.loss == _losses(run).iloc[-1]
+    assert (row.state, row.step, row.of) == ('done', 60, 60) and row.loss == _losses(run).iloc[-1]
 
 @pytest.mark.soak
 def test_a_stopped_run_goes_on(whole, tmp_path):
