@@ -43,17 +43,18 @@ class Progress:
         left = [f'{timedelta(seconds=round(self.left))} left'] if self.left else []
         return ', '.join([f'step {self.step} of {self.steps}', f'epoch {self.epoch:.2f}', *loss, *pace, *left])
 
-def _last_row(path):
-    "The last whole line of a log that may be growing; empty if there is none."
+def _latest(path):
+    "What a log that may be growing has said last of each: step, loss, …; not every row has a loss."
     try:
         with open(path, 'rb') as f:
             f.seek(max(0, f.seek(0, os.SEEK_END) - 4096))
             lines = f.read().split(b'\n')[:-1]
     except FileNotFoundError: return {}
-    for line in reversed(lines):
-        try: return json.loads(line)
+    latest = {}
+    for line in lines:
+        try: latest |= json.loads(line)
         except ValueError: continue
-    return {}
+    return latest
 
 # %% ../nbs/08_run.ipynb #86d9820d
 _mark = 'QWEN2VL_NB_RUN' # Environment variable with the id of the run that a process belongs to
@@ -127,7 +128,7 @@ class Run:
         "How far it is, as `Progress`."
         log = self.output_dir/'trainer_log.jsonl'
         started = self._json('waiter.json').get('started', 0)
-        row = _last_row(log) if log.exists() and log.stat().st_mtime >= started else {}  # an earlier run's is not this one's
+        row = _latest(log) if log.exists() and log.stat().st_mtime >= started else {}  # an earlier run's is not this one's
         now = self._json('progress.json') or {'step': row.get('current_steps', 0), 'steps': row.get('total_steps', 0), 'epoch': row.get('epoch', 0)}
         took, did = now.get('time', 0) - now.get('began', 0), now['step'] - now.get('from_step', 0)
         rate = did/took if did and took else None
