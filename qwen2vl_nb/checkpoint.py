@@ -29,7 +29,6 @@ def is_whole_file(
 def _needed(folder, world_size):
     "Files that a checkpoint must have, by what else it has."
     index = folder/'model.safetensors.index.json'
-    yield 'trainer_state.json'
     if index.is_file(): yield from set(json.loads(index.read_text(encoding='utf-8'))['weight_map'].values())
     if not any(folder.glob('rng_state*.pth')): return
     yield from ['rng_state.pth'] if world_size == 1 else [f'rng_state_{rank}.pth' for rank in range(world_size)]

@@ -23,7 +23,7 @@ from .recipe import data_findings, find_adapter, load_recipe, recipe_findings, s
 from .memory import GiB, model_config, predict_memory
 from .plan import memory_findings
 from .loss import read_log
-from .failure import find_failure
+from .failure import _json, find_failure
 
 # %% ../nbs/08_run.ipynb #48d7a074
 @dataclass
@@ -36,12 +36,17 @@ class Progress:
     rate:float=None   # Steps a second since this start
     left:float=None   # Seconds to go at that rate
 
+    @property
+    def pace(self):
+        "The rate in words; empty where there is none yet."
+        if not self.rate: return ''
+        return f'{self.rate:.2f} steps/s' if self.rate >= 1 else f'{1/self.rate:.1f} s/step'
+
     def __str__(self):
         if not self.steps: return 'starting'
         loss = [f'loss {self.loss:.4g}'] if self.loss is not None else []
-        pace = [f'{self.rate:.2f} steps/s' if self.rate >= 1 else f'{1/self.rate:.1f} s/step'] if self.rate else []
         left = [f'{timedelta(seconds=round(self.left))} left'] if self.left else []
-        return ', '.join([f'step {self.step} of {self.steps}', f'epoch {self.epoch:.2f}', *loss, *pace, *left])
+        return ', '.join([f'step {self.step} of {self.steps}', f'epoch {self.epoch:.2f}', *loss, *filter(None, [self.pace]), *left])
 
 def _latest(path):
     "What a log that may be growing has said last of each: step, loss, …; not every row has a loss."
@@ -87,9 +92,7 @@ class Run:
     def __fspath__(self): return str(self.output_dir)
     def __repr__(self): return f'Run({str(self.output_dir)!r}): {self.status}'
 
-    def _json(self, name):
-        try: return json.loads((self.output_dir/name).read_text(encoding='utf-8'))
-        except FileNotFoundError: return {}
+    def _json(self, name): return _json(self.output_dir/name)
 
     def _ended_as(self, ended):
         if (self.output_dir/'refused.json').exists(): return 'failed'
@@ -276,7 +279,7 @@ def _disk_findings(recipe, ranks):
     "Whether there is room for the checkpoints that are kept, one more while it is written."
     model = Path(recipe['model_name_or_path'])
     if not recipe.get('do_train') or not model.is_dir(): return []
-    free, kept = _free(recipe['output_dir']), recipe.get('save_total_limit', 1) + 1
+    free, kept = _free(recipe['output_dir']), (recipe.get('save_total_limit') or 1) + 1
     if free > 7*kept*sum(p.stat().st_size for p in model.glob('*.safetensors')): return []
     try: one = predict_memory(recipe, None, ranks).disk
     except ValueError: return []

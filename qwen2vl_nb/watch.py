@@ -13,7 +13,7 @@ from html import escape
 from threading import Event, Lock, Thread
 from ipywidgets import HTML, Button, HBox, Image, IntProgress, Layout, VBox
 from .loss import Log, plot_loss
-from .run import Progress, attach
+from .run import Progress, _said, attach
 
 # %% ../nbs/08a_watch.ipynb #f2713f1b
 @dataclass
@@ -48,14 +48,12 @@ def _figures(seen, gpu=''):
     "Loss, learning rate, rate and memory, in words."
     names = {'loss': 'loss', 'eval_loss': 'evaluation', 'lr': 'learning rate'}
     logged = [f'{name} {seen.logged[key]:.4g}' for key,name in names.items() if key in seen.logged]
-    rate = seen.now.rate
-    pace = [f'{rate:.2f} steps/s' if rate >= 1 else f'{1/rate:.1f} s/step'] if rate else []
-    return ' · '.join([*logged, *pace, *[gpu]*bool(gpu)])
+    return ' · '.join(filter(None, [*logged, seen.now.pace, gpu]))
 
 def _cause(run):
     "What a run failed of and what to do; empty if it did not fail."
     failure = run.failure
-    return f'{failure.where}: {failure.what} {failure.cure}' if failure else ''
+    return _said(failure) if failure else ''
 
 # %% ../nbs/08a_watch.ipynb #105127bd
 def _fullest(used):
