@@ -71,14 +71,14 @@ def find_adapter(
 # %% ../nbs/03_recipe.ipynb #bb0cf879
 def predict_recipe(
     model, # Model folder, or a name that LLaMA-Factory can download
-    dataset:str, # Registered data set to predict
+    dataset:str=None, # Registered data set to predict; `None`: samples will be given
     output_dir=None, # Folder for the predictions; `None`: beside the adapter, or under `saves/<model>`
     adapter=None, # A training run, its folder, or an adapter's folder; `None`: the model as it is
     **changes, # Any other argument of LLaMA-Factory; `None` removes a default
 )->dict: # The recipe
     "A recipe for predicting a data set in bulk."
     adapter = adapter and find_adapter(adapter)
-    beside = f'{adapter}-predict-{dataset}' if adapter else f'saves/{Path(model).name}/predict/{dataset}'
+    beside = f'{adapter}-predict-{dataset or "samples"}' if adapter else f'saves/{Path(model).name}/predict/{dataset or "samples"}'
     defaults = {'model_name_or_path': os.fspath(model), 'adapter_name_or_path': adapter and str(adapter),
         'stage': 'sft', 'do_train': False, 'do_predict': True, 'predict_with_generate': True,
         'finetuning_type': 'lora' if adapter else 'full',

@@ -128,9 +128,12 @@ def work(
 # %% ../nbs/07b_worker.ipynb #0fd257bc
 _room = 2**16 # Bytes
 
-def main():
+def main(
+    work=work, # What is to be done, given the run's folder
+    rank:int=None, # Number of this process among those of the run; `None`: torchrun's
+):
     "What is started as each rank, in the run's folder; the recipe's file is the argument."
-    folder, rank = Path.cwd(), int(os.environ.get('RANK', 0))
+    folder, rank = Path.cwd(), int(os.environ.get('RANK', 0)) if rank is None else rank
     told = folder/f'failure-{rank}.json'
     told.unlink(missing_ok=True)  # of ranks that were started before these
     told.with_suffix('.tmp').write_bytes(bytes(_room))

@@ -26,7 +26,7 @@ def chain(tmp_path_factory, tiny, data):
     run = launch(recipe).wait()
     asked = predict_recipe(model, '小车 test', home/'预测 predict', adapter=run, dataset_dir=str(reg.dataset_dir), per_device_eval_batch_size=20, max_new_tokens=32,
                            use_cpu=True, preprocessing_num_workers=None)
-    return dict(home=home, pictures=pictures, samples=samples, test=test, faults=faults, run=run, predictions=predict(asked))
+    return dict(home=home, pictures=pictures, samples=samples, test=test, faults=faults, run=run, predictions=predict(asked, engine='llamafactory'))
 
 def test_nothing_was_wrong(chain): assert check_samples(chain['samples']).empty and chain['faults'].empty
 
@@ -46,7 +46,7 @@ def test_predictions_carry_what_they_are_about(chain):
     p = chain['predictions']
     assert [(r['images'], r['label']) for r in p] == [(s['image'], s['output']) for s in chain['test']]
     assert all(r['images'][0].startswith(str(chain['pictures'])) for r in p)
-    assert list(Predictions(p.output_dir)) == list(p) and set(p[0]) == {'id', 'images', 'prompt', 'label', 'predict'}
+    assert list(Predictions(p.output_dir)) == list(p) and set(p[0]) == {'row', 'id', 'images', 'prompt', 'label', 'predict', 'engine'}
 
 def test_scores_are_those_of_llamafactory(chain):
     ours, its = score(chain['predictions']), json.loads((chain['predictions'].output_dir/'predict_results.json').read_text())

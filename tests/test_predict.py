@@ -1,0 +1,246 @@
+"Batch prediction: the tokens are LLaMA-Factory's, and no row is lost or doubled, whoever is killed when."
+import json, os, random, shutil, signal, subprocess, sys, time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from qwen2vl_nb import hf
+from qwen2vl_nb.answers import Answers, Asked
+from qwen2vl_nb.predict import Predictions, asked_row, predict
+from qwen2vl_nb.recipe import predict_recipe, save_recipe
+from qwen2vl_nb.registry import Registry, dataset_samples
+from qwen2vl_nb.run import _marked, attach
+
+def _answers(predictions): return [row['predict'] for row in predictions]
+
+@pytest.fixture(scope='module')
+def ask(tiny, data):
+    "A recipe for the test set; keywords change it."
+    def make(folder, **changes):
+        return predict_recipe(tiny, 'car_item_test', folder, **dict(dataset_dir=str(data), max_new_tokens=24, use_cpu=True, preprocessing_num_workers=1) | changes)
+    return make
+
+@pytest.fixture(scope='module')
+def once(ask, tmp_path_factory):
+    "The test set, answered without interruption."
+    return predict(ask(tmp_path_factory.mktemp('once')/'out'))
+
+@pytest.fixture(scope='module')
+def many(data):
+    "Six hundred samples, without answers: enough for some seconds of work."
+    rows = dataset_samples(Registry(data), 'car_item_test')
+    forms = ['What is this?', 'Name the item.', 'Make a list.', 'Say it in two words.', 'Write the item as JSON.', 'Name the color.']
+    return [{'id': f'{form} {i}', 'image': row['image'], 'instruction': f'<image>{form}'} for form in forms for i, row in enumerate(rows)]
+
+@pytest.fixture(scope='module')
+def uninterrupted(ask, many, tmp_path_factory): return predict(ask(tmp_path_factory.mktemp('many')/'out'), many)
+
+def test_answers_are_those_of_llamafactory(ask, once, tmp_path):
+    own = predict(ask(tmp_path/'own', per_device_eval_batch_size=50), engine='llamafactory')
+    assert len(own) == 100 and _answers(own) == _answers(once)
+    assert [(r['id'], r['images'], r['prompt'], r['label']) for r in own] == [(r['id'], r['images'], r['prompt'], r['label']) for r in once]
+    (tmp_path/'own'/'predictions.jsonl').unlink()
+    generated = Predictions(tmp_path/'own')
+    assert generated.path.name == 'generated_predictions.jsonl'
+    assert [(r['prompt'], r['label'], r['predict']) for r in generated] == [(r['prompt'], r['label'], r['predict']) for r in once]
+
+def _dialogue(*turns, **rest):
+    return {'messages': [{'role': ('user', 'assistant')[i % 2], 'content': text} for i, text in enumerate(turns)], 'image': []} | rest
+
+TOOLS = json.dumps([{'name': 'look', 'description': 'Look again.', 'parameters': {'type': 'object', 'properties': {'where': {'type': 'string'}}}}])
+
+@pytest.fixture
+def asked_of_all_kinds(data):
+    one, two, large = (str(data/'car_item'/'images'/f'000{i}.png') for i in (1, 2, 3))
+    clip = str(next((data/'car_video').rglob('*.mp4')))
+    return {
+        'a picture': {'instruction': '<image>What is this?', 'input': '', 'output': 'A car.', 'image': [one]},
+        'several pictures': {'instruction': 'First <image> then <image>.', 'input': 'Which <image>?', 'output': 'b', 'image': [one, two, large]},
+        'no picture': {'instruction': 'What is this?', 'input': '', 'output': 'c', 'image': []},
+        'a system prompt': {'instruction': '<image>What is this?', 'input': 'In a word.', 'output': 'd', 'image': [two], 'system': 'Be brief. 简短。'},
+        'several turns': _dialogue('<image>What is this?', 'A car.', 'And <image>?', 'A bus.', 'Sure?', 'Yes.', image=[one, two]),
+        'a history': {'instruction': 'And now <image>?', 'input': '', 'output': 'f', 'history': [['<image>What is this?', 'A car.']], 'image': [one, two]},
+        'a clip': _dialogue('<video>Which way?', 'Left.', video=[clip]),
+        'a clip and a picture': _dialogue('<image><video>The same?', 'No.', image=[large], video=[clip]),
+        'a system prompt in a dialogue': _dialogue('<image>What?', 'A car.', image=[two], system='Answer in Latin.'),
+        'tools': {'messages': [{'role': 'user', 'content': '<image>Look.'}, {'role': 'function_call', 'content': '{"name": "look", "arguments": {"where": "left"}}'},
+                               {'role': 'observation', 'content': 'A wheel.'}, {'role': 'assistant', 'content': 'A car.'}], 'image': [one], 'tools': TOOLS},
+    }
+
+KINDS = ['a picture', 'several pictures', 'no picture', 'a system prompt', 'several turns', 'a history', 'a clip', 'a clip and a picture',
+         'a system prompt in a dialogue', 'tools']
+
+@pytest.fixture
+def both_prompts(ask, tiny, tmp_path):
+    "For one sample: (LLaMA-Factory's token ids, its batch), (ours)."
+    from llamafactory.data import SFTDataCollatorWith4DAttentionMask, get_template_and_fix_tokenizer
+    from llamafactory.data.loader import get_dataset
+    from llamafactory.hparams import get_train_args
+    from llamafactory.model import load_tokenizer
+    def make(sample):
+        registry = Registry(tmp_path/'data')
+        registry.add('asked', [sample])
+        recipe = ask(tmp_path/'out', dataset_dir=str(tmp_path/'data'), eval_dataset='asked', cutoff_len=1024)
+        model_args, data_args, training_args, *_ = get_train_args(recipe | {'cache_dir': str(tmp_path/'.cache')})
+        loaded = load_tokenizer(model_args)
+        template = get_template_and_fix_tokenizer(loaded['tokenizer'], data_args)
+        rows = get_dataset(template, model_args, data_args, training_args, 'sft', **loaded)['eval_dataset']
+        loaded['tokenizer'].padding_side = 'left'
+        theirs = SFTDataCollatorWith4DAttentionMask(template=template, model=None, **loaded)([rows[0]])
+        Answers(tmp_path/'asked.jsonl').add([asked_row(0, s) for s in dataset_samples(registry, 'asked')])
+        prompts = hf.load_prompts(recipe, Asked(tmp_path/'asked.jsonl'))[0]
+        made, ours, failed = prompts[[0]]
+        assert not failed
+        return rows[0]['input_ids'], theirs, ours
+    return make
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_prompts_are_those_of_llamafactory(kind, asked_of_all_kinds, both_prompts):
+    "Token by token and pixel by pixel."
+    ids, theirs, ours = both_prompts(asked_of_all_kinds[kind])
+    shown = ours['input_ids'][0][ours['attention_mask'][0] == 1].tolist()
+    assert shown == list(ids)
+    assert theirs.keys() - {'labels'} == ours.keys()
+    for key in ours: assert ours[key].equal(theirs[key]), key
+
+def test_every_kind_is_asked(asked_of_all_kinds): assert list(asked_of_all_kinds) == KINDS
+
+def test_rows_of_a_batch_do_not_touch_each_other(asked_of_all_kinds, tiny, ask, tmp_path):
+    "All kinds in one batch have the tokens and pixels that each has alone."
+    import torch
+    Answers(tmp_path/'asked.jsonl').add([asked_row(i, sample) for i, sample in enumerate(asked_of_all_kinds.values())])
+    prompts = hf.load_prompts(ask(tmp_path/'out', cutoff_len=1024), Asked(tmp_path/'asked.jsonl'))[0]
+    alone = [prompts[[i]][1] for i in range(len(KINDS))]
+    _, together, _ = prompts[list(range(len(KINDS)))]
+    for i, one in enumerate(alone):
+        assert together['input_ids'][i][together['attention_mask'][i] == 1].equal(one['input_ids'][0][one['attention_mask'][0] == 1]), KINDS[i]
+    seen = [one['pixel_values'] for one, sample in zip(alone, asked_of_all_kinds.values()) if sample['image']]
+    assert together['pixel_values'].equal(torch.cat(seen))
+
+def _begun(ask_again, folder):
+    "Start a prediction in another process, which can be left behind, and give its run once it is at work."
+    caller = subprocess.Popen([sys.executable, '-c', ask_again], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    end = time.time() + 60
+    while not (folder/'waiter.json').exists() or not attach(folder).is_running:
+        assert time.time() < end and caller.poll() is None, caller.communicate()[0]
+        time.sleep(.05)
+    return caller, attach(folder)
+
+def _call(recipe, samples, folder):
+    "The code of a call from another process."
+    save_recipe(recipe, folder/'recipe.yaml')
+    (folder/'samples.json').write_text(json.dumps(samples))
+    return (f'import json, signal; signal.signal(signal.SIGINT, signal.default_int_handler)\nfrom qwen2vl_nb.all import *\n'
+            f'predict(load_recipe({str(folder/"recipe.yaml")!r}), json.load(open({str(folder/"samples.json")!r})))\n')
+
+def _worker(run):
+    "The process that holds the model."
+    return next((p for p in _marked(run._json('run.json')['id']) if 'hf.py' in ' '.join(p.cmdline()) and 'hf.py' not in ' '.join(p.parent().cmdline())), None)
+
+def _wait_a_little(run, chance):
+    "Until some moment of the start, or of the work once it has begun."
+    is_early, more = chance.random() < .4, chance.uniform(0, .6)
+    end = time.time() + (5*more if is_early else 60)
+    while time.time() < end and run.is_running and (is_early or run.progress.step == run.progress.begin): time.sleep(.02)
+    if not is_early: time.sleep(more)
+
+def _killed_again_and_again(ask, many, uninterrupted, folder, times):
+    chance, done = random.Random(0), []
+    recipe = ask(folder/'out')
+    for _ in range(times):
+        caller, run = _begun(_call(recipe, many, folder), folder/'out')
+        _wait_a_little(run, chance)
+        if worker := _worker(run): worker.kill()
+        assert 'rows are done and kept' in caller.communicate(timeout=60)[0]
+        done.append(len(Predictions(folder/'out')) if (folder/'out'/'predictions.jsonl').exists() else 0)
+    assert done == sorted(done) and 0 < done[-1] < len(many), 'none is lost, and it was killed in the middle'
+    p = predict(recipe, many)
+    assert [r['id'] for r in p] == [s['id'] for s in many] and len(p.path.read_text().splitlines()) == len(many)
+    assert _answers(p) == _answers(uninterrupted) and not p.failed
+
+def test_killed_five_times_it_finishes(ask, many, uninterrupted, tmp_path): _killed_again_and_again(ask, many, uninterrupted, tmp_path, 5)
+
+@pytest.mark.soak
+def test_killed_twenty_five_times_it_finishes(ask, many, tmp_path):
+    more = [sample | {'id': f'{sample["id"]} {k}'} for k in range(8) for sample in many]
+    _killed_again_and_again(ask, more, predict(ask(tmp_path/'whole'), more), tmp_path, 25)
+
+def test_an_interrupted_cell_leaves_it_at_work_and_another_call_attaches(ask, many, uninterrupted, tmp_path):
+    recipe = ask(tmp_path/'out')
+    caller, run = _begun(_call(recipe, many, tmp_path), tmp_path/'out')
+    caller.send_signal(signal.SIGINT)
+    said = caller.communicate(timeout=30)[0]
+    assert 'The run goes on without you' in said and 'KeyboardInterrupt' in said and run.is_running
+    with pytest.raises(ValueError, match='recipe, max_new_tokens: 24 before, 8 now'): predict(ask(tmp_path/'out', max_new_tokens=8), many)
+    assert run.is_running
+    p = predict(recipe, many)
+    assert not (tmp_path/'out'/'earlier').exists(), 'it was not started again'
+    assert _answers(p) == _answers(uninterrupted)
+
+def test_two_workers_share_the_rows(ask, many, uninterrupted, tmp_path):
+    p = predict(ask(tmp_path/'out'), many, nproc=2)
+    assert [r['id'] for r in p] == [s['id'] for s in many] and _answers(p) == _answers(uninterrupted)
+    assert len(p.path.read_text().splitlines()) == len(many)
+
+def test_it_stops_and_goes_on(ask, many, uninterrupted, tmp_path):
+    recipe = ask(tmp_path/'out')
+    caller, run = _begun(_call(recipe, many, tmp_path), tmp_path/'out')
+    end = time.time() + 60
+    while not run.progress.step and time.time() < end: time.sleep(.05)
+    run.stop()
+    assert 'was stopped' in caller.communicate(timeout=30)[0] and run.status == 'stopped' and not _marked(run._json('run.json')['id'])
+    before = list(Predictions(tmp_path/'out'))
+    assert 0 < len(before) < len(many)
+    p = predict(recipe, many)
+    assert _answers(p) == _answers(uninterrupted) and all(p[row['row']] == row for row in before)
+
+def test_a_picture_deleted_meanwhile_costs_its_row_only(ask, many, uninterrupted, tmp_path):
+    "And when it is back, the row is asked again."
+    copies = [sample | {'image': [str(shutil.copy(sample['image'][0], tmp_path/f'{i:03}.png'))]} for i, sample in enumerate(many[:120])]
+    recipe = ask(tmp_path/'out')
+    caller, run = _begun(_call(recipe, copies, tmp_path), tmp_path/'out')
+    gone = Path(copies[77]['image'][0]).rename(tmp_path/'gone.png')
+    assert '1 of 120 rows have no answer' in caller.communicate(timeout=60)[0]
+    p = Predictions(tmp_path/'out')
+    assert [r['row'] for r in p.failed] == [77] and '077.png' in p[77]['error'] and p[77]['predict'] is None
+    assert [r['predict'] for r in p if r['row'] != 77] == [r['predict'] for r in uninterrupted.rows[:120] if r['row'] != 77]
+    gone.rename(copies[77]['image'][0])
+    again = predict(recipe, copies)
+    assert not again.failed and again[77]['predict'] == uninterrupted[77]['predict'] and len(again.path.read_text().splitlines()) == 120
+
+def test_a_full_disk_loses_nothing(ask, many, uninterrupted, tmp_path):
+    (tmp_path/'disk').mkdir()
+    subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=340k', 'tmpfs', tmp_path/'disk'], check=True)
+    try:
+        recipe = ask(tmp_path/'disk'/'out')
+        with pytest.raises(RuntimeError, match=r'The disk is full.[\s\S]* of 600 rows are done and kept'): predict(recipe, many)
+        before = list(Predictions(tmp_path/'disk'/'out'))
+        assert 0 < len(before) < len(many)
+        subprocess.run(['mount', '-o', 'remount,size=64m', tmp_path/'disk'], check=True)
+        p = predict(recipe, many)
+        assert _answers(p) == _answers(uninterrupted) and all(p[row['row']] == row for row in before)
+    finally: subprocess.run(['umount', tmp_path/'disk'], check=True)
+
+def test_sampled_answers_are_the_same_after_an_interruption(ask, many, tmp_path):
+    hot = dict(do_sample=True, temperature=1.5, top_p=1.)
+    whole, again = predict(ask(tmp_path/'whole', **hot), many[:200]), predict(ask(tmp_path/'cut', **hot), many[:200])
+    kept = again.path.read_text().splitlines(keepends=True)
+    again.path.write_text(''.join(kept[::3]))
+    assert _answers(predict(ask(tmp_path/'cut', **hot), many[:200])) == _answers(whole)
+    assert len(set(_answers(whole))) > 40, 'it was hot'
+
+def test_too_long_a_row_is_an_error_of_its_own(ask, data, tmp_path):
+    picture = str(data/'car_item'/'images'/'0001.png')
+    rows = [{'image': [picture], 'instruction': '<image>What is this?'}, {'image': [picture]*9, 'instruction': '<image>'*9}]
+    with pytest.warns(UserWarning, match='1 of 2 rows have no answer'): p = predict(ask(tmp_path/'out', cutoff_len=100), rows)
+    assert p[0]['predict'] == 'The ' + p[0]['predict'][4:] and 'cutoff_len is 100' in p[1]['error']
+
+def test_predictions_of_an_unknown_question_are_left_alone(ask, tmp_path):
+    (tmp_path/'predictions.jsonl').write_text('{"row": 0, "predict": "x"}\n')
+    with pytest.raises(ValueError, match='nobody knows which question'): predict(ask(tmp_path))
+    assert (tmp_path/'predictions.jsonl').read_text() == '{"row": 0, "predict": "x"}\n'
+
+def test_an_unknown_model_is_said_before_anything_starts(ask, tmp_path):
+    with pytest.raises(ValueError, match='model_name_or_path'): predict(ask(tmp_path/'out') | {'model_name_or_path': str(tmp_path/'none')})
+    assert not (tmp_path/'out'/'run.json').exists()
