@@ -8,8 +8,8 @@ __all__ = ['Finding', 'Gpu', 'check_stack', 'gpus', 'image_tokens', 'sampled_fra
            'Registry', 'dataset_samples', 'check_recipe', 'load_recipe', 'predict_recipe', 'save_recipe',
            'train_recipe', 'zero_config', 'zero_names', 'MemoryEstimate', 'predict_memory', 'ZeroTable', 'pick_zero',
            'what_would_fit', 'zero_table', 'Log', 'plot_loss', 'read_log', 'Progress', 'Run', 'attach', 'export',
-           'launch', 'runs', 'watch_loss', 'Predictions', 'predict', 'score', 'show_predictions', 'make_car_item',
-           'make_car_video', 'tiny_model']
+           'launch', 'runs', 'watch_loss', 'Predictions', 'predict', 'score', 'compare', 'show_predictions',
+           'make_car_item', 'make_car_video', 'tiny_model']
 
 # %% ../nbs/90_all.ipynb #213d0949
 from .stack import Finding, Gpu, check_stack, gpus
@@ -25,11 +25,11 @@ from .loss import Log, plot_loss, read_log
 from .run import Progress, Run, attach, export, launch, runs
 from .watch import watch_loss
 from .predict import Predictions, predict
-from .score import score, show_predictions
+from .score import compare, score, show_predictions
 from .tiny import make_car_item, make_car_video, tiny_model
 
 # %% ../nbs/90_all.ipynb #39ae8616
 _all_ = ['Finding', 'Gpu', 'check_stack', 'gpus', 'image_tokens', 'sampled_frames', 'video_tokens', 'read_samples', 'check_samples', 'count_tokens',
          'describe_samples', 'show_samples', 'split_samples', 'write_samples', 'Registry', 'dataset_samples', 'check_recipe', 'load_recipe', 'predict_recipe', 'save_recipe',
          'train_recipe', 'zero_config', 'zero_names', 'MemoryEstimate', 'predict_memory', 'ZeroTable', 'pick_zero', 'what_would_fit', 'zero_table', 'Log', 'plot_loss', 'read_log',
-         'Progress', 'Run', 'attach', 'export', 'launch', 'runs', 'watch_loss', 'Predictions', 'predict', 'score', 'show_predictions', 'make_car_item', 'make_car_video', 'tiny_model']
+         'Progress', 'Run', 'attach', 'export', 'launch', 'runs', 'watch_loss', 'Predictions', 'predict', 'score', 'compare', 'show_predictions', 'make_car_item', 'make_car_video', 'tiny_model']

@@ -17,7 +17,7 @@ from filelock import FileLock
 from . import waiter, worker
 from .stack import Finding, gpus, installed_versions, version_findings
 from .checkpoint import set_aside_torn
-from .data import write_text
+from .data import chat_template, write_text
 from .registry import child_env
 from .recipe import data_findings, find_adapter, load_recipe, recipe_findings, save_recipe
 from .memory import GiB, model_config, predict_memory
@@ -326,7 +326,7 @@ def _meeting(about):
     if 'RDZV_ID' not in env: return ['--nnodes', nnodes, '--node-rank', about['node_rank'], '--master-addr', host, '--master-port', port]
     spread = f"{env['MIN_NNODES']}:{env['MAX_NNODES']}" if {'MIN_NNODES', 'MAX_NNODES'} <= env.keys() else nnodes
     return ['--nnodes', spread, '--rdzv-id', env['RDZV_ID'], '--rdzv-backend', 'c10d', '--rdzv-endpoint', f'{host}:{port}', *restarts,
-            '--rdzv-conf', f"is_host={int(not about['node_rank'])}", '--local-addr', _own_address(host, port)]
+            '--rdzv-conf', ','.join(filter(None, [env.get('PET_RDZV_CONF'), f"is_host={int(not about['node_rank'])}"])), '--local-addr', _own_address(host, port)]
 
 def _command(recipe, about):
     "The command of a run, for its folder as working folder."
@@ -469,5 +469,6 @@ def export(
         done = subprocess.run([sys.executable, '-m', 'llamafactory.cli', 'export', save_recipe(merging, f'{folder}/export.yaml')],
                               env=child_env(), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode: raise RuntimeError(f'LLaMA-Factory could not merge the adapter:\n{done.stdout[-2000:]}')
+        write_text(f'{folder}/model/chat_template.jinja', chat_template)  # LLaMA-Factory's own knows no pictures
         os.replace(f'{folder}/model', path)
     return path

@@ -72,6 +72,9 @@ def seen_picture(
 # %% ../nbs/08d_served.ipynb #0db8e65c
 def _data_uri(kind, data): return f'data:{kind};base64,{base64.b64encode(data).decode()}'
 
+def _file_uri(path, kind, media):
+    return Path(path).as_uri() if media == 'file' else _data_uri(kind, Path(path).read_bytes())
+
 def _is_plain(im):
     "Whether any server sees in the file what Pillow sees in it."
     is_turned = im.getexif().get(0x0112, 1) not in (0, 1)  # its orientation
@@ -82,13 +85,16 @@ def picture_uri(
     recipe:dict, # The recipe: `image_max_pixels`, `image_min_pixels`
     media:str='data', # `'data'` or `'file'`
 )->str: # A `data:` or `file:` URI
-    "A picture as it goes into a request. Raises what Pillow does of a picture that is broken."
+    "A picture as it goes into a request. Raises `FileNotFoundError`, or `ValueError` for a picture that is broken."
     from PIL import Image
-    data = Path(path).read_bytes()
-    with Image.open(io.BytesIO(data)) as im:
-        seen = seen_picture(im, recipe.get('image_max_pixels', 768*768), recipe.get('image_min_pixels', 32*32))
-        if _is_plain(im) and seen.size == im.size:
-            return Path(path).as_uri() if media == 'file' else _data_uri(f'image/{im.format.lower()}', data)
+    limits = recipe.get('image_max_pixels', 768*768), recipe.get('image_min_pixels', 32*32)
+    try:
+        with Image.open(path) as im:
+            seen, kind = seen_picture(im, *limits), im.format.lower()
+            as_it_is = _is_plain(im) and seen.size == im.size
+    except FileNotFoundError: raise
+    except Exception as error: raise ValueError(f'{path} is no sound picture: {error}') from error
+    if as_it_is: return _file_uri(path, f'image/{kind}', media)
     png, seen.info = io.BytesIO(), {}
     seen.save(png, 'PNG', compress_level=1)  # the network is faster than a higher level
     return _data_uri('image/png', png.getvalue())
@@ -105,7 +111,7 @@ def clip_uri(
     if kind not in ('mp4', 'mkv', 'avi', 'mov'):
         raise ValueError(f'{path}: servers take mp4, mkv, avi and mov; save the clip as one of them.')
     Path(path).stat()  # whether it is there
-    return Path(path).as_uri() if media == 'file' else _data_uri(f'video/{kind}', Path(path).read_bytes())
+    return _file_uri(path, f'video/{kind}', media)
 
 # %% ../nbs/08d_served.ipynb #ec7a100a
 _system = 'You are a helpful assistant.'
@@ -150,6 +156,7 @@ def request(
 class _Again(Exception): "A failure that may be over later: in so many seconds, says the second argument."
 class _Away(Exception): "There is no server."
 
+_of_all_rows = (301, 302, 307, 308, 401, 403, 404, 405) # What a server says that would say it to any row
 _cures = {401: 'Set the environment variable OPENAI_API_KEY to a key of this server.',
           403: 'Set the environment variable OPENAI_API_KEY to a key that may use this model.',
           404: "See that base_url is right (most end in /v1), and that model is a name that the server knows.",
@@ -163,9 +170,11 @@ def _told(answer):
     except ValueError: said = answer.text
     for key in ('error', 'detail', 'message'):
         if isinstance(said, dict): said = said.get(key, said)
+    line = ' '.join(str(said).split())
     key = answer.request.headers.get('authorization', '').removeprefix('Bearer ')
-    line = _writable(' '.join(str(said).split()).replace(key or '\n', '…')[:300])
-    return f'{answer.status_code} {answer.reason_phrase}: {line} {_cures.get(answer.status_code, "")}'.strip()
+    if key: line = line.replace(key, '…')
+    cure = _cures.get(answer.status_code, '')
+    return _writable(f'{answer.status_code} {answer.reason_phrase}: {line[:300]} {cure}'.strip())
 
 def _seconds(answer):
     "How long a server asks to be left alone, a minute at most."
@@ -249,7 +258,7 @@ class Server:
         if status == 200: return answer
         told = _told(answer)
         if status in (408, 429) or status >= 500: raise _Again(told, _seconds(answer))
-        if status in (401, 403, 404) and not self.is_good: raise RuntimeError(f'{answer.url} answers {told}')
+        if status in _of_all_rows and not self.is_good: raise RuntimeError(f'{answer.url} answers {told}')
         raise ValueError(told)
 
     async def ask(self,
@@ -367,13 +376,10 @@ async def model_name(
     began, said = time.monotonic(), {}
     while True:
         for server in servers:
-            try: answer = await server.send('GET', 'models')
-            except (_Away, _Again) as error:
-                said[server.url] = error.args[0]
-                continue
-            try: return answer.json()['data'][0]['id']
+            try: return (await server.send('GET', 'models')).json()['data'][0]['id']
+            except (_Away, _Again) as error: said[server.url] = error.args[0]
             except (ValueError, LookupError, TypeError):
-                raise RuntimeError(f'{answer.url} names no model: give model.') from None
+                raise RuntimeError(f'{server.url}/models names no model: give model.') from None
         if time.monotonic() - began > patience: _give_up(said, patience)
         await asyncio.sleep(pause(1))
 
@@ -389,6 +395,7 @@ def work(
     options = server_options(**json.loads((folder/'run.json').read_text(encoding='utf-8'))['options'])
     if recipe.get('template') != 'qwen2_vl':
         raise ValueError(f"The template is {recipe.get('template')!r}; servers are asked as qwen2_vl has it.")
+    answer_settings(recipe, 0)  # what no server can do is no row's fault
     rows, file = answers['Asked'](folder/'asked.jsonl'), answers['Answers'](folder/'predictions.jsonl')
     todo = answers['missing'](file.path, len(rows))
 

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['SIZE', 'ZOOM', 'ITEMS', 'COLORS', 'SKIES', 'MEADOWS', 'LEAVES', 'GLASS', 'TYRE', 'STEEL', 'LAMP', 'BRAKE', 'DRAWN',
-           'FPS', 'SECONDS', 'WAYS', 'CARD', 'FORMS', 'DRIVES', 'VOCAB', 'CONTEXT', 'SYSTEM', 'SPECIAL',
-           'CHAT_TEMPLATE', 'Pen', 'draw_vehicle', 'draw_drive', 'make_car_item', 'pretraining_samples',
-           'make_car_video', 'tiny_model']
+           'FPS', 'SECONDS', 'WAYS', 'CARD', 'FORMS', 'DRIVES', 'VOCAB', 'CONTEXT', 'SYSTEM', 'SPECIAL', 'Pen',
+           'draw_vehicle', 'draw_drive', 'make_car_item', 'pretraining_samples', 'make_car_video', 'tiny_model']
 
 # %% ../nbs/20_tiny.ipynb #0e0b2c30
 import csv, json, os, random, string
 from itertools import cycle, islice
 from pathlib import Path
 from PIL import Image, ImageDraw
+from .data import chat_template
 from .media import whole_file, write_text
 
 # %% ../nbs/20_tiny.ipynb #f82ccbdf
@@ -348,27 +348,6 @@ CONTEXT = 32768  # Longest prompt in tokens
 SYSTEM = 'You are a helpful assistant.'
 SPECIAL = [f'<|{o}|>' for o in ('endoftext', 'im_start', 'im_end', 'object_ref_start', 'object_ref_end', 'box_start',
            'box_end', 'quad_start', 'quad_end', 'vision_start', 'vision_end', 'vision_pad', 'image_pad', 'video_pad')]
-CHAT_TEMPLATE = """\
-{%- macro pad(kind) -%}<|vision_start|><|{{ kind }}_pad|><|vision_end|>{%- endmacro -%}
-{%- macro text(content) -%}
-  {%- if content is string -%}{{ content }}
-  {%- else -%}
-    {%- for part in content -%}
-      {%- if part.type == 'text' -%}{{ part.text }}
-      {%- elif part.type.startswith('image') -%}{{ pad('image') }}
-      {%- elif part.type.startswith('video') -%}{{ pad('video') }}
-      {%- endif -%}
-    {%- endfor -%}
-  {%- endif -%}
-{%- endmacro -%}
-{%- if messages[0].role != 'system' -%}
-  {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
-{%- endif -%}
-{%- for message in messages -%}
-  {{- '<|im_start|>' + message.role + '\\n' + text(message.content) + '<|im_end|>\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
-"""
 
 def _task_texts()->list: # Texts
     "Every word that the tasks put before the model, each in its place."
@@ -403,7 +382,7 @@ def _processor(
     low,high = 56*56,28*28*16384 # Pixels
     limits = dict(min_pixels=low, max_pixels=high, size=dict(shortest_edge=low, longest_edge=high))
     return Qwen2VLProcessor(Qwen2VLImageProcessor(**limits), _tokenizer(folder), Qwen2VLVideoProcessor(**limits),
-                            chat_template=CHAT_TEMPLATE)
+                            chat_template=chat_template)
 
 def _config(
     ids, # Function from a special token's name to its id

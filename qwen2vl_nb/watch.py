@@ -40,7 +40,8 @@ def _look(run, log):
 def _headline(seen):
     "State, steps and the time left, in words."
     now, begins = seen.now, seen.state == 'running' and not seen.now.steps
-    at = [f'step {now.step} of {now.steps}', f'epoch {now.epoch:.2f}'] if now.steps else []
+    epoch = [f'epoch {now.epoch:.2f}'] if now.unit == 'step' else []
+    at = [f'{now.unit} {now.step} of {now.steps}', *epoch] if now.steps else []
     left = [f'{timedelta(seconds=round(now.left))} left'] if now.left else []
     return f'{seen.name}: ' + ', '.join(['starting' if begins else seen.state, *at, *left])
 

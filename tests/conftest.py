@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+KEPT = ROOT/'test-artefacts' # What was to be seen in the browser
 
 def _install_wheel():
     "Build the wheel from a copy of what goes into it, and install it without its dependencies."
@@ -83,3 +84,25 @@ def factory(tiny):
         collate = SFTDataCollatorWith4DAttentionMask(template=template, model=None, **loaded)
         return rows['input_ids'], [collate([rows[i] for i in range(start, min(start+2, len(rows)))]) for start in range(0, len(rows), 2)]
     return SimpleNamespace(load=load, prepare=prepare)
+
+@pytest.fixture(scope='session')
+def chromium():
+    "Debian's browser, installed where there is none."
+    for command in ('apt-get update', 'apt-get install -y --no-install-recommends chromium'):
+        if shutil.which('chromium'): break
+        done = subprocess.run(command.split(), capture_output=True, text=True)
+        if done.returncode: pytest.fail(f'There is no chromium here, and {command!r} could not change that:\n{done.stderr[-2000:]}')
+    return shutil.which('chromium')
+
+@pytest.fixture
+def page(chromium):
+    "A page of a headless browser; what the last one showed is kept where a test fails."
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=chromium, args=['--no-sandbox'])
+        page = browser.new_page(viewport=dict(width=1300, height=1100))
+        page.set_default_timeout(60_000)
+        KEPT.mkdir(exist_ok=True)
+        yield page
+        page.screenshot(path=KEPT/'last.png')
+        browser.close()

@@ -1,20 +1,17 @@
 """The live view where it is looked at: JupyterLab in a browser, with a run at work.
 
 Pictures of what was to be seen are kept in `test-artefacts`."""
-import base64, json, os, secrets, shutil, signal, socket, subprocess, sys, time, urllib.request
+import base64, json, os, secrets, signal, socket, subprocess, sys, time, urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
-from playwright.sync_api import sync_playwright
 
+from conftest import KEPT, ROOT
 from qwen2vl_nb.loss import plot_loss
 from qwen2vl_nb.recipe import save_recipe
 from qwen2vl_nb.run import attach
-
-ROOT = Path(__file__).resolve().parent.parent
-KEPT = ROOT/'test-artefacts'
 
 def _until(condition, what, seconds=120):
     "Wait for something, and return it."
@@ -37,15 +34,6 @@ def _setting(folder, plugin, **values):
 def _is_up(url):
     try: return urllib.request.urlopen(f'{url}/api', timeout=5).status == 200
     except OSError: return False
-
-@pytest.fixture(scope='session')
-def chromium():
-    "Debian's browser, installed where there is none."
-    for command in ('apt-get update', 'apt-get install -y --no-install-recommends chromium'):
-        if shutil.which('chromium'): break
-        done = subprocess.run(command.split(), capture_output=True, text=True)
-        if done.returncode: pytest.fail(f'There is no chromium here, and {command!r} could not change that:\n{done.stderr[-2000:]}')
-    return shutil.which('chromium')
 
 @pytest.fixture(scope='module')
 def lab(tmp_path_factory):
@@ -75,18 +63,6 @@ def lab(tmp_path_factory):
         kernels = process.children(recursive=True)
         process.terminate()
         for p in psutil.wait_procs([process, *kernels], timeout=20)[1]: p.kill()
-
-@pytest.fixture
-def page(chromium):
-    "A page of a headless browser; what the last one showed is kept where a test fails."
-    with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=chromium, args=['--no-sandbox'])
-        page = browser.new_page(viewport=dict(width=1300, height=1100))
-        page.set_default_timeout(60_000)
-        KEPT.mkdir(exist_ok=True)
-        yield page
-        page.screenshot(path=KEPT/'last.png')
-        browser.close()
 
 def _menu(page, menu, *items):
     page.get_by_role('menuitem', name=menu, exact=True).click()

@@ -21,5 +21,5 @@ def test_star_import_gives_the_names_that_notebooks_use():
     exec('from qwen2vl_nb.all import *', names)
     wanted = '''check_stack gpus Finding read_samples check_samples split_samples write_samples image_tokens show_samples Registry train_recipe
         predict_recipe save_recipe load_recipe check_recipe zero_config predict_memory MemoryEstimate zero_table pick_zero read_log plot_loss
-        launch attach Run runs watch_loss export predict Predictions score show_predictions tiny_model make_car_item'''.split()
+        launch attach Run runs watch_loss export predict Predictions score compare show_predictions tiny_model make_car_item'''.split()
     assert not [n for n in wanted if n not in names]

@@ -1,8 +1,7 @@
 "Batch prediction: the tokens are LLaMA-Factory's, and no row is lost or doubled, whoever is killed when."
-import json, os, random, shutil, signal, subprocess, sys, time
+import json, random, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from qwen2vl_nb import hf

@@ -1,0 +1,446 @@
+"""Scores, comparisons, and the view of the answers.
+
+What the figures must be is said by others: LLaMA-Factory's own metric, scipy, and counting in another way."""
+import csv, json, random, re, sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+from openpyxl import load_workbook
+from PIL import Image
+from scipy import stats
+
+from qwen2vl_nb.score import compare, is_right, score, show_predictions
+
+def rows_of(pairs):
+    "Rows of (label, prediction) pairs."
+    return [dict(id=i, row=i, images=[], prompt='<image>?', label=label, predict=predict)
+            for i,(label, predict) in enumerate(pairs)]
+
+# As LLaMA-Factory
+
+ODD = [('The truck is yellow.', 'The truck is yellow.'), ('The bus is red.', 'A green bus, isn\'t it?'),
+       ('一辆蓝色的小车停在门口。', '一辆红色的小车停在门口。'), ('白色的卡车', 'The 白色 truck 卡车！'),
+       ('nothing', ''), ('blank', ' \n '), ('.', '.'), ('a', 'b'), ('ab', 'ab'), ('…？！', '。。。'),
+       ('{"item": "car", "color": "red"}', '{"item":"car","color":"red"}'), ('{"价格": 12.5}', '{"价格": 12.50}'),
+       ('ends with a newline\n', 'ends with a newline\n'), ('  indented', 'indented'),
+       ('cafe\u0301 au lait', 'caf\u00e9 au lait'), ('🚗🚙', '🚙🚗'),
+       ('第一句。第二句！第三句？', '第二句！第一句。第四句？'), ('tabs\tand\nlines\n\nof text', 'tabs and lines of text'),
+       ('<b>bold</b> & "quoted"', '<b>bold</b>'), ('a b c d e f g ' * 20, 'g f e d c b a ' * 15)]
+
+@pytest.fixture(scope='module')
+def metric(tiny):
+    "LLaMA-Factory's own figures of (label, prediction) pairs, by row and overall, from token ids."
+    from llamafactory.extras.constants import IGNORE_INDEX
+    from llamafactory.train.sft.metric import ComputeSimilarity
+    from transformers import AutoTokenizer, EvalPrediction
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    def padded(texts, fill):
+        ids = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+        return np.array([[fill, fill, *i, *[fill]*(max(map(len, ids)) - len(i))] for i in ids])
+    def figures(pairs):
+        labels = padded([f'{label}<|im_end|>\n' for label,_ in pairs], IGNORE_INDEX)
+        answers = padded([f'{answer}<|im_end|>' for _,answer in pairs], tokenizer.pad_token_id)
+        compute = ComputeSimilarity(tokenizer)
+        compute(EvalPrediction(answers, labels), compute_result=False)
+        by_row = {name: list(values) for name,values in compute.score_dict.items()}
+        return by_row, compute(EvalPrediction(answers, labels))  # which adds the rows once more: the same means
+    return figures
+
+def test_bleu_and_rouge_are_llamafactorys(metric):
+    by_row, means = metric(ODD)
+    ours = score(rows_of(ODD))
+    for name in ('bleu-4', 'rouge-1', 'rouge-2', 'rouge-l'):
+        assert ours.rows[name].tolist() == pytest.approx(by_row[name], abs=1e-9), name
+        assert ours[name] == pytest.approx(means[name], abs=1e-6), name
+    assert 20 < ours['rouge-l'] < 90, 'the texts tell good from bad'
+
+def test_bleu_and_rouge_of_many_random_texts(metric):
+    rng = random.Random(1)
+    words = ['red', 'car', '卡车', '的', '。', 'truck', '12', ',', '!', '蓝色']
+    text = lambda least: rng.choice(['', ' ']).join(rng.choices(words, k=rng.randint(least, 12)))
+    pairs = [(text(1), text(0)) for _ in range(150)]
+    means, ours = metric(pairs)[1], score(rows_of(pairs))
+    assert {k: ours[k] for k in means} == pytest.approx(means, abs=1e-6)
+
+# Which rows count
+
+def test_rows_that_failed_are_wrong_and_rows_without_a_label_are_left_out():
+    rows = rows_of([('a', 'a'), ('', None), ('a', None), (None, 'a'), ('a', ' a\n')])
+    s = score(rows, measures={'long': lambda row: len(row['predict'])})
+    assert (s['rows'], s['failed'], s['exact'], s['long']) == (4, 2, 50, (1 + 3)/4)
+    assert list(s.rows.index) == [0, 1, 2, 4]
+    assert s.rows.loc[2, ['exact', 'bleu-4', 'rouge-1', 'rouge-2', 'rouge-l']].eq(0).all()
+    assert '1 more without a label' in repr(s) and '2 of them failed' in repr(s)
+    assert not is_right(rows[1]), 'an empty label is not what a row that failed has said'
+
+@pytest.mark.parametrize('rows, said', [
+    ([], 'no predictions'),
+    ([dict(label='a')], 'Row 0 is no prediction'),
+    (['text'], 'Row 0 is no prediction'),
+    ([dict(id='x', label=3, predict='3')], 'Row x: its label is 3, not text'),
+    (rows_of([(None, 'a')]*3), 'None of the 3 rows has a label')])
+def test_what_cannot_be_scored_is_said(rows, said):
+    with pytest.raises(ValueError, match=re.escape(said)): score(rows)
+
+def test_own_measures():
+    rows = rows_of([('a', 'a'), ('b', 'bb')])
+    own = {'ratio': lambda row: len(row['predict'])/len(row['label']), 'is b': lambda row: row['label'] == 'b'}
+    s = score(rows, measures=own)
+    assert (s['ratio'], s['is b']) == (1.5, .5) and s.rows['ratio'].tolist() == [1, 2]
+    assert set(own) <= set(s.overall.index)
+
+@pytest.mark.parametrize('f, said', [
+    (lambda row: row['nix'], "Measure 'f', row 0: KeyError"),
+    (lambda row: 1/(row['id'] - 1), "Measure 'f', row 1: ZeroDivisionError"),
+    (lambda row: 'good', "gave 'good'"),
+    (lambda row: float('nan'), 'gave nan')])
+def test_own_measures_that_fail_say_where(f, said):
+    rows = rows_of([('a', 'a'), ('b', 'bb')])
+    with pytest.raises(ValueError, match=re.escape(said)): score(rows, measures={'f': f})
+
+# JSON
+
+def test_fields_are_counted_as_pairs_are():
+    "Against another way to count: pairs of field and value that labels and answers have in common."
+    rng, names = random.Random(2), ['a', 'b', 'c', 'd']
+    some = lambda k: {n: rng.choice([1, 2, 'x', None, [1, 2]]) for n in rng.sample(names, k)}
+    answer = lambda: some(rng.randint(0, 4)) if rng.random() < .9 else None
+    pairs = [(some(rng.randint(0, 3)), answer()) for _ in range(300)]
+    s = score(rows_of([(json.dumps(w), 'no JSON' if g is None else json.dumps(g)) for w,g in pairs]))
+    for name, fields in [(n, [n]) for n in names] + [('(all)', names)]:
+        part = lambda said: {f: json.dumps(v) for f,v in said.items() if f in fields}
+        wanted = {(i, *item) for i,(w,_) in enumerate(pairs) for item in part(w).items()}
+        got = {(i, *item) for i,(_,g) in enumerate(pairs) if g for item in part(g).items()}
+        precision, recall = len(wanted & got)/len(got), len(wanted & got)/len(wanted)
+        line = s.fields.loc[name]
+        assert line.support == len(wanted)
+        f1 = 200*precision*recall/(precision + recall)
+        assert [line.precision, line.recall, line.f1] == pytest.approx([100*precision, 100*recall, f1])
+        right = 100*np.mean([g is not None and part(w) == part(g) for w,g in pairs])
+        assert line.accuracy == pytest.approx(right)
+        assert s['json' if name == '(all)' else f'field.{name}'] == pytest.approx(right)
+    assert s['malformed'] == pytest.approx(100*np.mean([g is None for _,g in pairs]))
+
+@pytest.mark.parametrize('answer, right, malformed', [
+    ('{"a": 1, "b": "x"}', 1, 0), ('{"b": "x", "a": 1.0}', 1, 0), ('```json\n{"a": 1, "b": "x"}\n```', 1, 0),
+    ('{"a": 1, "b": "X"}', 0, 0), ('{"a": true, "b": "x"}', 0, 0), ('{"a": "1", "b": "x"}', 0, 0),
+    ('{"a": 1, "b": "x", "c": 2}', 0, 0), ('{}', 0, 0), ('{"a": 1, "b": "x"', 0, 1), ("{'a': 1}", 0, 1),
+    ('{"a": NaN, "b": "x"}', 0, 1), ('[1]', 0, 1), ('', 0, 1), (None, 0, 1), ('{"a":' * 2000, 0, 1),
+    ('{"a": 1e99999999999999999999, "b": "x"}', 0, 1), ('{"a": ' + '9'*9999 + ', "b": "x"}', 0, 1)])
+def test_kinds_of_answers(answer, right, malformed):
+    s = score(rows_of([('{"a": 1, "b": "x"}', answer)]))
+    assert (s['json'], s['malformed']) == (100*right, 100*malformed)
+
+def test_tolerance():
+    answers = ('{"km": 12.6, "box": [1, {"x": 2}]}', '{"km": 12.5, "box": [1.1, {"x": 1.9}]}',
+               '{"km": 12.61, "box": [1, {"x": 2}]}')
+    rows = rows_of([('{"km": 12.5, "box": [1, {"x": 2.0}]}', answer) for answer in answers])
+    assert score(rows)['json'] == 0
+    s = score(rows, tolerance=.1)
+    assert s.rows['field.km'].tolist() == [100, 100, 0] and s['field.box'] == 100
+    numbers = rows_of([('1', '1.10'), ('-3', '-3'), ('2', 'two'), ('1e3', '1000')])
+    assert score(numbers)['number'] == 50 and score(numbers, tolerance=.1)['number'] == 75
+    for wrong in (-1, float('nan'), float('inf')):
+        with pytest.raises(ValueError, match='give a number from 0'): score(numbers, tolerance=wrong)
+
+@pytest.mark.parametrize('pairs', [[('12.5 km', '12.5 km')], [('1', '1'), ('one', 'one')], [('{"a": 1}', '1')]])
+def test_what_is_not_all_numbers_is_not_compared_as_such(pairs): assert 'number' not in score(rows_of(pairs))
+
+def test_fields_that_are_too_many_have_no_columns_but_lines():
+    cards = [json.dumps({f'key {i}': i}) for i in range(30)]
+    s = score(rows_of(zip(cards, cards)))
+    assert not [c for c in s.rows if c.startswith('field.')] and len(s.fields) == 31 and s['json'] == 100
+
+def test_labels_that_are_not_all_objects_are_named():
+    s = score(rows_of([('{"a": 1}', ''), ('red', '')]))
+    said = "1 of 2 labels are no JSON objects, the first that of row 1: 'red'"
+    with pytest.raises(ValueError, match=said): s.fields
+
+# Intervals and columns
+
+def coins(rng, n, share): return rows_of([('a', 'a' if x else 'b') for x in rng.random(n) < share])
+
+def test_intervals_are_scipys():
+    rows = coins(np.random.default_rng(3), 60, .7)
+    s = score(rows)
+    exact = s.rows['exact'].to_numpy()
+    rng = np.random.default_rng(0)
+    theirs = stats.bootstrap((exact,), np.mean, n_resamples=1000, method='percentile', rng=rng)
+    assert s.overall.loc['exact', ['low', 'high']].tolist() == pytest.approx(list(theirs.confidence_interval))
+    assert s.overall.loc['exact', 'value'] == s['exact']
+    assert score(rows).overall.equals(s.overall), 'the same each time'
+
+def test_intervals_hold_the_truth_about_as_often_as_they_say():
+    rng = np.random.default_rng(4)
+    lines = [score(coins(rng, 60, .6)).overall.loc['exact'] for _ in range(100)]
+    assert 88 <= sum(line.low <= 60 <= line.high for line in lines) <= 100
+
+def test_intervals_of_rows_that_are_alike_and_of_one():
+    assert score(rows_of([('a', 'a')]*5)).overall.loc['exact'].tolist() == [100, 100, 100]
+    assert score(rows_of([('a', 'a')])).overall.loc['exact', ['low', 'high']].isna().all()
+
+@pytest.fixture(scope='module')
+def cards():
+    rng = random.Random(5)
+    colours = rng.choices(['red', 'blue', '绿'], k=80)
+    card = lambda colour: json.dumps({'color': colour})
+    rows = [r | {'camera': rng.choice(['n', 's']), 'tags': [rng.randint(0, 1)]}
+            for r in rows_of([(card(c), card(rng.choice([c, 'red']))) for c in colours])]
+    rows[3]['label'] = None
+    return rows
+
+@pytest.mark.parametrize('column, value_of', [
+    ('camera', lambda r: r['camera']),
+    ('label.color', lambda r: json.loads(r['label'])['color']),
+    ('tags', lambda r: json.dumps(r['tags']))])
+def test_by_is_the_score_of_the_part(cards, column, value_of):
+    table = score(cards).by(column)
+    for value in table.index:
+        part = score([r for r in cards if r['label'] and value_of(r) == value])
+        names = [k for k in part.rows if k != 'id']
+        assert table.loc[value, ('rows', '')] == part['rows']
+        assert [table.loc[value, (k, 'value')] for k in names] == pytest.approx([part[k] for k in names])
+        assert table.loc[value, ('json', 'low')] <= part['json'] <= table.loc[value, ('json', 'high')]
+    assert table['json', 'value'].is_monotonic_increasing and table['rows'].sum() == 79
+
+def test_by_takes_functions_and_values(cards):
+    s, cameras = score(cards), [r['camera'] for r in cards]
+    for same in (lambda r: r['camera'], cameras, pd.Series(cameras)):
+        assert s.by(same).to_numpy() == pytest.approx(s.by('camera').to_numpy(), nan_ok=True)
+    for column, said in (('colour', "no column 'colour'; there are id, row"),
+                         ('label.item', 'tags, label.color'), ([1], '1 values for 80 rows')):
+        with pytest.raises(ValueError, match=re.escape(said)): s.by(column)
+
+def test_scores_are_a_dict_of_their_figures():
+    s = score(rows_of([('a', 'a'), ('b', 'c')]))
+    assert pd.DataFrame({'before': s, 'after': s}).loc['exact'].tolist() == [50, 50]
+    assert json.loads(json.dumps(s))['rows'] == 2 and list(s)[:2] == ['rows', 'failed']
+
+# Comparison
+
+def test_mcnemar():
+    first = rows_of([('a', 'a' if i < 36 else 'b') for i in range(100)])
+    second = rows_of([('a', 'a' if i < 93 and i else f'c {i}') for i in range(100)])
+    c = compare(first, second[::-1])
+    assert repr(c).startswith('exact: 36 of 100 right before, 92 after, +56.0 points (')
+    assert repr(c).endswith('); 57 better, 1 worse; p = 4.1e-16 (exact McNemar)')
+    assert c.p == stats.binomtest(57, 58).pvalue and c.table.to_numpy().tolist() == [[35, 1], [57, 7]]
+    assert c.changed.what.value_counts().to_dict() == {'better': 57, 'other wrong': 7, 'worse': 1}
+    line = c.changed.set_index('id').loc[0, ['label', 'before', 'after', 'change']]
+    assert line.tolist() == ['a', 'a', 'c 0', -100] and [(r['id'], r['predict']) for r in c.worse] == [(0, 'c 0')]
+    assert c.difference['low'] < 56 < c.difference['high'] and len(show_predictions(c.worse).rows) == 1
+
+def test_permutation():
+    rng = random.Random(6)
+    labels = [' '.join(rng.choices('red blue car truck bus van'.split(), k=6)) for _ in range(12)]
+    spoilt = lambda text, noise: ' '.join('no' if rng.random() < noise else word for word in text.split())
+    first, second = (rows_of([(label, spoilt(label, noise)) for label in labels]) for noise in (.5, .3))
+    c = compare(first, second, 'rouge-1')
+    d = (score(second).rows['rouge-1'] - score(first).rows['rouge-1']).to_numpy()
+    signs = np.array(np.meshgrid(*[[-1, 1]]*len(d))).reshape(len(d), -1)
+    sums = d @ signs  # all of them, as there are few rows
+    p = 2*min(np.mean(sums >= d.sum() - 1e-9), np.mean(sums <= d.sum() + 1e-9))
+    assert c.p == pytest.approx(p, rel=.02) and .001 < p < .9 and c.test == 'paired permutation'
+    assert c.difference['value'] == pytest.approx(d.mean())
+    assert c.table['rows'].tolist() == [sum(d < 0), sum(d == 0), sum(d > 0)]
+
+def test_rows_that_do_not_match_are_named():
+    rows = rows_of([('a', 'a')]*12)
+    other = [r | {'label': 'b'} if r['id'] == 2 else r for r in rows]
+    same = [r | {'id': 1, 'row': 1} for r in rows]
+    for second, said in ((rows[9:], '9 of the first are not in the second (0, 1, 2, 3, 4, …), and 0'),
+                         (other, '1 row(s) have another label in the second (2)'),
+                         (same, 'Neither `id` nor `row`')):
+        with pytest.raises(ValueError, match=re.escape(said)): compare(rows, second)
+    assert compare([r | {'id': 'same'} for r in rows], rows).p == 1, 'the rows\' numbers tell them apart'
+    with pytest.raises(ValueError, match='no measure'): compare(rows, rows, 'malformed')
+
+# The view
+
+HOSTILE = '<script>alert(1)</script><img src=x onerror=alert(2)>"\'</script><!-- </article>'
+
+@pytest.fixture
+def pictures(tmp_path):
+    "Four pictures, in a folder with a space and Chinese in its name."
+    folder = tmp_path/'图片 "pictures" & more'
+    folder.mkdir()
+    for i,colour in enumerate(('crimson', 'gold', 'teal', 'navy')):
+        Image.new('RGB', (60, 40), colour).save(folder/f'{i}.png')
+    return folder
+
+@pytest.fixture
+def answers(pictures):
+    "Twenty rows: 2, 5 and 11 are wrong, 7 failed, 9 has no label."
+    rows = [dict(id=f'car-{i}', row=i, images=[str(pictures/f'{i%4}.png')], prompt='<image>这是什么？ What?',
+                 label=f'一辆车 number {i}', predict=f'一辆车 number {i}', finish_reason='stop') for i in range(20)]
+    rows[2]['predict'], rows[5]['predict'] = '一辆卡车 number 2', f'{HOSTILE} 5'
+    rows[7] |= dict(predict=None, error='Out of <memory>', finish_reason=None)
+    rows[9]['label'] = None
+    rows[11] |= dict(id=HOSTILE, prompt=HOSTILE, label=HOSTILE, predict='=1+1')
+    return rows
+
+class Tags(HTMLParser):
+    "Elements, attributes and texts of a page."
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.text = [], [], ''
+        self.feed(text)
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+    def handle_data(self, data): self.text += data
+
+def without_harm(html):
+    "What is in a page, which fetches nothing and does nothing that stands in the data."
+    found = Tags(html)
+    assert all(v.startswith('data:image/') for k,v in found.attributes if k in ('src', 'href'))
+    assert not [k for k,_ in found.attributes if k.startswith('on')]
+    assert found.tags.count('script') == found.tags.count('html') and HOSTILE in found.text
+    return found.tags
+
+def test_nothing_in_the_data_becomes_html(answers, tmp_path):
+    view = show_predictions(answers, n=20)
+    assert without_harm(view._cards.value).count('img') == 20
+    view.to_html(tmp_path/'给 同事.html')
+    text = (tmp_path/'给 同事.html').read_text(encoding='utf-8')
+    tags = without_harm(text)
+    assert (tags.count('article'), tags.count('img')) == (20, 20)
+    assert not [place for place in ('http:', 'https:', str(tmp_path)) if place in text]
+
+def marks(html):
+    found = re.findall(r'<mark title="([^"]*)" style="[^"]*">([^<]*)</mark>', html)
+    assert len(found) == html.count('<mark')
+    return found
+
+def test_what_differs_is_marked(answers):
+    assert marks(show_predictions([answers[2]])._cards.value) == [('not in the label', '卡')]
+    assert marks(show_predictions(answers[:2])._cards.value) == []
+    red = show_predictions(rows_of([('the red car\nhere', 'the <blue> car\nhere')]))._cards.value
+    assert marks(red) == [('not in the answer', 'red'), ('not in the label', '&lt;blue&gt;')]
+
+def test_pages(answers):
+    view = show_predictions(answers, n=6)
+    ids = lambda: re.findall(r'car-\d+', view._cards.value)
+    assert ids() == [f'car-{i}' for i in range(6)] and view._back.disabled and not view._next.disabled
+    for _ in range(3): view._next.click()
+    assert ids() == ['car-18', 'car-19'] and view._next.disabled
+    assert (view._page.value, view._page.max, view._at.value) == (4, 4, 'of 4 · 19–20 of 20')
+    view._back.click()
+    assert ids()[0] == 'car-12'
+    view._page.value = 2
+    assert ids()[0] == 'car-6'
+
+def test_filter_and_search(answers):
+    view = show_predictions(answers, n=6)
+    left = lambda: [r['row'] for r in view.rows]
+    counts = ['all (20)', 'wrong (4)', 'right (15)', 'failed (1)', 'no label (1)']
+    assert [name for name,_ in view._filter.options] == counts
+    assert view._headline().startswith('4 of 20 wrong, 1 failed, 1 without a label; page 1 of 4')
+    view._page.value = 3
+    view._filter.value = 'right'
+    assert view._page.value == 1, 'another selection begins at its first page'
+    view._page.value = 3
+    view._filter.value = 'wrong'
+    assert left() == [2, 5, 7, 11] and (view._page.value, view._page.max) == (1, 1)
+    view._filter.value = 'failed'
+    assert left() == [7] and 'Out of &lt;memory&gt;' in view._cards.value
+    view._filter.value = 'all'
+    for text, found in (('一辆卡', [2]), ('  ALERT(1) ', [5, 11]), ('CAR-1', [1, 10, *range(12, 20)])):
+        view._search.value = text
+        assert left() == found
+    view._filter.value = 'wrong'
+    assert left() == [] and 'nothing to show' in view._at.value and '<img' not in view._cards.value
+    assert [r['row'] for r in show_predictions(answers, wrong=True).rows] == [2, 5, 7, 11]
+    view = show_predictions([r | {'id': 0} for r in answers[:1]])
+    view._search.value = '0'
+    assert len(view.rows) == 1, 'an id of 0 is one'
+
+def test_without_widgets_the_page_is_shown(answers):
+    bundle = show_predictions(answers, wrong=True, n=3)._repr_mimebundle_()
+    assert bundle['text/html'].count('<img src="data:image/') == 3
+    assert bundle['text/plain'].count('\n') == 3 and '卡车' in bundle['text/plain']
+    assert 'model_id' in bundle['application/vnd.jupyter.widget-view+json']
+
+OPENED, HOOK = [], []
+
+@pytest.fixture
+def opened():
+    "The files that Python opens, by path, as its audit events say."
+    note = lambda event, args: OPENED.append(str(args[0])) if event == 'open' else None
+    if not HOOK: HOOK.append(sys.addaudithook(note))  # there is no way to take it out again
+    OPENED.clear()
+    return OPENED
+
+def test_of_100_000_rows_only_the_page_that_is_seen_is_made(pictures, opened):
+    rows = [dict(id=i, images=[str(pictures/f'{i}.png')], prompt='<image>?', label='car',
+                 predict=('car', 'bus')[i%2]) for i in range(100_000)]
+    tried = lambda: [o.rsplit('/')[-1] for o in opened if o.startswith(str(pictures))]
+    view = show_predictions(rows, n=4)
+    assert tried() == ['0.png', '1.png', '2.png', '3.png'] and view._page.max == 25_000
+    view._search.value = 'BUS'
+    assert len(view.rows) == 50_000
+    assert tried()[4:] == ['5.png', '7.png'], 'of the page with 1, 3, 5 and 7, what was not made before'
+    view._search.value = ''
+    view._repr_mimebundle_()
+    assert len(tried()) == 6, 'each thumbnail once'
+    assert len(view._cards.value) < 20_000
+    Image.new('RGB', (60, 40), 'white').save(pictures/'0.png')
+    opened.clear()
+    view._draw()
+    assert tried() == ['0.png'], 'a file that has changed is read again'
+    with pytest.raises(ValueError, match='100,000 rows are too many'): view.to_html(pictures/'x.html')
+    assert sorted(f.name for f in pictures.iterdir()) == ['0.png', '1.png', '2.png', '3.png']
+
+@pytest.fixture
+def odd_answers(answers):
+    "Answers with what spreadsheets trip over."
+    answers[0] |= {'predict': 'bell \x07 rings', 'number': 10**19 + 1, 'box': [1, 2], 'share': float('nan')}
+    answers[1]['predict'], answers[3]['predict'] = '-5', '@SUM(1)'
+    return answers
+
+def test_csv(odd_answers, tmp_path):
+    view = show_predictions(odd_answers)
+    view.to_csv(tmp_path/'a.csv')
+    assert (tmp_path/'a.csv').read_bytes().startswith(b'\xef\xbb\xbf')
+    with open(tmp_path/'a.csv', encoding='utf-8-sig', newline='') as f: table = list(csv.DictReader(f))
+    assert len(table) == 20 and list(table[0])[:2] == ['id', 'result']
+    assert [r['result'] for r in table[5:10]] == ['wrong', 'right', 'failed', 'right', 'no label']
+    assert [table[i]['predict'] for i in (1, 3, 11)] == ['-5', "'@SUM(1)", "'=1+1"]
+    assert (table[4]['label'], table[4]['images']) == ('一辆车 number 4', odd_answers[4]['images'][0])
+    view._filter.value = 'wrong'
+    view.to_csv(tmp_path/'a.csv')
+    assert pd.read_csv(tmp_path/'a.csv').result.tolist() == ['wrong']*5 + ['failed', 'wrong']
+
+def test_excel(odd_answers, tmp_path):
+    show_predictions(odd_answers).to_excel(tmp_path/'a.xlsx')
+    head, *lines = load_workbook(tmp_path/'a.xlsx').active.iter_rows()
+    column = {cell.value: i for i,cell in enumerate(head)}
+    cell = lambda row, name: lines[row][column[name]]
+    assert len(lines) == 20 and (cell(11, 'predict').value, cell(11, 'predict').data_type) == ('=1+1', 's')
+    assert not [c for line in lines for c in line if c.data_type == 'f']
+    odd = [cell(0, name).value for name in ('predict', 'number', 'box', 'share', 'row')]
+    assert odd == ['bell \ufffd rings', '10000000000000000001', '[1, 2]', None, 0]
+
+def test_the_file_works_in_a_browser(answers, tmp_path, page):  # noqa: F811
+    "Search, filter and pages, with nothing fetched and nothing said by what is in the data."
+    show_predictions(answers, n=6).to_html(tmp_path/'给 同事.html')
+    asked, said = [], []
+    page.on('request', lambda r: asked.append(r.url))
+    page.on('dialog', lambda d: (said.append(d.message), d.dismiss()))
+    page.on('console', lambda m: said.append(m.text))
+    page.on('pageerror', lambda e: said.append(str(e)))
+    page.goto((tmp_path/'给 同事.html').as_uri())
+    seen = lambda: (page.locator('article:visible').count(), page.locator('#at').text_content())
+    assert seen() == (6, 'page 1 of 4, 20 rows') and page.locator('#back').is_disabled()
+    for _ in range(3): page.locator('#next').click()
+    assert seen() == (2, 'page 4 of 4, 20 rows') and page.locator('#next').is_disabled()
+    page.locator('#text').fill('一辆卡车 NUMBER 2')
+    assert seen() == (1, 'page 1 of 1, 1 rows')
+    page.locator('#text').fill('')
+    page.locator('#kind').select_option(label='wrong')
+    assert seen() == (4, 'page 1 of 1, 4 rows')
+    shown = '[...document.querySelectorAll("article:not([hidden]) img")]'
+    assert page.evaluate(f'{shown}.every(i => i.naturalWidth > 0)')
+    assert all(url.startswith(('file:', 'data:')) for url in asked) and not said

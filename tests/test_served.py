@@ -1,0 +1,397 @@
+"Servers that misbehave, for real: whatever they do, every row ends with its answer or with an error that says what was."
+import base64, hashlib, io, json, os, re, signal, socket, subprocess, sys, sysconfig, threading, time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+import yaml
+from PIL import Image
+
+from qwen2vl_nb import answers, served
+from qwen2vl_nb.answers import Answers, whole_lines
+from qwen2vl_nb.predict import asked_row, predict
+from qwen2vl_nb.recipe import predict_recipe
+from qwen2vl_nb.registry import Registry, dataset_samples
+
+GREEDY = {'template': 'qwen2_vl', 'do_sample': False, 'max_new_tokens': 8}
+
+def _row(i, text, *images, system=''):
+    return asked_row(i, {'instruction': '<image>'*len(images) + text, 'image': [str(p) for p in images], 'system': system})
+
+def _begin(folder, rows, base_url, recipe=GREEDY, env={}, **options):
+    "The coordinator at work on rows in a folder."
+    folder.mkdir(exist_ok=True)
+    if not (folder/'asked.jsonl').exists(): Answers(folder/'asked.jsonl').add(rows)
+    (folder/'recipe.yaml').write_text(yaml.safe_dump(recipe))
+    workers = [{'command': [sys.executable, served.__file__], 'env': {}}]
+    (folder/'run.json').write_text(json.dumps({'workers': workers, 'options': {'base_url': base_url} | options}))
+    return subprocess.Popen([sys.executable, answers.__file__], cwd=folder, env=os.environ | env)
+
+def _run(*args, **kwargs): return _begin(*args, **kwargs).wait(timeout=120)
+
+def _lines(folder): return [json.loads(line) for _, line in whole_lines(folder/'predictions.jsonl')]
+
+def _failure(folder): return json.loads((folder/'failure-0.json').read_text())['message']
+
+def _rows(folder, n):
+    "The rows of a folder, each of which must be there once and in order."
+    rows = _lines(folder)
+    assert [row['row'] for row in rows] == list(range(n))
+    return rows
+
+def _until(condition, seconds=60):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, 'it took too long'
+        time.sleep(.05)
+
+def _echo(asked):
+    "What a server saw, as its answer."
+    system, *_, user = asked['messages']
+    parts = user['content'] if isinstance(user['content'], list) else [{'type': 'text', 'text': user['content']}]
+    seen = [part.get('text') or hashlib.sha256(_bytes(part['image_url']['url'])).hexdigest() for part in parts]
+    return json.dumps({'model': asked['model'], 'system': system['content'], 'user': seen})
+
+def _bytes(uri): return base64.b64decode(uri.partition(';base64,')[2])
+
+def _completion(text, reason='stop'):
+    return {'choices': [{'message': {'role': 'assistant', 'content': text}, 'finish_reason': reason}],
+            'usage': {'prompt_tokens': 11, 'completion_tokens': 3}}
+
+class Loopback(ThreadingHTTPServer):
+    "A server that does what `behave(handler, asked, n)` does at the n-th time that a row is asked; otherwise an echo."
+    daemon_threads, request_queue_size = True, 64
+    def __init__(self, behave=lambda *_: False, port=0):
+        self.behave, self.asked, self.times, self.at_once, self.most = behave, [], Counter(), 0, 0
+        self.lock, self.answered = threading.Lock(), False
+        super().__init__(('127.0.0.1', port), _Handler)
+        self.url = f'http://127.0.0.1:{self.server_port}/v1'
+        threading.Thread(target=self.serve_forever, kwargs={'poll_interval': .05}, daemon=True).start()
+
+    def handle_error(self, *_): pass  # who was asked to go away has gone
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = 'HTTP/1.1'
+    def log_message(self, *args): pass
+
+    def reply(self, status, value, **headers):
+        body = value if isinstance(value, bytes) else json.dumps(value).encode()
+        self.send_response(status)
+        for name, text in ({'Content_Type': 'application/json', 'Content_Length': str(len(body))} | headers).items():
+            self.send_header(name.replace('_', '-'), text)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self): self.reply(200, {'object': 'list', 'data': [{'id': 'tiny'}]})
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
+        text = json.dumps(asked['messages'])
+        with self.server.lock:
+            self.server.asked.append(asked)
+            self.server.times[text] += 1
+            self.server.at_once += 1
+            self.server.most = max(self.server.most, self.server.at_once)
+        try:
+            if not self.server.behave(self, asked, self.server.times[text]):
+                self.reply(200, _completion(_echo(asked)))
+                self.server.answered = True
+        finally:
+            with self.server.lock: self.server.at_once -= 1
+
+@pytest.fixture
+def loopback():
+    servers = []
+    def start(*args, **kwargs):
+        servers.append(Loopback(*args, **kwargs))
+        return servers[-1]
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+@pytest.fixture
+def pictures(tmp_path):
+    "Pictures in a folder with a space and Chinese characters."
+    folder = tmp_path/'my shop 店'
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    def make(name, width, height, mode='RGB', **kwargs):
+        im = Image.fromarray(rng.integers(0, 255, (height, width, 3), 'uint8')).convert(mode)
+        im.save(folder/name, **kwargs)
+        return str(folder/name)
+    return make
+
+def _torn(handler):
+    handler.send_response(200)
+    handler.send_header('Content-Length', '1000')
+    handler.end_headers()
+    handler.wfile.write(b'{"choices": [')
+    handler.close_connection = True
+
+def _late(handler): time.sleep(4)
+
+def _gone(handler):
+    "A refusal that comes after an answer has."
+    _until(lambda: handler.server.answered)
+    time.sleep(.5)
+    handler.reply(404, {'detail': 'No such file.'})
+
+# What a server may do, and what the row's error then says
+FAILS = {
+    '500': (lambda h: h.reply(500, {'error': {'message': 'CUDA error'}}), '500 Internal Server Error: CUDA error'),
+    '503': (lambda h: h.reply(503, b'<html>down</html>'), '503 Service Unavailable: <html>down</html>'),
+    'closes in the middle': (_torn, 'RemoteProtocolError'),
+    'says nothing': (_late, 'No answer within 2 s'),
+    'rubbish': (lambda h: h.reply(200, b'\xff\x00 rubbish'), 'no chat completion'),
+    'a page': (lambda h: h.reply(200, b'<html>Welcome</html>', Content_Type='text/html'), 'Welcome'),
+    'no choices': (lambda h: h.reply(200, {'choices': []}), 'no chat completion'),
+    'an error as an answer': (lambda h: h.reply(200, {'error': 'overloaded'}), 'overloaded'),
+}
+REFUSES = {
+    'too large': (lambda h: h.reply(413, {'detail': 'A large one.'}), '413 .*: A large one. Lower image_max_pixels'),
+    'too long': (lambda h: h.reply(400, {'message': 'At most 512.'}), '400 Bad Request: At most 512.'),
+    'unclear': (lambda h: h.reply(422, {'detail': [{'msg': 'x'*1000}]}), '422 Unprocessable'),
+    'no text': (lambda h: h.reply(200, _completion(None, 'tool_calls')), "no text .*'tool_calls'"),
+    'not found': (_gone, '404 Not Found: No such file.'),
+}
+
+def _said(asked):
+    "The text of a row."
+    content = asked['messages'][-1]['content']
+    return content if isinstance(content, str) else content[-1]['text']
+
+def test_whatever_a_server_does_every_row_has_its_answer_or_its_error(loopback, tmp_path, pictures):
+    "Each failure once and always, each refusal, a server that is busy for two seconds, and good answers between."
+    busy_since = {}
+    def behave(handler, asked, n):
+        often, how = _said(asked).split(': ')[1:]
+        if how == 'is busy' and time.monotonic() - busy_since.setdefault(_said(asked), time.monotonic()) < 2:
+            return handler.reply(429, b'', Retry_After='2') or True
+        if how == 'has its own type':
+            return handler.reply(200, _completion(_echo(asked)), Content_Type='text/plain') or True
+        if how not in FAILS | REFUSES or often == 'once' and n > 1: return False
+        (FAILS | REFUSES)[how][0](handler)
+        return True
+    server, picture = loopback(behave), pictures('a.png', 112, 84)
+    kinds = [('once', how) for how in FAILS] + [('always', how) for how in FAILS | REFUSES]
+    kinds = [('', 'good'), *kinds, ('', 'is busy'), ('', 'has its own type')]*4
+    def row(i, often, how): return _row(i, f'{i}: {often}: {how}', *[picture]*(i % 2), system='简短。' if i % 3 else '')
+    rows = [row(i, *kind) for i, kind in enumerate(kinds)]
+    assert _run(tmp_path/'run', rows, server.url, concurrency=32, timeout=2, tries=2) == 0
+    for row, asked, (often, how) in zip(_rows(tmp_path/'run', len(rows)), rows, kinds):
+        fails = often == 'always'
+        assert ('error' in row) == fails, row
+        assert all(row[key] == asked[key] for key in ('id', 'images', 'prompt', 'label'))
+        assert 'asked' not in row and row['engine'] == 'openai'
+        if fails:
+            assert re.search((FAILS | REFUSES)[how][1], row['error']) and len(row['error']) < 500, row['error']
+            assert row['error'].endswith('(asked 2 times)') == (how in FAILS)
+            assert row['predict'] is row['finish_reason'] is None
+        else:
+            assert (row['finish_reason'], row['prompt_tokens'], row['tokens']) == ('stop', 11, 3)
+            digest = [hashlib.sha256(Path(picture).read_bytes()).hexdigest()]*len(row['images'])
+            system = asked['asked']['system'] or 'You are a helpful assistant.'
+            user = digest + [row['prompt'].removeprefix('<image>')]
+            assert json.loads(row['predict']) == {'model': 'tiny', 'system': system, 'user': user}
+
+def test_a_server_that_fails_all_the_time_takes_no_row_from_one_that_does_not(loopback, tmp_path):
+    good, bad = loopback(), loopback(lambda handler, *_: handler.reply(500, {'error': 'broken'}) or True)
+    assert _run(tmp_path/'run', [_row(i, f'{i}') for i in range(60)], [bad.url, good.url], concurrency=2) == 0
+    assert not [row for row in _rows(tmp_path/'run', 60) if 'error' in row] and bad.asked
+
+def test_servers_share_the_rows_and_none_gets_more_at_once_than_it_may(loopback, tmp_path):
+    def slow(*_): time.sleep(.05)
+    servers, rows = [loopback(slow), loopback(slow)], [_row(i, f'{i}') for i in range(80)]
+    assert _run(tmp_path/'run', rows, [s.url for s in servers], concurrency=3, model='mine') == 0
+    _rows(tmp_path/'run', 80)
+    assert sum(len(s.asked) for s in servers) == 80 and all(s.asked and s.most == 3 for s in servers)
+    assert {asked['model'] for s in servers for asked in s.asked} == {'mine'}
+
+def _free_port():
+    with socket.create_server(('127.0.0.1', 0)) as s: return s.getsockname()[1]
+
+@pytest.fixture
+def server_process():
+    "Starts a slow server as a process of its own, which can be killed."
+    started = []
+    def start(port):
+        started.append(subprocess.Popen([sys.executable, __file__, str(port)], stdout=subprocess.PIPE, text=True))
+        assert started[-1].stdout.readline() == 'ready\n'
+        return started[-1]
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+def test_a_server_that_is_killed_and_comes_back_costs_no_row(server_process, tmp_path):
+    port = _free_port()
+    server = server_process(port)
+    run = _begin(tmp_path/'run', [_row(i, f'{i}') for i in range(120)], f'http://127.0.0.1:{port}/v1', concurrency=4)
+    _until(lambda: len(_lines(tmp_path/'run')) > 20)
+    server.kill()
+    server.wait()
+    done = len(_lines(tmp_path/'run'))
+    server_process(port)
+    assert run.wait(timeout=60) == 0 and done < 100
+    assert not [row for row in _rows(tmp_path/'run', 120) if 'error' in row]
+
+def test_a_server_that_dies_for_good_leaves_its_rows_to_the_other(server_process, loopback, tmp_path):
+    port, other = _free_port(), loopback(lambda *_: time.sleep(.05))
+    dying, rows = server_process(port), [_row(i, f'{i}') for i in range(120)]
+    run = _begin(tmp_path/'run', rows, [f'http://127.0.0.1:{port}/v1', other.url], concurrency=2)
+    _until(lambda: len(_lines(tmp_path/'run')) > 20)
+    dying.kill()
+    assert run.wait(timeout=60) == 0
+    assert not [row for row in _rows(tmp_path/'run', 120) if 'error' in row] and 20 < len(other.asked) < 120
+
+def test_a_worker_that_is_killed_goes_on_where_it_was(loopback, tmp_path):
+    server = loopback(lambda *_: time.sleep(.05))
+    run = _begin(tmp_path/'run', [_row(i, f'{i}') for i in range(100)], server.url, concurrency=4)
+    _until(lambda: len(_lines(tmp_path/'run')) > 20)
+    worker, = psutil.Process(run.pid).children()
+    worker.kill()
+    assert run.wait(timeout=30) == 9
+    done = {row['prompt'] for row in _lines(tmp_path/'run')}
+    assert 20 < len(done) < 100
+    assert _run(tmp_path/'run', None, server.url) == 0
+    assert not [row for row in _rows(tmp_path/'run', 100) if 'error' in row]
+    times = Counter(_said(asked) for asked in server.asked)
+    assert all(times[prompt] == 1 for prompt in done)
+
+def test_a_worker_that_is_told_to_stop_writes_what_has_come_in(loopback, tmp_path):
+    "Twenty rows are answered in less time than the worker lets pass between two writings; the others hang."
+    def behave(handler, asked, n):
+        if int(_said(asked)) >= 20: time.sleep(20)
+    server = loopback(behave)
+    run = _begin(tmp_path/'run', [_row(i, f'{i}') for i in range(40)], server.url, concurrency=40)
+    _until(lambda: len(server.asked) == 40 and server.at_once == 20)
+    (tmp_path/'run'/'stop').write_text('0')
+    assert run.wait(timeout=10) == signal.SIGTERM
+    assert [row['row'] for row in _lines(tmp_path/'run')] == list(range(20))
+    assert not (tmp_path/'run'/'failure-0.json').exists()
+
+# Name, size, mode, and how it is saved
+PICTURES = [('large.jpg', 1600, 1200, 'RGB', {}), ('large.png', 1001, 999, 'P', {}), ('clear.png', 1000, 900, 'RGBA', {}),
+    ('small clear.png', 90, 60, 'RGBA', {}), ('palette.png', 90, 60, 'P', {}), ('holes.png', 90, 60, 'P', {'transparency': 3}),
+    ('grey.jpg', 90, 60, 'L', {}), ('print.jpg', 90, 60, 'CMYK', {}), ('bits.png', 1200, 900, '1', {}),
+    ('a.webp', 90, 60, 'RGB', {}), ('a.tiff', 90, 60, 'RGB', {}), ('a.gif', 900, 800, 'P', {}), ('a.bmp', 90, 60, 'RGB', {}),
+    ('turned.jpg', 90, 60, 'RGB', {'exif': 6}), ('turned.png', 90, 60, 'RGB', {'exif': 3}), ('dot.png', 5, 5, 'RGB', {}),
+    ('low.png', 300, 20, 'P', {}), ('long.png', 9000, 30, 'RGB', {}), ('high.png', 30, 9000, 'RGB', {}),
+    ('plain.png', 112, 84, 'RGB', {}), ('车.jpg', 112, 84, 'RGB', {})]
+
+def _orientation(number):
+    tags = Image.Exif()
+    tags[0x0112] = number
+    return {'exif': tags}
+
+@pytest.mark.parametrize('most', [768*768, 5000])
+def test_pictures_arrive_with_the_pixels_that_llamafactory_makes_of_them(loopback, tmp_path, pictures, plugin, most):
+    paths = [pictures(*about, **(_orientation(how['exif']) if 'exif' in how else how)) for *about, how in PICTURES]
+    server, recipe = loopback(), GREEDY | ({'image_max_pixels': most} if most != 768*768 else {})
+    assert _run(tmp_path/'run', [_row(i, f'{i}', path) for i, path in enumerate(paths)], server.url, recipe) == 0
+    assert not [row for row in _rows(tmp_path/'run', len(paths)) if 'error' in row]
+    arrived = {int(_said(asked)): asked['messages'][-1]['content'][0]['image_url']['url'] for asked in server.asked}
+    as_it_is = {'plain.png', '车.jpg'} if most == 768*768 else set()
+    for i, path in enumerate(paths):
+        uri, name = arrived[i], Path(path).name
+        assert re.match(r'data:image/(png|jpeg);base64,', uri)
+        im = Image.open(io.BytesIO(_bytes(uri)))
+        wanted = plugin._preprocess_image(Image.open(path), image_max_pixels=most, image_min_pixels=32*32)
+        assert im.mode == 'RGB' and im.getexif().get(0x0112, 1) == 1, name
+        assert np.array_equal(np.asarray(im), np.asarray(wanted)), name
+        # LLaMA-Factory's own server does all this once more
+        again = plugin._preprocess_image(im, image_max_pixels=768*768, image_min_pixels=32*32)
+        assert np.array_equal(np.asarray(again), np.asarray(wanted)), name
+        assert (_bytes(uri) == Path(path).read_bytes()) == (name in as_it_is), name
+
+def test_a_picture_that_is_not_sound_is_the_error_of_its_row(loopback, tmp_path, pictures):
+    paths = [pictures(f'{i}.png', 112, 84) for i in range(5)]
+    Path(paths[1]).write_bytes(Path(paths[1]).read_bytes()[:200])
+    Path(paths[2]).unlink()
+    Path(paths[3]).write_text('<!doctype html>')
+    assert _run(tmp_path/'run', [_row(i, f'{i}', path) for i, path in enumerate(paths)], loopback().url) == 0
+    rows = _rows(tmp_path/'run', 5)
+    assert [row['row'] for row in rows if 'error' in row] == [1, 2, 3]
+    assert all(paths[i] in rows[i]['error'] and rows[i]['predict'] is None for i in (1, 2, 3))
+
+def test_files_that_the_server_can_read_are_named_and_clips_are_sent(loopback, tmp_path, pictures, data):
+    clip = next((data/'car_video'/'videos').glob('*.mp4'))
+    def film(i, video): return asked_row(i, {'instruction': '<video>What drives here?', 'video': [video]})
+    rows = [_row(0, '', pictures('a.png', 112, 84)), _row(1, '', pictures('b.jpg', 2000, 1000)), film(2, str(clip)),
+            film(3, str(clip.with_suffix('.webm')))]
+    server = loopback(lambda handler, *_: handler.reply(200, _completion('a car')) or True)
+    assert _run(tmp_path/'run', rows, server.url, media='file', concurrency=1) == 0
+    parts = [asked['messages'][-1]['content'][0] for asked in server.asked]
+    scaled, *files = sorted(part[part['type']]['url'] for part in parts)
+    assert scaled.startswith('data:image/png')
+    assert sorted(map(unquote, files)) == sorted(f'file://{path}' for path in (rows[0]['images'][0], clip))
+    found = _rows(tmp_path/'run', 4)
+    assert [row['row'] for row in found if 'error' in row] == [3] and 'mp4' in found[3]['error']
+
+def test_where_there_is_no_server_the_run_fails_and_says_so(tmp_path):
+    urls = [f'http://127.0.0.1:{_free_port()}/v1' for _ in range(2)]
+    assert _run(tmp_path/'run', [_row(0, 'Hi')], urls, patience=2, model='mine')
+    said = _failure(tmp_path/'run')
+    assert 'No server was there for 2 s' in said and all(url in said for url in urls)
+
+def test_a_server_that_wants_a_key(loopback, tmp_path):
+    def behave(handler, *_):
+        if handler.headers['Authorization'] == 'Bearer sk-secret': return False
+        return handler.reply(401, {'detail': 'Not sk-wrong.'}) or True
+    server, run = loopback(behave), tmp_path/'run'
+    assert _run(run, [_row(i, f'{i}') for i in range(9)], server.url, env={'OPENAI_API_KEY': 'sk-wrong'})
+    assert '401 Unauthorized: Not ….' in _failure(run) and 'Set the environment variable OPENAI_API_KEY' in _failure(run)
+    assert not (run/'predictions.jsonl').exists()
+    # a proxy of the environment is not for servers of this machine
+    proxy = {'HTTP_PROXY': 'http://127.0.0.1:9', 'ALL_PROXY': 'http://127.0.0.1:9'}
+    assert _run(run, None, server.url, env={'OPENAI_API_KEY': 'sk-secret\n'} | proxy) == 0
+    assert len(_rows(run, 9)) == 9
+    assert not [path for path in run.rglob('*') if path.is_file() and re.search(b'sk-(secret|wrong)', path.read_bytes())]
+
+def test_a_wrong_path_or_model_ends_the_run_at_once(loopback, tmp_path):
+    error = {'error': {'message': 'The model `cars` does not exist.'}}
+    server = loopback(lambda handler, *_: handler.reply(404, error) or True)
+    assert _run(tmp_path/'run', [_row(i, f'{i}') for i in range(50)], server.url, model='cars')
+    assert re.search('The model `cars` does not exist.*base_url', _failure(tmp_path/'run'))
+    assert len(server.asked) <= 16
+
+@pytest.fixture(scope='module')
+def factory_server(tiny, tmp_path_factory):
+    "LLaMA-Factory's own server of the embedded model."
+    folder, port = tmp_path_factory.mktemp('api'), _free_port()
+    args = {'model_name_or_path': str(tiny), 'template': 'qwen2_vl', 'infer_backend': 'huggingface'}
+    (folder/'api.yaml').write_text(yaml.safe_dump(args))
+    env = os.environ | {'API_HOST': '127.0.0.1', 'API_PORT': str(port)}
+    command = [Path(sysconfig.get_path('scripts'))/'llamafactory-cli', 'api', folder/'api.yaml']
+    with open(folder/'log', 'wb') as log: server = subprocess.Popen(command, env=env, stdout=log, stderr=log)
+    url = f'http://127.0.0.1:{port}/v1'
+    def is_there():
+        assert server.poll() is None, (folder/'log').read_text()
+        try: return httpx.get(f'{url}/models').status_code == 200
+        except httpx.TransportError: return False
+    try:
+        _until(is_there, 180)
+        yield url
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+
+def test_llamafactorys_own_server_gives_the_answers_of_hf(factory_server, tiny, data, tmp_path):
+    "All hundred rows, token for token: the same answers to prompts of the same length."
+    recipe = predict_recipe(tiny, 'car_item_test', tmp_path/'hf', dataset_dir=str(data), max_new_tokens=24)
+    rows = [asked_row(i, sample) for i, sample in enumerate(dataset_samples(Registry(data), 'car_item_test'))]
+    assert _run(tmp_path/'run', rows, factory_server, recipe, concurrency=2) == 0
+    asked, own = _rows(tmp_path/'run', 100), list(predict(recipe, engine='hf'))
+    for key in ('predict', 'prompt_tokens', 'tokens', 'finish_reason', 'id', 'label', 'images'):
+        assert [row[key] for row in asked] == [row[key] for row in own], key
+
+if __name__ == '__main__':
+    server = Loopback(lambda *_: time.sleep(.05), int(sys.argv[1]))
+    print('ready', flush=True)
+    threading.Event().wait()
