@@ -81,7 +81,8 @@ class Prompts:
         self.pixels = self.make_pixels(images, videos, [], self.encoder.processor)
         ids, _ = self.encoder._encode_data_example(turns, [], asked['system'], asked['tools'], images, videos, [])
         if len(ids) > self.cutoff_len: raise ValueError(f'its prompt has {len(ids)} tokens, and cutoff_len is {self.cutoff_len}.')
-        return {'input_ids': ids, 'attention_mask': [1]*len(ids), 'labels': [0], 'images': images, 'videos': videos}, self.pixels
+        features = {'input_ids': ids, 'attention_mask': [1]*len(ids), 'labels': [0], 'images': images, 'videos': videos}
+        return features, self.pixels
 
     def __getitem__(self, batch):
         "The rows that could be made, what the model gets for them, and the rows that failed."
@@ -112,13 +113,15 @@ def load_prompts(
     template = replace(template, mm_plugin=copy(template.mm_plugin))  # the one of LLaMA-Factory's table stays as it is
     module['tokenizer'].padding_side = 'left'
     collate = SFTDataCollatorWith4DAttentionMask(template=template, **module)
-    return Prompts(rows, UnsupervisedDatasetProcessor(template=template, data_args=data_args, **module), collate), args, module['tokenizer']
+    encoder = UnsupervisedDatasetProcessor(template=template, data_args=data_args, **module)
+    return Prompts(rows, encoder, collate), args, module['tokenizer']
 
 # %% ../nbs/08c_hf.ipynb #1fe1a53a
 def _special_ids(tokenizer):
     "The model's other marks, each of which ends an answer in LLaMA-Factory's prediction."
     found = getattr(tokenizer, 'additional_special_tokens_ids', None)  # transformers 4
-    return found if isinstance(found, list) else tokenizer.convert_tokens_to_ids([str(t) for t in tokenizer._extra_special_tokens])
+    if isinstance(found, list): return found
+    return tokenizer.convert_tokens_to_ids([str(t) for t in tokenizer._extra_special_tokens])
 
 def answer_settings(
     args, # LLaMA-Factory's arguments
@@ -242,13 +245,15 @@ def work(
     gc.enable()
     wanted = wanted_batches(rows, todo, recipe, run['budget'], worker, workers)
     readers = _readers(workers, run['budget'])
-    ready = iter(torch.utils.data.DataLoader(prompts, batch_size=None, sampler=wanted, num_workers=readers, prefetch_factor=2 if readers else None))
+    ahead = {'num_workers': readers, 'prefetch_factor': 2 if readers else None}
+    ready = iter(torch.utils.data.DataLoader(prompts, batch_size=None, sampler=wanted, **ahead))
     model = load_model(tokenizer, args[0], args[3])
     settings = answer_settings(args, tokenizer)
 
     def answer(rows, inputs):
         torch.manual_seed(args[2].seed + rows[0]['row'])
-        with torch.inference_mode(): given = model.generate(**{k: v.to(model.device) for k, v in inputs.items()}, **settings)
+        there = {k: v.to(model.device) for k, v in inputs.items()}
+        with torch.inference_mode(): given = model.generate(**there, **settings)
         decode = lambda tokens: tokenizer.decode(tokens, skip_special_tokens=args[4].skip_special_tokens)
         return answered_rows(rows, inputs, given[:, inputs['input_ids'].shape[1]:], settings['eos_token_id'], decode)
 

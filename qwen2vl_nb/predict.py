@@ -83,23 +83,25 @@ def question(
 
 def _changed_values(what, before, now):
     "What differs between two dicts, in words."
-    return [f'{what}{key}: {before.get(key)!r} before, {now.get(key)!r} now' for key in (before | now) if before.get(key) != now.get(key)]
+    other = [key for key in before | now if before.get(key) != now.get(key)]
+    return [f'{what}{key}: {before.get(key)!r} before, {now.get(key)!r} now' for key in other]
 
 def _changed_rows(path, rows):
     "How the rows differ from those of before, in words."
     before = [line.decode() for _, line in whole_lines(path)]
     other = [i for i, (a, b) in enumerate(zip(before, rows)) if a != b]
     count = [f'{len(before)} rows before, {len(rows)} now'] if len(before) != len(rows) else []
-    return count + ([f'row {other[0]} is another than before' + (f', and {len(other) - 1} more' if other[1:] else '')] if other else [])
+    more = f', and {len(other) - 1} more' if other[1:] else ''
+    return count + ([f'row {other[0]} is another than before{more}'] if other else [])
 
 def _changes(folder, asked, rows):
     "What differs from the question that a folder answers, in words; empty if it has none yet."
     if not (folder/'question.json').exists():
         return ['nobody knows which question its predictions.jsonl answers'] if (folder/'predictions.jsonl').exists() else []
     before = json.loads((folder/'question.json').read_text(encoding='utf-8'))
-    return [*_changed_values('', *({'engine': q['engine']} for q in (before, asked))), *_changed_values('recipe, ', before['recipe'], asked['recipe']),
-            *_changed_values('model, ', before['model'], asked['model']), *_changed_values('adapter, ', before['adapter'], asked['adapter']),
-            *(_changed_rows(folder/'asked.jsonl', rows) if before['rows'] != asked['rows'] else [])]
+    engine = _changed_values('', *({'engine': q['engine']} for q in (before, asked)))
+    parts = [_changed_values(f'{part}, ', before[part], asked[part]) for part in ('recipe', 'model', 'adapter')]
+    return engine + sum(parts, []) + (_changed_rows(folder/'asked.jsonl', rows) if before['rows'] != asked['rows'] else [])
 
 def _ask(folder, asked, rows):
     "Write down what is asked, where nothing was; refuse what is another question."
@@ -130,7 +132,8 @@ class Predictions:
         self.output_dir = Path(output_dir).absolute()
         own, generated = self.output_dir/'predictions.jsonl', self.output_dir/'generated_predictions.jsonl'
         self.path = own if own.is_file() else generated # The file
-        if not self.path.is_file(): raise FileNotFoundError(f'There is no {own.name} in {self.output_dir}: nothing was predicted here.')
+        if not self.path.is_file():
+            raise FileNotFoundError(f'There is no {own.name} in {self.output_dir}: nothing was predicted here.')
         rows = [json.loads(line) for _, line in whole_lines(self.path)]
         if self.path == own: self.rows = [row for _, row in sorted({row['row']: row for row in rows}.items())]
         else: self.rows = [_generated_row(i, row) for i, row in enumerate(rows)]
@@ -138,7 +141,9 @@ class Predictions:
     def __fspath__(self): return str(self.output_dir)
     def __len__(self): return len(self.rows)
     def __getitem__(self, i): return self.rows[i]
-    def __repr__(self): return f'Predictions({str(self.output_dir)!r}): {len(self)} rows' + (f', {len(self.failed)} failed' if self.failed else '')
+    def __repr__(self):
+        failed = f', {len(self.failed)} failed' if self.failed else ''
+        return f'Predictions({str(self.output_dir)!r}): {len(self)} rows{failed}'
 
     @property
     def failed(self):
@@ -162,7 +167,8 @@ def _fit_findings(recipe, about):
 def _workers(about):
     "The command of each worker, a GPU each where there are any."
     n, devices = about['nproc'], _first_gpus(about['nproc']).split(',') if about['gpus'] else []
-    return [{'command': [about['python'], hf.__file__, str(k), str(n)], 'env': {'CUDA_VISIBLE_DEVICES': devices[k]} if devices else {}} for k in range(n)]
+    of = lambda k: {'CUDA_VISIBLE_DEVICES': devices[k]} if devices else {}
+    return [{'command': [about['python'], hf.__file__, str(k), str(n)], 'env': of(k)} for k in range(n)]
 
 def _budget(recipe, about):
     "Tokens of a batch."
@@ -172,12 +178,13 @@ def _budget(recipe, about):
 
 def _start_workers(recipe, folder, about, workers):
     "Start workers and what looks after them."
-    about |= {'workers': workers, 'command': [about['python'], answers.__file__], 'cwd': str(folder)}
+    about |= {'unit': 'row', 'workers': workers, 'command': [about['python'], answers.__file__], 'cwd': str(folder)}
     return start(recipe, about, lambda folder: (folder/'run.json').exists() and _keep(folder))
 
 def _begin_hf(recipe, folder, about):
     "Start the workers that hold the model."
-    _refuse(recipe_findings(recipe) + _machine_findings(recipe) + _version_findings(recipe, about['versions']) + _fit_findings(recipe, about), False)
+    found = recipe_findings(recipe) + _machine_findings(recipe) + _version_findings(recipe, about['versions'])
+    _refuse(found + _fit_findings(recipe, about), force=False)
     asked = folder/'question.json'
     known = json.loads(asked.read_text(encoding='utf-8'))
     if 'budget' not in known:  # the batches stay the same wherever it goes on
@@ -187,29 +194,34 @@ def _begin_hf(recipe, folder, about):
 
 def _begin_openai(recipe, folder, about, **options):
     "Start the worker that asks servers."
-    return _start_workers(recipe, folder, about | {'options': server_options(**options)}, [{'command': [about['python'], served.__file__], 'env': {}}])
+    worker = {'command': [about['python'], served.__file__], 'env': {}}
+    return _start_workers(recipe, folder, about | {'options': server_options(**options)}, [worker])
 
 # %% ../nbs/09_predict.ipynb #058cbfed
 def _registered(recipe, samples, folder):
     "The recipe with given samples as a registered data set."
-    filled = [s | ({'messages': s['messages'] + [{'role': 'assistant', 'content': ''}]*(len(s['messages']) % 2)} if 'messages' in s
-                   else {'output': s.get('output') or ''}) for s in samples]
+    def filled(s):
+        if 'messages' not in s: return s | {'output': s.get('output') or ''}
+        turns = [turn for turn in s['messages'] if turn['role'] != 'system']
+        return s | {'messages': s['messages'] + [{'role': 'assistant', 'content': ''}]*(len(turns) % 2)}
     registry = Registry(folder/'data')
-    if 'asked' not in registry: registry.add('asked', filled)
+    if 'asked' not in registry: registry.add('asked', [filled(s) for s in samples])
     return recipe | {'dataset_dir': str(folder/'data'), 'eval_dataset': 'asked'}
 
 def _joined(rows, generated):
     "LLaMA-Factory's predictions put together with the rows that they are about."
     if len(rows) != len(generated):
-        raise ValueError(f'LLaMA-Factory predicted {len(generated)} of {len(rows)} rows: it drops rows that are not well formed. '
-                         'Run `check_samples` on the data set.')
-    return [{k: v for k, v in row.items() if k != 'asked'} | {'predict': g['predict'], 'engine': 'llamafactory'} for row, g in zip(rows, generated)]
+        raise ValueError(f'LLaMA-Factory predicted {len(generated)} of {len(rows)} rows: it drops rows that are not '
+                         'well formed. Run `check_samples` on the data set.')
+    bare = [{k: v for k, v in row.items() if k != 'asked'} for row in rows]
+    return [row | {'predict': g['predict'], 'engine': 'llamafactory'} for row, g in zip(bare, generated)]
 
 def _take_over(folder):
     "LLaMA-Factory's answers as `predictions.jsonl`, once it has written them."
     if (folder/'predictions.jsonl').exists() or Run(folder).status != 'done': return
-    asked, given = ([json.loads(line) for _, line in whole_lines(folder/name)] for name in ('asked.jsonl', 'generated_predictions.jsonl'))
-    write_text(folder/'predictions.jsonl', ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in _joined(asked, given)))
+    names = 'asked.jsonl', 'generated_predictions.jsonl'
+    joined = _joined(*([json.loads(line) for _, line in whole_lines(folder/name)] for name in names))
+    write_text(folder/'predictions.jsonl', ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in joined))
 
 def _begin_llamafactory(recipe, folder, about):
     "Start LLaMA-Factory's own prediction."
@@ -220,10 +232,14 @@ _engines = {'hf': _begin_hf, 'openai': _begin_openai, 'llamafactory': _begin_lla
 
 def _asked_samples(recipe):
     "The samples of the recipe's data set."
-    if not recipe.get('eval_dataset'): raise ValueError('The recipe names no eval_dataset: name a registered data set, or give samples.')
-    return dataset_samples(Registry(recipe.get('dataset_dir', 'data')), recipe['eval_dataset'], recipe.get('max_samples'), recipe.get('media_dir'))
+    if not recipe.get('eval_dataset'):
+        raise ValueError('The recipe names no eval_dataset: name a registered data set, or give samples.')
+    registry = Registry(recipe.get('dataset_dir', 'data'))
+    return dataset_samples(registry, recipe['eval_dataset'], recipe.get('max_samples'), recipe.get('media_dir'))
 
-def _kept(folder, n): return f'{n - len(missing(folder/"predictions.jsonl", n))} of {n} rows are done and kept; call predict again to go on.'
+def _kept(folder, n):
+    done = n - len(missing(folder/'predictions.jsonl', n))
+    return f'{done} of {n} rows are done and kept; call predict again to go on.'
 
 def _wait(run, n):
     "Wait for the end of the work. What it failed of is raised."
@@ -236,7 +252,8 @@ def _warn_of_failed(predictions):
     if not failed: return
     said = '\n'.join(f"- row {row['row']} (id {row['id']!r}): {row['error']}" for row in failed[:5])
     more = f'\n- and {len(failed) - 5} more, see .failed' if failed[5:] else ''
-    warnings.warn(f'{len(failed)} of {len(predictions)} rows have no answer; calling predict again asks them again.\n{said}{more}', stacklevel=3)
+    warnings.warn(f'{len(failed)} of {len(predictions)} rows have no answer; calling predict again asks them again.'
+                  f'\n{said}{more}', stacklevel=3)
 
 def _check_options(engine, options):
     "Raise `TypeError` or `ValueError` for what the engine doesn't know."
@@ -258,11 +275,13 @@ def predict(
     folder, given = Path(recipe['output_dir']).absolute(), samples is not None
     samples = list(samples) if given else _asked_samples(recipe)
     if not samples: raise ValueError('There is nothing to predict: no samples.')
-    if given: recipe = _registered(recipe, samples, folder) if engine == 'llamafactory' else recipe | {'eval_dataset': 'asked'}
+    if given: recipe = recipe | {'eval_dataset': 'asked'}
+    if given and engine == 'llamafactory': recipe = _registered(recipe, samples, folder)
     rows = [json.dumps(asked_row(i, s), ensure_ascii=False, default=str) + '\n' for i, s in enumerate(samples)]
     _ask(folder, question(recipe, rows, engine, options.get('model')), rows)
     run, path = Run(folder), folder/'predictions.jsonl'
-    if not run.is_running and missing(path, len(rows)): run = _engines[engine](recipe, folder, _about(nproc, python=python, env=env), **options)
+    if not run.is_running and missing(path, len(rows)):
+        run = _engines[engine](recipe, folder, _about(nproc, python=python, env=env), **options)
     if run.is_running or missing(path, len(rows)): _wait(run, len(rows))
     if engine == 'llamafactory': _take_over(folder)
     answers.put_in_order(path)

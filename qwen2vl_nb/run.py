@@ -140,7 +140,7 @@ class Run:
         rate = did/took if did and took else None
         left = (now['steps'] - now['step'])/rate if rate and self.is_running else None
         return Progress(now['step'], now['steps'], now.get('epoch') or 0., row.get('loss'), rate, left,
-                        now.get('unit', 'step'), now.get('from_step', 0))
+                        self._json('run.json').get('unit', 'step'), now.get('from_step', 0))
 
     def _rank_logs(self):
         "Folders with the output of the ranks, by rank; empty where there is one process."
@@ -179,10 +179,10 @@ class Run:
         "Block until the run has ended, with progress; interrupting leaves it at work. A failure is raised with its cause."
         from tqdm import tqdm  # the one in text: it is kept with the notebook, a widget is not
         try:
-            with tqdm(desc=self.output_dir.name, unit='step', file=sys.stdout) as bar:
+            with tqdm(desc=self.output_dir.name, unit=self.progress.unit, file=sys.stdout) as bar:
                 while True:
                     status, now = self.status, self.progress
-                    bar.total, bar.n, bar.unit, bar.initial = now.steps or None, now.step, now.unit, now.begin
+                    bar.total, bar.n, bar.initial = now.steps or None, now.step, now.begin
                     bar.refresh()
                     if status != 'running': break
                     time.sleep(.5)
@@ -352,11 +352,15 @@ def _environment(recipe, about):
     return added | about['given']
 
 _kept = re.compile(r'^(CUDA|OMP|MKL|NCCL|GLOO|TORCH|PYTORCH|PET_|HF_|DS_|SLURM|PYTHON|LD_|QWEN2VL)')
-_secret = re.compile(r'TOKEN|KEY|SECRET|PASS', re.I)
+_secret = re.compile(r'TOKEN(?!IZER)|KEY|SECRET|PASS', re.I)
+
+def _apart(env):
+    "Variables that hold a secret, which is never written down, and the others."
+    return ({k: v for k,v in env.items() if _secret.search(k)}, {k: v for k,v in env.items() if not _secret.search(k)})
 
 def _inherited():
     "The part of this environment that matters to a run, without secrets."
-    return {k: v for k,v in os.environ.items() if _kept.match(k) and not _secret.search(k)}
+    return {k: v for k,v in _apart(os.environ)[1].items() if _kept.match(k)}
 
 # %% ../nbs/08_run.ipynb #8ce1a50c
 _of_a_start = ('run.json', 'waiter.json', 'ended.json', 'run.log', 'progress.json', 'refused.json', 'stop', 'stopping', 'failure-*', 'ended.json.*', 'ranks')
@@ -383,9 +387,10 @@ def start(
         if run.is_running: raise RuntimeError(f'A run is at work in {run.output_dir}: attach(…) to it, stop() it, or choose another output_dir.')
         make_room(run.output_dir)
         save_recipe(recipe, run.output_dir/'recipe.yaml')
-        about = {'command': _command(recipe, about)} | about | {'env': _environment(recipe, about), 'inherited': _inherited()}
+        hidden, env = _apart(_environment(recipe, about))
+        about = {'command': _command(recipe, about)} | about | {'given': _apart(about['given'])[1], 'env': env, 'inherited': _inherited()}
         write_text(run.output_dir/'run.json', json.dumps(about, indent=1, ensure_ascii=False) + '\n')
-        process = subprocess.Popen([sys.executable, '-I', waiter.__file__, str(run.output_dir)], start_new_session=True,
+        process = subprocess.Popen([sys.executable, '-I', waiter.__file__, str(run.output_dir)], env=os.environ | hidden, start_new_session=True,
                                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and not (run.output_dir/'waiter.json').exists(): time.sleep(.02)
     return run
@@ -421,7 +426,7 @@ def launch(
     nnodes:int=1, # Number of machines
     node_rank:int=0, # This machine's number among them
     master:str=None, # Address and port of the first machine, as the others reach it, such as '10.0.0.1:29500'
-    env:dict=None, # Environment variables for the run, beside or instead of this process's
+    env:dict=None, # Environment variables for the run, beside or instead of this process's; keys and tokens aren't written down
     python=None, # Interpreter of another environment, with LLaMA-Factory; `None`: this one
     force:bool=False, # Start even what the checks say can't run
 )->Run: # The run, started

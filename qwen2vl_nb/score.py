@@ -167,6 +167,15 @@ def _summary(columns):
                         method='percentile', rng=rng).confidence_interval
     return found.assign(low=sampled.low, high=sampled.high)
 
+def _shares(columns):
+    "The same where each column is a share of rows or a likeness, 0 to 100."
+    from scipy.stats import binomtest
+    found, n = _summary(columns), len(columns)
+    for name in found.index[(columns.nunique() == 1) & found.value.isin([0, 100])] if n > 1 else []:
+        wilson = binomtest(n*int(found.value[name] == 100), n).proportion_ci(method='wilson')
+        found.loc[name, ['low', 'high']] = 100*wilson.low, 100*wilson.high
+    return found
+
 # %% ../nbs/10_score.ipynb #e3a56460
 def _plain(value):
     "A value of a column as it can be a key: lists and dicts as text, what is not a number as `None`."
@@ -188,7 +197,7 @@ class Scores(dict):
     @cached_property
     def overall(self):
         "A `DataFrame`: each measure with its 95 % bootstrap interval."
-        return _summary(self._measures)
+        return _shares(self._measures)
 
     @cached_property
     def fields(self):
@@ -222,7 +231,7 @@ class Scores(dict):
         places = {}
         for i,value in zip(self.rows.index, self._values(column)):
             places.setdefault(_plain(value), []).append(i)
-        table = pd.DataFrame([_summary(self._measures.loc[some]).T.unstack() for some in places.values()],
+        table = pd.DataFrame([_shares(self._measures.loc[some]).T.unstack() for some in places.values()],
                              pd.Index(list(places), name=name, dtype=object))
         table.insert(0, ('rows', ''), [len(some) for some in places.values()])
         first = next(m for m in ('json', 'number', 'exact') if m in self)

@@ -85,7 +85,7 @@ def picture_uri(
     recipe:dict, # The recipe: `image_max_pixels`, `image_min_pixels`
     media:str='data', # `'data'` or `'file'`
 )->str: # A `data:` or `file:` URI
-    "A picture as it goes into a request. Raises `FileNotFoundError`, or `ValueError` for a picture that is broken."
+    "A picture as it goes into a request. Raises `FileNotFoundError`; `ValueError` for one that is broken."
     from PIL import Image
     limits = recipe.get('image_max_pixels', 768*768), recipe.get('image_min_pixels', 32*32)
     try:

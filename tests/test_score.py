@@ -178,7 +178,10 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
     assert 88 <= sum(line.low <= 60 <= line.high for line in lines) <= 100
 
 def test_intervals_of_rows_that_are_alike_and_of_one():
-    assert score(rows_of([('a', 'a')]*5)).overall.loc['exact'].tolist() == [100, 100, 100]
+    "A share of all or none has Wilson's interval, since a bootstrap of equal values is a point."
+    for answer, k in (('a', 5), ('b', 0)):
+        wilson = stats.binomtest(k, 5).proportion_ci(method='wilson')
+        assert score(rows_of([('a', answer)]*5)).overall.loc['exact'].tolist() == pytest.approx([20*k, 100*wilson.low, 100*wilson.high])
     assert score(rows_of([('a', 'a')])).overall.loc['exact', ['low', 'high']].isna().all()
 
 @pytest.fixture(scope='module')

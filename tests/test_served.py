@@ -16,7 +16,6 @@ from qwen2vl_nb import answers, served
 from qwen2vl_nb.answers import Answers, whole_lines
 from qwen2vl_nb.predict import asked_row, predict
 from qwen2vl_nb.recipe import predict_recipe
-from qwen2vl_nb.registry import Registry, dataset_samples
 
 GREEDY = {'template': 'qwen2_vl', 'do_sample': False, 'max_new_tokens': 8}
 
@@ -354,6 +353,13 @@ def test_a_server_that_wants_a_key(loopback, tmp_path):
     assert len(_rows(run, 9)) == 9
     assert not [path for path in run.rglob('*') if path.is_file() and re.search(b'sk-(secret|wrong)', path.read_bytes())]
 
+def test_a_key_that_is_given_to_predict_is_not_written_down(loopback, tiny, tmp_path):
+    server = loopback(lambda handler, *_: handler.headers['Authorization'] != 'Bearer sk-secret' and (handler.reply(401, {}) or True))
+    samples = [{'instruction': f'Is it {i}?', 'image': []} for i in range(9)]
+    p = predict(predict_recipe(tiny, output_dir=tmp_path/'out'), samples, engine='openai', base_url=server.url, env={'OPENAI_API_KEY': 'sk-secret'})
+    assert [json.loads(row['predict'])['user'] for row in p] == [[f'Is it {i}?'] for i in range(9)]
+    assert not [path for path in tmp_path.rglob('*') if path.is_file() and b'sk-secret' in path.read_bytes()]
+
 def test_a_wrong_path_or_model_ends_the_run_at_once(loopback, tmp_path):
     error = {'error': {'message': 'The model `cars` does not exist.'}}
     server = loopback(lambda handler, *_: handler.reply(404, error) or True)
@@ -385,9 +391,9 @@ def factory_server(tiny, tmp_path_factory):
 def test_llamafactorys_own_server_gives_the_answers_of_hf(factory_server, tiny, data, tmp_path):
     "All hundred rows, token for token: the same answers to prompts of the same length."
     recipe = predict_recipe(tiny, 'car_item_test', tmp_path/'hf', dataset_dir=str(data), max_new_tokens=24)
-    rows = [asked_row(i, sample) for i, sample in enumerate(dataset_samples(Registry(data), 'car_item_test'))]
-    assert _run(tmp_path/'run', rows, factory_server, recipe, concurrency=2) == 0
-    asked, own = _rows(tmp_path/'run', 100), list(predict(recipe, engine='hf'))
+    asked = predict(recipe | {'output_dir': str(tmp_path/'run')}, engine='openai', base_url=factory_server, concurrency=2)
+    own = predict(recipe, engine='hf')
+    assert len(asked) == len(own) == 100 and {row['engine'] for row in asked} == {'openai'}
     for key in ('predict', 'prompt_tokens', 'tokens', 'finish_reason', 'id', 'label', 'images'):
         assert [row[key] for row in asked] == [row[key] for row in own], key
 
