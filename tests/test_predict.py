@@ -221,6 +221,7 @@ def test_a_full_disk_loses_nothing(ask, many, uninterrupted, tmp_path):
         assert _answers(p) == _answers(uninterrupted) and all(p[row['row']] == row for row in before)
     finally: subprocess.run(['umount', tmp_path/'disk'], check=True)
 
+@pytest.mark.soak
 def test_sampled_answers_are_the_same_after_an_interruption(ask, many, tmp_path):
     hot = dict(do_sample=True, temperature=1.5, top_p=1.)
     whole, again = predict(ask(tmp_path/'whole', **hot), many[:200]), predict(ask(tmp_path/'cut', **hot), many[:200])
