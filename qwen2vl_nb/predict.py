@@ -6,7 +6,7 @@
 __all__ = ['asked_row', 'question', 'Predictions', 'predict']
 
 # %% ../nbs/09_predict.ipynb #58c9c1c3
-import hashlib, json, os, re, warnings
+import hashlib, json, os, re, sys, warnings
 from pathlib import Path
 from filelock import FileLock
 from . import answers, hf, served
@@ -17,6 +17,7 @@ from .data import as_list, sample_turns, write_text
 from .registry import Registry, dataset_samples
 from .recipe import absolute_recipe, recipe_findings
 from .memory import GiB, model_config
+from .vllm_server import vllm_servers
 from .run import Run, _about, _first_gpus, _keep, _machine_findings, _refuse, _version_findings, launch, start
 
 # %% ../nbs/09_predict.ipynb #3259dbb1
@@ -178,10 +179,10 @@ def _budget(recipe, about):
 
 def _start_workers(recipe, folder, about, workers):
     "Start workers and what looks after them."
-    about |= {'unit': 'row', 'workers': workers, 'command': [about['python'], answers.__file__], 'cwd': str(folder)}
+    about |= {'unit': 'row', 'workers': workers, 'command': [sys.executable, answers.__file__], 'cwd': str(folder)}
     return start(recipe, about, lambda folder: (folder/'run.json').exists() and _keep(folder))
 
-def _begin_hf(recipe, folder, about):
+def _begin_hf(recipe, samples, folder, about):
     "Start the workers that hold the model."
     found = recipe_findings(recipe) + _machine_findings(recipe) + _version_findings(recipe, about['versions'])
     _refuse(found + _fit_findings(recipe, about), force=False)
@@ -192,12 +193,23 @@ def _begin_hf(recipe, folder, about):
         write_text(asked, json.dumps(known, indent=1, ensure_ascii=False) + '\n')
     return _start_workers(recipe, folder, about | {'budget': known['budget']}, _workers(about))
 
-def _begin_openai(recipe, folder, about, **options):
+def _asking(about, options):
+    "What a worker that asks servers gets, and the worker."
+    return about | {'options': options}, [{'command': [sys.executable, served.__file__], 'env': {}}]
+
+def _begin_openai(recipe, samples, folder, about, **options):
     "Start the worker that asks servers."
-    worker = {'command': [about['python'], served.__file__], 'env': {}}
-    return _start_workers(recipe, folder, about | {'options': server_options(**options)}, [worker])
+    return _start_workers(recipe, folder, *_asking(about, server_options(**options)))
+
+def _begin_vllm(recipe, samples, folder, about, **options):
+    "Start servers of our own, and the worker that asks them."
+    servers = vllm_servers(recipe, samples, about['python'], about['gpus'], **options)
+    options = server_options([s['url'] for s in servers], servers[0]['model'], **{'concurrency': 16} | options)
+    return _start_workers(recipe, folder, *_asking(about | {'engine': 'vllm', 'servers': servers}, options))
 
 # %% ../nbs/09_predict.ipynb #058cbfed
+_given = 'samples_that_were_given' # What their data set is called
+
 def _registered(recipe, samples, folder):
     "The recipe with given samples as a registered data set."
     def filled(s):
@@ -205,8 +217,8 @@ def _registered(recipe, samples, folder):
         turns = [turn for turn in s['messages'] if turn['role'] != 'system']
         return s | {'messages': s['messages'] + [{'role': 'assistant', 'content': ''}]*(len(turns) % 2)}
     registry = Registry(folder/'data')
-    if 'asked' not in registry: registry.add('asked', [filled(s) for s in samples])
-    return recipe | {'dataset_dir': str(folder/'data'), 'eval_dataset': 'asked'}
+    if _given not in registry: registry.add(_given, [filled(s) for s in samples])
+    return recipe | {'dataset_dir': str(folder/'data')}
 
 def _joined(rows, generated):
     "LLaMA-Factory's predictions put together with the rows that they are about."
@@ -223,12 +235,13 @@ def _take_over(folder):
     joined = _joined(*([json.loads(line) for _, line in whole_lines(folder/name)] for name in names))
     write_text(folder/'predictions.jsonl', ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in joined))
 
-def _begin_llamafactory(recipe, folder, about):
+def _begin_llamafactory(recipe, samples, folder, about):
     "Start LLaMA-Factory's own prediction."
+    if recipe['eval_dataset'] == _given: recipe = _registered(recipe, samples, folder)
     return launch(recipe, about['nproc'], env=about['given'], python=about['python'])
 
 # %% ../nbs/09_predict.ipynb #c4630a0e
-_engines = {'hf': _begin_hf, 'openai': _begin_openai, 'llamafactory': _begin_llamafactory}
+_engines = {'hf': _begin_hf, 'vllm': _begin_vllm, 'openai': _begin_openai, 'llamafactory': _begin_llamafactory}
 
 def _asked_samples(recipe):
     "The samples of the recipe's data set."
@@ -257,17 +270,18 @@ def _warn_of_failed(predictions):
 
 def _check_options(engine, options):
     "Raise `TypeError` or `ValueError` for what the engine doesn't know."
+    unknown = [name for name in options if engine != 'openai' and (engine, name) not in (('vllm', 'concurrency'), ('vllm', 'media'))]
+    if unknown: raise TypeError(f"The engine {engine!r} has no {', '.join(unknown)}.")
     if engine == 'openai': server_options(**options)
-    elif options: raise TypeError(f"The engine {engine!r} has no {', '.join(options)}.")
 
 def predict(
     recipe:dict, # A prediction recipe
     samples:list=None, # What to ask, with or without answers; `None`: the recipe's data set
-    engine:str='hf', # What answers: `'hf'`, `'openai'` or `'llamafactory'`
+    engine:str='hf', # What answers: `'hf'`, `'vllm'`, `'openai'` or `'llamafactory'`
     nproc:int=None, # Number of workers; `None`: one for each GPU here, one without
     env:dict=None, # Environment variables for the workers
-    python=None, # Interpreter of another environment, with LLaMA-Factory; `None`: this one
-    **options, # Of the engine `'openai'`: `base_url` and others, see `server_options`
+    python=None, # Interpreter of another environment, with LLaMA-Factory, or for `'vllm'` with vLLM; `None`: this one
+    **options, # For `'openai'` what `server_options` takes, `base_url` first; for `'vllm'` its `concurrency` and `media`
 )->Predictions:
     "Predict and wait for it, with progress. Interrupting leaves the work going; calling again attaches to it or goes on."
     if engine not in _engines: raise ValueError(f"There is no engine {engine!r}; there are {', '.join(_engines)}.")
@@ -275,13 +289,12 @@ def predict(
     folder, given = Path(recipe['output_dir']).absolute(), samples is not None
     samples = list(samples) if given else _asked_samples(recipe)
     if not samples: raise ValueError('There is nothing to predict: no samples.')
-    if given: recipe = recipe | {'eval_dataset': 'asked'}
-    if given and engine == 'llamafactory': recipe = _registered(recipe, samples, folder)
+    if given: recipe = recipe | {'eval_dataset': _given}
     rows = [json.dumps(asked_row(i, s), ensure_ascii=False, default=str) + '\n' for i, s in enumerate(samples)]
     _ask(folder, question(recipe, rows, engine, options.get('model')), rows)
     run, path = Run(folder), folder/'predictions.jsonl'
     if not run.is_running and missing(path, len(rows)):
-        run = _engines[engine](recipe, folder, _about(nproc, python=python, env=env), **options)
+        run = _engines[engine](recipe, samples, folder, _about(nproc, python=python, env=env), **options)
     if run.is_running or missing(path, len(rows)): _wait(run, len(rows))
     if engine == 'llamafactory': _take_over(folder)
     answers.put_in_order(path)

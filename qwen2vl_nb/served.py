@@ -392,7 +392,8 @@ def work(
     "Answer what is missing in a folder."
     import yaml
     answers, recipe = _beside('answers'), yaml.safe_load((folder/'recipe.yaml').read_text(encoding='utf-8'))
-    options = server_options(**json.loads((folder/'run.json').read_text(encoding='utf-8'))['options'])
+    run = json.loads((folder/'run.json').read_text(encoding='utf-8'))
+    options, engine = server_options(**run['options']), {'engine': run.get('engine', 'openai')}
     if recipe.get('template') != 'qwen2_vl':
         raise ValueError(f"The template is {recipe.get('template')!r}; servers are asked as qwen2_vl has it.")
     answer_settings(recipe, 0)  # what no server can do is no row's fault
@@ -404,7 +405,8 @@ def work(
         servers = [Server(url, options['timeout']) for url in options['base_url']]
         model = options['model'] or await model_name(servers, options['patience'])
         body = lambda row: json.dumps(request(row, recipe, model, options['media'])).encode()
-        await Asking(rows, todo, body, servers, options, file.add).run()
+        write = lambda came: file.add([row | engine for row in came])
+        await Asking(rows, todo, body, servers, options, write).run()
 
     try: asyncio.run(ask())
     except asyncio.CancelledError: signal.raise_signal(signal.SIGTERM)

@@ -102,7 +102,7 @@ def _line(text, colour='inherit'):
     return f'<span style="white-space:pre-wrap;line-height:1.5;color:{colour}">{escape(text)}</span>'
 
 _looks = {'done': 'success', 'failed': 'danger', 'stopped': 'warning', 'stopping': 'warning'} # Of the bar
-_shares = dict(words=.002, gpu=.002, curve=.015) # Of one core; together below 2 %
+_shares = dict(words=.002, gpu=.002, curve=.013) # Of one core; together below 2 %
 _at_work = ('running', 'stopping', 'resuming')
 
 class RunView(VBox):

@@ -1,0 +1,96 @@
+"vLLM in an environment of its own: the answers are those of transformers. `VLLM_PYTHON` names its interpreter."
+import json, os, random, shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from qwen2vl_nb.predict import predict
+from qwen2vl_nb.recipe import predict_recipe
+from qwen2vl_nb.registry import Registry, dataset_samples
+from qwen2vl_nb.run import _marked, attach, launch
+
+__test__ = 'VLLM_PYTHON' in os.environ  # without the other environment there is nothing to collect
+
+def _by_vllm(recipe, samples, media='data'):
+    p = predict(recipe, samples, engine='vllm', python=os.environ['VLLM_PYTHON'], media=media)
+    assert not _marked(attach(p)._json('run.json')['id']), 'nothing is left of it'
+    assert {row['engine'] for row in p} == {'vllm'}
+    return p
+
+def _told(predictions):
+    return [(row['predict'], row['prompt_tokens'], row['finish_reason']) for row in predictions]
+
+@pytest.fixture(scope='module')
+def samples(data): return dataset_samples(Registry(data), 'car_item_test')
+
+@pytest.fixture(scope='module')
+def ask(tiny):
+    def make(folder, model=tiny, adapter=None):
+        return predict_recipe(model, None, folder, adapter, max_new_tokens=24, use_cpu=True)
+    return make
+
+@pytest.fixture
+def train(few_steps):
+    "An adapter that has learnt what it is asked."
+    def make(**changes):
+        taught = dict(max_steps=60, max_samples=None, per_device_train_batch_size=16, learning_rate=2e-3)
+        return launch(few_steps(**taught, **changes), nproc=1).wait()
+    return make
+
+def test_answers_are_those_of_transformers(ask, samples, tmp_path):
+    ours, theirs = _by_vllm(ask(tmp_path/'my vllm 店'), samples), predict(ask(tmp_path/'hf'), samples)
+    assert len(ours) == 100 and not ours.failed and _told(ours) == _told(theirs)
+
+def test_so_they_are_with_an_adapter_of_rank_32_and_pictures_by_their_path(ask, samples, train, tmp_path):
+    adapter = train(lora_rank=32)
+    ours = _by_vllm(ask(tmp_path/'vllm', adapter=adapter), samples, 'file')
+    assert _told(ours) == _told(predict(ask(tmp_path/'hf', adapter=adapter), samples))
+    assert sum(row['predict'] == row['label'] for row in ours) >= 90, 'without the adapter none is right'
+
+@pytest.fixture
+def tiny_fp32(tiny, tmp_path):
+    "The small model in float32."
+    from safetensors.torch import load_file, save_file
+    folder = Path(shutil.copytree(tiny, tmp_path/'tiny fp32'))
+    weights = {name: w.float() for name, w in load_file(folder/'model.safetensors').items()}
+    save_file(weights, folder/'model.safetensors', {'format': 'pt'})
+    config = json.loads((folder/'config.json').read_text())
+    (folder/'config.json').write_text(json.dumps(config | {'dtype': 'float32'}))
+    return folder
+
+def _of_all_kinds(samples, folder):
+    "Rows with several pictures and none, of sizes that are scaled, with a system prompt, with several turns."
+    chance, sized = random.Random(0), []
+    for i, (width, height) in enumerate([(100, 75), (30, 300), (1600, 1200), (20, 20)]):
+        sized.append(str(folder/f'{i}.png'))
+        Image.frombytes('RGB', (width, height), chance.randbytes(3*width*height)).save(sized[-1])
+    one, two = (s['image'][0] for s in samples[:2])
+    turns = '<image>What is this?', 'A car.', 'And <image>?', 'A bus.', 'Sure?'
+    roles = 'user', 'assistant', 'user', 'assistant', 'user'
+    talk = [{'role': role, 'content': text} for role, text in zip(roles, turns)]
+    return [
+        {'instruction': 'First <image> then <image>.', 'input': 'Which <image>?', 'image': [one, two, one]},
+        {'instruction': 'What is this?'},
+        {'instruction': '<image>What is this?', 'system': 'Be brief. 简短。', 'image': [one]},
+        {'messages': talk, 'image': [one, two]},
+        {'instruction': 'And now <image>?', 'history': [['<image>What?', 'A car.']], 'image': [two, one]},
+        *({'instruction': '<image>\nWhat is this?\n', 'image': [p]} for p in sized)]
+
+def test_in_float32_no_answer_differs_whatever_is_asked(ask, samples, train, tiny_fp32, tmp_path):
+    "Also where the model was never taught to answer, and with an adapter for the vision tower."
+    adapter = train(lora_rank=100, freeze_vision_tower=False)
+    forms = 'What is this?', 'Name the item.', 'Make a list.', 'Say it in two words.', 'Name the color.'
+    asked = [s | {'instruction': f'<image>{form}'} for form in forms for s in samples]
+    asked += _of_all_kinds(samples, tmp_path)
+    ours = _by_vllm(ask(tmp_path/'vllm', tiny_fp32, adapter), asked)
+    theirs = predict(ask(tmp_path/'hf', tiny_fp32, adapter), asked)
+    assert len({row['predict'] for row in ours}) > 50, 'there is something to differ in'
+    assert not ours.failed and _told(ours) == _told(theirs)
+
+def test_one_that_cannot_start_says_why_and_leaves_nothing(ask, samples, tiny, tmp_path):
+    broken = Path(shutil.copytree(tiny, tmp_path/'broken'))
+    os.truncate(broken/'model.safetensors', 100_000)
+    said = 'ended with exit status 1 before the work began.*SafetensorError'
+    with pytest.raises(RuntimeError, match=said): _by_vllm(ask(tmp_path/'vllm', broken), samples)
+    assert not _marked(attach(tmp_path/'vllm')._json('run.json')['id'])
