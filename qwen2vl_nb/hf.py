@@ -158,11 +158,10 @@ class Halving:
     def __init__(self,
         answer, # From a made batch to rows
         make, # From row numbers to a made batch
-    ): self.answer, self.make, self.most = answer, make, None
+    ): self.answer, self.make, self.most = answer, make, float('inf')
 
     def _tried(self, rows, inputs):
         "The rows, answered; `None` if they do not fit."
-        if self.most and inputs['attention_mask'].numel() > self.most and len(rows) > 1: return None
         try: return self.answer(rows, inputs)
         except Exception as error:
             if not is_memory_error(error): raise
@@ -171,10 +170,12 @@ class Halving:
     def __call__(self, rows, inputs, failed):
         "All rows of a made batch, answered or failed."
         if not rows: return failed
-        done = self._tried(rows, inputs)
-        if done is not None: return done + failed
-        _free_memory()
-        self.most = min(self.most or inputs['attention_mask'].numel(), inputs['attention_mask'].numel())//2
+        size = inputs['attention_mask'].numel()
+        if len(rows) == 1 or size < self.most:
+            done = self._tried(rows, inputs)
+            if done is not None: return done + failed
+            _free_memory()
+            self.most = size
         numbers = [row['row'] for row in rows]
         parts = numbers[:len(numbers)//2], numbers[len(numbers)//2:]
         return [row for part in parts for row in self(*self.make(part))] + failed
