@@ -10,6 +10,7 @@ __all__ = ['Answers', 'whole_lines', 'answered', 'missing', 'put_in_order', 'Ask
 import fcntl, json, os, re, runpy, signal, subprocess, sys, time
 from array import array
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 # %% ../nbs/08b_answers.ipynb #4744a946
@@ -186,6 +187,7 @@ class Servers:
         self._fail(server, f'{_ended(process)} while it was asked')
 
 # %% ../nbs/08b_answers.ipynb #cbfae5eb
+@cache
 def _beside(name): return runpy.run_path(Path(__file__).with_name(f'{name}.py'))
 
 def _end(processes, grace=20):
@@ -202,11 +204,7 @@ def _end(processes, grace=20):
     for p in there: p.wait()
 
 # %% ../nbs/08b_answers.ipynb #6fc2eb11
-def _write(path, value):
-    "Write JSON all or not at all: beside first, then renamed."
-    beside = path.with_suffix('.tmp')
-    beside.write_text(json.dumps(value) + '\n', encoding='utf-8')
-    os.replace(beside, path)
+def _write(path, value): _beside('worker')['_write'](path, value)
 
 class Count:
     "How many rows are done, kept up with a file that grows."
@@ -226,7 +224,7 @@ class Count:
 
 def _tell(folder, count, n, began):
     "Write down how far the rows are."
-    now = {'step': count.look(), 'steps': n, 'unit': 'row', 'time': time.time(), 'began': began,
+    now = {'step': count.look(), 'steps': n, 'time': time.time(), 'began': began,
            'from_step': count.before}
     with suppress(OSError): _write(folder/'progress.json', now)  # a disk that is full for a moment ends nothing
 

@@ -13,7 +13,7 @@ from . import answers, hf, served
 from .stack import Finding
 from .answers import missing, whole_lines
 from .served import server_options
-from .data import as_list, sample_turns, write_text
+from .data import _trained_turns, as_list, sample_turns, write_text
 from .registry import Registry, dataset_samples
 from .recipe import absolute_recipe, recipe_findings
 from .memory import GiB, model_config
@@ -24,10 +24,8 @@ from .run import Run, _about, _first_gpus, _keep, _machine_findings, _refuse, _v
 _consumed = ('image', 'video', 'instruction', 'input', 'output', 'history', 'messages', 'system', 'tools')
 
 def _turns(sample):
-    "(role, text) of each turn as LLaMA-Factory has it, the system prompt apart: an input under its instruction."
-    turns = [(role, text or '') for _, role, text in sample_turns(sample) if role != 'system']
-    if 'messages' not in sample and sample.get('input'):
-        turns[-3:-1] = [('user', '\n'.join(text for _, text in turns[-3:-1] if text))]
+    "(role, text) of each turn as LLaMA-Factory has it, the system prompt apart."
+    turns = [(role, text or '') for role, text in _trained_turns(sample) if role != 'system']
     return [('function' if role == 'function_call' else role, text) for role, text in turns]
 
 def _system(sample):
@@ -225,13 +223,13 @@ def _joined(rows, generated):
     if len(rows) != len(generated):
         raise ValueError(f'LLaMA-Factory predicted {len(generated)} of {len(rows)} rows: it drops rows that are not '
                          'well formed. Run `check_samples` on the data set.')
-    bare = [{k: v for k, v in row.items() if k != 'asked'} for row in rows]
-    return [row | {'predict': g['predict'], 'engine': 'llamafactory'} for row, g in zip(bare, generated)]
+    return [hf._bare(row) | {'predict': g['predict'], 'engine': 'llamafactory'} for row, g in zip(rows, generated)]
 
 def _take_over(folder):
-    "LLaMA-Factory's answers as `predictions.jsonl`, once it has written them."
-    if (folder/'predictions.jsonl').exists() or Run(folder).status != 'done': return
+    "LLaMA-Factory's answers to this question as `predictions.jsonl`, once it has written them, whoever waited for it."
     names = 'asked.jsonl', 'generated_predictions.jsonl'
+    if (folder/'predictions.jsonl').exists() or not (folder/names[1]).exists() or Run(folder).status != 'done': return
+    if (folder/names[1]).stat().st_mtime < (folder/'question.json').stat().st_mtime: return  # of a run before it was asked
     joined = _joined(*([json.loads(line) for _, line in whole_lines(folder/name)] for name in names))
     write_text(folder/'predictions.jsonl', ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in joined))
 
@@ -270,9 +268,9 @@ def _warn_of_failed(predictions):
 
 def _check_options(engine, options):
     "Raise `TypeError` or `ValueError` for what the engine doesn't know."
-    unknown = [name for name in options if engine != 'openai' and (engine, name) not in (('vllm', 'concurrency'), ('vllm', 'media'))]
-    if unknown: raise TypeError(f"The engine {engine!r} has no {', '.join(unknown)}.")
     if engine == 'openai': server_options(**options)
+    unknown = options.keys() - {'openai': options, 'vllm': ('concurrency', 'media')}.get(engine, ())
+    if unknown: raise TypeError(f"The engine {engine!r} has no {', '.join(sorted(unknown))}.")
 
 def predict(
     recipe:dict, # A prediction recipe
@@ -293,9 +291,12 @@ def predict(
     rows = [json.dumps(asked_row(i, s), ensure_ascii=False, default=str) + '\n' for i, s in enumerate(samples)]
     _ask(folder, question(recipe, rows, engine, options.get('model')), rows)
     run, path = Run(folder), folder/'predictions.jsonl'
-    if not run.is_running and missing(path, len(rows)):
-        run = _engines[engine](recipe, samples, folder, _about(nproc, python=python, env=env), **options)
-    if run.is_running or missing(path, len(rows)): _wait(run, len(rows))
+    is_at_work = run.is_running
+    if engine == 'llamafactory': _take_over(folder)
+    if not is_at_work and missing(path, len(rows)):
+        _engines[engine](recipe, samples, folder, _about(nproc, python=python, env=env), **options)
+        is_at_work = True
+    if is_at_work: _wait(run, len(rows))
     if engine == 'llamafactory': _take_over(folder)
     answers.put_in_order(path)
     found = Predictions(folder)

@@ -1,7 +1,7 @@
 """The tests run on the package as it is installed from a built wheel, beside the same stack, not on the sources.
 
 The wheel is built once, before any test module imports the package; child processes get it through PYTHONPATH."""
-import os, shutil, subprocess, sys, tempfile
+import os, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import pytest
@@ -26,6 +26,13 @@ sys.path.insert(0, SITE)
 os.environ['PYTHONPATH'] = SITE
 os.environ['HF_HUB_OFFLINE'] = '1'
 os.environ['CUDA_VISIBLE_DEVICES'] = ''  # the same on a machine with GPUs
+
+def until(condition, seconds=300):
+    "Wait for something to be so."
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, 'it took too long'
+        time.sleep(.05)
 
 def pytest_addoption(parser): parser.addoption('--soak', action='store_true', help='run what is longer, too')
 

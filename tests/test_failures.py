@@ -10,6 +10,7 @@ import psutil
 import pytest
 from PIL import Image
 
+from conftest import until
 from qwen2vl_nb import run as run_module
 from qwen2vl_nb.checkpoint import checkpoints, is_whole
 from qwen2vl_nb.failure import find_failure
@@ -18,12 +19,6 @@ from qwen2vl_nb.recipe import predict_recipe, save_recipe, train_recipe
 from qwen2vl_nb.run import attach, launch
 from qwen2vl_nb.stack import Finding
 from qwen2vl_nb.zero import zero_config
-
-def until(condition, seconds=300):
-    end = time.time() + seconds
-    while not condition():
-        assert time.time() < end, 'it took too long'
-        time.sleep(.05)
 
 def over(run):
     "The run, when it has ended; if that takes too long it is stopped."

@@ -39,10 +39,13 @@ def test_answers_are_those_of_llamafactory(ask, once, tmp_path):
     own = predict(ask(tmp_path/'own', per_device_eval_batch_size=50), engine='llamafactory')
     assert len(own) == 100 and _answers(own) == _answers(once)
     assert [(r['id'], r['images'], r['prompt'], r['label']) for r in own] == [(r['id'], r['images'], r['prompt'], r['label']) for r in once]
-    (tmp_path/'own'/'predictions.jsonl').unlink()
+    answers, started = list(own), (tmp_path/'own'/'run.json').read_text()
+    (tmp_path/'own'/'predictions.jsonl').unlink()  # as where nobody was there when it ended
     generated = Predictions(tmp_path/'own')
     assert generated.path.name == 'generated_predictions.jsonl'
     assert [(r['prompt'], r['label'], r['predict']) for r in generated] == [(r['prompt'], r['label'], r['predict']) for r in once]
+    assert list(predict(ask(tmp_path/'own', per_device_eval_batch_size=50), engine='llamafactory')) == answers
+    assert (tmp_path/'own'/'run.json').read_text() == started, 'its answers were taken up, not made again'
 
 def _dialogue(*turns, **rest):
     return {'messages': [{'role': ('user', 'assistant')[i % 2], 'content': text} for i, text in enumerate(turns)], 'image': []} | rest

@@ -5,6 +5,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from conftest import until
 from qwen2vl_nb import waiter
 from qwen2vl_nb.checkpoint import checkpoints, is_whole
 from qwen2vl_nb.loss import read_log
@@ -17,11 +18,7 @@ def _processes(run):
     w = psutil.Process(run._json('waiter.json')['pid'])
     return [w, *w.children(recursive=True)]
 
-def _until(condition, seconds=180):
-    end = time.time() + seconds
-    while not condition():
-        assert time.time() < end, 'it took too long'
-        time.sleep(.1)
+def _until(condition, seconds=180): until(condition, seconds)
 
 def _at_step(run, step):
     _until(lambda: run.progress.step >= step or not run.is_running)

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from conftest import until
 from qwen2vl_nb import answers, served
 from qwen2vl_nb.answers import Answers, whole_lines
 from qwen2vl_nb.predict import asked_row, predict
@@ -43,11 +44,7 @@ def _rows(folder, n):
     assert [row['row'] for row in rows] == list(range(n))
     return rows
 
-def _until(condition, seconds=60):
-    end = time.time() + seconds
-    while not condition():
-        assert time.time() < end, 'it took too long'
-        time.sleep(.05)
+def _until(condition, seconds=60): until(condition, seconds)
 
 def _echo(asked):
     "What a server saw, as its answer."
