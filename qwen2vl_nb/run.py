@@ -177,8 +177,8 @@ class Run:
 
     def wait(self):
         "Block until the run has ended, with progress; interrupting leaves it at work. A failure is raised with its cause."
-        from tqdm import tqdm  # the one in text: it is kept with the notebook, a widget is not
         try:
+            from tqdm import tqdm  # the one in text: it is kept with the notebook, a widget is not
             with tqdm(desc=self.output_dir.name, unit=self.progress.unit, file=sys.stdout) as bar:
                 while True:
                     status, now = self.status, self.progress
