@@ -67,7 +67,7 @@ soak: setup
 	$(BIN)/python -m pytest -q tests --soak -m soak
 	EXAMPLES=1500 $(BIN)/python -m pytest -q tests/test_property.py
 
-benchmarks: setup
+benchmarks: setup .venv-vllm/.installed
 	$(EXECUTE) nbs/benchmarks/*.ipynb && $(BIN)/nbdev_clean
 
 tiny: setup

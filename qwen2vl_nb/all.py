@@ -25,7 +25,8 @@ from .loss import Log, plot_loss, read_log
 from .run import Progress, Run, attach, export, launch, runs
 from .watch import watch_loss
 from .predict import Predictions, predict
-from .score import compare, score, show_predictions
+from .score import compare, score
+from .show import show_predictions
 from .tiny import make_car_item, make_car_video, tiny_model
 
 # %% ../nbs/90_all.ipynb #39ae8616

@@ -235,9 +235,9 @@ def _is_stopped(folder):
     return True
 
 def _write_failure(folder, error):
-    "What the servers failed of, as ranks write it down."
+    "What the servers failed of, as a rank writes it down."
     print(error, flush=True)
-    failure = {'rank': 0, 'type': type(error).__name__, 'message': str(error), 'time': time.time()}
+    failure = {'type': type(error).__name__, 'message': str(error), 'time': time.time()}
     _write(folder/'failure-servers.json', failure | {'file': '', 'line': 0, 'function': '', 'traceback': ''})
 
 def look_after(

@@ -170,7 +170,8 @@ def _first_exception(folder):
 def _raised(folder, raised):
     "A rank that an exception ended."
     frame = raised['file'], raised['line'], raised['function']
-    found = _found(f"rank {raised['rank']}", f"{raised['type']}: {raised['message']}", frame)
+    who = f"rank {raised['rank']}" if 'rank' in raised else 'server'
+    found = _found(who, f"{raised['type']}: {raised['message']}", frame)
     if not found.what.startswith(_known[0].what): return found
     fits = _what_fits(load_recipe(folder/'recipe.yaml'), _json(folder/'run.json').get('gpus'))
     return replace(found, cure=f'{found.cure}\n{fits}'.strip())

@@ -177,8 +177,9 @@ def _budget(recipe, about):
 
 def _start_workers(recipe, folder, about, workers):
     "Start workers and what looks after them."
-    about |= {'unit': 'row', 'workers': workers, 'command': [sys.executable, answers.__file__], 'cwd': str(folder)}
-    return start(recipe, about, lambda folder: (folder/'run.json').exists() and _keep(folder))
+    about |= {'unit': 'row', 'workers': workers, 'cwd': str(folder)}
+    make_room = lambda folder: (folder/'run.json').exists() and _keep(folder)
+    return start(recipe, about, make_room, [sys.executable, answers.__file__])
 
 def _begin_hf(recipe, samples, folder, about):
     "Start the workers that hold the model."

@@ -205,7 +205,7 @@ class Run:
     def resume(self,
         master:str=None, # Address and port of the first of several machines; `None`: as before
     ):
-        "Go on from the last whole checkpoint, with the same recipe, on as many processes."
+        "Go on from the last whole checkpoint, or with the rows that are missing: the same recipe, on as many processes."
         return _resume(self, master)
 
 def _said(finding): return f'{finding.where}: {finding.what} {finding.cure}'
@@ -377,8 +377,9 @@ def _keep(folder):
 
 def start(
     recipe:dict, # A recipe
-    about:dict, # What is known of the run; `cwd` is its folder, `command` what to start where it is no training
+    about:dict, # What is known of the run; `cwd` is its folder
     make_room, # What to do with an earlier start's files, given the folder
+    command:list=None, # What to start; `None`: LLaMA-Factory, on this recipe
 )->Run: # The run
     "Start a recipe below a waiter, once it is sure that no other run is at work in the folder."
     run = Run(about['cwd'])
@@ -388,7 +389,7 @@ def start(
         make_room(run.output_dir)
         save_recipe(recipe, run.output_dir/'recipe.yaml')
         hidden, env = _apart(_environment(recipe, about))
-        about = {'command': _command(recipe, about)} | about | {'given': _apart(about['given'])[1], 'env': env, 'inherited': _inherited()}
+        about = about | {'command': command or _command(recipe, about), 'given': _apart(about['given'])[1], 'env': env, 'inherited': _inherited()}
         write_text(run.output_dir/'run.json', json.dumps(about, indent=1, ensure_ascii=False) + '\n')
         process = subprocess.Popen([sys.executable, '-I', waiter.__file__, str(run.output_dir)], env=os.environ | hidden, start_new_session=True,
                                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -442,12 +443,13 @@ def _resume(run, master):
     "Start a run again where it left off."
     about, recipe = run._json('run.json'), run.recipe
     if run.is_running or run.status == 'done': raise RuntimeError(f'The run in {run.output_dir} is {run.status}: there is nothing to go on with.')
+    about |= {'id': uuid.uuid4().hex, 'master': master or about['master'], 'host': socket.gethostname(), 'versions': installed_versions(about['python'])}
+    if 'workers' in about: return start(recipe, about, _keep, about['command'])  # a prediction
     is_first = not about['node_rank']  # the first machine has the checkpoints
     last = set_aside_torn(recipe['output_dir'], about['nproc']*about['nnodes']) if is_first else None
     if is_first and not last:
         raise RuntimeError(f"There is no whole checkpoint in {recipe['output_dir']} to go on from: launch(recipe) starts from the beginning.")
     recipe = {k: v for k,v in recipe.items() if k != 'resume_from_checkpoint'} | {'overwrite_output_dir': False}
-    about |= {'id': uuid.uuid4().hex, 'master': master or about['master'], 'host': socket.gethostname(), 'versions': installed_versions(about['python'])}
     then = _checked(recipe | {'resume_from_checkpoint': True}, about)
     run = start(recipe, about, _keep)
     then(run)

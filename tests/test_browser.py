@@ -157,6 +157,34 @@ def _long_run(lab, page, few_steps, name):
     page.locator('.jp-OutputArea-output', has_text='2').first.wait_for()  # the cells below go on at once
     return attach(lab.root/name)
 
+_ANSWERS = """import json
+from qwen2vl_nb.all import *
+cars = json.load(open('data/car_item/test.json'))
+rows = [dict(id=f'car-{i}', images=[f"data/{car['image'][0]}"], prompt=car['instruction'], label=car['output'],
+             predict=car['output'] if i % 3 else '{"item": "<b>truck</b>"}') for i, car in enumerate(cars)]
+show_predictions(rows, n=4)"""
+
+def test_predictions_are_paged_filtered_and_searched(lab, page):
+    labels = [car['output'] for car in json.loads((ROOT/'data'/'car_item'/'test.json').read_text())]
+    _notebook(lab.root/'answers.ipynb', [_ANSWERS])
+    _open(page, lab, 'answers.ipynb')
+    _menu(page, 'Run', 'Run All Cells')
+    view = page.locator('.widget-vbox')
+    def shows(found):
+        ids = [f'car-{i}' for i in found[:4]]
+        _until(lambda: view.locator('small.t').all_text_contents() == ids, f'the cards of {ids}')
+    shows(range(len(labels)))
+    assert all(view.locator('img').evaluate_all('all => all.map(image => image.naturalWidth)')), 'the pictures are there'
+    view.locator('button[title=Next]').click()
+    shows(range(4, len(labels)))
+    view.locator('select').select_option('wrong (34)')
+    shows(range(0, len(labels), 3))
+    view.get_by_placeholder('Search').fill('Yellow')
+    page.keyboard.press('Enter')
+    shows([i for i, label in enumerate(labels) if i % 3 == 0 and 'yellow' in label])
+    assert view.locator('mark').count() and not view.locator('b', has_text='truck').count(), 'what differs is marked, and markup is text'
+    _keep(page, 'predictions')
+
 @pytest.mark.soak
 def test_buttons_and_failure(lab, page, few_steps):
     "Stop, Resume, and the cause in red; in a dark theme, too. And it takes next to nothing of the processor."

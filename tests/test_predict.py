@@ -193,7 +193,9 @@ def test_it_stops_and_goes_on(ask, many, uninterrupted, tmp_path):
     assert 'was stopped' in caller.communicate(timeout=30)[0] and run.status == 'stopped' and not _marked(run._json('run.json')['id'])
     before = list(Predictions(tmp_path/'out'))
     assert 0 < len(before) < len(many)
+    run.resume().wait()
     p = predict(recipe, many)
+    assert not (tmp_path/'out'/'earlier'/'2').exists(), 'the resumed run did it all'
     assert _answers(p) == _answers(uninterrupted) and all(p[row['row']] == row for row in before)
 
 def test_a_picture_deleted_meanwhile_costs_its_row_only(ask, many, uninterrupted, tmp_path):

@@ -146,6 +146,17 @@ def test_a_stopped_run_goes_on(whole, tmp_path):
     assert _same(logged[logged.index > stopped + 1], _losses(reference)[lambda l: l.index > stopped + 1])
     assert list(_losses(reference).index) == [s for s in logged.index if s % 2 == 0], 'a stop off the log steps has a row of its own'
 
+@pytest.mark.soak
+def test_several_machines_go_on_at_another_address(few_steps):
+    recipe = few_steps(max_steps=40, save_steps=5)
+    at = lambda port: f'127.0.0.1:{port}'
+    ranks = [launch(recipe, nproc=1, nnodes=2, node_rank=rank, master=at(29611)) for rank in (0, 1)]
+    _until(lambda: is_whole(ranks[0].output_dir/'checkpoint-5', 2) or not ranks[0].is_running)
+    for run in ranks: run.stop(patience=0)
+    again = [run.resume(master=at(29612)) for run in ranks]
+    assert [run.wait().status for run in again] == ['done', 'done']
+    assert all('29612' in run._json('run.json')['command'] for run in again)
+
 def test_there_must_be_something_to_go_on_from(few_steps):
     run = launch(few_steps(max_steps=100_000, save_steps=100_000))
     with pytest.raises(RuntimeError, match='is running'): run.resume()
