@@ -148,7 +148,7 @@ def test_a_stopped_run_goes_on(whole, tmp_path):
 
 @pytest.mark.soak
 def test_several_machines_go_on_at_another_address(few_steps):
-    recipe = few_steps(max_steps=40, save_steps=5)
+    recipe = few_steps(max_steps=40, save_steps=5, deepspeed=zero_config('z2'), use_cpu=None)
     at = lambda port: f'127.0.0.1:{port}'
     ranks = [launch(recipe, nproc=1, nnodes=2, node_rank=rank, master=at(29611)) for rank in (0, 1)]
     _until(lambda: is_whole(ranks[0].output_dir/'checkpoint-5', 2) or not ranks[0].is_running)
