@@ -256,6 +256,7 @@ def look_after(
             if _is_stopped(folder): return signal.SIGTERM
             time.sleep(.5)
         began = time.time()
+        _write(folder/'missing.json', missing(answers, n))  # the same for all workers, however late one begins
         workers += [subprocess.Popen(w['command'], env=os.environ | w['env']) for w in run['workers']]
         while any([p.poll() is None for p in workers]):
             _tell(folder, count, n, began)
@@ -269,6 +270,7 @@ def look_after(
         return 1
     finally:
         _end(workers + servers.running)
+        (folder/'missing.json').unlink(missing_ok=True)
         _tell(folder, count, n, began)
         put_in_order(answers)
 

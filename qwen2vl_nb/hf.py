@@ -240,7 +240,7 @@ def work(
     answers, run = _beside('answers'), json.loads((folder/'run.json').read_text(encoding='utf-8'))
     recipe = yaml.safe_load((folder/'recipe.yaml').read_text(encoding='utf-8'))
     rows, file = answers['Asked'](folder/'asked.jsonl'), answers['Answers'](folder/'predictions.jsonl')
-    todo = set(answers['missing'](file.path, len(rows)))
+    todo = set(json.loads((folder/'missing.json').read_text()))
     prompts, args, tokenizer = load_prompts(recipe, rows)
     gc.freeze()
     gc.enable()

@@ -398,7 +398,7 @@ def work(
         raise ValueError(f"The template is {recipe.get('template')!r}; servers are asked as qwen2_vl has it.")
     answer_settings(recipe, 0)  # what no server can do is no row's fault
     rows, file = answers['Asked'](folder/'asked.jsonl'), answers['Answers'](folder/'predictions.jsonl')
-    todo = answers['missing'](file.path, len(rows))
+    todo = json.loads((folder/'missing.json').read_text())
 
     async def ask():
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asyncio.current_task().cancel)

@@ -6,6 +6,7 @@ import pytest
 
 from qwen2vl_nb import hf
 from qwen2vl_nb.answers import Answers, Asked
+from qwen2vl_nb import predict as predicting
 from qwen2vl_nb.predict import Predictions, asked_row, predict
 from qwen2vl_nb.recipe import predict_recipe, save_recipe
 from qwen2vl_nb.registry import Registry, dataset_samples
@@ -183,6 +184,15 @@ def test_two_workers_share_the_rows(ask, many, uninterrupted, tmp_path):
     p = predict(ask(tmp_path/'out'), many, nproc=2)
     assert [r['id'] for r in p] == [s['id'] for s in many] and _answers(p) == _answers(uninterrupted)
     assert len(p.path.read_text().splitlines()) == len(many)
+
+def test_a_worker_that_comes_late_has_its_own_share_still(ask, many, tmp_path, monkeypatch):
+    both = predicting._workers
+    def late(about):
+        first, second = both(about)
+        return [first, second | {'command': ['sh', '-c', 'sleep 8; exec "$@"', 'sh', *second['command']]}]
+    monkeypatch.setattr(predicting, '_workers', late)
+    p = predict(ask(tmp_path/'out'), many, nproc=2)
+    assert [r['id'] for r in p] == [s['id'] for s in many]
 
 def test_it_stops_and_goes_on(ask, many, uninterrupted, tmp_path):
     recipe = ask(tmp_path/'out')
