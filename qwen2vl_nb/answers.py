@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Answers', 'whole_lines', 'answered', 'missing', 'put_in_order', 'Asked', 'ServerFailed', 'Servers', 'Count',
-           'look_after']
+           'RowsLeftOut', 'look_after']
 
 # %% ../nbs/08b_answers.ipynb #dd3a5d9e
 import fcntl, json, os, re, runpy, signal, subprocess, sys, time
@@ -234,15 +234,27 @@ def _is_stopped(folder):
     os.replace(folder/'stop', folder/'stopping')
     return True
 
-def _write_failure(folder, error):
-    "What the servers failed of, as a rank writes it down."
+class RowsLeftOut(Exception): "All workers ended well, and there are rows without a line."
+
+def _write_failure(folder, where, error):
+    "What a run failed of, as a rank writes it down."
     print(error, flush=True)
-    failure = {'type': type(error).__name__, 'message': str(error), 'time': time.time()}
-    _write(folder/'failure-servers.json', failure | {'file': '', 'line': 0, 'function': '', 'traceback': ''})
+    failure = {'where': where, 'type': type(error).__name__, 'message': str(error), 'time': time.time()}
+    _write(folder/f'failure-{where}.json', failure | {'file': '', 'line': 0, 'function': '', 'traceback': ''})
+
+def _ended_as(workers):
+    "The exit status of a run; where a signal ended a worker, the signal as a negative number."
+    codes = [p.returncode for p in workers]
+    return min(codes) if min(codes) < 0 else max(codes)
+
+def _check_whole(path, n):
+    "Raise `RowsLeftOut` where a row has no line."
+    left = n - len(answered(path))
+    if left: raise RowsLeftOut(f'{left} of {n} rows were left out: were their pictures changed meanwhile?')
 
 def look_after(
     folder, # The run's folder: `asked.jsonl`, and in `run.json` `workers`, each `command` and `env`, and `servers`
-)->int: # 0 if all workers ended well
+)->int: # Exit status; the signal that ended a worker as a negative number
     "Start the servers and workers of a run and wait for the workers' end."
     folder = Path(folder)
     answers, n = folder/'predictions.jsonl', len(Asked(folder/'asked.jsonl'))
@@ -264,15 +276,21 @@ def look_after(
                 for p in workers: p.terminate()
             servers.check()
             time.sleep(.2)
-        return max(abs(p.returncode) for p in workers)
-    except ServerFailed as error:
-        _write_failure(folder, error)
-        return 1
+        if (folder/'stopping').exists(): return signal.SIGTERM
+        ended = _ended_as(workers)
+        if not ended: _check_whole(answers, n)
+        return ended
+    except ServerFailed as error: _write_failure(folder, 'server', error)
+    except RowsLeftOut as error: _write_failure(folder, 'rows', error)
     finally:
         _end(workers + servers.running)
         (folder/'missing.json').unlink(missing_ok=True)
         _tell(folder, count, n, began)
-        put_in_order(answers)
+        with suppress(OSError): put_in_order(answers)  # on a full disk they are read in order all the same
+    return 1
 
 # %% ../nbs/08b_answers.ipynb #9e66880c
-if __name__ == '__main__' and '__file__' in globals(): sys.exit(look_after(Path.cwd()))
+if __name__ == '__main__' and '__file__' in globals():
+    ended = look_after(Path.cwd())
+    if ended < 0: os.kill(os.getpid(), -ended)  # so the waiter knows it, too
+    sys.exit(ended)

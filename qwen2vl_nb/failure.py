@@ -151,7 +151,7 @@ def _killed(who, name, ended):
         return Finding(who, what, _cause('MemoryError').cure)
     return Finding(who, 'The process was killed by SIGKILL.',
                    "Out of the machine's own memory is the usual reason, or the limit of a job system or container; "
-                   'else somebody ended it. Then resume().')
+                   'else somebody ended it. Then resume(), or predict again.')
 
 # %% ../nbs/07c_failure.ipynb #9e32fe09
 def _shown(said, most=600): return said if len(said) <= most else f'{said[:most]} …'
@@ -170,7 +170,7 @@ def _first_exception(folder):
 def _raised(folder, raised):
     "A rank that an exception ended."
     frame = raised['file'], raised['line'], raised['function']
-    who = f"rank {raised['rank']}" if 'rank' in raised else 'server'
+    who = raised.get('where') or f"rank {raised['rank']}"
     found = _found(who, f"{raised['type']}: {raised['message']}", frame)
     if not found.what.startswith(_known[0].what): return found
     fits = _what_fits(load_recipe(folder/'recipe.yaml'), _json(folder/'run.json').get('gpus'))

@@ -151,31 +151,40 @@ def is_memory_error(
     error:Exception, # What was raised
 )->bool:
     "Whether it says that memory does not suffice, the GPU's or the machine's."
-    return type(error).__name__ == 'OutOfMemoryError' or "can't allocate memory" in str(error)
+    signs = "can't allocate memory", 'CUDA error: out of memory', 'CUBLAS_STATUS_ALLOC_FAILED'
+    return type(error).__name__ == 'OutOfMemoryError' or any(sign in str(error) for sign in signs)
 
 class Halving:
-    "Answers batches, halved where they do not fit."
+    "Answers batches, halved where they do not fit, or where one of their rows fails."
     def __init__(self,
         answer, # From a made batch to rows
         make, # From row numbers to a made batch
-    ): self.answer, self.make, self.most = answer, make, float('inf')
+    ): self.answer, self.make, self.most, self.spared = answer, make, float('inf'), 10
+
+    def _failed(self, row, error):
+        "A row that failed by itself. Raises the error where no row is answered."
+        if not is_memory_error(error): self.spared -= 1
+        if self.spared <= 0: raise error
+        return [failed_row(row, error)]
 
     def _tried(self, rows, inputs):
-        "The rows, answered; `None` if they do not fit."
-        try: return self.answer(rows, inputs)
+        "The rows, answered; `None` if they are to be halved."
+        try: done = self.answer(rows, inputs)
         except Exception as error:
-            if not is_memory_error(error): raise
-            if len(rows) == 1: return [failed_row(rows[0], error)]
+            if 'CUDA error' in str(error) and not is_memory_error(error): raise  # this process can't use the GPU any more
+            if len(rows) == 1: return self._failed(rows[0], error)
+            if is_memory_error(error): self.most = inputs['attention_mask'].numel()
+        else:
+            self.spared = float('inf')
+            return done
 
     def __call__(self, rows, inputs, failed):
         "All rows of a made batch, answered or failed."
         if not rows: return failed
-        size = inputs['attention_mask'].numel()
-        if len(rows) == 1 or size < self.most:
+        if len(rows) == 1 or inputs['attention_mask'].numel() < self.most:
             done = self._tried(rows, inputs)
             if done is not None: return done + failed
             _free_memory()
-            self.most = size
         numbers = [row['row'] for row in rows]
         parts = numbers[:len(numbers)//2], numbers[len(numbers)//2:]
         return [row for part in parts for row in self(*self.make(part))] + failed
@@ -241,6 +250,9 @@ def work(
     recipe = yaml.safe_load((folder/'recipe.yaml').read_text(encoding='utf-8'))
     rows, file = answers['Asked'](folder/'asked.jsonl'), answers['Answers'](folder/'predictions.jsonl')
     todo = set(json.loads((folder/'missing.json').read_text()))
+    if run['gpus'] and not torch.cuda.is_available():
+        raise RuntimeError(f'The driver shows {len(run["gpus"])} GPU(s), and torch {torch.__version__} can use none: '
+                           'install its build for the CUDA version of this driver.')
     prompts, args, tokenizer = load_prompts(recipe, rows)
     gc.freeze()
     gc.enable()
@@ -249,6 +261,8 @@ def work(
     ahead = {'num_workers': readers, 'prefetch_factor': 2 if readers else None}
     ready = iter(torch.utils.data.DataLoader(prompts, batch_size=None, sampler=wanted, **ahead))
     model = load_model(tokenizer, args[0], args[3])
+    # of a prompt only the last place is asked what comes next; the scores of all would be most of the memory
+    model.get_output_embeddings().register_forward_pre_hook(lambda module, given: (given[0][:, -1:],))
     settings = answer_settings(args, tokenizer)
 
     def answer(rows, inputs):

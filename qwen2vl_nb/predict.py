@@ -7,6 +7,7 @@ __all__ = ['asked_row', 'question', 'Predictions', 'predict']
 
 # %% ../nbs/09_predict.ipynb #58c9c1c3
 import hashlib, json, os, re, sys, warnings
+from contextlib import suppress
 from pathlib import Path
 from filelock import FileLock
 from . import answers, hf, served
@@ -16,9 +17,9 @@ from .served import server_options
 from .data import _trained_turns, as_list, sample_turns, write_text
 from .registry import Registry, dataset_samples
 from .recipe import absolute_recipe, recipe_findings
-from .memory import GiB, model_config
+from .memory import GiB, model_config, predict_memory
 from .vllm_server import vllm_servers
-from .run import Run, _about, _first_gpus, _keep, _machine_findings, _refuse, _version_findings, launch, start
+from .run import Run, _about, _keep, _machine_findings, _refuse, _version_findings, launch, start
 
 # %% ../nbs/09_predict.ipynb #3259dbb1
 _consumed = ('image', 'video', 'instruction', 'input', 'output', 'history', 'messages', 'system', 'tools')
@@ -155,31 +156,36 @@ class Predictions:
         return pd.DataFrame(self.rows)
 
 # %% ../nbs/09_predict.ipynb #6a8b2104
+def _weights(recipe):
+    "Bytes of the weights on a GPU: those of the files; predicted where they are quantised, or not here yet."
+    files = list(Path(recipe['model_name_or_path']).glob('*.safetensors'))
+    if files and not recipe.get('quantization_bit'): return sum(p.stat().st_size for p in files)
+    return predict_memory(recipe, sample={'tokens': 8, 'pictures': []}).parts['weights']
+
 def _fit_findings(recipe, about):
     "Whether the whole model fits each GPU."
-    size = sum(p.stat().st_size for p in Path(recipe['model_name_or_path']).glob('*.safetensors'))
     memory = min((g['total'] for g in about['gpus']), default=None)
-    if memory is None or size < .8*memory: return []
+    if memory is None or (size := _weights(recipe)) < .8*memory: return []
     return [Finding('model_name_or_path', f'The weights take {size/GiB:.1f} GiB, and a GPU has {memory/GiB:.1f} GiB.',
                     'Quantise the model, or use a server that spreads it over several GPUs.')]
 
 def _workers(about):
     "The command of each worker, a GPU each where there are any."
-    n, devices = about['nproc'], _first_gpus(about['nproc']).split(',') if about['gpus'] else []
-    of = lambda k: {'CUDA_VISIBLE_DEVICES': devices[k]} if devices else {}
+    n, cards = about['nproc'], about['gpus']
+    if cards and n > len(cards): raise ValueError(f'nproc={n}: each worker needs a GPU of its own, and there are {len(cards)}.')
+    of = lambda k: {'CUDA_VISIBLE_DEVICES': cards[k]['device']} if cards else {}
     return [{'command': [about['python'], hf.__file__, str(k), str(n)], 'env': of(k)} for k in range(n)]
 
 def _budget(recipe, about):
     "Tokens of a batch."
     memory = min((g['total'] for g in about['gpus']), default=0)
-    size = sum(p.stat().st_size for p in Path(recipe['model_name_or_path']).glob('*.safetensors'))
-    return hf.token_budget(model_config(recipe['model_name_or_path']), size, memory)
+    size = _weights(recipe) if memory else 0
+    return hf.token_budget(model_config(recipe['model_name_or_path']), size, memory)//recipe.get('num_beams', 1)
 
 def _start_workers(recipe, folder, about, workers):
     "Start workers and what looks after them."
     about |= {'unit': 'row', 'workers': workers, 'cwd': str(folder)}
-    make_room = lambda folder: (folder/'run.json').exists() and _keep(folder)
-    return start(recipe, about, make_room, [sys.executable, answers.__file__])
+    return start(recipe, about, _keep, [sys.executable, answers.__file__])
 
 def _begin_hf(recipe, samples, folder, about):
     "Start the workers that hold the model."
@@ -295,11 +301,13 @@ def predict(
     is_at_work = run.is_running
     if engine == 'llamafactory': _take_over(folder)
     if not is_at_work and missing(path, len(rows)):
-        _engines[engine](recipe, samples, folder, _about(nproc, python=python, env=env), **options)
+        try: _engines[engine](recipe, samples, folder, _about(nproc, python=python, env=env), **options)
+        except RuntimeError:
+            if not run.is_running: raise  # another call has begun it meanwhile
         is_at_work = True
     if is_at_work: _wait(run, len(rows))
     if engine == 'llamafactory': _take_over(folder)
-    answers.put_in_order(path)
+    with suppress(OSError): answers.put_in_order(path)  # on a full disk they are read in order all the same
     found = Predictions(folder)
     _warn_of_failed(found)
     return found

@@ -81,7 +81,7 @@ def predict_recipe(
     beside = f'{adapter}-predict-{dataset or "samples"}' if adapter else f'saves/{Path(model).name}/predict/{dataset or "samples"}'
     defaults = {'model_name_or_path': os.fspath(model), 'adapter_name_or_path': adapter and str(adapter),
         'stage': 'sft', 'do_train': False, 'do_predict': True, 'predict_with_generate': True,
-        'finetuning_type': 'lora' if adapter else 'full',
+        'finetuning_type': 'lora' if adapter or changes.get('quantization_bit') else 'full',  # LLaMA-Factory quantises with no other
         'eval_dataset': dataset, 'template': 'qwen2_vl', 'cutoff_len': 2048, 'overwrite_cache': True,
         'preprocessing_num_workers': 4, 'output_dir': os.fspath(output_dir or beside), 'report_to': 'none',
         'per_device_eval_batch_size': 4, 'max_new_tokens': 128, 'do_sample': False}

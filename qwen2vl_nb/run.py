@@ -205,7 +205,7 @@ class Run:
     def resume(self,
         master:str=None, # Address and port of the first of several machines; `None`: as before
     ):
-        "Go on from the last whole checkpoint, or with the rows that are missing: the same recipe, on as many processes."
+        "Go on from the last whole checkpoint, with the same recipe, on as many processes."
         return _resume(self, master)
 
 def _said(finding): return f'{finding.where}: {finding.what} {finding.cure}'
@@ -335,10 +335,15 @@ def _command(recipe, about):
     ranks = ['--nproc-per-node', about['nproc'], '--log-dir', 'ranks', '--redirects', '3']
     return list(map(str, [about['python'], '-m', 'torch.distributed.run', *_meeting(about), *ranks, *script]))
 
-def _first_gpus(n):
-    "What `CUDA_VISIBLE_DEVICES` is for the first `n` of the GPUs visible here."
-    named = os.environ.get('CUDA_VISIBLE_DEVICES')
-    return ','.join((named.split(',') if named else [str(g.index) for g in gpus()])[:n])
+def _visible(env):
+    "What `CUDA_VISIBLE_DEVICES` is for a run, given its own variables; `None` where nobody has set it."
+    return env.get('CUDA_VISIBLE_DEVICES', os.environ.get('CUDA_VISIBLE_DEVICES'))
+
+def _gpus_for(env, n):
+    "The first `n` GPUs that a run may use, as dicts; `device` is what `CUDA_VISIBLE_DEVICES` calls each."
+    found, named = gpus(_visible(env)), _visible(env)
+    devices = named.split(',') if named else [str(g.index) for g in found]
+    return [asdict(g) | {'device': device} for g, device in zip(found[:n], devices)]
 
 def _environment(recipe, about):
     "What the child's environment has beside this one's."
@@ -346,10 +351,10 @@ def _environment(recipe, about):
     added = {'PATH': os.pathsep.join([scripts, os.environ.get('PATH', '')]), 'PYTHONUTF8': '1', 'PYTHONUNBUFFERED': '1', 'PYTHONSAFEPATH': '1', _mark: about['id']}
     compiled = Path.home()/'.cache'/'torch_extensions'/f"torch_{about['versions'].get('torch')}"
     if 'TORCH_EXTENSIONS_DIR' not in os.environ: added['TORCH_EXTENSIONS_DIR'] = str(compiled)
-    if about['nproc'] < len(gpus()): added['CUDA_VISIBLE_DEVICES'] = _first_gpus(about['nproc'])
     if about['nproc'] > 1 or recipe.get('deepspeed'): added |= {'PYTORCH_CUDA_ALLOC_CONF': 'expandable_segments:True', 'TORCH_NCCL_AVOID_RECORD_STREAMS': '1'}
     if about['given'].get('MAX_RESTARTS', '0') != '0': added['TORCH_DISABLE_SHARE_RDZV_TCP_STORE'] = '1'
-    return added | about['given']
+    devices = {'CUDA_VISIBLE_DEVICES': ','.join(g['device'] for g in about['gpus'])} if about['gpus'] else {}
+    return added | about['given'] | devices
 
 _kept = re.compile(r'^(CUDA|OMP|MKL|NCCL|GLOO|TORCH|PYTORCH|PET_|HF_|DS_|SLURM|PYTHON|LD_|QWEN2VL)')
 _secret = re.compile(r'TOKEN(?!IZER)|KEY|SECRET|PASS', re.I)
@@ -371,9 +376,11 @@ def _clear(folder):
 
 def _keep(folder):
     "Put what the last start left into `earlier/1`, `earlier/2`, …"
+    found = [p for name in _of_a_start for p in folder.glob(name)]
+    if not found: return
     earlier = folder/'earlier'/str(len([*folder.glob('earlier/*')]) + 1)
     earlier.mkdir(parents=True)
-    for p in (p for name in _of_a_start for p in folder.glob(name)): p.rename(earlier/p.name)
+    for p in found: p.rename(earlier/p.name)
 
 def start(
     recipe:dict, # A recipe
@@ -404,7 +411,7 @@ def _checked(recipe, about):
     found = recipe_findings(recipe, ranks) + _machine_findings(recipe) + _version_findings(recipe, about['versions']) + _port_findings(about)
     errors = any(f.level == 'error' for f in found)
     pool = ThreadPoolExecutor(1)
-    beside = pool.submit(data_findings, recipe) if errors else pool.submit(_slow_findings, recipe, ranks, gpus()[:about['nproc']])
+    beside = pool.submit(data_findings, recipe) if errors else pool.submit(_slow_findings, recipe, ranks, gpus(_visible(about['given']))[:about['nproc']])
     pool.shutdown(wait=False)
     then = lambda run: None
     try: found += beside.result(None if errors and not force else _seconds)  # with an error all others are waited for
@@ -417,9 +424,10 @@ def _about(nproc=None, nnodes=1, node_rank=0, master=None, env=None, python=None
     found = shutil.which(python or sys.executable)
     if not found: raise ValueError(f'python={os.fspath(python)!r} is no interpreter: give its path, such as /env/bin/python.')
     python = str(Path(found).absolute())
-    about = {'id': uuid.uuid4().hex, 'python': python, 'nproc': nproc or max(1, len(gpus())), 'nnodes': nnodes, 'node_rank': node_rank,
+    nproc = nproc or max(1, len(gpus(_visible(env or {}))))
+    about = {'id': uuid.uuid4().hex, 'python': python, 'nproc': nproc, 'nnodes': nnodes, 'node_rank': node_rank,
              'master': master, 'given': env or {}, 'force': force, 'host': socket.gethostname(), 'versions': installed_versions(python)}
-    return about | {'gpus': list(map(asdict, gpus()[:about['nproc']]))}
+    return about | {'gpus': _gpus_for(env or {}, nproc)}
 
 def launch(
     recipe:dict, # A recipe for training or prediction
@@ -443,13 +451,14 @@ def _resume(run, master):
     "Start a run again where it left off."
     about, recipe = run._json('run.json'), run.recipe
     if run.is_running or run.status == 'done': raise RuntimeError(f'The run in {run.output_dir} is {run.status}: there is nothing to go on with.')
-    about |= {'id': uuid.uuid4().hex, 'master': master or about['master'], 'host': socket.gethostname(), 'versions': installed_versions(about['python'])}
-    if 'workers' in about: return start(recipe, about, _keep, about['command'])  # a prediction
+    if 'workers' in about:
+        raise RuntimeError(f'There are predictions in {run.output_dir}: predict(…), called again as before, goes on with the rows that are missing.')
     is_first = not about['node_rank']  # the first machine has the checkpoints
     last = set_aside_torn(recipe['output_dir'], about['nproc']*about['nnodes']) if is_first else None
     if is_first and not last:
         raise RuntimeError(f"There is no whole checkpoint in {recipe['output_dir']} to go on from: launch(recipe) starts from the beginning.")
     recipe = {k: v for k,v in recipe.items() if k != 'resume_from_checkpoint'} | {'overwrite_output_dir': False}
+    about |= {'id': uuid.uuid4().hex, 'master': master or about['master'], 'host': socket.gethostname(), 'versions': installed_versions(about['python'])}
     then = _checked(recipe | {'resume_from_checkpoint': True}, about)
     run = start(recipe, about, _keep)
     then(run)

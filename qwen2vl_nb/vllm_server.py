@@ -13,7 +13,6 @@ from pathlib import Path
 from .stack import _ask_versions
 from .data import _limits, as_list, chat_template, count_tokens, is_dialogue, write_text
 from .memory import GiB, model_config, predict_memory
-from .run import _first_gpus
 
 # %% ../nbs/08e_vllm.ipynb #01bb0a9d
 def vllm_version(
@@ -160,7 +159,9 @@ def vllm_command(
             *(adapter_options(adapter) if adapter else [])]
 
 # %% ../nbs/08e_vllm.ipynb #b84033d0
-_quiet = {'HF_HUB_OFFLINE': '1', 'VLLM_NO_USAGE_STATS': '1', 'DO_NOT_TRACK': '1', 'VLLM_API_KEY': ''}
+# The last: its sums over GPUs can't share memory in segments (vLLM's issue 42609), which a run of several ranks asks for
+_own = {'HF_HUB_OFFLINE': '1', 'VLLM_NO_USAGE_STATS': '1', 'DO_NOT_TRACK': '1', 'VLLM_API_KEY': '',
+        'PYTORCH_CUDA_ALLOC_CONF': 'expandable_segments:False'}
 
 def _free_ports(n):
     "Ports on which nobody listens."
@@ -175,10 +176,11 @@ def _on_cpu(recipe, needs, concurrency):
 def _on_gpus(recipe, needs, gpus, concurrency):
     "Servers on GPUs, likewise."
     least, useful = memory_needs(recipe, needs, concurrency)
-    n, devices = gpus_per_server(recipe, least, gpus), _first_gpus(len(gpus)).split(',')
+    n = gpus_per_server(recipe, least, gpus)
     def one(start):
         share = min(min(useful/n + _trial, g['free'] - GiB)/g['total'] for g in gpus[start:start + n])
-        return {'CUDA_VISIBLE_DEVICES': ','.join(devices[start:start + n])}, {'gpus': n, 'share': share}
+        devices = ','.join(g['device'] for g in gpus[start:start + n])
+        return {'CUDA_VISIBLE_DEVICES': devices}, {'gpus': n, 'share': share}
     return [one(start) for start in range(0, len(gpus) - n + 1, n)]
 
 def vllm_servers(
@@ -196,7 +198,7 @@ def vllm_servers(
     model = 'adapter' if recipe.get('adapter_name_or_path') else 'model'
     def one(i, port, env, place):
         command = vllm_command(python, recipe, needs, port, media=media, concurrency=concurrency, **place)
-        return {'command': command, 'env': _quiet | env, 'url': f'http://127.0.0.1:{port}/v1',
+        return {'command': command, 'env': _own | env, 'url': f'http://127.0.0.1:{port}/v1',
                 'log': f'server-{i}.log', 'model': model}
     described = [one(i, port, *s) for i, (port, s) in enumerate(zip(_free_ports(len(servers)), servers))]
     write_text(Path(recipe['output_dir'])/_template, chat_template)

@@ -187,7 +187,8 @@ class RunView(VBox):
         self._log.update()
         seen = _look(self._run, self._log)
         seen.state = state = self._doing or seen.state
-        self._stop.disabled, self._resume.disabled = state != 'running', state not in ('failed', 'stopped')
+        self._stop.disabled = state != 'running'
+        self._resume.disabled = state not in ('failed', 'stopped') or seen.now.unit == 'row'  # predict goes on with those
         self._bar.max, self._bar.value = seen.now.steps or 1, seen.now.step
         self._bar.bar_style = _looks.get(state, 'info')
         self._head.value = _line(_headline(seen))

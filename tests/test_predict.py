@@ -194,6 +194,26 @@ def test_a_worker_that_comes_late_has_its_own_share_still(ask, many, tmp_path, m
     p = predict(ask(tmp_path/'out'), many, nproc=2)
     assert [r['id'] for r in p] == [s['id'] for s in many]
 
+def test_each_worker_has_a_gpu_of_its_own():
+    about = {'python': 'python', 'gpus': [{'device': '2'}, {'device': 'GPU-5'}]}
+    assert [w['env'] for w in predicting._workers(about | {'nproc': 2})] == [{'CUDA_VISIBLE_DEVICES': '2'}, {'CUDA_VISIBLE_DEVICES': 'GPU-5'}]
+    with pytest.raises(ValueError, match='nproc=3: each worker needs a GPU'): predicting._workers(about | {'nproc': 3})
+
+def test_a_row_that_the_model_fails_of_does_not_take_the_others_along(ask, many, tmp_path):
+    "The text of one is the model's own mark for a picture."
+    asked = [*many[:9], many[9] | {'instruction': '<image>What is <|image_pad|>?'}]
+    with pytest.warns(UserWarning, match='1 of 10 rows have no answer'): p = predict(ask(tmp_path/'out'), asked)
+    assert [r['row'] for r in p.failed] == [9] and 'tokens' in p[9]['error'] and all(r['predict'] for r in p[:9])
+
+@pytest.mark.soak
+def test_two_calls_at_once_wait_for_the_same_run(ask, many, uninterrupted, tmp_path):
+    code = _call(ask(tmp_path/'out'), many, tmp_path)
+    both = [subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    said = [caller.communicate(timeout=120)[0] for caller in both]
+    assert [caller.returncode for caller in both] == [0, 0], said
+    p = Predictions(tmp_path/'out')
+    assert _answers(p) == _answers(uninterrupted) and not (tmp_path/'out'/'earlier').exists()
+
 def test_it_stops_and_goes_on(ask, many, uninterrupted, tmp_path):
     recipe = ask(tmp_path/'out')
     caller, run = _begun(_call(recipe, many, tmp_path), tmp_path/'out')
@@ -203,9 +223,8 @@ def test_it_stops_and_goes_on(ask, many, uninterrupted, tmp_path):
     assert 'was stopped' in caller.communicate(timeout=30)[0] and run.status == 'stopped' and not _marked(run._json('run.json')['id'])
     before = list(Predictions(tmp_path/'out'))
     assert 0 < len(before) < len(many)
-    run.resume().wait()
+    with pytest.raises(RuntimeError, match='called again as before, goes on'): run.resume()
     p = predict(recipe, many)
-    assert not (tmp_path/'out'/'earlier'/'2').exists(), 'the resumed run did it all'
     assert _answers(p) == _answers(uninterrupted) and all(p[row['row']] == row for row in before)
 
 def test_a_picture_deleted_meanwhile_costs_its_row_only(ask, many, uninterrupted, tmp_path):
