@@ -318,12 +318,13 @@ def other_machine_missing_elastic(room):
 def rank_stands_still(room):
     run = room.start(2, deepspeed=zero_config('z0'), max_steps=100_000, ddp_timeout=10)
     until(lambda: run.progress.step or not run.is_running)
-    for k in range(10):  # at some moments gloo waits without a limit; then it is tried at another one
+    raised = lambda: any(run.output_dir.glob('failure-*.json')) or not run.is_running
+    for k in range(30):  # at some moments gloo waits without a limit; then it is tried at another one
         still = rank(run, (k + 1) % 2)
         still.suspend()
-        end = time.time() + 60
-        while run.is_running and time.time() < end: time.sleep(.5)
-        if not run.is_running: break
+        end = time.time() + 20
+        while not raised() and time.time() < end: time.sleep(.5)
+        if raised(): break
         still.resume()
         time.sleep(1)
     return failure_of(run)
