@@ -286,6 +286,8 @@ def _give_up(said, patience):
     raise RuntimeError(f'No server was there for {patience:g} s:\n{said}\n'
                        'See that they are started, and that base_url is right.')
 
+_most_lost = 50 # Rows that may be given up before one is answered
+
 class Asking:
     "The rows on their way to the servers and back."
     def __init__(self,
@@ -297,7 +299,7 @@ class Asking:
         write, # What writes a list of rows down
     ):
         self.rows, self.todo, self.left, self.prepare = rows, iter(todo), len(todo), prepare
-        self.servers, self.options, self.write, self.came = servers, options, write, []
+        self.servers, self.options, self.write, self.came, self.lost = servers, options, write, [], 0
         self.queue = asyncio.PriorityQueue()
         self.room = asyncio.Semaphore(2*options['concurrency']*len(servers))
 
@@ -325,7 +327,14 @@ class Asking:
         if question.tries < self.options['tries']:
             later = max(seconds, pause(question.tries))
             asyncio.get_running_loop().call_later(later, self.queue.put_nowait, question)
-        else: self._finish(question.told | _failed(f'{error} (asked {question.tries} times)'))
+        else: self._let_be(question, f'{error} (asked {question.tries} times)')
+
+    def _let_be(self, question, error):
+        "Give a row up. Raises `RuntimeError` where all rows are given up."
+        self._finish(question.told | _failed(error))
+        self.lost += 1
+        if self.lost >= _most_lost and not any(server.is_good for server in self.servers):
+            raise RuntimeError(f'{self.lost} rows were given up and none was answered, the last for this: {error}')
 
     def _later(self, question):
         "Put a row back for which there is no server; raise `RuntimeError` where there was none for too long."

@@ -180,19 +180,15 @@ def test_an_interrupted_cell_leaves_it_at_work_and_another_call_attaches(ask, ma
     assert not (tmp_path/'out'/'earlier').exists(), 'it was not started again'
     assert _answers(p) == _answers(uninterrupted)
 
-def test_two_workers_share_the_rows(ask, many, uninterrupted, tmp_path):
-    p = predict(ask(tmp_path/'out'), many, nproc=2)
-    assert [r['id'] for r in p] == [s['id'] for s in many] and _answers(p) == _answers(uninterrupted)
-    assert len(p.path.read_text().splitlines()) == len(many)
-
-def test_a_worker_that_comes_late_has_its_own_share_still(ask, many, tmp_path, monkeypatch):
+def test_two_workers_share_the_rows_however_late_one_begins(ask, many, uninterrupted, tmp_path, monkeypatch):
     both = predicting._workers
     def late(about):
         first, second = both(about)
         return [first, second | {'command': ['sh', '-c', 'sleep 8; exec "$@"', 'sh', *second['command']]}]
     monkeypatch.setattr(predicting, '_workers', late)
     p = predict(ask(tmp_path/'out'), many, nproc=2)
-    assert [r['id'] for r in p] == [s['id'] for s in many]
+    assert [r['id'] for r in p] == [s['id'] for s in many] and _answers(p) == _answers(uninterrupted)
+    assert len(p.path.read_text().splitlines()) == len(many)
 
 def test_each_worker_has_a_gpu_of_its_own():
     about = {'python': 'python', 'gpus': [{'device': '2'}, {'device': 'GPU-5'}]}
@@ -214,6 +210,7 @@ def test_two_calls_at_once_wait_for_the_same_run(ask, many, uninterrupted, tmp_p
     p = Predictions(tmp_path/'out')
     assert _answers(p) == _answers(uninterrupted) and not (tmp_path/'out'/'earlier').exists()
 
+@pytest.mark.soak
 def test_it_stops_and_goes_on(ask, many, uninterrupted, tmp_path):
     recipe = ask(tmp_path/'out')
     caller, run = _begun(_call(recipe, many, tmp_path), tmp_path/'out')

@@ -201,6 +201,12 @@ def test_a_server_that_fails_all_the_time_takes_no_row_from_one_that_does_not(lo
     assert _run(tmp_path/'run', [_row(i, f'{i}') for i in range(60)], [bad.url, good.url], concurrency=2) == 0
     assert not [row for row in _rows(tmp_path/'run', 60) if 'error' in row] and bad.asked
 
+def test_servers_that_answer_no_row_at_all_end_the_run(loopback, tmp_path):
+    bad = loopback(lambda handler, *_: handler.reply(500, {'error': 'broken'}) or True)
+    assert _run(tmp_path/'run', [_row(i, f'{i}') for i in range(200)], bad.url, concurrency=64, tries=1) == 1
+    assert re.search('5[0-9] rows were given up and none was answered.*500 Internal Server Error: broken', _failure(tmp_path/'run'))
+    assert 50 <= len(_lines(tmp_path/'run')) < 200
+
 def test_servers_share_the_rows_and_none_gets_more_at_once_than_it_may(loopback, tmp_path):
     def slow(*_): time.sleep(.05)
     servers, rows = [loopback(slow), loopback(slow)], [_row(i, f'{i}') for i in range(80)]
@@ -252,7 +258,7 @@ def test_a_worker_that_is_killed_goes_on_where_it_was(loopback, tmp_path):
     _until(lambda: len(_lines(tmp_path/'run')) > 20)
     worker, = psutil.Process(run.pid).children()
     worker.kill()
-    assert run.wait(timeout=30) == 9
+    assert run.wait(timeout=30) == -9
     done = {row['prompt'] for row in _lines(tmp_path/'run')}
     assert 20 < len(done) < 100
     assert _run(tmp_path/'run', None, server.url) == 0
