@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['chat_template', 'as_list', 'is_dialogue', 'sample_turns', 'without_tags', 'count_tokens', 'check_samples',
            'split_samples', 'as_dialogue', 'in_one_form', 'write_samples', 'show_samples', 'plain_axes', 'Plots',
-           'describe_samples', 'image_tokens', 'video_tokens', 'processor_limits', 'PictureGrid', 'read_samples',
-           'write_text']
+           'describe_samples', 'image_tokens', 'video_tokens', 'processor_limits', 'PictureGrid', 'read_samples']
 
 # %% ../nbs/01_data.ipynb #f6c7731d
 import hashlib, json, math, os, random, shutil, sys, warnings
@@ -14,15 +13,15 @@ from bisect import bisect_left
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from .files import whole_file
 from .stack import findings_table
 from .media import (Fault, PictureGrid, image_tokens, look_at_all, look_at_picture, look_at_video,
-                              mend_picture, near_duplicates, processor_limits, video_tokens, whole_file,
-                              write_text)
+                              mend_picture, near_duplicates, processor_limits, video_tokens)
 from .media import _file_digest, _tokens, glance_at_picture, glance_at_video
 from .sources import _said, read_samples
 
 # %% ../nbs/01_data.ipynb #14218afc
-_all_ = ['image_tokens', 'video_tokens', 'processor_limits', 'PictureGrid', 'read_samples', 'write_text']
+_all_ = ['image_tokens', 'video_tokens', 'processor_limits', 'PictureGrid', 'read_samples']
 
 # %% ../nbs/01_data.ipynb #2d01f0b0
 def as_list(value):

@@ -10,7 +10,7 @@ import io, json, math, os, re, textwrap
 from functools import partial
 from pathlib import Path
 from .data import plain_axes
-from .media import whole_file
+from .files import whole_file
 from .recipe import load_recipe
 
 # %% ../nbs/07_loss.ipynb #572a0e56

@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['video_endings', 'processor_limits', 'image_tokens', 'sampled_frames', 'video_tokens', 'Fault', 'Look',
            'look_at_picture', 'look_at_video', 'glance_at_picture', 'glance_at_video', 'look_at_all', 'near_duplicates',
-           'whole_file', 'write_text', 'mend_picture', 'video_frames', 'thumbnail', 'PictureGrid']
+           'mend_picture', 'video_frames', 'thumbnail', 'PictureGrid']
 
 # %% ../nbs/00a_media.ipynb #4c6e1eed
-import base64, hashlib, html, io, json, math, os, shutil, sys, warnings
+import base64, hashlib, html, io, json, math, os, sys, warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
+from .files import whole_file
 
 # %% ../nbs/00a_media.ipynb #39be7d3e
 def _trainer_size(width, height, max_pixels, min_pixels):
@@ -422,32 +423,6 @@ def near_duplicates(
         return (names[near[far.argmin()]], False) if len(near) and far.min() <= _near_colour else None
     found = {path: nearest(look) for path, look in looks.items()}
     return {path: near for path, near in found.items() if near}
-
-# %% ../nbs/00a_media.ipynb #f3002a62
-@contextmanager
-def whole_file(
-    path, # File to write; its folder is made
-    mode:str='w', # `'w'` for text in UTF-8, `'wb'` for bytes
-):
-    "A file to write all or not at all: it takes its name, and the mode of the one before, when the block has ended well."
-    path = Path(os.path.realpath(path))  # of a link, the file that it leads to
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-        with open(beside, mode, encoding=None if 'b' in mode else 'utf-8') as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        if path.exists(): shutil.copymode(path, beside)
-        os.replace(beside, path)
-    finally: beside.unlink(missing_ok=True)
-
-def write_text(
-    path, # File to write; its folder is made
-    text:str, # What to write
-):
-    "Write a text file all or not at all."
-    with whole_file(path) as f: f.write(text)
 
 # %% ../nbs/00a_media.ipynb #6312eae9
 def _as_rgb(im):

@@ -15,7 +15,8 @@ from filelock import FileLock
 from platformdirs import user_cache_path
 from .data import _limits, count_tokens
 from .engine import Rank, Stage0, Stage2, Stage3, Step
-from .media import image_tokens, whole_file
+from .files import whole_file
+from .media import image_tokens
 from .recipe import _dataset_names, read_zero
 from .registry import Registry, child_env, dataset_samples
 from .zero import zero_config

@@ -14,7 +14,8 @@ from . import answers, hf, served
 from .stack import Finding
 from .answers import missing, whole_lines
 from .served import server_options
-from .data import _trained_turns, as_list, sample_turns, write_text
+from .files import write_text
+from .data import _trained_turns, as_list, sample_turns
 from .registry import Registry, dataset_samples
 from .recipe import absolute_recipe, recipe_findings
 from .memory import GiB, model_config, predict_memory
@@ -162,10 +163,9 @@ def _weights(recipe):
     if files and not recipe.get('quantization_bit'): return sum(p.stat().st_size for p in files)
     return predict_memory(recipe, sample={'tokens': 8, 'pictures': []}).parts['weights']
 
-def _fit_findings(recipe, about):
-    "Whether the whole model fits each GPU."
-    memory = min((g['total'] for g in about['gpus']), default=None)
-    if memory is None or (size := _weights(recipe)) < .8*memory: return []
+def _fit_findings(size, memory):
+    "Whether the whole model fits each GPU; both in bytes, 0 without a GPU."
+    if not memory or size < .8*memory: return []
     return [Finding('model_name_or_path', f'The weights take {size/GiB:.1f} GiB, and a GPU has {memory/GiB:.1f} GiB.',
                     'Quantise the model, or use a server that spreads it over several GPUs.')]
 
@@ -176,10 +176,8 @@ def _workers(about):
     of = lambda k: {'CUDA_VISIBLE_DEVICES': cards[k]['device']} if cards else {}
     return [{'command': [about['python'], hf.__file__, str(k), str(n)], 'env': of(k)} for k in range(n)]
 
-def _budget(recipe, about):
+def _budget(recipe, size, memory):
     "Tokens of a batch."
-    memory = min((g['total'] for g in about['gpus']), default=0)
-    size = _weights(recipe) if memory else 0
     return hf.token_budget(model_config(recipe['model_name_or_path']), size, memory)//recipe.get('num_beams', 1)
 
 def _start_workers(recipe, folder, about, workers):
@@ -190,11 +188,13 @@ def _start_workers(recipe, folder, about, workers):
 def _begin_hf(recipe, samples, folder, about):
     "Start the workers that hold the model."
     found = recipe_findings(recipe) + _machine_findings(recipe) + _version_findings(recipe, about['versions'])
-    _refuse(found + _fit_findings(recipe, about), force=False)
+    memory = min((g['total'] for g in about['gpus']), default=0)
+    size = _weights(recipe) if memory else 0
+    _refuse(found + _fit_findings(size, memory), force=False)
     asked = folder/'question.json'
     known = json.loads(asked.read_text(encoding='utf-8'))
     if 'budget' not in known:  # the batches stay the same wherever it goes on
-        known['budget'] = _budget(recipe, about)
+        known['budget'] = _budget(recipe, size, memory)
         write_text(asked, json.dumps(known, indent=1, ensure_ascii=False) + '\n')
     return _start_workers(recipe, folder, about | {'budget': known['budget']}, _workers(about))
 

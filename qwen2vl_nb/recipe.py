@@ -13,7 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 import yaml
 from .stack import Finding, findings_table, gpus
-from .data import _limits, _media_of, check_samples, count_tokens, is_dialogue, write_text
+from .files import write_text
+from .data import _limits, _media_of, check_samples, count_tokens, is_dialogue
 from .checkpoint import checkpoints, is_whole_file
 from .registry import Registry, _source, child_env, dataset_samples, entry_faults
 

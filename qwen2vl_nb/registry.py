@@ -15,7 +15,8 @@ from pathlib import Path
 from filelock import FileLock
 from .stack import Finding, _table_class
 from .sources import _Place, dialogue_sample, question_sample, read_rows
-from .data import in_one_form, sample_turns, write_samples, write_text
+from .files import sweep, write_text
+from .data import in_one_form, sample_turns, write_samples
 
 # %% ../nbs/02_registry.ipynb #e977fb69
 _dialogue_tags = {'role_tag': 'role', 'content_tag': 'content', 'user_tag': 'user', 'assistant_tag': 'assistant',
@@ -84,19 +85,6 @@ def _as_before(entries, text):
 def _write_registry(path, entries, text):
     "Write the entries in place of the text."
     write_text(path, _as_before(entries, text))
-
-# %% ../nbs/02_registry.ipynb #e222a04f
-def _is_alive(pid):
-    try: os.kill(pid, 0)
-    except ProcessLookupError: return False
-    except (PermissionError, OverflowError): pass
-    return True
-
-def _sweep(folder):
-    "Remove the temporary files of `write_text` whose writers are gone."
-    for left in folder.glob('.*.tmp'):
-        pid = left.name.split('.')[-2]
-        if pid.isdecimal() and not _is_alive(int(pid)): left.unlink(missing_ok=True)
 
 # %% ../nbs/02_registry.ipynb #909cdc53
 _hubs = {'hf': 'hf_hub_url', 'ms': 'ms_hub_url', 'om': 'om_hub_url'}
@@ -404,7 +392,7 @@ class Registry(MutableMapping):
         beside = self.path.resolve().parent
         beside.mkdir(parents=True, exist_ok=True)
         with FileLock(beside/'.dataset_info.lock'):
-            for folder in {beside, *folders}: _sweep(folder)
+            for folder in {beside, *folders}: sweep(folder)
             yield
 
     @contextmanager

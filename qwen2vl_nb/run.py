@@ -17,7 +17,8 @@ from filelock import FileLock
 from . import waiter, worker
 from .stack import Finding, gpus, installed_versions, version_findings
 from .checkpoint import set_aside_torn
-from .data import chat_template, write_text
+from .files import write_text
+from .data import chat_template
 from .registry import child_env
 from .recipe import data_findings, find_adapter, load_recipe, recipe_findings, save_recipe
 from .memory import GiB, model_config, predict_memory
@@ -339,11 +340,12 @@ def _visible(env):
     "What `CUDA_VISIBLE_DEVICES` is for a run, given its own variables; `None` where nobody has set it."
     return env.get('CUDA_VISIBLE_DEVICES', os.environ.get('CUDA_VISIBLE_DEVICES'))
 
-def _gpus_for(env, n):
-    "The first `n` GPUs that a run may use, as dicts; `device` is what `CUDA_VISIBLE_DEVICES` calls each."
-    found, named = gpus(_visible(env)), _visible(env)
+def _gpus_for(env):
+    "The GPUs that a run may use, as dicts; `device` is what `CUDA_VISIBLE_DEVICES` calls each."
+    named = _visible(env)
+    found = gpus(named)
     devices = named.split(',') if named else [str(g.index) for g in found]
-    return [asdict(g) | {'device': device} for g, device in zip(found[:n], devices)]
+    return [asdict(g) | {'device': device} for g, device in zip(found, devices)]
 
 def _environment(recipe, about):
     "What the child's environment has beside this one's."
@@ -424,10 +426,11 @@ def _about(nproc=None, nnodes=1, node_rank=0, master=None, env=None, python=None
     found = shutil.which(python or sys.executable)
     if not found: raise ValueError(f'python={os.fspath(python)!r} is no interpreter: give its path, such as /env/bin/python.')
     python = str(Path(found).absolute())
-    nproc = nproc or max(1, len(gpus(_visible(env or {}))))
+    env, cards = env or {}, _gpus_for(env or {})
+    nproc = nproc or max(1, len(cards))
     about = {'id': uuid.uuid4().hex, 'python': python, 'nproc': nproc, 'nnodes': nnodes, 'node_rank': node_rank,
-             'master': master, 'given': env or {}, 'force': force, 'host': socket.gethostname(), 'versions': installed_versions(python)}
-    return about | {'gpus': _gpus_for(env or {}, nproc)}
+             'master': master, 'given': env, 'force': force, 'host': socket.gethostname(), 'versions': installed_versions(python)}
+    return about | {'gpus': cards[:nproc]}
 
 def launch(
     recipe:dict, # A recipe for training or prediction

@@ -12,7 +12,8 @@ from difflib import SequenceMatcher
 from functools import cached_property, lru_cache
 from ipywidgets import HTML, BoundedIntText, Button, Dropdown, HBox, Layout, Text, VBox
 from .data import without_tags
-from .media import _card_text, _div, _picture_html, whole_file
+from .files import whole_file
+from .media import _card_text, _div, _picture_html
 from .score import _checked, is_right
 
 # %% ../nbs/10a_show.ipynb #6d3da992

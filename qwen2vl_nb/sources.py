@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from urllib.parse import unquote, urlparse
-from .media import video_endings, whole_file
+from .files import whole_file
+from .media import video_endings
 
 # %% ../nbs/00b_sources.ipynb #e20bcee9
 def _roots(path, media_dir=None):

@@ -13,7 +13,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from PIL import Image, ImageDraw
 from .data import chat_template
-from .media import whole_file, write_text
+from .files import whole_file, write_text
 
 # %% ../nbs/20_tiny.ipynb #f82ccbdf
 SIZE = 112, 84 # Picture in pixels: 4 x 3 image tokens of 28 pixels

@@ -11,7 +11,8 @@ import json, math, os, shutil, socket, subprocess
 from contextlib import ExitStack
 from pathlib import Path
 from .stack import _ask_versions
-from .data import _limits, as_list, chat_template, count_tokens, is_dialogue, write_text
+from .files import write_text
+from .data import _limits, as_list, chat_template, count_tokens, is_dialogue
 from .memory import GiB, model_config, predict_memory
 
 # %% ../nbs/08e_vllm.ipynb #01bb0a9d

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from conftest import until
 from qwen2vl_nb.checkpoint import is_whole
 from qwen2vl_nb.loss import read_log
 from qwen2vl_nb.recipe import save_recipe
@@ -20,11 +21,7 @@ def _ip(*arguments):
     assert done.returncode == 0, f'The kernel did not let this test have a network of its own: ip {" ".join(arguments)}: {done.stderr}'
     return done.stdout
 
-def _until(condition, seconds=180):
-    end = time.time() + seconds
-    while not condition():
-        assert time.time() < end, 'it took too long'
-        time.sleep(.05)
+def _until(condition, seconds=180): until(condition, seconds)
 
 class Machine:
     "A network namespace with one card."
