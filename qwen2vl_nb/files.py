@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['MOST', 'LINE', 'whole_file', 'write_text', 'write_json', 'sweep', 'Damaged', 'open_regular', 'read_bytes',
-           'read_text', 'read_tail', 'parse_json', 'read_json', 'json_or', 'whole_lines']
+           'read_text', 'read_tail', 'parse_json', 'read_json', 'json_or', 'whole_lines', 'write_new', 'may_replace',
+           'check_replaceable', 'own_file']
 
 # %% ../nbs/00_files.ipynb #2f3b0ec2
-import json, os, secrets, shutil, stat
+import hashlib, io, json, os, secrets, shutil, stat
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +18,7 @@ _prefix, _suffix = '.qwen2vl_nb-', '.tmp'
 def _create(path, mode, private):
     "A new temporary file beside `path`, opened for writing."
     beside = path.with_name(f'{_prefix}{os.getpid()}-{secrets.token_hex(8)}{_suffix}')
-    fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600 if private else 0o666)
+    fd = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600 if private else 0o666)
     return beside, open(fd, mode, encoding=None if 'b' in mode else 'utf-8')
 
 @contextmanager
@@ -80,10 +81,10 @@ def open_regular(
     "Open a regular file for reading. Raises `FileNotFoundError`, another `OSError`, or `Damaged` for anything but a regular file."
     try:
         if not stat.S_ISREG(os.stat(path).st_mode): raise Damaged(f'{path} is not a regular file.')
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        file = open(path, 'rb', opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC))
     except ValueError as e: raise e if isinstance(e, Damaged) else Damaged(f'{path!r} is not a path: {e}.') from None
-    if stat.S_ISREG(os.fstat(fd).st_mode): return open(fd, 'rb')
-    os.close(fd)  # it was exchanged between the two looks
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode): return file
+    file.close()  # it was exchanged between the two looks
     raise Damaged(f'{path} is not a regular file.')
 
 # %% ../nbs/00_files.ipynb #a6d75690
@@ -165,3 +166,101 @@ def whole_lines(
             start, at, first = at, at + len(line), line
             while len(line) == most and not line.endswith(b'\n') and (line := f.readline(most)): at += len(line)
             if line.endswith(b'\n'): yield start, first
+
+# %% ../nbs/00_files.ipynb #0bc0d38b
+def _digest(file):
+    "The digest of all of an open file."
+    file.seek(0)
+    return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+def _other_name(path, letters):
+    "The path with letters before its ending, its name at most 255 bytes long."
+    stem, ending = os.path.splitext(path.name)
+    ending = f'-{letters}{ending[-20:]}'
+    return path.with_name(stem.encode()[:255-len(ending.encode())].decode(errors='ignore') + ending)
+
+def _place(beside, path):
+    "Give a temporary file its name; raises `FileExistsError` where the name is taken."
+    try: os.link(beside, path)
+    except FileExistsError: raise
+    except OSError:  # a file system without hard links
+        if os.path.lexists(path): raise FileExistsError(f'{path} is there already.') from None
+        os.rename(beside, path)
+
+def write_new(
+    path:str|Path, # File to write; its folder is created
+    data, # Bytes, or a binary file object
+)->Path: # Where it was written, or where the same content already is
+    "Write a new file, or find that it is already there; where the name is taken by another file, under another name."
+    path, data = Path(path), io.BytesIO(data) if isinstance(data, bytes) else data
+    letters = _digest(data)
+    for name in (path, _other_name(path, letters[:8]), _other_name(path, letters)):
+        if len(name.name.encode()) > 255: continue
+        try:
+            with open_regular(name) as f: same = _digest(f) == letters
+        except FileNotFoundError: return _write_at(name, data)
+        except (OSError, Damaged): same = False
+        if same: return name
+    raise FileExistsError(f'{path} and the names like it are taken by other files.')
+
+def _write_at(path, data):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside, file = _create(path, 'wb', False)
+    try:
+        data.seek(0)
+        with file: shutil.copyfileobj(data, file)
+        _place(beside, path)
+    finally: beside.unlink(missing_ok=True)
+    return path
+
+# %% ../nbs/00_files.ipynb #0e2ba07b
+def _written_list():
+    "The list of files that this user has written, a line of JSON for each: [path, digest]."
+    return Path(os.environ.get('XDG_DATA_HOME') or Path.home()/'.local'/'share')/'qwen2vl_nb'/'written.jsonl'
+
+def _was_written(path, digest):
+    line = json.dumps([str(path), digest]).encode()
+    return any(found == line + b'\n' for _, found in whole_lines(_written_list()))
+
+def _note_written(path, digest):
+    if _was_written(path, digest): return
+    file = _written_list()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    with open(fd, 'ab') as f: f.write(json.dumps([str(path), digest]).encode() + b'\n')
+
+def may_replace(
+    path:str|Path, # File that is to be replaced
+    digest:str='', # Digest of what is to be written in its place
+)->bool: # Also where there is nothing
+    "Whether nothing would be lost: this package wrote the file and nobody has changed it since, or it has the same content."
+    path = os.path.realpath(path)
+    try:
+        with open_regular(path) as f: found = _digest(f)
+    except FileNotFoundError: return True
+    except (OSError, Damaged): return False
+    return found == digest or _was_written(path, found)
+
+def check_replaceable(
+    path:str|Path, # File that is to be replaced
+    digest:str='', # Digest of what is to be written in its place
+):
+    "Raise `FileExistsError` where something would be lost."
+    if may_replace(path, digest): return
+    raise FileExistsError(f'{path} is there already, and was not written by this package or has changed since. Nothing was changed. '
+                          'Choose another name, or give overwrite=True to replace it.')
+
+@contextmanager
+def own_file(
+    path:str|Path, # File to write; its folder is created
+    overwrite:bool=False, # Replace whatever is there
+):
+    "A text file as from `whole_file`, which replaces only what `may_replace` allows."
+    path = os.path.realpath(path)
+    with whole_file(path) as f:
+        yield f
+        f.flush()
+        with open(f.fileno(), 'rb', closefd=False) as written: digest = _digest(written)
+        if not overwrite: check_replaceable(path, digest)
+    try: _note_written(path, digest)
+    except (OSError, Damaged): pass  # no data folder: next time it takes overwrite=True
