@@ -9,7 +9,7 @@ __all__ = ['MOST', 'LINE', 'whole_file', 'write_text', 'write_json', 'sweep', 'D
 
 # %% ../nbs/00_files.ipynb #2f3b0ec2
 import hashlib, io, json, os, secrets, shutil, stat
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # %% ../nbs/00_files.ipynb #81bd5150
@@ -173,6 +173,10 @@ def _digest(file):
     file.seek(0)
     return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
+def _content(path):
+    "The digest of a regular file; `None` of anything else."
+    with suppress(OSError, Damaged), open_regular(path) as f: return _digest(f)
+
 def _other_name(path, letters):
     "The path with letters before its ending, its name at most 255 bytes long."
     stem, ending = os.path.splitext(path.name)
@@ -196,11 +200,8 @@ def write_new(
     letters = _digest(data)
     for name in (path, _other_name(path, letters[:8]), _other_name(path, letters)):
         if len(name.name.encode()) > 255: continue
-        try:
-            with open_regular(name) as f: same = _digest(f) == letters
-        except FileNotFoundError: return _write_at(name, data)
-        except (OSError, Damaged): same = False
-        if same: return name
+        if _content(name) == letters: return name
+        with suppress(FileExistsError): return _write_at(name, data)
     raise FileExistsError(f'{path} and the names like it are taken by other files.')
 
 def _write_at(path, data):
@@ -235,11 +236,8 @@ def may_replace(
 )->bool: # Also where there is nothing
     "Whether nothing would be lost: this package wrote the file and nobody has changed it since, or it has the same content."
     path = os.path.realpath(path)
-    try:
-        with open_regular(path) as f: found = _digest(f)
-    except FileNotFoundError: return True
-    except (OSError, Damaged): return False
-    return found == digest or _was_written(path, found)
+    found = _content(path)
+    return not os.path.lexists(path) or found is not None and (found == digest or _was_written(path, found))
 
 def check_replaceable(
     path:str|Path, # File that is to be replaced
@@ -262,5 +260,4 @@ def own_file(
         f.flush()
         with open(f.fileno(), 'rb', closefd=False) as written: digest = _digest(written)
         if not overwrite: check_replaceable(path, digest)
-    try: _note_written(path, digest)
-    except (OSError, Damaged): pass  # no data folder: next time it takes overwrite=True
+    with suppress(OSError, Damaged): _note_written(path, digest)  # without a data folder, next time takes overwrite=True
