@@ -8,12 +8,12 @@ __all__ = ['chat_template', 'as_list', 'is_dialogue', 'sample_turns', 'without_t
            'describe_samples', 'image_tokens', 'video_tokens', 'processor_limits', 'PictureGrid', 'read_samples']
 
 # %% ../nbs/01_data.ipynb #f6c7731d
-import hashlib, json, math, os, random, shutil, sys, warnings
+import hashlib, json, math, os, random, sys, warnings
 from bisect import bisect_left
 from collections import Counter
 from functools import partial
 from pathlib import Path
-from .files import whole_file
+from .files import check_replaceable, open_regular, other_name, own_file, write_new
 from .stack import findings_table
 from .media import (Fault, PictureGrid, image_tokens, look_at_all, look_at_picture, look_at_video,
                               mend_picture, near_duplicates, processor_limits, video_tokens)
@@ -485,14 +485,20 @@ def _length_faults(rows, text, media, cutoff_len):
 # %% ../nbs/01_data.ipynb #53c1f2d0
 def _mend_pictures(seen):
     "Mended copies of the pictures that can be mended: path → copy."
-    faulty = {path: look.faults for path, look in seen.items() if any(f.mends for f in look.faults)}
+    faulty = {path: look for path, look in seen.items() if any(f.mends for f in look.faults)}
     if not faulty: return {}
     folders = [os.path.dirname(os.path.abspath(p)) for p, look in seen.items() if look.size]
     common = Path(os.path.commonpath(folders))
     # on several disks there is no common folder
     beside = common.parent/f'{common.name}_mended' if common.name else Path('mended').absolute()
-    return {p: mend_picture(p, faults, beside/Path(p).absolute().relative_to(common))
-            for p, faults in faulty.items()}
+    copies = {p: _mended_copy(p, look, beside/Path(os.path.abspath(p)).relative_to(common)) for p, look in faulty.items()}
+    return {p: copy for p, copy in copies.items() if copy}
+
+def _mended_copy(path, look, to):
+    "Path of the mended copy; `None`, and a finding, where it can't be made."
+    try: return mend_picture(path, look.faults, to)
+    except Exception as e:
+        look.faults.append(Fault(f'It could not be mended: {e}.', 'Make sure that the folder of the copies can be written, or save the picture again yourself.', 'warning'))
 
 def _mended_text(value):
     "The value with no byte-order marks in its text."
@@ -692,15 +698,21 @@ def _names_beside(paths, folder):
         return f'{stem}-{hashlib.sha1(path.encode()).hexdigest()[:8]}{ending}'
     return {p: os.path.join(folder, name(p)) for p in paths}
 
-def _bring(source, target, how):
-    "Link or copy a file, all or not at all."
-    if os.path.realpath(source) == os.path.abspath(target): return
-    if how == 'copy':
-        with open(source, 'rb') as f, whole_file(target, 'wb') as out: return shutil.copyfileobj(f, out)
-    os.makedirs(os.path.dirname(target), exist_ok=True)
-    beside = os.path.join(os.path.dirname(target), f'.{os.path.basename(target)}.{os.getpid()}.tmp')
-    os.symlink(os.path.abspath(source), beside)
-    os.replace(beside, target)
+def _copy(source, target):
+    "A copy of a file, at the target or, where another file is there, beside it."
+    with open_regular(source) as f: return str(write_new(target, f))
+
+def _link(source, target):
+    "A link to a file, at the target or, where something else is there, beside it."
+    source, target = os.path.abspath(source), Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for name in (target, other_name(target, hashlib.sha1(source.encode()).hexdigest()[:8])):
+        if source == str(name): return source
+        try: os.symlink(source, name)
+        except FileExistsError:
+            if not name.is_symlink() or os.readlink(name) != source: continue
+        return str(name)
+    raise FileExistsError(f'{target} and the name beside it are taken by other files.')
 
 def _bring_all(samples, folder, how):
     "The samples with their pictures and clips linked or copied into a folder."
@@ -709,9 +721,9 @@ def _bring_all(samples, folder, how):
     if lost:
         raise FileNotFoundError(f'{len(lost)} file(s) to {how} are not there: {", ".join(lost[:5])}. '
                                 'Nothing was written; see `check_samples`.')
-    targets = _names_beside(paths, folder)
-    for source, target in targets.items(): _bring(source, target, how)
-    return [_map_media(s, targets.get) for s in samples]
+    bring = {'copy': _copy, 'link': _link}[how]
+    brought = {source: bring(source, target) for source, target in _names_beside(paths, folder).items()}
+    return [_map_media(s, brought.get) for s in samples]
 
 # %% ../nbs/01_data.ipynb #84976748
 def write_samples(
@@ -719,17 +731,19 @@ def write_samples(
     path, # JSON file to write
     media_dir=None, # Paths inside this folder are written relative to it; `None`: all absolute
     media:str='refer', # `'refer'` to pictures and clips, `'link'` or `'copy'` them to a folder beside the file
+    overwrite:bool=False, # Replace a file that this package did not write, or that has changed since
 ):
-    "Write samples as the JSON file that LLaMA-Factory reads."
+    "Write samples as the JSON file that LLaMA-Factory reads; raises `FileExistsError` where another file would be lost."
     from tqdm import tqdm
     if media not in ('refer', 'link', 'copy'):
         raise ValueError(f"media={media!r}: choose 'refer', 'link' or 'copy'.")
     samples = in_one_form(samples)
     path, media_dir = Path(path).absolute(), media_dir and Path(media_dir).absolute()
+    if media != 'refer' and not overwrite: check_replaceable(path)
     if media != 'refer': samples = _bring_all(samples, path.parent/f'{path.stem}_media', media)
     written = lambda p: _written_path(p, media_dir)
     bar = tqdm(samples, desc=f'Writing {path.name}', unit='row', delay=2, file=sys.stdout)
-    with whole_file(path) as f:
+    with own_file(path, overwrite) as f:
         f.write('[')
         for i, s in enumerate(bar):
             f.write(',\n ' if i else '\n ')

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST', 'LINE', 'whole_file', 'write_text', 'write_json', 'sweep', 'Damaged', 'open_regular', 'read_bytes',
-           'read_text', 'read_tail', 'parse_json', 'read_json', 'json_or', 'whole_lines', 'write_new', 'may_replace',
-           'check_replaceable', 'own_file']
+           'read_text', 'read_tail', 'parse_json', 'read_json', 'json_or', 'whole_lines', 'other_name', 'write_new',
+           'may_replace', 'check_replaceable', 'own_file']
 
 # %% ../nbs/00_files.ipynb #2f3b0ec2
 import hashlib, io, json, os, secrets, shutil, stat
@@ -177,7 +177,10 @@ def _content(path):
     "The digest of a regular file; `None` of anything else."
     with suppress(OSError, Damaged), open_regular(path) as f: return _digest(f)
 
-def _other_name(path, letters):
+def other_name(
+    path:Path, # The path that is taken
+    letters:str, # Letters to tell the other file by
+)->Path: # In the same folder
     "The path with letters before its ending, its name at most 255 bytes long."
     stem, ending = os.path.splitext(path.name)
     ending = f'-{letters}{ending[-20:]}'
@@ -198,9 +201,9 @@ def write_new(
     "Write a new file, or find that it is already there; where the name is taken by another file, under another name."
     path, data = Path(path), io.BytesIO(data) if isinstance(data, bytes) else data
     letters = _digest(data)
-    for name in (path, _other_name(path, letters[:8]), _other_name(path, letters)):
+    for name in (path, other_name(path, letters[:8]), other_name(path, letters)):
         if len(name.name.encode()) > 255: continue
-        if _content(name) == letters: return name
+        if not name.is_symlink() and _content(name) == letters: return name
         with suppress(FileExistsError): return _write_at(name, data)
     raise FileExistsError(f'{path} and the names like it are taken by other files.')
 

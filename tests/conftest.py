@@ -25,6 +25,7 @@ SITE = str(WORK/'site')
 sys.path.insert(0, SITE)
 os.environ['PYTHONPATH'] = SITE
 os.environ['HF_HUB_OFFLINE'] = '1'
+os.environ['XDG_DATA_HOME'] = str(WORK/'share')  # the list of written files
 os.environ['CUDA_VISIBLE_DEVICES'] = ''  # the same on a machine with GPUs
 
 def until(condition, seconds=300):
