@@ -6,14 +6,15 @@
 __all__ = ['picture_endings', 'question_sample', 'dialogue_sample', 'read_rows', 'read_samples']
 
 # %% ../nbs/00b_sources.ipynb #146b215c
-import base64, hashlib, io, json, os, re, sys, warnings
+import base64, csv, hashlib, io, json, math, os, re, sys, zipfile
 from collections import Counter
 from dataclasses import dataclass
+from datetime import datetime, time
 from difflib import get_close_matches
 from pathlib import Path
 from urllib.parse import unquote, urlparse
-from .files import whole_file
-from .media import video_endings
+from .files import Damaged, open_regular, parse_json, write_new
+from .media import open_picture, video_endings
 
 # %% ../nbs/00b_sources.ipynb #e20bcee9
 def _roots(path, media_dir=None):
@@ -30,7 +31,9 @@ class _Place:
     out:Path
     written:int=0
     lost:int=0
+    first_lost:str=''
     beside_calls:int=0
+    weights:int=0
     def find(self, path):
         "The path where the file is, or `None`."
         found = next((full for r in self.roots if os.path.isfile(full := os.path.join(r, path))), None)
@@ -39,23 +42,27 @@ class _Place:
     def located(self, path):
         "The path where the file is; as it was where it isn't, and counted."
         found = self.find(path)
-        self.lost += not found
+        if not found: self.lost, self.first_lost = self.lost + 1, self.first_lost or path
         return found or path
 
 def _place(path, media_dir=None):
     out = Path(media_dir or path.resolve().with_name(f'{path.stem}_media'))
     return _Place(_roots(path, media_dir), out.resolve())
 
+def _media_ending(data):
+    "The ending that a file of these bytes should have; `None` where they are no picture or clip."
+    if data[4:8] == b'ftyp': return 'mp4'
+    if data[:4] == b'\x1aE\xdf\xa3': return 'mkv'
+    if data[:4] == b'RIFF' and data[8:12] == b'AVI ': return 'avi'
+    try:
+        with open_picture(io.BytesIO(data)) as im: return im.format.lower().replace('jpeg', 'jpg')
+    except Exception: return None
+
 def _write_out(data, place):
     "Write a picture's bytes to a file."
-    from PIL import Image
-    try: ending = Image.open(io.BytesIO(data)).format.lower().replace('jpeg', 'jpg')
-    except Exception: ending = 'mp4' if data[4:8] == b'ftyp' else 'img'  # `check_samples` will say more
-    file = place.out/f'{hashlib.sha1(data).hexdigest()[:16]}.{ending}'
-    if not file.is_file():
-        with whole_file(file, 'wb') as f: f.write(data)
-        place.written += 1
-    return str(file)
+    file = place.out/f'{hashlib.sha1(data).hexdigest()[:16]}.{_media_ending(data) or "img"}'  # `check_samples` will say more
+    place.written += not file.is_file()
+    return str(write_new(file, data))
 
 # %% ../nbs/00b_sources.ipynb #d5d1acf6
 def _from_data_uri(uri, place):
@@ -79,7 +86,7 @@ def _cell_media(text, place):
     "Paths in one cell: a JSON list; several with a semicolon, a bar, a comma or a new line between; or one."
     if text.startswith('['):
         try: return _media(json.loads(text), place)
-        except ValueError: pass
+        except (ValueError, RecursionError): pass
     text = text.strip()
     is_one = text.startswith('data:') or not re.search(_between, text) or place.find(_without_scheme(text))
     parts = [text] if is_one else filter(None, map(str.strip, re.split(_between, text)))
@@ -99,11 +106,21 @@ def _is_common(character):
     try: return bool(character.encode('gb2312'))
     except UnicodeEncodeError: return False
 
+def _wide_encoding(data):
+    "UTF-16 or UTF-32, by the mark or by where the zero bytes are; `None` of other text."
+    if data[:4] in (b'\xff\xfe\0\0', b'\0\0\xfe\xff'): return 'utf-32'
+    if data[:2] in (b'\xff\xfe', b'\xfe\xff'): return 'utf-16'
+    a, b, c, d = (data[i:4000:4].count(0)/max(1, len(data[i:4000:4])) for i in range(4))
+    if min(c, d) > .9 and a < .1: return 'utf-32-le'
+    if min(a, b) > .9 and d < .1: return 'utf-32-be'
+    if min(b, d) > max(.2, 3*a, 3*c): return 'utf-16-le'
+    if min(a, c) > max(.2, 3*b, 3*d): return 'utf-16-be'
+
 def _read_text(path, encoding=None):
     "The text of a file, and the encoding that it was in."
-    data = path.read_bytes()
+    with open_regular(path) as f: data = f.read()
     if encoding: return data.decode(encoding), encoding
-    if data[:2] in (b'\xff\xfe', b'\xfe\xff'): return data.decode('utf-16'), 'UTF-16'
+    if wide := _wide_encoding(data): return data.decode(wide), wide[:6].upper()
     try: return data.decode('utf-8-sig'), 'UTF-8'
     except UnicodeDecodeError as e: place = data[:e.start].count(b'\n') + 1
     try: text = data.decode('gb18030')
@@ -136,73 +153,188 @@ def _read_json(path, place, encoding):
 
 # %% ../nbs/00b_sources.ipynb #af3d90fa
 def _separator(path, text):
-    header = text[:text.find('\n')]
-    return '\t' if path.suffix.lower() == '.tsv' else max(',;\t', key=header.count)
+    header = re.match(r'\s*([^\r\n]*)', text)[1]
+    return '\t' if path.suffix.lower() == '.tsv' else max(',;\t|', key=header.count)
+
+def _open_quote(lines, between, first):
+    "Number of the line with the quote that spoils the row which begins in line `first`."
+    text, at = ''.join(lines[first-1:]), 0
+    quoted, bare = re.compile(fr'"[^"]*(?:""[^"]*)*"(?=[{between}\r\n]|$)'), re.compile(fr'[^{between}\r\n]*')
+    while at < len(text) and (cell := (quoted if text[at] == '"' else bare).match(text, at)): at = cell.end() + 1
+    return first + len(re.findall(r'\r\n?|\n', text[:at]))
+
+def _csv_rows(path, text, between):
+    "(number of its first line, cells) of each line or row that is not blank."
+    lines = io.StringIO(text, newline='').readlines()
+    rows, line, limit = csv.reader(lines, delimiter=between, strict=True), 1, csv.field_size_limit(max(131_072, len(text)))
+    try:
+        for cells in rows:
+            if cells: yield line, cells
+            line = rows.line_num + 1
+    except csv.Error:
+        raise ValueError(f'{path}: the quote that opens a cell in line {_open_quote(lines, between, line)} is not closed at the end of a cell. '
+                         'Write quotes inside a quoted cell twice (""), or take them out.') from None
+    finally: csv.field_size_limit(limit)
+
+def _swallowed(rows, width, between):
+    "Words about cells of several lines in which rows may have gone lost."
+    lines = [line + sum(before.count('\n') for before in cells[:i]) for line, cells in rows for i, cell in enumerate(cells)
+             if '\n' in cell and any(part.count(between) >= width-1 for part in cell.split('\n')[1:])]
+    if not lines or width < 2: return ''
+    return f' ({len(lines)} cell(s) in quotes hold what looks like rows; the first quote opens in line {lines[0]}: is it closed where it should be?)'
 
 def _read_table(path, place, encoding):
-    import pandas as pd
     text, encoding = _read_text(path, encoding)
-    between = _separator(path, text)
-    with warnings.catch_warnings():
-        warnings.simplefilter('error', pd.errors.ParserWarning)  # a row with more cells than the header
-        try: table = pd.read_csv(io.StringIO(text), dtype=str, na_filter=False, sep=between, index_col=False)
-        except (pd.errors.ParserError, pd.errors.EmptyDataError, pd.errors.ParserWarning) as e:
-            raise ValueError(f'{path} is not a CSV file with as many cells in its rows '
-                             f'as in its header: {e}') from None
-    named = {',': 'commas', ';': 'semicolons'}.get(between, 'tabs')
-    rows, blank = _filled(table)
-    return rows, f'a table in {encoding} with {named}{blank}'
+    if hint := re.match(r'sep=([,;\t|])\r?\n', text): text = '\n' + text[hint.end():]  # a line for Excel alone
+    between = hint[1] if hint else _separator(path, text)
+    header, *rows = list(_csv_rows(path, text, between)) or [(1, [])]
+    if not any(name.strip() for name in header[1]): raise ValueError(f'{path} is not a CSV file: it has no header.')
+    width, filled = len(header[1]), lambda cells: max((i for i, cell in enumerate(cells, 1) if cell), default=0)
+    wide = [f'line {line} has {len(cells)}' for line, cells in rows if filled(cells) > width]
+    if wide:
+        raise ValueError(f'{path} is not a CSV file with as many cells in its rows as in its header ({width}): {_some(wide)}.')
+    named = {',': 'commas', ';': 'semicolons', '|': 'bars'}.get(between, 'tabs')
+    samples, blank = _filled(header[1], [cells for _, cells in rows])
+    return samples, f'a table in {encoding} with {named}{blank}{_swallowed(rows, width, between)}'
 
-def _filled(table):
-    "The rows of a table that are not blank, and words for those that were; names without blanks around them."
-    named = table.rename(columns=lambda name: str(name).strip())
-    rows = [row for row in named.to_dict('records') if any(cell.strip() for cell in row.values())]
-    return rows, f' ({len(table) - len(rows)} blank rows left out)' if len(rows) < len(table) else ''
+def _filled(header, rows):
+    "The rows of a table that are not blank, as dicts, and words for those that were; a column without name and cells is none."
+    names, seen = [], Counter()
+    for i, name in enumerate(map(str.strip, header)):
+        name = name or f'Unnamed: {i}'
+        names.append(f'{name}.{seen[name]}' if seen[name] else name)
+        seen[name] += 1
+    kept = [row for row in rows if any(cell.strip() for cell in row)]
+    used = [i for i, name in enumerate(header) if name.strip() or any(len(row) > i and row[i] for row in kept)]
+    full = [{names[i]: row[i] if i < len(row) else '' for i in used} for row in kept]
+    return full, f' ({len(rows) - len(kept)} blank rows left out)' if len(kept) < len(rows) else ''
+
+# %% ../nbs/00b_sources.ipynb #a45098e4
+_most_cells = 20_000_000 # of a sheet
+
+def _check_unpacked(path, packed, unpacked):
+    "Refuse a file that was made to fill the memory; the sizes are in bytes."
+    if unpacked <= max(2**28, 100*packed): return
+    raise ValueError(f'{path} has {packed:,} bytes and would unpack to {unpacked:,}: it is not read. If it is sound, save it as CSV or JSON.')
+
+def _cell_text(cell):
+    "What a cell of Excel shows, as text."
+    value = cell.value
+    if isinstance(value, bool) or not isinstance(value, (int, float, datetime)): return '' if value is None else str(value)
+    if isinstance(value, datetime): return str(value.date() if value.time() == time() else value)
+    text = str(int(value)) if math.isfinite(value) and value == int(value) else str(value)
+    return text.zfill(len(cell.number_format)) if re.fullmatch('0+', cell.number_format or '') and text.isdigit() else text
+
+def _sheet_rows(path, sheet, errors):
+    "The rows of a sheet that have cells, as text; `errors` gets the places of cells with an error."
+    sheet.reset_dimensions()  # what the file says of them may be wrong
+    rows, n = [], 0
+    for row in sheet.rows:
+        cells = [_cell_text(cell) for cell in row]
+        while cells and not cells[-1]: cells.pop()
+        n += len(cells)
+        if n > _most_cells: raise ValueError(f'{path}: the sheet {sheet.title!r} has more than {_most_cells:,} cells. Save it as CSV.')
+        if cells: rows.append(cells)
+        errors += [f'{cell.value} in {cell.coordinate}' for cell in row if cell.data_type == 'e' and cell.value is not None]
+    return rows
+
+def _first_sheet(path, book):
+    "(name, rows, errors) of the first sheet that can be seen and has rows."
+    hidden, empty = [], None
+    for sheet in book.worksheets:
+        rows = _sheet_rows(path, sheet, errors := [])
+        if len(rows) > 1 and sheet.sheet_state == 'visible': return sheet.title, rows, errors
+        if len(rows) > 1: hidden.append(sheet.title)
+        empty = empty or (sheet.title, rows, errors)
+    if hidden: raise ValueError(f'{path}: only hidden sheets have rows ({_some(hidden)}). Show the one that is meant, or save it as CSV.')
+    return empty or ('', [], [])
 
 def _read_excel(path, place, encoding):
-    import pandas as pd
-    try: sheets = pd.read_excel(path, dtype=str, na_filter=False, sheet_name=None)
+    import openpyxl
+    try:
+        with open_regular(path) as f:
+            _check_unpacked(path, os.path.getsize(path), sum(part.file_size for part in zipfile.ZipFile(f).infolist() if part.filename.endswith('.xml')))
+            book = openpyxl.load_workbook(f, read_only=True, data_only=True, keep_links=False)
+            name, rows, errors = _first_sheet(path, book)
     except Exception as e:
+        if str(e).startswith(str(path)): raise
         raise ValueError(f'{path} is no Excel workbook that can be read ({e}). '
                          'Save it as .xlsx or as CSV UTF-8.') from None
-    name, table = next((pair for pair in sheets.items() if len(pair[1])), next(iter(sheets.items())))
-    of_several = f' ({len(sheets)} sheets)' if len(sheets) > 1 else ''
-    rows, blank = _filled(table)
-    return rows, f'the sheet {name!r} of an Excel workbook{of_several}{blank}'
+    width = max(map(len, rows), default=0)
+    if width*len(rows) > _most_cells: raise ValueError(f'{path}: the sheet {name!r} has {len(rows):,} rows of {width:,} cells. Save what is needed as CSV.')
+    of_several = f' ({len(book.sheetnames)} sheets)' if len(book.sheetnames) > 1 else ''
+    wrong = f' ({len(errors)} cell(s) show an error: {_some(errors)})' if errors else ''
+    header, *rows = rows or [[]]
+    samples, blank = _filled(header + ['']*(width - len(header)), rows)
+    return samples, f'the sheet {name!r} of an Excel workbook{of_several}{blank}{wrong}'
 
 # %% ../nbs/00b_sources.ipynb #7c372d7d
-def _holds_picture(value):
-    return isinstance(value, bytes) or isinstance(value, dict) and value.keys() == {'bytes', 'path'}
+def _holds_picture(value): return isinstance(value, dict) and value.keys() == {'bytes', 'path'}
 
-def _plain(value, place):
+def _as_text(data):
+    "Bytes as UTF-8; `None` where they are not text."
+    try: text = data.decode()
+    except UnicodeDecodeError: return None
+    return None if re.search(r'[\x00-\x08\x0e-\x1f]', text) else text
+
+def _bytes_in(value):
+    "All bytes in a value that are not those of a picture with its path."
+    if isinstance(value, bytes): yield value
+    if isinstance(value, dict) and not _holds_picture(value): value = list(value.values())
+    for part in value if isinstance(value, (list, tuple)) else (): yield from _bytes_in(part)
+
+def _text_columns(path, rows):
+    "Names of the columns whose bytes are text rather than pictures or clips."
+    columns = {k: [data for row in rows for data in _bytes_in(row[k])] for k in rows[0]}
+    text = {k for k, found in columns.items() if all(_as_text(data) is not None for data in found)}
+    for k in columns.keys() - text:
+        if not any(map(_media_ending, columns[k])):
+            raise ValueError(f'{path}: the column {k!r} holds bytes that are neither pictures or clips nor text in UTF-8. Write it as text.')
+    return text
+
+def _plain(value, place, is_text=False):
     "A value as JSON can hold it; pictures are written out."
     if value is None or isinstance(value, (str, int, float)): return value
-    if _holds_picture(value): return _one_media(value, place)
-    if isinstance(value, list): return [_plain(v, place) for v in value]
-    if isinstance(value, dict): return {k: _plain(v, place) for k,v in value.items()}
+    if isinstance(value, bytes) and is_text and (text := _as_text(value)) is not None: return text
+    if isinstance(value, bytes) or _holds_picture(value): return _one_media(value, place)
+    if isinstance(value, (list, tuple)): return [_plain(v, place, is_text) for v in value]
+    if isinstance(value, dict): return {k: _plain(v, place, is_text) for k,v in value.items()}
     return str(value)
 
 def _class_names(schema):
-    "Column → names of its classes, where Hugging Face's datasets left them in an Arrow schema."
-    kept = json.loads((schema.metadata or {}).get(b'huggingface', b'{}'))
-    features = kept.get('info', {}).get('features', {})
-    return {k: f['names'] for k,f in features.items() if isinstance(f, dict) and f.get('_type') == 'ClassLabel'}
+    "Column → names of its classes, where Hugging Face's datasets left them in an Arrow schema and they still fit."
+    try: features = parse_json((schema.metadata or {}).get(b'huggingface', b'{}'))['info']['features']
+    except (Damaged, KeyError, TypeError): return {}
+    classes = {k: f.get('names') for k,f in features.items() if isinstance(f, dict) and f.get('_type') == 'ClassLabel'} if isinstance(features, dict) else {}
+    return {k: names for k, names in classes.items() if isinstance(names, list) and k in schema.names}
 
-def _arrow_rows(batches, place):
+def _arrow_rows(path, batches, place):
     "Rows of Arrow tables, plain."
-    rows = []
+    rows, text = [], None
     for batch in batches:
-        classes = _class_names(batch.schema)
-        for row in batch.to_pylist():
-            named = {k: names[row[k]] for k, names in classes.items()
-                     if isinstance(row[k], int) and row[k] >= 0}
-            rows.append({k: _plain(v, place) for k,v in (row | named).items()})
+        classes, found = _class_names(batch.schema), batch.to_pylist()
+        if text is None and found: text = _text_columns(path, found)
+        for row in found:
+            named = {k: names[row[k]] for k, names in classes.items() if isinstance(row[k], int) and 0 <= row[k] < len(names)}
+            rows.append({k: _plain(v, place, k in text) for k,v in (row | named).items()})
     return rows
+
+def _bounded(path, batches):
+    "The batches, as long as they are no more than a file of its size can sensibly hold."
+    size, unpacked = os.path.getsize(path), 0
+    for batch in batches:
+        unpacked += batch.nbytes
+        _check_unpacked(path, size, unpacked)
+        yield batch
 
 def _read_parquet(path, place, encoding):
     import pyarrow as pa, pyarrow.parquet as pq
-    try: return _arrow_rows(pq.ParquetFile(path).iter_batches(256), place), 'Parquet'
-    except (pa.ArrowException, OSError) as e:
+    try:
+        with open_regular(path) as f:
+            file = pq.ParquetFile(f)
+            _check_unpacked(path, os.path.getsize(path), 100*file.metadata.num_rows)
+            return _arrow_rows(path, _bounded(path, file.iter_batches(256)), place), 'Parquet'
+    except (pa.ArrowException, OSError, OverflowError) as e:
         raise ValueError(f'{path} is not Parquet, or damaged: {e}') from None
 
 # %% ../nbs/00b_sources.ipynb #289be14c
@@ -225,6 +357,7 @@ def _read_file(path, place, encoding=None):
         raise ValueError(f'{path} is not {e.encoding}: {e.reason} at byte {e.start}.') from None
     except LookupError: raise ValueError(f'{path}: Python knows no encoding {encoding!r} for text.') from None
     except RecursionError: raise ValueError(f'{path} is nested too deeply to be rows.') from None
+    except MemoryError: raise ValueError(f'{path} is too large for the memory of this machine. Split it.') from None
 
 # %% ../nbs/00b_sources.ipynb #b894451c
 # HEIC is not read; `check_samples` says what to do about it
@@ -263,7 +396,7 @@ def _read_saved(folder, place):
     if isinstance(saved, dict):
         raise ValueError(f'{folder} holds the splits {", ".join(saved)}: '
                          f'read each, as in read_samples({str(folder/next(iter(saved)))!r}, …).')
-    return _arrow_rows(saved.with_format('arrow').iter(256), place), 'a saved Hugging Face data set'
+    return _arrow_rows(folder, saved.with_format('arrow').iter(256), place), 'a saved Hugging Face data set'
 
 def _read_folder(folder, place):
     is_saved = (folder/'state.json').is_file() or (folder/'dataset_dict.json').is_file()
