@@ -95,10 +95,12 @@ def _place_fault(role, text, name):
              and [tag for tag in _media_tags if tag in text])
     if found: return Fault(f'The {name} has {found[0]} in it.', 'Take it out: tags belong into the prompt.')
 
-def _bom_fault(text):
+def _stray_fault(text):
+    "Characters that are left over from a file's encoding."
     if '\ufeff' in text:
         return Fault('It has a byte-order mark (U+FEFF) in it, a token of its own.',
                      'Take it out.', 'warning', 'text')
+    if '\0' in text: return Fault('It has the character NUL in it, as damaged files do.', 'Take it out.', 'warning', 'text')
 
 def _text_faults(role, text):
     "Faults of one turn's text."
@@ -109,7 +111,7 @@ def _text_faults(role, text):
         return [Fault(f'The {name} is {_show(text)}, not text: '
                       'LLaMA-Factory would drop the row or stop.', cure)]
     faults = (_empty_fault(role, text, name), _mark_fault(text, name), _place_fault(role, text, name),
-              _bom_fault(text))
+              _stray_fault(text))
     return [f for f in faults if f]
 
 # %% ../nbs/01_data.ipynb #6f53b0d3
@@ -158,7 +160,15 @@ def _form_faults(sample):
     bad = [(f'messages[{i}]', Fault(f'The turn is {_show(t)}, not a dict.',
                                     'Give a dict with role and content.'))
            for i,t in enumerate(turns) if not isinstance(t, dict)]
-    return bad or list(_order_faults(turns)) + list(_system_faults(sample))
+    return bad or [*_order_faults(turns), *_system_faults(sample), *_weight_faults(turns)]
+
+def _weight_faults(turns):
+    "Weights of turns, which only LLaMA-Factory's newer form has."
+    for i, turn in enumerate(turns):
+        if turn.get('loss_weight') is None or turn['loss_weight'] == (turn.get('role') in _answering): continue
+        yield f'messages[{i}]', Fault(
+            f'Its loss_weight is {_show(turn["loss_weight"])}, which LLaMA-Factory {"trains as 1" if turn.get("role") in _answering else "takes for 0"} in this form.',
+            'Where only last answers should count, set mask_history: true in the recipe; otherwise take the key out.', 'warning')
 
 def _system_faults(sample):
     "Two system prompts, of which LLaMA-Factory takes the turn."
@@ -501,8 +511,8 @@ def _mended_copy(path, look, to):
         look.faults.append(Fault(f'It could not be mended: {e}.', 'Make sure that the folder of the copies can be written, or save the picture again yourself.', 'warning'))
 
 def _mended_text(value):
-    "The value with no byte-order marks in its text."
-    if isinstance(value, str): return value.replace('\ufeff', '')
+    "The value with no byte-order marks or NULs in its text."
+    if isinstance(value, str): return value.replace('\ufeff', '').replace('\0', '')
     if isinstance(value, list): return [_mended_text(v) for v in value]
     return {k: _mended_text(v) for k,v in value.items()} if isinstance(value, dict) else value
 

@@ -495,33 +495,63 @@ def question_sample(
 # %% ../nbs/00b_sources.ipynb #a1de712a
 _roles = {'human': 'user', 'gpt': 'assistant', 'chatgpt': 'assistant', 'bing': 'assistant', 'bard': 'assistant',
           'model': 'assistant', 'developer': 'system', 'tool': 'observation', 'function': 'observation'}
-_part_tags = {'image': '<image>', 'image_url': '<image>', 'input_image': '<image>',
-              'video': '<video>', 'video_url': '<video>'}
+_part_kinds = {'text': 'text', 'input_text': 'text', 'output_text': 'text', 'reasoning': 'thought', 'tool_call': 'call',
+               'image': '<image>', 'image_url': '<image>', 'input_image': '<image>', 'video': '<video>', 'video_url': '<video>'}
+_value_keys = {'text': ('text', 'value'), 'thought': ('value', 'reasoning', 'text'), 'call': ('value', 'tool_call'),
+               '<image>': ('value', 'image', 'image_url', 'url', 'path'), '<video>': ('value', 'video', 'video_url', 'url', 'path')}
+_beside_media = {'type', 'index', 'detail', 'min_pixels', 'max_pixels', 'total_pixels', 'resized_width', 'resized_height', 'fps',
+                 'nframes', 'min_frames', 'max_frames', 'video_start', 'video_end'}
 
 def _part(part):
-    "The text of one part of a turn, and the picture or clip that it brings."
-    if isinstance(part, str) or not isinstance(part, dict): return str(part), None
-    kind = part.get('type')
-    if not isinstance(kind, str) or kind not in _part_tags: return str(part.get('text', '')), None
-    media = part.get(kind) or part.get('image_url') or part.get('url') or part.get('path')
-    return _part_tags[kind], media.get('url') if isinstance(media, dict) and 'url' in media else media
+    "What one part of a turn is (`'text'`, `'thought'`, `'call'`, `'<image>'` or `'<video>'`), and its value; raises `ValueError`."
+    if isinstance(part, str): return 'text', part
+    given = {k: v for k,v in part.items() if v is not None} if isinstance(part, dict) else {}
+    kind = given.get('type', next((k for k in _part_kinds if k in given), None))
+    if not (isinstance(kind, str) and kind in _part_kinds): raise ValueError(f'a content part that is not known: {_shortened(part)}')
+    what = _part_kinds[kind]
+    value = next((given[k] for k in _value_keys[what] if k in given), None)
+    if what[0] != '<': is_known = isinstance(value, (str, dict) if what == 'call' else str)
+    elif value is None: is_known = given.keys() <= _beside_media  # the picture is in a column of the row
+    else: is_known = not isinstance(value, dict) or bool(value.keys() & {'url', 'path', 'bytes'})
+    if not is_known: raise ValueError(f'a content part of type {kind!r} whose value is not known: {_shortened(part)}')
+    return what, value.get('url', value) if isinstance(value, dict) and what[0] == '<' else value
+
+def _shortened(value):
+    text = repr(value)
+    return text if len(text) <= 120 else f'{text[:120]} …'
 
 def _parts(content, place):
-    "Text with tags, pictures and clips of a turn that comes in parts."
+    "Text with tags, tool calls, pictures and clips of a turn that comes in parts."
     read = [_part(part) for part in content]
-    media = lambda tag: [_one_media(m, place) for text, m in read if text == tag and m]
-    return ''.join(text for text, _ in read), media('<image>'), media('<video>')
+    words = {'thought': lambda v: f'<think>\n{v.strip()}\n</think>\n\n', 'text': str, 'call': lambda v: ''}
+    text = ''.join(words[what](v) if what in words else what for what, v in read)
+    media = lambda tag: [_one_media(v, place) for what, v in read if what == tag and v]
+    return text, [_loaded(v) for what, v in read if what == 'call'], media('<image>'), media('<video>')
+
+def _loaded(call):
+    "A tool call that comes as JSON text."
+    try: return json.loads(call) if isinstance(call, str) else call
+    except (ValueError, RecursionError): raise ValueError(f'a tool call that is not JSON: {_shortened(call)}') from None
 
 def _turn(turn, role_tag, content_tag, roles, place):
     "One turn with `role` and `content`, and its own pictures and clips; what is no turn stays as it is."
     if not isinstance(turn, dict): return turn, [], []
-    role, content, images, videos = turn.get(role_tag), turn.get(content_tag), [], []
-    if isinstance(content, list): content, images, videos = _parts(content, place)
-    if isinstance(turn.get('tool_calls'), list) and turn['tool_calls']:
+    role, content, calls, images, videos = turn.get(role_tag), turn.get(content_tag), turn.get('tool_calls'), [], []
+    calls = calls if isinstance(calls, list) else []
+    if isinstance(content, list): content, called, images, videos = _parts(content, place)
+    if isinstance(turn.get(content_tag), list): calls = calls + called
+    if calls:
         place.beside_calls += bool(content)
-        role, content = 'function_call', json.dumps([_call(c) for c in turn['tool_calls']], ensure_ascii=False)
+        role, content = 'function_call', json.dumps([_call(c) for c in calls], ensure_ascii=False)
     role = roles.get(role.lower(), role) if isinstance(role, str) else role
-    return {'role': role, 'content': content}, images, videos
+    return {'role': role, 'content': content} | _weight(turn, role, place), images, videos
+
+def _weight(turn, role, place):
+    "The turn's `loss_weight`, where it is another one than LLaMA-Factory gives such a turn anyway."
+    weight, usual = turn.get('loss_weight'), role in ('assistant', 'function_call')
+    if not isinstance(weight, (int, float)) or weight == usual: return {}
+    place.weights += 1
+    return {'loss_weight': float(weight)}
 
 def _call(call):
     "A tool call of OpenAI's as LLaMA-Factory has it: its arguments are an object, not text."
@@ -554,7 +584,7 @@ def dialogue_sample(
                       for tag, word in tags.items() if tag not in ('role_tag', 'content_tag')}
     said = row.get(columns['messages'])
     given = said if isinstance(said, list) else []
-    read = [_turn(t, tags['role_tag'], tags['content_tag'], roles, place) for t in given]
+    read = _turns(given, tags, roles, columns['messages'], place)
     key = lambda k: columns.get(k) and row.get(columns[k])
     images = [p for _, found, _ in read for p in found] or _media(key('images'), place)
     videos = [p for _, _, found in read for p in found] or _media(key('videos'), place)
@@ -564,6 +594,14 @@ def dialogue_sample(
     if isinstance(sample.get('tools'), list): sample['tools'] = json.dumps(sample['tools'], ensure_ascii=False)
     sample |= {'image': images} | ({'video': videos} if videos else {})
     return sample | {'messages': _tagged_turns(turns, images, videos) if tag else turns}
+
+def _turns(given, tags, roles, key, place):
+    "Each turn as `_turn` reads it; an error names the turn."
+    read = []
+    for i, turn in enumerate(given):
+        try: read.append(_turn(turn, tags['role_tag'], tags['content_tag'], roles, place))
+        except ValueError as e: raise ValueError(f'{key}[{i}] has {e}') from None
+    return read
 
 def _tagged_turns(turns, images, videos):
     "The turns, the first of the user with a tag for each picture and clip where no turn has any."
@@ -659,13 +697,13 @@ def _dialogue_form(path, rows, image, video):
     key, names = _turns_key(rows), _names_in(rows)
     turns = [t for row in rows[:100] if isinstance(row.get(key), list) for t in row[key] if isinstance(t, dict)]
     is_from = sum('from' in t for t in turns) > sum('role' in t for t in turns)
-    in_parts = any(isinstance(t.get('content'), list) for t in turns)
+    parts = [part for t in turns if isinstance(t.get('content'), list) for part in t['content'] if isinstance(part, dict)]
     try: images, videos = _column(names, 'image', image, False), _column(names, 'video', video, False)
     except ValueError as e: raise ValueError(f'{path} has {e}. Its columns: {", ".join(names)}.') from None
     columns = {'messages': key, 'images': images, 'videos': videos}
     tags = ({'role_tag': 'from', 'content_tag': 'value'} if is_from
             else {'role_tag': 'role', 'content_tag': 'content'})
-    name = 'LLaVA or ShareGPT' if is_from else 'OpenAI' if in_parts else 'role and content'
+    name = 'LLaVA or ShareGPT' if is_from else 'LLaMA-Factory v1' if any('value' in part for part in parts) else 'OpenAI' if parts else 'role and content'
     return columns | {k: k for k in ('system', 'tools') if k in names}, tags, name
 
 # %% ../nbs/00b_sources.ipynb #3b2681b1
@@ -690,11 +728,23 @@ def _said_columns(columns, words):
     prompt = f'the prompt {words!r} for all' if words is not None else f"prompts from {columns['prompt']}"
     return f"{named}, {prompt}, answers from {columns['response']}"
 
-def _say(source, samples, taken, place, how):
+def _each(path, rows, make):
+    "What is made of each row; the rows of which nothing can be made are named together."
+    made, bad = [], []
+    for i, row in enumerate(rows):
+        try: made.append(make(row))
+        except ValueError as e: bad.append(f'row {i}: {e}')
+    if bad: raise ValueError(f'{path} has {len(bad)} row(s) that cannot be read. ' + '; '.join(bad[:5]) + (' …' if len(bad) > 5 else '') + '.')
+    return made
+
+def _say(source, samples, taken, place, how, media_dir):
     name = ' + '.join(Path(p).name for p in source) if isinstance(source, (list, tuple)) else Path(source).name
     more = [f'{place.written} file(s) written to {place.out.name}/.'] if place.written else []
     if place.lost:
-        more.append(f'{place.lost} path(s) lead nowhere: media_dir=… names the folder of the pictures.')
+        cure = f'there is no such file in {media_dir}' if media_dir else 'media_dir=… names the folder of the pictures'
+        more.append(f'{place.lost} path(s) lead nowhere, {place.first_lost} first: {cure}.')
+    if place.weights:
+        more.append(f'{place.weights} turn(s) have a loss_weight that LLaMA-Factory does not read in this form; `check_samples` names them.')
     if place.beside_calls:
         more.append(f'Words beside {place.beside_calls} tool call(s) left out: '
                     'LLaMA-Factory has no place for them.')
@@ -715,16 +765,16 @@ def read_samples(
     path = Path(source[0] if isinstance(source, (list, tuple)) else source)
     place = _place(path, media_dir)
     rows, taken = read_rows(source, place, encoding)
-    if not response and all({'chosen', 'rejected'} <= row.keys() for row in rows):
+    if not response and all({'chosen', 'rejected'} <= row.keys() or {'chosen_messages', 'rejected_messages'} <= row.keys() for row in rows):
         raise ValueError(f'{path} holds rankings (chosen and rejected answers), and a sample has one answer: '
                          "name it, response='chosen', or register the file as it is.")
     shown = tqdm(rows, desc=f'Reading {path.name}', unit='row', delay=2, file=sys.stdout)
     if _turns_key(rows) and not response:
         columns, tags, name = _dialogue_form(path, rows, image, video)
-        samples, how = [dialogue_sample(row, columns, tags, place) for row in shown], f'dialogues ({name})'
+        samples, how = _each(path, shown, lambda row: dialogue_sample(row, columns, tags, place)), f'dialogues ({name})'
     else:
         columns, words = _table_columns(path, rows, image, video, prompt, response)
         samples = [question_sample(row, columns, place, words) for row in shown]
         how = _said_columns(columns, words)
-    _say(source, samples, taken, place, how)
+    _say(source, samples, taken, place, how, media_dir)
     return samples
