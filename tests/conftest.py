@@ -1,13 +1,16 @@
 """The tests run on the package as it is installed from a built wheel, beside the same stack, not on the sources.
 
 The wheel is built once, before any test module imports the package; child processes get it through PYTHONPATH."""
-import os, shutil, subprocess, sys, tempfile, time
+import os, shutil, socket, subprocess, sys, tempfile, time
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT/'test-artefacts' # What was to be seen in the browser
+BROWSERS = 'chromium', 'chromium-browser', 'google-chrome' # As in the Makefile
+AS_ROOT = 'This test needs root; `make test` gives it a namespace in which it is root, where the kernel lets users have one.'
 
 def _install_wheel():
     "Build the wheel from a copy of what goes into it, and install it without its dependencies."
@@ -28,12 +31,30 @@ os.environ['HF_HUB_OFFLINE'] = '1'
 os.environ['XDG_DATA_HOME'] = str(WORK/'share')  # the list of written files
 os.environ['CUDA_VISIBLE_DEVICES'] = ''  # the same on a machine with GPUs
 
-def until(condition, seconds=300):
-    "Wait for something to be so."
-    end = time.time() + seconds
-    while not condition():
-        assert time.time() < end, 'it took too long'
+PATIENCE = 900 # Seconds. It ends a test that hangs; a machine that has other work to do is never so slow
+
+def until(condition, what='what was waited for'):
+    "Wait until something is so, and return it. How long it takes is no part of any test."
+    end = time.monotonic() + PATIENCE
+    while not (found := condition()):
+        assert time.monotonic() < end, f'It did not come about: {what}'
         time.sleep(.05)
+    return found
+
+def free_ports(n):
+    "Ports of this machine that the kernel says are free."
+    with ExitStack() as stack: return [stack.enter_context(socket.create_server(('127.0.0.1', 0))).getsockname()[1] for _ in range(n)]
+
+@contextmanager
+def small_disk(folder, size):
+    "A disk of its own at a folder; what it gives makes it larger."
+    def mount(options):
+        done = subprocess.run(['mount', '-t', 'tmpfs', '-o', options, 'tmpfs', folder], capture_output=True, text=True)
+        assert not done.returncode, f'A small disk cannot be mounted here: {done.stderr.strip()} {AS_ROOT}'
+    folder.mkdir()
+    mount(f'size={size}')
+    try: yield lambda size: mount(f'remount,size={size}')
+    finally: subprocess.run(['umount', folder], check=True)
 
 def pytest_addoption(parser): parser.addoption('--soak', action='store_true', help='run what is longer, too')
 
@@ -95,12 +116,9 @@ def factory(tiny):
 
 @pytest.fixture(scope='session')
 def chromium():
-    "Debian's browser, installed where there is none."
-    for command in ('apt-get update', 'apt-get install -y --no-install-recommends chromium'):
-        if shutil.which('chromium'): break
-        done = subprocess.run(command.split(), capture_output=True, text=True)
-        if done.returncode: pytest.fail(f'There is no chromium here, and {command!r} could not change that:\n{done.stderr[-2000:]}')
-    return shutil.which('chromium')
+    "The browser that `make browser` finds or installs."
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    return found or pytest.fail(f'There is no browser here, under none of the names {", ".join(BROWSERS)}: `make browser` installs one.')
 
 @pytest.fixture
 def page(chromium):
@@ -109,7 +127,7 @@ def page(chromium):
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=chromium, args=['--no-sandbox'])
         page = browser.new_page(viewport=dict(width=1300, height=1100))
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(PATIENCE*1000)
         KEPT.mkdir(exist_ok=True)
         yield page
         page.screenshot(path=KEPT/'last.png')

@@ -1,25 +1,20 @@
 """The live view where it is looked at: JupyterLab in a browser, with a run at work.
 
 Pictures of what was to be seen are kept in `test-artefacts`."""
-import base64, json, os, secrets, signal, socket, subprocess, sys, time, urllib.request
+import base64, json, os, secrets, signal, subprocess, sys, time, urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
 
-from conftest import KEPT, ROOT
+from conftest import KEPT, ROOT, free_ports, until
 from qwen2vl_nb.loss import plot_loss
 from qwen2vl_nb.recipe import save_recipe
 from qwen2vl_nb.run import attach
 
-def _until(condition, what, seconds=120):
-    "Wait for something, and return it."
-    end = time.time() + seconds
-    while not (found := condition()):
-        assert time.time() < end, f'it took too long: {what}'
-        time.sleep(.25)
-    return found
+_until = until
 
 def _notebook(path, cells):
     kernel = dict(name='python3', display_name='python3', language='python')
@@ -32,7 +27,7 @@ def _setting(folder, plugin, **values):
     path.write_text(json.dumps(values))
 
 def _is_up(url):
-    try: return urllib.request.urlopen(f'{url}/api', timeout=5).status == 200
+    try: return urllib.request.urlopen(f'{url}/api', timeout=60).status == 200
     except OSError: return False
 
 @pytest.fixture(scope='module')
@@ -45,9 +40,7 @@ def lab(tmp_path_factory):
     settings = Path(own['JUPYTERLAB_SETTINGS_DIR'])
     _setting(settings, '@jupyterlab/notebook-extension/tracker', windowingMode='none')  # or what is out of sight is not there
     _setting(settings, '@jupyterlab/apputils-extension/notification', checkForUpdates=False, fetchNews='false')
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
+    port, = free_ports(1)
     url, token = f'http://127.0.0.1:{port}', secrets.token_hex()
     command = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}', '--ServerApp.port_retries=0',
                f'--IdentityProvider.token={token}', f'--ServerApp.root_dir={root}']
@@ -62,7 +55,7 @@ def lab(tmp_path_factory):
         for r in root.rglob('run.json'): attach(r.parent).stop(patience=0)
         kernels = process.children(recursive=True)
         process.terminate()
-        for p in psutil.wait_procs([process, *kernels], timeout=20)[1]: p.kill()
+        for p in psutil.wait_procs([process, *kernels], timeout=60)[1]: p.kill()
 
 def _menu(page, menu, *items):
     page.get_by_role('menuitem', name=menu, exact=True).click()
@@ -75,10 +68,11 @@ def _open(page, lab, path):
     page.locator('.jp-Notebook').wait_for()
     _idle(page)
 
-def _reload(page):
+def _reload(page, notebook):
+    "Save the notebook, and load the page again."
+    saved = notebook.stat().st_mtime_ns
     page.keyboard.press('Control+s')
-    page.locator('.jp-DirListing-item').first.wait_for()
-    time.sleep(1)
+    _until(lambda: notebook.stat().st_mtime_ns > saved, 'the notebook is saved')
     page.reload()
     page.locator('.jp-Notebook').wait_for()
 
@@ -98,13 +92,24 @@ def _keep(page, name):
     page.locator('.widget-vbox').first.scroll_into_view_if_needed()
     page.screenshot(path=KEPT/f'{name}.png')
 
+@contextmanager
+def _held(run):
+    "A run that is at work, and stands still meanwhile."
+    processes = psutil.Process(run._json('waiter.json')['pid']).children(recursive=True)
+    for p in processes: p.suspend()
+    yield
+    assert run.is_running
+    for p in processes: p.resume()
+
 def _changes(page, run, enough):
-    "Pictures that the browser showed while the run was at work, each once, until there were enough."
-    shown = []
-    while run.is_running and len(shown) < enough:
-        picture = _picture(page)
-        if picture and picture not in shown: shown.append(picture)
-        time.sleep(.25)
+    "Pictures that the browser shows while the run is at work: it stands still after a line of its log until that has been seen."
+    log, shown = run.output_dir/'trainer_log.jsonl', []
+    def size(): return log.stat().st_size if log.exists() else 0
+    while len(shown) < enough:
+        before = size()
+        _until(lambda: size() > before or not run.is_running, 'a line of the log')
+        assert run.is_running, run.failure
+        with _held(run): shown.append(_until(lambda: (picture := _picture(page)) not in shown and picture, 'the picture of it'))
     return shown
 
 def test_the_tutorial_is_seen_to_train(lab, page):
@@ -118,18 +123,17 @@ def test_the_tutorial_is_seen_to_train(lab, page):
     _open(page, lab, 'nbs/tutorials/car_item.ipynb')
     _menu(page, 'Run', 'Run All Cells')
     folder = lab.root/'runs'/'browser'/'train'
-    _until((folder/'waiter.json').exists, 'the tutorial comes to its training', 600)
+    _until((folder/'waiter.json').exists, 'the tutorial comes to its training')
     run = attach(folder)
     shown = _changes(page, run, 4)
-    was_at_work = run.is_running
-    assert len(shown) == 4, f'only {len(shown)} pictures while the run was at work: {run.progress}'
     _keep(page, 'tutorial-training')
 
-    _reload(page)
-    _menu(page, 'Kernel', 'Restart Kernel…')
-    page.locator('.jp-Dialog button.jp-mod-warn').click()
-    page.locator('.jp-Dialog').wait_for(state='detached')
-    _idle(page)
+    with _held(run):
+        _reload(page, there/'car_item.ipynb')
+        _menu(page, 'Kernel', 'Restart Kernel…')
+        page.locator('.jp-Dialog button.jp-mod-warn').click()
+        page.locator('.jp-Dialog').wait_for(state='detached')
+        _idle(page)
     page.locator('.jp-CodeCell .jp-InputPrompt').first.click()
     page.keyboard.press('a')
     page.keyboard.press('Enter')
@@ -137,14 +141,14 @@ def test_the_tutorial_is_seen_to_train(lab, page):
     page.keyboard.press('Shift+Enter')
     again = _until(lambda: _picture(page), 'the curve after the restart')
     assert again not in shown[:3], 'what was logged before the restart is there'
-    _until(lambda: not run.is_running, 'the training', 600)
-    assert run.status == 'done' and was_at_work
+    _until(lambda: not run.is_running, 'the training')
+    assert run.status == 'done'
     _says(page, 'train: done, step 85 of 85')
-    _until(lambda: _picture(page) == plot_loss(run)._repr_png_(), 'the whole curve, as it is drawn from the finished log', 20)
+    _until(lambda: _picture(page) == plot_loss(run)._repr_png_(), 'the whole curve, as it is drawn from the finished log')
     _keep(page, 'tutorial-reattached')
 
     _idle(page)
-    _reload(page)
+    _reload(page, there/'car_item.ipynb')
     _until(lambda: _picture(page) == plot_loss(run)._repr_png_(), 'the view comes back by itself where the kernel lives on')
 
 def _long_run(lab, page, few_steps, name):

@@ -10,7 +10,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from conftest import until
+from conftest import free_ports, small_disk, until
 from qwen2vl_nb import run as run_module
 from qwen2vl_nb.checkpoint import checkpoints, is_whole
 from qwen2vl_nb.failure import find_failure
@@ -299,20 +299,17 @@ def taken_port():
         s.listen()
         yield s.getsockname()[1]
 
-def free_port():
-    with taken_port() as port: return port
-
 @case(r'^run.log, static_tcp_rendezvous.py:\d+ in next_rendezvous', 'port is taken. torch.distributed.DistNetworkError: .*EADDRINUSE', cure='another port')
 def port_taken(room):
     with taken_port() as port: return room.fail(nnodes=2, master=f'127.0.0.1:{port}')
 
 @case(r'^run.log, static_tcp_rendezvous.py:\d+ in next_rendezvous', 'did not find each other. torch.distributed.DistStoreError: .*1/2 clients joined', cure='on all of them')
 def other_machine_missing(room):
-    return room.fail(nnodes=2, master=f'127.0.0.1:{free_port()}', env={'PET_RDZV_CONF': 'timeout=5'})
+    return room.fail(nnodes=2, master=f'127.0.0.1:{free_ports(1)[0]}', env={'PET_RDZV_CONF': 'timeout=5'})
 
 @case(r'^run.log, dynamic_rendezvous.py:\d+ in ', 'did not find each other. torch.*RendezvousTimeoutError', cure='on all of them', soak=True)
 def other_machine_missing_elastic(room):
-    return room.fail(nnodes=2, master=f'127.0.0.1:{free_port()}', env={'RDZV_ID': 'cars', 'PET_RDZV_CONF': 'join_timeout=5'})
+    return room.fail(nnodes=2, master=f'127.0.0.1:{free_ports(1)[0]}', env={'RDZV_ID': 'cars', 'PET_RDZV_CONF': 'join_timeout=5'})
 
 @case(r'^rank [01], ', 'stopped answering. RuntimeError: .*[Tt]imed out', cure='ddp_timeout', soak=True)
 def rank_stands_still(room):
@@ -322,8 +319,8 @@ def rank_stands_still(room):
     for k in range(30):  # at some moments gloo waits without a limit; then it is tried at another one
         still = rank(run, (k + 1) % 2)
         still.suspend()
-        end = time.time() + 20
-        while not raised() and time.time() < end: time.sleep(.5)
+        end = time.monotonic() + 20  # twice ddp_timeout
+        while not raised() and time.monotonic() < end: time.sleep(.5)
         if raised(): break
         still.resume()
         time.sleep(1)
@@ -331,23 +328,16 @@ def rank_stands_still(room):
 
 # Checkpoints
 
-@contextmanager
-def small_disk(folder, size):
-    "A disk of its own at a folder."
-    folder.mkdir()
-    if os.geteuid() or subprocess.run(['mount', '-t', 'tmpfs', '-o', f'size={size}', 'tmpfs', folder]).returncode: pytest.skip('only root mounts a small disk')
-    try: yield folder
-    finally: subprocess.run(['umount', folder], check=True)
-
 def full_disk(room, size):
     "The second checkpoint finds no room; the first is as it was, and when there is room the run goes on from it."
-    with small_disk(room.folder/'disk', size) as disk:
+    disk = room.folder/'disk'
+    with small_disk(disk, size) as enlarge:
         run = room.start(output_dir=disk/'run', save_steps=2)
         found = failure_of(run)
         first, second = checkpoints(run)
         assert is_whole(first) and not is_whole(second)
         before = {p.name: p.read_bytes() for p in first.iterdir()}
-        subprocess.run(['mount', '-o', 'remount,size=64m', disk], check=True)
+        enlarge('64m')
         assert over(run.resume()).status == 'done', run.failure
         assert before == {p.name: p.read_bytes() for p in first.iterdir()}
         assert [p.name for p in disk.glob('run/torn-*')] == ['torn-checkpoint-4']
@@ -385,9 +375,9 @@ def memory_group(most):
     try:
         group.mkdir()
         (group/limit).write_text(str(most))
-    except OSError:
+    except OSError as e:
         if group.is_dir(): group.rmdir()
-        pytest.skip('no memory limits can be set here')
+        pytest.fail(f'No group of processes with a limit of memory can be made here ({e}): this test alone needs to be run by root, with a writable /sys/fs/cgroup.')
     try: yield group/'cgroup.procs'
     finally: group.rmdir()
 

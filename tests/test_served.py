@@ -1,5 +1,5 @@
 "Servers that misbehave, for real: whatever they do, every row ends with its answer or with an error that says what was."
-import base64, hashlib, io, json, os, re, signal, socket, subprocess, sys, sysconfig, threading, time
+import base64, hashlib, io, json, math, os, re, signal, subprocess, sys, sysconfig, threading, time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -12,7 +12,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from conftest import until
+from conftest import PATIENCE, free_ports, until
 from qwen2vl_nb import answers, served
 from qwen2vl_nb.answers import Answers, whole_lines
 from qwen2vl_nb.predict import asked_row, predict
@@ -32,7 +32,7 @@ def _begin(folder, rows, base_url, recipe=GREEDY, env={}, **options):
     (folder/'run.json').write_text(json.dumps({'workers': workers, 'options': {'base_url': base_url} | options}))
     return subprocess.Popen([sys.executable, answers.__file__], cwd=folder, env=os.environ | env)
 
-def _run(*args, **kwargs): return _begin(*args, **kwargs).wait(timeout=120)
+def _run(*args, **kwargs): return _begin(*args, **kwargs).wait(timeout=PATIENCE)
 
 def _lines(folder): return [json.loads(line) for _, line in whole_lines(folder/'predictions.jsonl')]
 
@@ -44,7 +44,7 @@ def _rows(folder, n):
     assert [row['row'] for row in rows] == list(range(n))
     return rows
 
-def _until(condition, seconds=60): until(condition, seconds)
+_until = until
 
 def _echo(asked):
     "What a server saw, as its answer."
@@ -62,9 +62,9 @@ def _completion(text, reason='stop'):
 class Loopback(ThreadingHTTPServer):
     "A server that does what `behave(handler, asked, n)` does at the n-th time that a row is asked; otherwise an echo."
     daemon_threads, request_queue_size = True, 64
-    def __init__(self, behave=lambda *_: False, port=0):
+    def __init__(self, behave=lambda *_: False, port=0, most_rows=math.inf):
         self.behave, self.asked, self.times, self.at_once, self.most = behave, [], Counter(), 0, 0
-        self.lock, self.answered = threading.Lock(), False
+        self.lock, self.most_rows, self.goes_on = threading.Lock(), most_rows, threading.Event() # Beyond so many rows none is answered until it goes on
         super().__init__(('127.0.0.1', port), _Handler)
         self.url = f'http://127.0.0.1:{self.server_port}/v1'
         threading.Thread(target=self.serve_forever, kwargs={'poll_interval': .05}, daemon=True).start()
@@ -93,10 +93,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.times[text] += 1
             self.server.at_once += 1
             self.server.most = max(self.server.most, self.server.at_once)
+            waits = len(self.server.asked) > self.server.most_rows
         try:
+            if waits: self.server.goes_on.wait()
             if not self.server.behave(self, asked, self.server.times[text]):
                 self.reply(200, _completion(_echo(asked)))
-                self.server.answered = True
         finally:
             with self.server.lock: self.server.at_once -= 1
 
@@ -108,6 +109,7 @@ def loopback():
         return servers[-1]
     yield start
     for server in servers:
+        server.goes_on.set()
         server.shutdown()
         server.server_close()
 
@@ -130,12 +132,14 @@ def _torn(handler):
     handler.wfile.write(b'{"choices": [')
     handler.close_connection = True
 
-def _late(handler): time.sleep(4)
+def _silent(handler):
+    "No answer for as long as somebody waits for one."
+    handler.connection.recv(1)
+    handler.close_connection = True
 
 def _gone(handler):
     "A refusal that comes after an answer has."
-    _until(lambda: handler.server.answered)
-    time.sleep(.5)
+    _until(lambda: any(row['predict'] is not None for row in _lines(handler.server.folder)))
     handler.reply(404, {'detail': 'No such file.'})
 
 # What a server may do, and what the row's error then says
@@ -143,7 +147,6 @@ FAILS = {
     '500': (lambda h: h.reply(500, {'error': {'message': 'CUDA error'}}), '500 Internal Server Error: CUDA error'),
     '503': (lambda h: h.reply(503, b'<html>down</html>'), '503 Service Unavailable: <html>down</html>'),
     'closes in the middle': (_torn, 'RemoteProtocolError'),
-    'says nothing': (_late, 'No answer within 2 s'),
     'rubbish': (lambda h: h.reply(200, b'\xff\x00 rubbish'), 'no chat completion'),
     'a page': (lambda h: h.reply(200, b'<html>Welcome</html>', Content_Type='text/html'), 'Welcome'),
     'no choices': (lambda h: h.reply(200, {'choices': []}), 'no chat completion'),
@@ -175,11 +178,12 @@ def test_whatever_a_server_does_every_row_has_its_answer_or_its_error(loopback, 
         (FAILS | REFUSES)[how][0](handler)
         return True
     server, picture = loopback(behave), pictures('a.png', 112, 84)
+    server.folder = tmp_path/'run'
     kinds = [('once', how) for how in FAILS] + [('always', how) for how in FAILS | REFUSES]
     kinds = [('', 'good'), *kinds, ('', 'is busy'), ('', 'has its own type')]*4
     def row(i, often, how): return _row(i, f'{i}: {often}: {how}', *[picture]*(i % 2), system='简短。' if i % 3 else '')
     rows = [row(i, *kind) for i, kind in enumerate(kinds)]
-    assert _run(tmp_path/'run', rows, server.url, concurrency=32, timeout=2, tries=2) == 0
+    assert _run(tmp_path/'run', rows, server.url, concurrency=32, tries=2) == 0
     for row, asked, (often, how) in zip(_rows(tmp_path/'run', len(rows)), rows, kinds):
         fails = often == 'always'
         assert ('error' in row) == fails, row
@@ -196,6 +200,14 @@ def test_whatever_a_server_does_every_row_has_its_answer_or_its_error(loopback, 
             user = digest + [row['prompt'].removeprefix('<image>')]
             assert json.loads(row['predict']) == {'model': 'tiny', 'system': system, 'user': user}
 
+def test_a_server_that_says_nothing_is_not_waited_for(loopback, tmp_path):
+    "Every other row is answered when it is asked again."
+    server = loopback(lambda handler, asked, n: (n == 1 or int(_said(asked)) % 2) and (_silent(handler) or True))
+    assert _run(tmp_path/'run', [_row(i, f'{i}') for i in range(8)], server.url, timeout=2, tries=3) == 0
+    for row in _rows(tmp_path/'run', 8):
+        if row['row'] % 2: assert row['predict'] is None and re.search(r'No answer within 2 s.*\(asked 3 times\)$', row['error']), row
+        else: assert 'error' not in row and row['predict']
+
 def test_a_server_that_fails_all_the_time_takes_no_row_from_one_that_does_not(loopback, tmp_path):
     good, bad = loopback(), loopback(lambda handler, *_: handler.reply(500, {'error': 'broken'}) or True)
     assert _run(tmp_path/'run', [_row(i, f'{i}') for i in range(60)], [bad.url, good.url], concurrency=2) == 0
@@ -208,22 +220,19 @@ def test_servers_that_answer_no_row_at_all_end_the_run(loopback, tmp_path):
     assert 50 <= len(_lines(tmp_path/'run')) < 200
 
 def test_servers_share_the_rows_and_none_gets_more_at_once_than_it_may(loopback, tmp_path):
-    def slow(*_): time.sleep(.05)
-    servers, rows = [loopback(slow), loopback(slow)], [_row(i, f'{i}') for i in range(80)]
+    def together(handler, *_): _until(lambda: handler.server.most >= 3)
+    servers, rows = [loopback(together), loopback(together)], [_row(i, f'{i}') for i in range(80)]
     assert _run(tmp_path/'run', rows, [s.url for s in servers], concurrency=3, model='mine') == 0
     _rows(tmp_path/'run', 80)
     assert sum(len(s.asked) for s in servers) == 80 and all(s.asked and s.most == 3 for s in servers)
     assert {asked['model'] for s in servers for asked in s.asked} == {'mine'}
 
-def _free_port():
-    with socket.create_server(('127.0.0.1', 0)) as s: return s.getsockname()[1]
-
 @pytest.fixture
 def server_process():
-    "Starts a slow server as a process of its own, which can be killed."
+    "Starts a server as a process of its own, which can be killed; beyond so many rows it answers none."
     started = []
-    def start(port):
-        started.append(subprocess.Popen([sys.executable, __file__, str(port)], stdout=subprocess.PIPE, text=True))
+    def start(port, most_rows=math.inf):
+        started.append(subprocess.Popen([sys.executable, __file__, str(port), str(most_rows)], stdout=subprocess.PIPE, text=True))
         assert started[-1].stdout.readline() == 'ready\n'
         return started[-1]
     yield start
@@ -232,35 +241,37 @@ def server_process():
         process.wait()
 
 def test_a_server_that_is_killed_and_comes_back_costs_no_row(server_process, tmp_path):
-    port = _free_port()
-    server = server_process(port)
+    port, = free_ports(1)
+    server = server_process(port, 40)
     run = _begin(tmp_path/'run', [_row(i, f'{i}') for i in range(120)], f'http://127.0.0.1:{port}/v1', concurrency=4)
     _until(lambda: len(_lines(tmp_path/'run')) > 20)
     server.kill()
     server.wait()
-    done = len(_lines(tmp_path/'run'))
+    assert len(_lines(tmp_path/'run')) <= 40
     server_process(port)
-    assert run.wait(timeout=60) == 0 and done < 100
+    assert run.wait(timeout=PATIENCE) == 0
     assert not [row for row in _rows(tmp_path/'run', 120) if 'error' in row]
 
 def test_a_server_that_dies_for_good_leaves_its_rows_to_the_other(server_process, loopback, tmp_path):
-    port, other = _free_port(), loopback(lambda *_: time.sleep(.05))
-    dying, rows = server_process(port), [_row(i, f'{i}') for i in range(120)]
+    (port,), other = free_ports(1), loopback(most_rows=20)
+    dying, rows = server_process(port, 20), [_row(i, f'{i}') for i in range(120)]
     run = _begin(tmp_path/'run', rows, [f'http://127.0.0.1:{port}/v1', other.url], concurrency=2)
     _until(lambda: len(_lines(tmp_path/'run')) > 20)
     dying.kill()
-    assert run.wait(timeout=60) == 0
-    assert not [row for row in _rows(tmp_path/'run', 120) if 'error' in row] and 20 < len(other.asked) < 120
+    other.goes_on.set()
+    assert run.wait(timeout=PATIENCE) == 0
+    assert not [row for row in _rows(tmp_path/'run', 120) if 'error' in row] and 100 <= len(other.asked) < 120
 
 def test_a_worker_that_is_killed_goes_on_where_it_was(loopback, tmp_path):
-    server = loopback(lambda *_: time.sleep(.05))
+    server = loopback(most_rows=40)
     run = _begin(tmp_path/'run', [_row(i, f'{i}') for i in range(100)], server.url, concurrency=4)
     _until(lambda: len(_lines(tmp_path/'run')) > 20)
     worker, = psutil.Process(run.pid).children()
     worker.kill()
-    assert run.wait(timeout=30) == -9
+    assert run.wait(timeout=PATIENCE) == -9
+    server.goes_on.set()
     done = {row['prompt'] for row in _lines(tmp_path/'run')}
-    assert 20 < len(done) < 100
+    assert 20 < len(done) <= 40
     assert _run(tmp_path/'run', None, server.url) == 0
     assert not [row for row in _rows(tmp_path/'run', 100) if 'error' in row]
     times = Counter(_said(asked) for asked in server.asked)
@@ -269,12 +280,12 @@ def test_a_worker_that_is_killed_goes_on_where_it_was(loopback, tmp_path):
 def test_a_worker_that_is_told_to_stop_writes_what_has_come_in(loopback, tmp_path):
     "Twenty rows are answered in less time than the worker lets pass between two writings; the others hang."
     def behave(handler, asked, n):
-        if int(_said(asked)) >= 20: time.sleep(20)
+        if int(_said(asked)) >= 20: _silent(handler)
     server = loopback(behave)
     run = _begin(tmp_path/'run', [_row(i, f'{i}') for i in range(40)], server.url, concurrency=40)
     _until(lambda: len(server.asked) == 40 and server.at_once == 20)
     (tmp_path/'run'/'stop').write_text('0')
-    assert run.wait(timeout=10) == signal.SIGTERM
+    assert run.wait(timeout=PATIENCE) == signal.SIGTERM
     assert [row['row'] for row in _lines(tmp_path/'run')] == list(range(20))
     assert not (tmp_path/'run'/'failure-0.json').exists()
 
@@ -337,7 +348,7 @@ def test_files_that_the_server_can_read_are_named_and_clips_are_sent(loopback, t
     assert [row['row'] for row in found if 'error' in row] == [3] and 'mp4' in found[3]['error']
 
 def test_where_there_is_no_server_the_run_fails_and_says_so(tmp_path):
-    urls = [f'http://127.0.0.1:{_free_port()}/v1' for _ in range(2)]
+    urls = [f'http://127.0.0.1:{port}/v1' for port in free_ports(2)]
     assert _run(tmp_path/'run', [_row(0, 'Hi')], urls, patience=2, model='mine')
     said = _failure(tmp_path/'run')
     assert 'No server was there for 2 s' in said and all(url in said for url in urls)
@@ -373,7 +384,7 @@ def test_a_wrong_path_or_model_ends_the_run_at_once(loopback, tmp_path):
 @pytest.fixture(scope='module')
 def factory_server(tiny, tmp_path_factory):
     "LLaMA-Factory's own server of the embedded model."
-    folder, port = tmp_path_factory.mktemp('api'), _free_port()
+    folder, (port,) = tmp_path_factory.mktemp('api'), free_ports(1)
     args = {'model_name_or_path': str(tiny), 'template': 'qwen2_vl', 'infer_backend': 'huggingface'}
     (folder/'api.yaml').write_text(yaml.safe_dump(args))
     env = os.environ | {'API_HOST': '127.0.0.1', 'API_PORT': str(port)}
@@ -385,11 +396,11 @@ def factory_server(tiny, tmp_path_factory):
         try: return httpx.get(f'{url}/models').status_code == 200
         except httpx.TransportError: return False
     try:
-        _until(is_there, 180)
+        _until(is_there)
         yield url
     finally:
         server.terminate()
-        server.wait(timeout=30)
+        server.wait(timeout=PATIENCE)
 
 def test_llamafactorys_own_server_gives_the_answers_of_hf(factory_server, tiny, data, tmp_path):
     "All hundred rows, token for token: the same answers to prompts of the same length."
@@ -401,6 +412,6 @@ def test_llamafactorys_own_server_gives_the_answers_of_hf(factory_server, tiny, 
         assert [row[key] for row in asked] == [row[key] for row in own], key
 
 if __name__ == '__main__':
-    server = Loopback(lambda *_: time.sleep(.05), int(sys.argv[1]))
+    server = Loopback(port=int(sys.argv[1]), most_rows=float(sys.argv[2]))
     print('ready', flush=True)
     threading.Event().wait()

@@ -1,6 +1,7 @@
 "What takes longer than everybody should wait for: `make soak`."
 import pytest
 
+from conftest import PATIENCE, until
 from qwen2vl_nb.all import launch, predict, predict_recipe, score, train_recipe
 
 @pytest.mark.soak
@@ -18,13 +19,12 @@ def test_the_item_card_is_learnt_with_any_seed(seed, tiny, data, tmp_path):
 @pytest.mark.soak
 def test_what_does_not_end_is_ended(tmp_path):
     "A run that ignores SIGTERM is ended by force when the grace is over."
-    import json, signal, subprocess, sys, time
+    import json, signal, subprocess, sys
     from qwen2vl_nb import waiter
     (tmp_path/'run.json').write_text(json.dumps({'command': ['sh', '-c', 'trap "" TERM; sleep 300 & wait'], 'cwd': str(tmp_path), 'env': {}}))
     process = subprocess.Popen([sys.executable, '-I', waiter.__file__, str(tmp_path)], start_new_session=True)
-    while not (tmp_path/'waiter.json').exists(): time.sleep(.05)
-    below = waiter.descendants(process.pid)
+    below = until(lambda: len(found := waiter.descendants(process.pid)) == 2 and (tmp_path/'waiter.json').exists() and found)
     process.send_signal(signal.SIGTERM)
-    process.wait(waiter.GRACE + 10)
-    assert below and not [p for p in below if waiter.created(p)]
+    process.wait(waiter.GRACE + PATIENCE)
+    assert not [p for p in below if waiter.created(p)]
     assert json.loads((tmp_path/'ended.json').read_text())['asked']
