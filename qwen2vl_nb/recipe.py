@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 from .stack import Finding, findings_table, gpus
 from .files import write_text
-from .data import _limits, _media_of, check_samples, count_tokens, is_dialogue
+from .data import _limits, _media_of, check_samples, count_tokens, is_dialogue, without_tags
 from .checkpoint import checkpoints, is_whole_file
 from .registry import Registry, _source, child_env, dataset_samples, entry_faults
 
@@ -206,25 +206,37 @@ def _length_findings(name, samples, recipe):
             f'Set cutoff_len to {most} or more, or a smaller image_max_pixels.',
             'error' if tokens.media[row] else 'warning')
 
-def _row_findings(name, samples, recipe):
+def _row_findings(name, samples, recipe, stage):
     "What is wrong with the text of rows, the first of each kind; and their lengths."
-    # a row to predict needs no answer
     answered = lambda s: s if is_dialogue(s) or s.get('output') else s | {'output': '?'}
-    asked = samples if recipe.get('do_train') else [answered(s) for s in samples]
+    # of a text of stage pt LLaMA-Factory reads the words only, and an answer is needed only where it is trained
+    asked = [s if stage in ('sft', 'kto') else answered(s) for s in samples]
+    if stage == 'pt': asked = [s | {'image': [], 'video': [], 'instruction': without_tags(str(s['instruction']))} for s in asked if not is_dialogue(s)]
     found = check_samples(asked, media=False)
     for field, rows in found[found.level == 'error'].groupby('field', sort=False):
         first = rows.iloc[0]
         yield Finding(name,
             f'{rows.row.nunique()} row(s) have a fault in {field or "their form"}, '
             f'row {first.row} first: {first.what}', _see(name))
-    yield from _length_findings(name, samples, recipe)
+    if stage != 'pt': yield from _length_findings(name, samples, recipe)
 
 # %% ../nbs/03_recipe.ipynb #f9ad7cb3
+def _dataset_names(recipe):
+    named = [recipe.get(k) or '' for k in ('dataset', 'eval_dataset')]
+    joined = ','.join(n if isinstance(n, str) else ','.join(n) for n in named)  # LLaMA-Factory takes a list too
+    return [name.strip() for name in joined.split(',') if name.strip()]
+
+def _stage_of(name, recipe):
+    "The stage that a data set of the recipe serves; `'predict'` where it is asked and its answers are not trained."
+    asks_only = recipe.get('predict_with_generate') and name not in _dataset_names({'dataset': recipe.get('dataset')})
+    return 'predict' if asks_only else recipe.get('stage') or 'sft'
+
 def _entry_findings(name, registry, recipe):
     "What is wrong with a registered data set and its rows."
     try: entry = registry[name]
     except ValueError as e: return [Finding(name, str(e), 'Mend the entry.')]
-    found = entry_faults(name, entry, recipe.get('stage', 'sft'))
+    stage = _stage_of(name, recipe)
+    found = entry_faults(name, entry, stage)
     where, source = _source(entry, registry.dataset_dir)
     if where != 'file' or any(f.level == 'error' for f in found): return found
     file = registry.dataset_dir/source
@@ -235,13 +247,9 @@ def _entry_findings(name, registry, recipe):
     try: samples = dataset_samples(registry, name, recipe.get('max_samples'), recipe.get('media_dir'))
     except (ValueError, TypeError, KeyError) as e:
         return found + [Finding(name, f'{file} cannot be read: {e}', 'See `read_samples(file)`.')]
-    return found + list(_row_findings(name, samples, recipe))
+    return found + list(_row_findings(name, samples, recipe, stage))
 
 # %% ../nbs/03_recipe.ipynb #731a7d55
-def _dataset_names(recipe):
-    named = ','.join(recipe.get(k) or '' for k in ('dataset', 'eval_dataset'))
-    return [name.strip() for name in named.split(',') if name.strip()]
-
 def _unregistered(name, names, path):
     near = get_close_matches(name, names, 1)
     hint = f'; did you mean {near[0]!r}?' if near else '.'
@@ -254,13 +262,13 @@ def data_findings(
 )->list: # `Finding`s
     "Data sets that are not registered or have no file, and pictures longer than the cutoff."
     reg = Registry(recipe.get('dataset_dir', 'data'))
-    if not reg.path.is_file():
+    if not os.path.lexists(reg.path):
         return [Finding('dataset_dir',
             f'There is no {reg.path}.',
             'Set dataset_dir to the folder that holds dataset_info.json, '
             'or `Registry(folder).add(name, samples)`.')]
     try: names = list(reg)
-    except ValueError as e: return [Finding('dataset_dir', str(e), 'Mend the file at that place.')]
+    except (ValueError, OSError) as e: return [Finding('dataset_dir', str(e), 'Mend the file at that place.')]
     found = []
     for name in _dataset_names(recipe):
         if name in names: found += _entry_findings(name, reg, recipe)

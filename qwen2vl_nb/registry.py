@@ -6,7 +6,7 @@
 __all__ = ['sample_entry', 'entry_stage', 'entry_faults', 'child_env', 'Registry', 'dataset_samples', 'dataset_rows']
 
 # %% ../nbs/02_registry.ipynb #93d4ce75
-import codecs, json, os, re, subprocess, sys, tempfile
+import codecs, copy, filecmp, hashlib, json, os, re, subprocess, sys, tempfile, time
 from collections.abc import MutableMapping
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -15,7 +15,7 @@ from pathlib import Path
 from filelock import FileLock
 from .stack import Finding, _table_class
 from .sources import _Place, dialogue_sample, question_sample, read_rows
-from .files import sweep, write_text
+from .files import json_or, open_regular, read_bytes, sweep, write_json, write_text
 from .data import in_one_form, sample_turns, write_samples
 
 # %% ../nbs/02_registry.ipynb #e977fb69
@@ -42,7 +42,7 @@ def _broken(path, what, text, at):
 
 def _read_text(path):
     "The text of a registry file, its line ends as they are."
-    raw = path.read_bytes()
+    raw = read_bytes(path)
     try: return raw.decode('utf-8-sig')
     except UnicodeDecodeError as e:
         what = f'byte {raw[e.start]:#04x} is not UTF-8; save the file as UTF-8'
@@ -66,8 +66,9 @@ def _read_registry(path):
     text, entries = _read_text(path), {}
     try: whole = json.loads(text)
     except json.JSONDecodeError as e: raise _broken(path, e.msg, text, e.pos) from None
+    except RecursionError: raise _broken(path, 'it is nested too deeply', text, 0) from None
     if not isinstance(whole, dict):
-        what = f'a {type(whole).__name__}, where an object with an entry for each data set should be'
+        what = f'{json.dumps(whole)[:40]} where an object with an entry for each data set should be'
         raise _broken(path, what, text, len(text) - len(text.lstrip()))
     for at, name, entry in _placed(text):
         if name in entries: raise _broken(path, f'{name!r} stands there for the second time', text, at)
@@ -84,7 +85,7 @@ def _as_before(entries, text):
 
 def _write_registry(path, entries, text):
     "Write the entries in place of the text."
-    write_text(path, _as_before(entries, text))
+    write_text(path, _as_before(entries, text).encode(errors='backslashreplace').decode())  # JSON writes half a surrogate that way
 
 # %% ../nbs/02_registry.ipynb #909cdc53
 _hubs = {'hf': 'hf_hub_url', 'ms': 'ms_hub_url', 'om': 'om_hub_url'}
@@ -121,19 +122,20 @@ _known = {'columns': ('prompt', 'query', 'response', 'history', 'messages', 'sys
 def entry_stage(
     entry:dict, # An entry of the registry
 )->str: # `'rm'`, `'kto'`, `'pt'` or `'sft'`
-    "The training stage that an entry is made for, by its columns."
+    "The training stage that an entry is made for, by its columns; `_stages` has the others that take it."
     columns = _part(entry, 'columns')
     if entry.get('ranking'): return 'rm'
     if columns.get('kto_tag'): return 'kto'
-    is_text = entry.get('formatting', 'alpaca') == 'alpaca' and columns.get('prompt') and not columns.get('response')
-    return 'pt' if is_text else 'sft'
+    asks = columns.get('prompt') or columns.get('query')
+    return 'pt' if entry.get('formatting', 'alpaca') == 'alpaca' and asks and not columns.get('response') else 'sft'
 
 def _needed(entry, stage):
     "(part, key) of what the entry has to name."
     is_alpaca = entry.get('formatting', 'alpaca') == 'alpaca'
-    needed = [('columns', 'prompt' if is_alpaca else 'messages')] if 'columns' in entry else []
-    if entry.get('ranking'): return needed + [('columns', 'chosen'), ('columns', 'rejected')]
-    if is_alpaca and needed and stage != 'pt': needed.append(('columns', 'response'))
+    asks = 'messages' if not is_alpaca else 'prompt' if not _part(entry, 'columns').get('query') else 'query'
+    needed = [('columns', asks)] if 'columns' in entry else []
+    if entry.get('ranking'): needed += [('columns', 'chosen'), ('columns', 'rejected')]
+    elif is_alpaca and needed and (stage == 'sft' or entry['columns'].get('kto_tag')): needed.append(('columns', 'response'))
     tags = ('role_tag', 'content_tag', 'user_tag', 'assistant_tag')
     return needed + [('tags', k) for k in tags if 'tags' in entry and not is_alpaca]
 
@@ -178,15 +180,19 @@ def _remarks(entry):
                'Use formatting: sharegpt with role and content tags.')
 
 # %% ../nbs/02_registry.ipynb #834f0313
+_stages = {'sft': ('sft', 'pt', 'ppo', 'predict'), 'rm': ('rm', 'dpo'), 'kto': ('kto', 'pt', 'ppo', 'predict'), 'pt': ('pt', 'ppo', 'predict')}
+_holds = {'sft': 'answers', 'rm': 'preference pairs (ranking: true)', 'kto': 'answers with a mark (kto_tag)', 'pt': 'text without answers'}
+
 def _stage_faults(entry, stage):
     made = entry_stage(entry)
-    if stage == made or not {'rm', 'kto'} & {stage, made}: return
-    yield f'It is made for stage {made}, not for {stage}.', 'Take another data set, or correct its entry.'
+    if stage in _stages[made] or (made, stage) == ('pt', 'sft'): return  # that it names no response says as much
+    yield (f'It has {_holds[made]}, and LLaMA-Factory takes those for {", ".join(_stages[made])}, not for stage {stage}.',
+           'Take another data set, or correct its entry.')
 
 def entry_faults(
     name:str, # Name of the data set
     entry:dict, # Its entry
-    stage:str=None, # Training stage that it is to serve; `None`: the one that it is made for
+    stage:str=None, # Training stage that it is to serve, or `'predict'`; `None`: the one that it is made for
 )->list: # `Finding`s
     "What is wrong with an entry, its rows apart."
     if not isinstance(entry, dict):
@@ -364,16 +370,58 @@ def _check_name(name):
 
 def _check_free(name, file_name, entries):
     "Neither the name nor the file may be that of something else."
-    files = {n: _part(entries, n).get('file_name') for n in entries}
+    files = {n: os.path.normpath(str(_part(entries, n).get('file_name'))) for n in entries}
     if name in entries and files[name] != file_name:
         raise ValueError(f'{name!r} is taken: {json.dumps(entries[name])}. '
                          f'Choose another name, or `del registry[{name!r}]` first.')
     owners = [n for n in entries if n != name and files[n] == file_name]
-    if file_name == 'dataset_info.json': owners = ['the registry']
+    if file_name in ('dataset_info.json', _record(Path()).name): owners = ['the registry']
     if owners: raise ValueError(f'The file {file_name} is that of {owners[0]}; give another file_name.')
+
+def _stamp(path):
+    "What differs once a file has been written to; `None` where it was so lately that the next write might not show."
+    try: s = os.stat(path)
+    except OSError: return None
+    is_settled = time.time_ns() - max(s.st_mtime_ns, s.st_ctime_ns) > 50_000_000
+    return (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) if is_settled else None
 
 def _check_choice(what, value, choices):
     if value not in choices: raise ValueError(f'{what}={value!r} is none of {", ".join(map(repr, choices))}.')
+
+# %% ../nbs/02_registry.ipynb #9f27d7d8
+def _digest(file):
+    with open_regular(file) as f: return hashlib.file_digest(f, 'blake2b').hexdigest()[:32]
+
+def _record(folder): return folder/'.dataset_info.written.json' # file name → digest of what was written; '' while it is being written
+
+def _is_ours(folder, file_name):
+    "Whether a file is as it was written here. Of one whose writer was killed, nobody knows more than its form."
+    digest = json_or({}, _record(folder)).get(file_name)
+    if digest != '': return digest == _digest(folder/file_name)
+    with open_regular(folder/file_name) as f: return f.read(4) == b'[\n {'
+
+def _check_ours(samples, folder, file_name):
+    "What would be replaced must have been written here, and be as it was then; or say the same as the samples."
+    file = folder/file_name
+    if not os.path.lexists(file) or file.is_file() and _is_ours(folder, file_name): return
+    with tempfile.TemporaryDirectory() as beside:
+        write_samples(samples, f'{beside}/new.json', media_dir=folder)
+        if file.is_file() and filecmp.cmp(file, f'{beside}/new.json', shallow=False): return
+    raise FileExistsError(f'{file} is already there, and was not written by `Registry.add`, or was changed since. It was left as it is: '
+                          'give another file_name, or overwrite=True to replace it.')
+
+@contextmanager
+def _noted(folder, file_name):
+    "Note what the block writes; a block that fails has written nothing."
+    before = json_or({}, _record(folder))
+    note = lambda digest: write_json(_record(folder), before | {file_name: digest})
+    note('')
+    try: yield
+    except BaseException:
+        write_json(_record(folder), before)
+        raise
+    note(_digest(folder/file_name))
+
 
 # %% ../nbs/02_registry.ipynb #8bc361f7
 class Registry(MutableMapping):
@@ -383,8 +431,13 @@ class Registry(MutableMapping):
     ):
         self.dataset_dir = Path(dataset_dir).absolute()
         self.path = self.dataset_dir/'dataset_info.json'
+        self._last = None, {}, ''
 
-    def _read(self): return _read_registry(self.path)[0]
+    def _read(self):
+        "The entries and their text; the file is read again only if it has changed. Not to be changed."
+        stamp = _stamp(self.path)
+        if not stamp or stamp != self._last[0]: self._last = stamp, *_read_registry(self.path)
+        return self._last[1:]
 
     @contextmanager
     def _lock(self, *folders):
@@ -408,12 +461,22 @@ class Registry(MutableMapping):
         hint = f'; near: {", ".join(near)}' if near else ''
         raise KeyError(f'No data set {name!r} in {self.path}{hint}')
 
-    def __getitem__(self, name):
-        entries, text = _read_registry(self.path)
+    def _entry(self, name, entries, text):
         entry = self._asked(name, entries)
-        if isinstance(entry, dict): return entry
+        if isinstance(entry, dict): return copy.deepcopy(entry)
         at = next(at for at,n,_ in _placed(text) if n == name)
         raise _broken(self.path, f'{name!r} is a {type(entry).__name__}, where an object should be', text, at)
+
+    def __getitem__(self, name): return self._entry(name, *self._read())
+
+    def items(self):
+        "Names and entries as they are at this moment, whoever writes meanwhile."
+        entries, text = self._read()
+        return {name: self._entry(name, entries, text) for name in entries}.items()
+
+    def values(self):
+        "The entries as they are at this moment."
+        return dict(self.items()).values()
 
     def __setitem__(self, name, entry):
         _check_name(name)
@@ -421,12 +484,12 @@ class Registry(MutableMapping):
         with self._lock(), self._changing() as entries: entries[name] = entry
 
     def __delitem__(self, name):
-        self._asked(name, self._read())  # no lock file for a name that is not there
+        self._asked(name, self._read()[0])  # no lock file for a name that is not there
         with self._lock(), self._changing() as entries: entries.pop(name, None)
 
-    def __iter__(self): return iter(self._read())
-    def __len__(self): return len(self._read())
-    def __contains__(self, name): return name in self._read()
+    def __iter__(self): return iter(self._read()[0])
+    def __len__(self): return len(self._read()[0])
+    def __contains__(self, name): return name in self._read()[0]
     def __repr__(self): return f'Registry({str(self.dataset_dir)!r}): {len(self)} data sets'
 
     def add(self,
@@ -434,8 +497,9 @@ class Registry(MutableMapping):
         samples:list, # Its samples
         file_name:str=None, # JSON file to write, relative to the folder; `None`: the name with `.json`
         media:str='refer', # Pictures and clips: `'refer'` to them where they are, or `'link'` or `'copy'` them into a folder beside the file
+        overwrite:bool=False, # Replace a file that was not written here, or that was changed since
     )->dict: # The new entry
-        "Write samples into the folder and register them; the same name with the same file replaces both."
+        "Write samples into the folder and register them; the same name with the same file replaces both, if it was written so."
         _check_name(name)
         file_name = os.path.normpath(file_name or f'{name}.json')
         if not samples: raise ValueError(f'{name}: there are no samples to add.')
@@ -444,8 +508,9 @@ class Registry(MutableMapping):
         samples = in_one_form(samples)
         entry, file = sample_entry(samples, file_name), self.dataset_dir/file_name
         with self._lock(file.parent):
-            _check_free(name, file_name, self._read())
-            write_samples(samples, file, media_dir=self.dataset_dir, media=media)
+            _check_free(name, file_name, self._read()[0])
+            if not overwrite: _check_ours(samples, self.dataset_dir, file_name)
+            with _noted(self.dataset_dir, file_name): write_samples(samples, file, media_dir=self.dataset_dir, media=media)
             with self._changing() as entries:
                 _check_free(name, file_name, entries)
                 entries[name] = entry
@@ -460,7 +525,7 @@ class Registry(MutableMapping):
         _check_choice('modality', modality, (None, 'text', *_media.values()))
         _check_choice('hub', hub, (None, *_hubs, False))
         _check_choice('ranking', ranking, (None, True, False))
-        entries = self._read()
+        entries, _ = self._read()
         rows = [_described(n, e, self.dataset_dir) for n,e in entries.items()]
         def wanted(row):
             is_on = row['where'] == 'hub' and (not hub or _hubs[hub] in entries[row['name']])
@@ -473,11 +538,11 @@ class Registry(MutableMapping):
     ): # A pandas `DataFrame`, one row an entry: name, what, loads, why, cure
         "What each entry is, and whether LLaMA-Factory would load it; local files are loaded, nothing is fetched."
         if not self.path.exists(): raise FileNotFoundError(f'There is no {self.path}: nothing is registered here.')
-        entries = self._read()
+        entries, text = self._read()
         wanted = entries if names is None else [names] if isinstance(names, str) else names
         asked = {n: self._asked(n, entries) for n in wanted}
         answers = _load_all({n: e for n,e in asked.items() if _is_here(e, self.dataset_dir)}, self.dataset_dir)
-        marked = bool(asked) and self.path.read_bytes().startswith(codecs.BOM_UTF8)
+        marked = bool(asked) and read_bytes(self.path).startswith(codecs.BOM_UTF8)
         rows = [_checked(n, e, self.dataset_dir, answers.get(n, {}), marked) for n,e in asked.items()]
         return _entries_table(rows, ('name', 'what', 'loads', 'why', 'cure'))
 

@@ -6,6 +6,7 @@ from filelock import FileLock
 from PIL import Image
 
 from qwen2vl_nb import registry
+from qwen2vl_nb.recipe import data_findings
 from qwen2vl_nb.registry import Registry, entry_faults, sample_entry
 
 QUESTION = {'image': [], 'instruction': 'What has four wheels?', 'input': '', 'output': 'A car.'}
@@ -43,10 +44,12 @@ import random, sys
 from qwen2vl_nb.registry import Registry
 folder, rows = sys.argv[1], int(sys.argv[2])
 sample = {"image": [], "instruction": "What has four wheels?", "input": "", "output": "A car."}
-print("at work", flush=True)
-while True:
+def add():
     name = f"set{random.randrange(20)}"
     Registry(folder).add(name, [sample]*rows, file_name=f"sets/{name}.json")
+add()
+print("at work", flush=True)
+while True: add()
 '''
 
 @pytest.mark.parametrize('kills', [12, pytest.param(200, marks=pytest.mark.soak)])
@@ -67,7 +70,7 @@ def test_a_kill_during_writes_leaves_whole_files(kills, tmp_path):
         del reg['last']
         (tmp_path/'sets'/'last.json').unlink()
     assert torn or kills < 100  # some did come in the middle of a write
-    assert len(reg) > 10
+    assert len(reg) > 3
 
 # Files that people have edited
 
@@ -83,6 +86,9 @@ BROKEN = {
     'Latin-1': ('{\n "a": {"what": "ä"}}'.encode('latin-1'), 2, 17),
     'NUL': (b'{"a": {}}\n\0', 2, 1),
     'NUL in a name': (b'{"a": {}, "\0": {}}', 1, 12),
+    'null': (b'null', 1, 1),
+    'nested too deeply': (b'{"a": ' + b'['*200_000, 1, 1),
+    'a picture': (b'\x89PNG\r\n\x1a\n\0\0', 1, 1),
 }
 
 @pytest.mark.parametrize('kind', BROKEN)
@@ -95,6 +101,101 @@ def test_a_broken_file_is_named_with_its_place_and_left_alone(kind, tmp_path):
     for what in (put, take, reg.find, reg.check, lambda: list(reg), lambda: reg['a'], lambda: 'a' in reg, lambda: reg.add('c', [QUESTION])):
         with pytest.raises(ValueError, match=rf'dataset_info.json, line {line}, column {column}: .*left as it is'): what()
     assert reg.path.read_bytes() == raw and not (tmp_path/'c.json').exists()
+
+HOSTILE = {
+    'a pipe': os.mkfifo,
+    'a link to a device without end': lambda path: path.symlink_to('/dev/zero'),
+    'a link to the terminal': lambda path: path.symlink_to('/dev/tty'),
+    'a folder': os.mkdir,
+    'larger than any registry': lambda path: path.touch() or os.truncate(path, 2**27),
+}
+
+@pytest.mark.parametrize('kind', HOSTILE)
+def test_what_is_no_registry_file_is_not_opened_nor_replaced(kind, tmp_path):
+    reg = Registry(tmp_path)
+    HOSTILE[kind](reg.path)
+    before = os.lstat(reg.path)
+    def put(): reg['c'] = {'file_name': 'c.json'}
+    for what in (put, reg.find, reg.check, lambda: list(reg), lambda: dict(reg), lambda: reg['a'], lambda: 'a' in reg, lambda: len(reg), lambda: reg.add('c', [QUESTION])):
+        with pytest.raises(ValueError, match='dataset_info.json is (not a regular file|larger than)'): what()
+    found = data_findings({'dataset': 'a', 'dataset_dir': str(tmp_path)})
+    assert [f.where for f in found] == ['dataset_dir'] and 'dataset_info.json is' in found[0].what
+    assert os.lstat(reg.path)[:7] == before[:7] and not (tmp_path/'c.json').exists()
+
+# Scale
+
+def test_a_registry_of_20_000_entries_is_read_once_however_often_it_is_asked(tmp_path, monkeypatch):
+    reg, reads, read = Registry(tmp_path), [], registry._read_registry
+    reg.path.write_text(json.dumps({f'set{i}': {'file_name': f'{i}.json', 'columns': {'prompt': 'q', 'response': 'a'}} for i in range(20_000)}))
+    time.sleep(.1)  # until the time of the file tells it from one that is written now
+    monkeypatch.setattr(registry, '_read_registry', lambda path: reads.append(path) or read(path))
+    assert len(dict(reg)) == len(reg.items()) == len(reg.values()) == len(reg) == 20_000 and all(name in reg for name in reg)
+    assert reg['set7'] == {'file_name': '7.json', 'columns': {'prompt': 'q', 'response': 'a'}} and len(reads) == 1
+
+def test_what_others_write_is_seen_at_once_and_what_is_handed_out_is_a_copy(tmp_path):
+    reg, names = Registry(tmp_path), []
+    for i in range(300):  # by turns replaced, and written in place with as many bytes
+        if i % 2: Registry(tmp_path)[f'{i:03}'] = {'file_name': f'{i:03}.json'}
+        else: reg.path.write_text(json.dumps({f'{i:03}': {'file_name': f'{i:03}.json'}}))
+        assert f'{i:03}' in reg and reg[f'{i:03}'] == {'file_name': f'{i:03}.json'}
+        names.append(len(reg))
+    assert set(names) == {1, 2}
+    time.sleep(.1)
+    for entry in (reg['299'], dict(reg)['299'], dict(reg.items())['299'], list(reg.values())[-1]): entry['file_name'] = 'changed'
+    assert reg['299'] == {'file_name': '299.json'}
+
+def test_entries_that_are_taken_out_meanwhile_disturb_no_reading_of_all(tmp_path):
+    reg = Registry(tmp_path)
+    for i in range(3): reg[f'{i}'] = {'file_name': f'{i}.json'}
+    for read in (reg.items, reg.values):
+        found = iter(read())
+        next(found)
+        del Registry(tmp_path)['2']
+        assert len(list(found)) == 2
+        reg['2'] = {'file_name': '2.json'}
+
+# Files that nobody here has written
+
+def test_a_writer_that_is_killed_leaves_its_files_replaceable(tmp_path):
+    "At any moment of the write: the file is still ours, and one by hand never is."
+    for end in ('before', 'after'):
+        code = f'''
+import os, sys
+from qwen2vl_nb import registry
+from qwen2vl_nb.recipe import data_findings
+write = registry.write_samples
+def killed(*args, **kwargs):
+    if "{end}" == "after": write(*args, **kwargs)
+    os._exit(9)
+registry.write_samples = killed
+registry.Registry(sys.argv[1]).add("a", {[QUESTION]*2})
+'''
+        reg = Registry(tmp_path/end)
+        reg.add('a', [QUESTION])
+        assert subprocess.run([sys.executable, '-c', code, str(reg.dataset_dir)]).returncode == 9
+        assert len(json.loads((reg.dataset_dir/'a.json').read_text())) == (2 if end == 'after' else 1)
+        reg.add('a', [QUESTION]*3)
+        assert len(json.loads((reg.dataset_dir/'a.json').read_text())) == 3
+        subprocess.run([sys.executable, '-c', code, str(reg.dataset_dir)])
+        (reg.dataset_dir/'a.json').write_text(json.dumps([{'label': 'by hand'}], indent=4))
+        with pytest.raises(FileExistsError, match='overwrite=True'): reg.add('a', [QUESTION])
+        assert json.loads((reg.dataset_dir/'a.json').read_text()) == [{'label': 'by hand'}]
+
+def test_no_name_leads_to_a_file_of_somebody_else(tmp_path):
+    "Not a link of ours, not another spelling, and not the registry's own files."
+    reg, theirs = Registry(tmp_path/'data'), tmp_path/'theirs.json'
+    theirs.write_text('[{"label": "hours of work"}]')
+    reg.dataset_dir.mkdir()
+    (reg.dataset_dir/'linked.json').symlink_to(theirs)
+    (reg.dataset_dir/'sub').mkdir()
+    reg['theirs'] = {'file_name': './sub/../spelt.json'}
+    for name, file in (('linked', None), ('up', '../theirs.json'), ('absolute', str(theirs)), ('spelt', None), ('x', '.dataset_info.written.json'), ('y', 'sub/../dataset_info.json')):
+        with pytest.raises((FileExistsError, ValueError)): reg.add(name, [QUESTION], file_name=file)
+    reg.add('mine', [QUESTION])
+    (reg.dataset_dir/'mine.json').unlink()
+    (reg.dataset_dir/'mine.json').symlink_to(theirs)
+    with pytest.raises(FileExistsError): reg.add('mine', [QUESTION])
+    assert theirs.read_text() == '[{"label": "hours of work"}]'
 
 def test_an_entry_that_is_no_object_is_named_and_hinders_no_other(tmp_path):
     reg = Registry(tmp_path)
