@@ -6,7 +6,7 @@
 __all__ = ['sample_entry', 'entry_stage', 'entry_faults', 'child_env', 'Registry', 'dataset_samples', 'dataset_rows']
 
 # %% ../nbs/02_registry.ipynb #93d4ce75
-import codecs, copy, filecmp, hashlib, json, os, re, subprocess, sys, tempfile, time
+import codecs, copy, json, os, re, subprocess, sys, tempfile, time
 from collections.abc import MutableMapping
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -15,7 +15,7 @@ from pathlib import Path
 from filelock import FileLock
 from .stack import Finding, _table_class
 from .sources import _Place, dialogue_sample, question_sample, read_rows
-from .files import json_or, open_regular, read_bytes, sweep, write_json, write_text
+from .files import read_bytes, sweep, write_text
 from .data import in_one_form, sample_turns, write_samples
 
 # %% ../nbs/02_registry.ipynb #e977fb69
@@ -375,7 +375,7 @@ def _check_free(name, file_name, entries):
         raise ValueError(f'{name!r} is taken: {json.dumps(entries[name])}. '
                          f'Choose another name, or `del registry[{name!r}]` first.')
     owners = [n for n in entries if n != name and files[n] == file_name]
-    if file_name in ('dataset_info.json', _record(Path()).name): owners = ['the registry']
+    if file_name == 'dataset_info.json': owners = ['the registry']
     if owners: raise ValueError(f'The file {file_name} is that of {owners[0]}; give another file_name.')
 
 def _stamp(path):
@@ -387,41 +387,6 @@ def _stamp(path):
 
 def _check_choice(what, value, choices):
     if value not in choices: raise ValueError(f'{what}={value!r} is none of {", ".join(map(repr, choices))}.')
-
-# %% ../nbs/02_registry.ipynb #9f27d7d8
-def _digest(file):
-    with open_regular(file) as f: return hashlib.file_digest(f, 'blake2b').hexdigest()[:32]
-
-def _record(folder): return folder/'.dataset_info.written.json' # file name → digest of what was written; '' while it is being written
-
-def _is_ours(folder, file_name):
-    "Whether a file is as it was written here. Of one whose writer was killed, nobody knows more than its form."
-    digest = json_or({}, _record(folder)).get(file_name)
-    if digest != '': return digest == _digest(folder/file_name)
-    with open_regular(folder/file_name) as f: return f.read(4) == b'[\n {'
-
-def _check_ours(samples, folder, file_name):
-    "What would be replaced must have been written here, and be as it was then; or say the same as the samples."
-    file = folder/file_name
-    if not os.path.lexists(file) or file.is_file() and _is_ours(folder, file_name): return
-    with tempfile.TemporaryDirectory() as beside:
-        write_samples(samples, f'{beside}/new.json', media_dir=folder)
-        if file.is_file() and filecmp.cmp(file, f'{beside}/new.json', shallow=False): return
-    raise FileExistsError(f'{file} is already there, and was not written by `Registry.add`, or was changed since. It was left as it is: '
-                          'give another file_name, or overwrite=True to replace it.')
-
-@contextmanager
-def _noted(folder, file_name):
-    "Note what the block writes; a block that fails has written nothing."
-    before = json_or({}, _record(folder))
-    note = lambda digest: write_json(_record(folder), before | {file_name: digest})
-    note('')
-    try: yield
-    except BaseException:
-        write_json(_record(folder), before)
-        raise
-    note(_digest(folder/file_name))
-
 
 # %% ../nbs/02_registry.ipynb #8bc361f7
 class Registry(MutableMapping):
@@ -509,8 +474,7 @@ class Registry(MutableMapping):
         entry, file = sample_entry(samples, file_name), self.dataset_dir/file_name
         with self._lock(file.parent):
             _check_free(name, file_name, self._read()[0])
-            if not overwrite: _check_ours(samples, self.dataset_dir, file_name)
-            with _noted(self.dataset_dir, file_name): write_samples(samples, file, media_dir=self.dataset_dir, media=media)
+            write_samples(samples, file, media_dir=self.dataset_dir, media=media, overwrite=overwrite)
             with self._changing() as entries:
                 _check_free(name, file_name, entries)
                 entries[name] = entry
