@@ -403,6 +403,15 @@ def _mixed(key, values, error):
     return Fault(f'{what}: the loader takes one type for a column, and stops.',
                  'Give it one type, or take it out of the samples.')
 
+def _late_faults(rows):
+    "Columns that begin with so many empty rows that LLaMA-Factory takes them to be empty."
+    for key in ('image', 'video', 'system', 'tools'):
+        first = next((n for n, (_, s) in enumerate(rows) if s.get(key)), 0)
+        if first < 1000: continue
+        yield rows[first][0], key, Fault(
+            f'{first:,} rows without {key!r} come before it: if one worker prepares them (preprocessing_num_workers is not set), '
+            'LLaMA-Factory takes the column to be empty, and stops.', 'Move a row that has one to the front, or shuffle the samples.', 'warning')
+
 def _id_faults(rows):
     first = {}
     for i, s in rows:
@@ -557,7 +566,7 @@ def _said_before(rows, against):
 
 def _between_rows(rows, told):
     "Faults between rows; `told` are the (row, field) of which something worse was said."
-    return [*_column_faults(rows, told), *_id_faults(rows), *_same_faults(rows), *_balance_faults(rows)]
+    return [*_column_faults(rows, told), *_late_faults(rows), *_id_faults(rows), *_same_faults(rows), *_balance_faults(rows)]
 
 def _rows_table(found):
     columns = ('row', 'field', 'what', 'cure', 'level')

@@ -322,8 +322,8 @@ def _arrow_rows(path, batches, place):
 def _bounded(path, batches):
     "The batches, as long as they are no more than a file of its size can sensibly hold."
     size, unpacked = os.path.getsize(path), 0
-    for batch in batches:
-        unpacked += batch.nbytes
+    for batch in batches:  # a dictionary holds a text once that many rows have
+        unpacked += sum(getattr(column, 'dictionary_decode', lambda: column)().nbytes for column in batch.columns)
         _check_unpacked(path, size, unpacked)
         yield batch
 

@@ -152,7 +152,9 @@ PICTURES = { # name → what makes it, its level, words
     **{f'EXIF orientation {n}': (lambda f, n=n: _turned(f/'a.jpg', n), 'warning', f'orientation {n}') for n in range(2, 9)},
     'a PNG with EXIF orientation': (lambda f: _turned(f/'a.png', 6), 'warning', 'orientation 6'),
     'a decompression bomb': (lambda f: _png_head(f/'a.png', 50_000, 50_000), 'error', 'decompression bomb'),
-    'just more pixels than Pillow likes': (lambda f: _png_head(f/'a.png', 10_000, 9_000), 'error', 'It has 10000×9000 pixels'),
+    'just more pixels than Pillow likes': (lambda f: _save(f/'a.png', Image.new('1', (10_000, 9_000))), 'warning', 'It has 10000×9000 pixels'),
+    'a pipe': (lambda f: os.mkfifo(f/'a.png') or f/'a.png', 'error', 'is not a regular file'),
+    'a device': (lambda f: (f/'a.png').symlink_to('/dev/zero') or f/'a.png', 'error', 'is not a regular file'),
     'a PNG that claims no pixels': (lambda f: _png_head(f/'a.png', 0, 10), 'error', 'cannot be read'),
     'a thread of one pixel': (lambda f: _save(f/'a.png', Image.new('L', (700_000, 1))), 'error', 'nothing is left of one side'),
     'a strip of 250:1': (lambda f: _save(f/'a.png', Image.new('RGB', (1000, 4))), 'warning', 'more than 200:1'),
@@ -196,6 +198,7 @@ QUESTIONS = { # name → changes of a question, findings
     'marks of pictures in an answer': (dict(output='A <|vision_start|><|image_pad|>.'), ('output', 'error', '<|vision_start|>, <|image_pad|>')),
     'the end of text in the system prompt': (dict(system='Answer.<|endoftext|>'), ('system', 'error', '<|endoftext|>')),
     'a byte-order mark in a prompt': (dict(instruction='\ufeffWhat?'), ('instruction', 'warning', 'byte-order mark')),
+    'a NUL in an answer': (dict(output='A \0car.'), ('output', 'warning', 'the character NUL')),
     'a byte-order mark in an answer': (dict(output='A car.\ufeff'), ('output', 'warning', 'byte-order mark')),
     'half a character': (dict(output='A \ud83d car.'), ('output', 'error', 'half a character')),
     'a system prompt that is a number': (dict(system=5), ('system', 'error', 'The system prompt is 5')),
@@ -311,6 +314,8 @@ ROWS = { # name → (samples, how they are checked), row → findings
                                                 {1: [('video', 'error', 'the same file as a.png in row 1'), ('video', 'error', 'the same file as b.png in row 1')]}),
     'keys that differ by NUL alone': (lambda f: ([_question(0), _question(1, box={'': 1, '\0': 2}), _question(2)], {}), {1: [('box', 'error', 'character NUL')]}),
     'a row of text alone in both splits': (lambda f: ([_question(0), _question(1)], dict(against=[_question(7), _question(1)])), {1: [('', 'error', 'says the same as row 1 of the other split')]}),
+    'a weight of an answer': (lambda f: ([_dialogue(0), {'image': [], 'messages': [{'role': 'user', 'content': 'a', 'loss_weight': 0.}, {'role': 'assistant', 'content': 'b', 'loss_weight': .5}]}, _dialogue(2)], {}),
+                              {1: [('messages[1]', 'warning', 'loss_weight is 0.5, which LLaMA-Factory trains as 1')]}),
     'a system prompt twice': (lambda f: ([_question(0), {'image': [], 'system': 'Be brief.', 'messages': [{'role': r, 'content': 'x'} for r in ('system', 'user', 'assistant')]}, _question(2)], {}), {1: [('system', 'warning', 'a system prompt twice')]}),
     'a mark in a column of two types': (lambda f: ([_question(0, year='1999'), _question(1, year='2000'), _question(2, input=0), _question(3, input='\ufeffWhy?')], {}),
                                         {2: [('input', 'error', "'input' is a number here and text before")], 3: [('input', 'warning', 'byte-order mark')]}),
@@ -347,7 +352,10 @@ CLIPS = { # name → what makes it, findings
     'a clip that is missing': (lambda f: f/'gone.mp4', ('error', 'There is no file')),
     'a clip of zero bytes': (lambda f: _bytes(f/'a.mp4', b''), ('error', 'has no bytes in it')),
     'a folder for a clip': (lambda f: f, ('error', 'is a folder')),
-    'a clip at a web address': (lambda f: 'https://example.com/a.mp4', ('error', 'is a web address')),
+    'a clip at a web address': (lambda f: 'https://example.com/a.mp4', ('warning', 'is a web address')),
+    'a clip in a bucket': (lambda f: 's3://bucket/a.mp4', ('error', 'is a web address')),
+    'a playlist': (lambda f: _bytes(f/'a.mp4', f'ffconcat version 1.0\nfile {_clip(f/"b.mp4").name}\n'), ('warning', 'is a playlist')),
+    'a pipe for a clip': (lambda f: os.mkfifo(f/'a.mp4') or f/'a.mp4', ('error', 'is not a regular file')),
     'MP4, cut off in a frame': (lambda f: _cut(_clip(f/'a.mp4', movflags='faststart'), .6), ('error', 'cannot be decoded')),
     'MP4 that promises more frames than it has': (lambda f: _cut_after(_clip(f/'a.mp4', movflags='faststart'), 9), ('error', 'It promises 16 frames and has')),
     'MP4, cut off after its header': (lambda f: _cut_after(_clip(f/'a.mp4', movflags='faststart'), 0), ('error', 'No frame of it can be decoded')),
@@ -427,7 +435,7 @@ def _damaged(path):
 
 READING = { # name → the source, keywords, words of the error
     'TSV with ragged rows': (lambda f: _table(f, 'image\toutput\na\tb\nc\td\te\n', 'a.tsv'), {}, 'line 3'),
-    'a quote that is never closed': (lambda f: _table(f, 'image,output\na,"b\nc,d\n'), {}, 'EOF inside string'),
+    'a quote that is never closed': (lambda f: _table(f, 'image,output\na,"b\nc,d\n'), {}, 'the quote that opens a cell in line 2 is not closed'),
     'blank lines alone': (lambda f: _table(f, '\n\n\n'), {}, 'not a CSV file'),
     'a table without a header': (lambda f: _table(f, 'a.png,A car.\nb.png,A bus.\n'), {}, "no column 'output' for the answer; no column for the picture; 'a.png' holds paths: image='a.png'. Its columns: a.png, A car."),
     'bytes that are no text': (lambda f: _bytes(f/'a.csv', random.Random(0).randbytes(500)), {}, 'neither UTF-8 nor GB18030'),
@@ -553,6 +561,7 @@ def test_mending(make, words, picture, tmp_path):
 
 TEXTS = { # name → a sample with byte-order marks, the same without
     'a byte-order mark in a prompt': (_question(1, instruction='\ufeffWhat?'), _question(1, instruction='What?')),
+    'a NUL in an answer': (_question(1, output='A \0car.'), _question(1, output='A car.')),
     'byte-order marks in a dialogue': (_dialogue(1, ('user', '\ufeffWhat?'), ('assistant', 'A car.\ufeff')), _dialogue(1, ('user', 'What?'), ('assistant', 'A car.'))),
     'a byte-order mark in the history': (_question(1, history=[['\ufeffa', 'b']]), _question(1, history=[['a', 'b']])),
 }
