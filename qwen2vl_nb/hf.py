@@ -117,19 +117,16 @@ def load_prompts(
     return Prompts(rows, encoder, collate), args, module['tokenizer']
 
 # %% ../nbs/08c_hf.ipynb #1fe1a53a
-def _special_ids(tokenizer):
-    "The model's other marks, each of which ends an answer in LLaMA-Factory's prediction."
-    found = getattr(tokenizer, 'additional_special_tokens_ids', None)  # transformers 4
-    if isinstance(found, list): return found
-    return tokenizer.convert_tokens_to_ids([str(t) for t in tokenizer._extra_special_tokens])
-
 def answer_settings(
     args, # LLaMA-Factory's arguments
     tokenizer, # Its tokenizer
+    template, # Its template
+    own, # The model's `GenerationConfig`
 )->dict: # Arguments for the model's `generate`
-    "How LLaMA-Factory's prediction has the model answer."
-    ends = [tokenizer.eos_token_id, *_special_ids(tokenizer)]
-    return args[-1].to_dict(obey_generation_config=True) | {'eos_token_id': ends, 'pad_token_id': tokenizer.pad_token_id}
+    "LLaMA-Factory's settings, with the end tokens of the template and of the model."
+    ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    ends = {*template.get_stop_token_ids(tokenizer), *ends} - {None}
+    return args[-1].to_dict(obey_generation_config=True) | {'eos_token_id': sorted(ends), 'pad_token_id': tokenizer.pad_token_id}
 
 def answered_rows(
     rows:list, # Rows that were asked
@@ -141,9 +138,8 @@ def answered_rows(
     "The rows as they are written down."
     def one(row, mask, tokens):
         end = next((i for i, token in enumerate(tokens) if token in ends), None)
-        tokens = tokens if end is None else tokens[:end+1]
-        return _bare(row) | {'predict': decode(tokens), 'finish_reason': 'length' if end is None else 'stop',
-                             'prompt_tokens': sum(mask), 'tokens': len(tokens), 'engine': 'hf'}
+        return _bare(row) | {'predict': decode(tokens[:end]), 'finish_reason': 'length' if end is None else 'stop',
+                             'prompt_tokens': sum(mask), 'tokens': len(tokens) if end is None else end + 1, 'engine': 'hf'}
     return [one(*about) for about in zip(rows, inputs['attention_mask'].tolist(), new.tolist())]
 
 # %% ../nbs/08c_hf.ipynb #0de55234
@@ -263,7 +259,7 @@ def work(
     model = load_model(tokenizer, args[0], args[3])
     # of a prompt only the last place is asked what comes next; the scores of all would be most of the memory
     model.get_output_embeddings().register_forward_pre_hook(lambda module, given: (given[0][:, -1:],))
-    settings = answer_settings(args, tokenizer)
+    settings = answer_settings(args, tokenizer, prompts.encoder.template, model.generation_config)
 
     def answer(rows, inputs):
         torch.manual_seed(args[2].seed + rows[0]['row'])

@@ -50,6 +50,36 @@ def asked_row(
         'prompt': '\n'.join(text for _, text in turns if text), 'label': label or None,
         'asked': {'system': _system(sample), 'tools': sample.get('tools') or '', 'turns': turns}}
 
+# %% ../nbs/09_predict.ipynb #5e0a7b13
+_ends = {'<|im_end|>', '<|endoftext|>'} # They end an answer
+_looks_special = r'<\|(?!(?:im_end|endoftext)\|>)\w+\|>' # Where there is no tokenizer to ask
+
+def _special_tokens(recipe):
+    "A pattern that finds the special tokens which an answer can have: the tokenizer's, and those that the recipe adds to it."
+    from tokenizers import Tokenizer
+    file, found = Path(recipe['model_name_or_path'])/'tokenizer.json', []
+    with suppress(Exception):  # what is wrong with the file is said before the start
+        if file.is_file(): found = [token.content for token in Tokenizer.from_file(str(file)).get_added_tokens_decoder().values() if token.special]
+    names = {name.strip() for name in found + (recipe.get('add_special_tokens') or '').split(',')} - _ends - {''}
+    return re.compile('|'.join([*map(re.escape, sorted(names, key=len, reverse=True)), *[_looks_special]*(not found)]))
+
+def _treated_alike(recipe, asked):
+    "The recipe and the rows, with special tokens kept or removed in answers and labels alike."
+    special = _special_tokens(recipe)
+    if recipe.get('skip_special_tokens'):
+        return recipe, [row | {'label': special.sub('', row['label'] or '') or None} for row in asked]
+    is_marked = any(special.search(row['label'] or '') for row in asked)
+    return recipe | ({'skip_special_tokens': False} if is_marked else {}), asked
+
+def _cut_findings(recipe, samples):
+    "What LLaMA-Factory's own prediction does to answers with special tokens, where labels have some."
+    special = _special_tokens(recipe)
+    found = [special.search(asked_row(i, s)['label'] or '') for i, s in enumerate(samples)]
+    found = [mark[0] for mark in found if mark]
+    if not found: return []
+    return [Finding("engine='llamafactory'", f"{len(found)} of {len(samples)} labels have special tokens, such as {found[0]}. LLaMA-Factory's own prediction "
+        'ends an answer at the first special token and removes it, so these answers will be cut off or empty.', "Take engine 'hf', 'vllm' or 'openai'.", 'warning')]
+
 # %% ../nbs/09_predict.ipynb #22603d82
 _may_change = ('output_dir', 'overwrite_output_dir', 'dataset_dir', 'eval_dataset', 'media_dir', 'max_samples', 'overwrite_cache', 'report_to',
                'preprocessing_num_workers', 'preprocessing_batch_size', 'dataloader_num_workers', 'per_device_eval_batch_size', 'logging_steps')
@@ -119,11 +149,17 @@ def _ask(folder, asked, rows):
 _pictures = re.compile(r'<\|vision_start\|>(?:<\|(image|video)_pad\|>)+<\|vision_end\|>')
 _said = re.compile(r'<\|im_start\|>user\n(.*?)<\|im_end\|>', re.S)
 
+_end = re.compile(r'(?:<\|im_end\|>\n?)?(?:<\|endoftext\|>)*\Z')
+
+def _without_end(text):
+    "A text of LLaMA-Factory's predictions without the end token and the padding that `skip_special_tokens: false` leaves in it."
+    return _end.sub('', text, count=1)
+
 def _generated_row(i, row):
     "A row of LLaMA-Factory's own predictions."
     prompt = _pictures.sub(r'<\1>', row['prompt'])
     return {'row': i, 'id': i, 'images': [], 'prompt': '\n'.join(_said.findall(prompt)) or prompt,
-            'label': row['label'].removesuffix('\n') or None, 'predict': row['predict'], 'engine': 'llamafactory'}
+            'label': _without_end(row['label']).removesuffix('\n') or None, 'predict': _without_end(row['predict']), 'engine': 'llamafactory'}
 
 class Predictions:
     "The predictions in a folder: a sequence of dicts, in the order of the data set."
@@ -230,7 +266,7 @@ def _joined(rows, generated):
     if len(rows) != len(generated):
         raise ValueError(f'LLaMA-Factory predicted {len(generated)} of {len(rows)} rows: it drops rows that are not '
                          'well formed. Run `check_samples` on the data set.')
-    return [hf._bare(row) | {'predict': g['predict'], 'engine': 'llamafactory'} for row, g in zip(rows, generated)]
+    return [hf._bare(row) | {'predict': _without_end(g['predict']), 'engine': 'llamafactory'} for row, g in zip(rows, generated)]
 
 def _take_over(folder):
     "LLaMA-Factory's answers to this question as `predictions.jsonl`, once it has written them, whoever waited for it."
@@ -242,6 +278,7 @@ def _take_over(folder):
 
 def _begin_llamafactory(recipe, samples, folder, about):
     "Start LLaMA-Factory's own prediction."
+    _refuse(_cut_findings(recipe, samples), force=False)
     if recipe['eval_dataset'] == _given: recipe = _registered(recipe, samples, folder)
     return launch(recipe, about['nproc'], env=about['given'], python=about['python'])
 
@@ -295,8 +332,11 @@ def predict(
     samples = list(samples) if given else _asked_samples(recipe)
     if not samples: raise ValueError('There is nothing to predict: no samples.')
     if given: recipe = recipe | {'eval_dataset': _given}
-    rows = [json.dumps(asked_row(i, s), ensure_ascii=False, default=str) + '\n' for i, s in enumerate(samples)]
+    asked = [asked_row(i, s) for i, s in enumerate(samples)]
+    if engine != 'llamafactory': recipe, asked = _treated_alike(recipe, asked)
+    rows = [json.dumps(row, ensure_ascii=False, default=str) + '\n' for row in asked]
     _ask(folder, question(recipe, rows, engine, options.get('model')), rows)
+    if engine != 'llamafactory' and not any(row['label'] for row in asked): recipe = {'skip_special_tokens': False} | recipe
     run, path = Run(folder), folder/'predictions.jsonl'
     is_at_work = run.is_running
     if engine == 'llamafactory': _take_over(folder)

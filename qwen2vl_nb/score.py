@@ -6,7 +6,7 @@
 __all__ = ['is_right', 'Scores', 'score', 'Comparison', 'compare']
 
 # %% ../nbs/10_score.ipynb #fe00c406
-import html, json, math, unicodedata
+import html, json, math, re, unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from decimal import Context, Decimal
@@ -178,6 +178,16 @@ def _plain(value):
     if isinstance(value, (list, dict)): return json.dumps(value, ensure_ascii=False)
     return value if value == value else None
 
+_special = re.compile(r'<\|\w+\|>')
+
+def _lost_tokens(rows):
+    "A sentence where labels have special tokens and none of the answers to them has any; else nothing."
+    marked = [row for row in rows if row['predict'] is not None and _special.search(row['label'])]
+    if not marked or any(_special.search(row['predict']) for row in marked): return ''
+    return (f'{len(marked)} labels have special tokens such as {_special.search(marked[0]["label"])[0]}, and none of their answers has any. '
+            "The engine 'llamafactory' ends answers at them, and a server removes them unless it is told to keep them: "
+            "predict with engine 'hf', or see skip_special_tokens.")
+
 class Scores(dict):
     "Figures by name: `rows`, `failed`, and each measure in percent; `.rows`, `.overall`, `.fields`, `.by(…)`."
     def __init__(self,
@@ -238,8 +248,13 @@ class Scores(dict):
         return ', '.join([f'{len(self.rows)} rows', *[f'{self["failed"]} of them failed']*bool(self['failed']),
                           *[f'{rest} more without a label']*bool(rest)]) + '; with 95 % intervals'
 
-    def __repr__(self): return f'{self._title()}\n{self.overall.round(2).to_string(na_rep="")}'
-    def _repr_html_(self): return f'<p>{self._title()}</p>{self.overall.round(2).to_html(na_rep="")}'
+    @property
+    def _note(self): return _lost_tokens([self._given[i] for i in self.rows.index])
+
+    def __repr__(self): return '\n'.join([self._title(), self.overall.round(2).to_string(na_rep=''), *[self._note]*bool(self._note)])
+    def _repr_html_(self):
+        note = f'<p>{html.escape(self._note)}</p>' if self._note else ''
+        return f'<p>{self._title()}</p>{self.overall.round(2).to_html(na_rep="")}{note}'
 
 # %% ../nbs/10_score.ipynb #66fa6ffb
 def _judge(rows, tolerance):

@@ -191,6 +191,7 @@ def _read(answer):
     except (ValueError, LookupError, TypeError, AttributeError):
         raise _Again(f'The answer is no chat completion: {_told(answer)}', 0) from None
     if not isinstance(text, str): raise ValueError(f'The answer has no text (finish_reason {reason!r}).')
+    if reason == 'stop': text = text.removesuffix('<|im_end|>')  # LLaMA-Factory's server, where it keeps special tokens
     return {'predict': _writable(text), 'finish_reason': reason} | counts | {'engine': 'openai'}
 
 # %% ../nbs/08d_served.ipynb #d3744de9
