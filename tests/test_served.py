@@ -14,7 +14,8 @@ from PIL import Image
 
 from conftest import until
 from qwen2vl_nb import answers, served
-from qwen2vl_nb.answers import Answers, whole_lines
+from qwen2vl_nb.answers import Answers
+from qwen2vl_nb.files import whole_lines
 from qwen2vl_nb.predict import asked_row, predict
 from qwen2vl_nb.recipe import predict_recipe
 
