@@ -29,6 +29,7 @@ def whole_file(
 ):
     "A file that gets its name only when the block has ended without an exception; otherwise nothing changes."
     path = Path(os.path.realpath(path))  # of a link, the file that it leads to
+    if path.exists() and not path.is_file(): raise Damaged(f'{path} is not a regular file.')
     path.parent.mkdir(parents=True, exist_ok=True)
     beside, file = _create(path, mode, private)
     try:

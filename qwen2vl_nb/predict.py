@@ -7,14 +7,16 @@ __all__ = ['asked_row', 'question', 'Predictions', 'predict']
 
 # %% ../nbs/09_predict.ipynb #58c9c1c3
 import hashlib, json, os, re, sys, warnings
+from collections.abc import Sequence
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from filelock import FileLock
 from . import answers, hf, served
 from .stack import Finding
-from .answers import missing, whole_lines
+from .answers import Index, json_line, load_line, missing, parse_row, rows_digest, set_damaged_aside
 from .served import server_options
-from .files import write_text
+from .files import Damaged, open_regular, read_json, whole_file, whole_lines, write_json, write_text
 from .data import _trained_turns, as_list, sample_turns
 from .registry import Registry, dataset_samples
 from .recipe import absolute_recipe, recipe_findings
@@ -23,7 +25,15 @@ from .vllm_server import vllm_servers
 from .run import Run, _about, _keep, _machine_findings, _refuse, _version_findings, launch, start
 
 # %% ../nbs/09_predict.ipynb #3259dbb1
-_consumed = ('image', 'video', 'instruction', 'input', 'output', 'history', 'messages', 'system', 'tools')
+_consumed = {True: ('image', 'video', 'messages', 'system', 'tools'), # of a dialogue
+             False: ('image', 'video', 'instruction', 'input', 'output', 'history', 'system', 'tools')}
+_own = 'row|images|videos|prompt|label|asked|predict|finish_reason|prompt_tokens|tokens|engine|error'
+_taken = re.compile(rf'(column\.)*({_own})')
+
+def _columns(sample):
+    "The other columns of a sample; where one has the name of a key of ours, or one that we would give, it gets `column.` before it."
+    others = {str(k): v for k, v in sample.items() if k not in _consumed['messages' in sample]}
+    return {f'column.{k}' if _taken.fullmatch(k) else k: v for k, v in others.items()}
 
 def _turns(sample):
     "(role, text) of each turn as LLaMA-Factory has it, the system prompt apart."
@@ -45,7 +55,7 @@ def asked_row(
     turns = _turns(sample)
     label = turns.pop()[1] if turns and turns[-1][0] in ('assistant', 'function') else None
     videos = {'videos': _full(as_list(sample['video']))} if sample.get('video') else {}
-    return {k: v for k, v in sample.items() if k not in _consumed} | {
+    return _columns(sample) | {
         'row': i, 'id': sample.get('id', i), 'images': _full(as_list(sample.get('image')))} | videos | {
         'prompt': '\n'.join(text for _, text in turns if text), 'label': label or None,
         'asked': {'system': _system(sample), 'tools': sample.get('tools') or '', 'turns': turns}}
@@ -110,40 +120,67 @@ def question(
     return {'engine': f'{engine} ({model})' if model else engine, 'recipe': {k: v for k, v in full.items() if k not in _may_change},
             'model': _held(full['model_name_or_path'], '*.json', '*.safetensors', '*.jinja'),
             'adapter': {name: held for folder in adapters for name, held in _held(folder, 'adapter_*').items()},
-            'rows': hashlib.sha256(''.join(rows).encode()).hexdigest()}
+            'rows': _rows_hash(rows)}
 
 def _changed_values(what, before, now):
     "What differs between two dicts, in words."
     other = [key for key in before | now if before.get(key) != now.get(key)]
     return [f'{what}{key}: {before.get(key)!r} before, {now.get(key)!r} now' for key in other]
 
+def _as_before(lines):
+    "Lines of rows as earlier versions wrote them, which gave all columns their own names."
+    parts = set(_consumed[True] + _consumed[False])
+    return [json_line({k.removeprefix('column.'): v for k, v in json.loads(line).items() if k not in parts}).decode() for line in lines]
+
+def _rows_hash(lines): return hashlib.sha256(''.join(lines).encode()).hexdigest()
+
 def _changed_rows(path, rows):
     "How the rows differ from those of before, in words."
-    before = [line.decode() for _, line in whole_lines(path)]
+    before = [line.decode(errors='replace') for _, line in whole_lines(path)]
     other = [i for i, (a, b) in enumerate(zip(before, rows)) if a != b]
     count = [f'{len(before)} rows before, {len(rows)} now'] if len(before) != len(rows) else []
     more = f', and {len(other) - 1} more' if other[1:] else ''
-    return count + ([f'row {other[0]} is another than before{more}'] if other else [])
+    return count + ([f'row {other[0]} is another than before{more}'] if other else []) or ['the rows are others than before']
 
-def _changes(folder, asked, rows):
+def _read_question(folder):
+    "The question that a folder answers; `None` if it has none yet. Raises `ValueError` for one that is damaged."
+    path = folder/'question.json'
+    try: found = read_json(path)
+    except FileNotFoundError: return None
+    except Damaged as error: wrong = str(error)
+    else:
+        kinds = {'engine': str, 'rows': str, 'recipe': dict, 'model': dict, 'adapter': dict}
+        wrong = '; '.join(f'{path}: its `{key}` is missing or damaged' for key, kind in kinds.items() if not isinstance(found.get(key), kind))
+    if not wrong: return found
+    raise ValueError(f'{wrong}. Without it nobody knows which question the answers in this folder belong to. Nothing was touched. '
+                     'Restore the file, choose another output_dir, or delete this one.')
+
+def _changes(folder, before, asked, rows):
     "What differs from the question that a folder answers, in words; empty if it has none yet."
-    if not (folder/'question.json').exists():
-        return ['nobody knows which question its predictions.jsonl answers'] if (folder/'predictions.jsonl').exists() else []
-    before = json.loads((folder/'question.json').read_text(encoding='utf-8'))
+    if not before:
+        if os.path.lexists(folder/'predictions.jsonl'): return ['nobody knows which question its predictions.jsonl answers']
+        return _changed_rows(folder/'asked.jsonl', rows) if os.path.lexists(folder/'asked.jsonl') and rows_digest(folder/'asked.jsonl') != asked['rows'] else []
     engine = _changed_values('', *({'engine': q['engine']} for q in (before, asked)))
     parts = [_changed_values(f'{part}, ', before[part], asked[part]) for part in ('recipe', 'model', 'adapter')]
-    return engine + sum(parts, []) + (_changed_rows(folder/'asked.jsonl', rows) if before['rows'] != asked['rows'] else [])
+    same = before['rows'] == asked['rows'] or before['rows'] == _rows_hash(_as_before(rows))
+    return engine + sum(parts, []) + ([] if same else _changed_rows(folder/'asked.jsonl', rows))
 
 def _ask(folder, asked, rows):
     "Write down what is asked, where nothing was; refuse what is another question."
-    with FileLock(folder/'.asked.lock'):
-        changes = _changes(folder, asked, rows)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder/'.asked.lock', timeout=120):
+        before = _read_question(folder)
+        changes = _changes(folder, before, asked, rows)
         if changes:
             raise ValueError(f'{folder} has the answers to another question:\n- ' + '\n- '.join(changes) +
                              '\nNothing was touched. Choose another output_dir, or delete this one.')
-        if (folder/'question.json').exists(): return
-        write_text(folder/'asked.jsonl', ''.join(rows))
-        write_text(folder/'question.json', json.dumps(asked, indent=1, ensure_ascii=False) + '\n')
+        path, found = folder/'asked.jsonl', None
+        with suppress(FileNotFoundError): found = rows_digest(path)
+        if found != asked['rows']:
+            if found and found != (before or {}).get('rows'): warnings.warn(f'{path} was changed or truncated: it is written anew from the samples.', stacklevel=3)
+            write_text(path, ''.join(rows))
+        if not before or before['rows'] != asked['rows']: write_json(folder/'question.json', (before or {}) | asked, private=True)
+
 
 # %% ../nbs/09_predict.ipynb #17c5656a
 _pictures = re.compile(r'<\|vision_start\|>(?:<\|(image|video)_pad\|>)+<\|vision_end\|>')
@@ -161,36 +198,72 @@ def _generated_row(i, row):
     return {'row': i, 'id': i, 'images': [], 'prompt': '\n'.join(_said.findall(prompt)) or prompt,
             'label': _without_end(row['label']).removesuffix('\n') or None, 'predict': _without_end(row['predict']), 'engine': 'llamafactory'}
 
-class Predictions:
-    "The predictions in a folder: a sequence of dicts, in the order of the data set."
+def _parse_generated(i, line):
+    row = load_line(line)
+    for key in ('prompt', 'label', 'predict'):
+        if not isinstance(row.get(key), str): raise ValueError(f'its `{key}` is no text')
+    return _generated_row(i, row)
+
+def _listed(damaged): return '\n'.join(f'- {what}' for what in damaged[:5]) + (f'\n- and {len(damaged) - 5} more' if damaged[5:] else '')
+
+class Predictions(Sequence):
+    "The predictions in a folder: a sequence of dicts, in the order of the data set, each read from the file when it is asked for."
     def __init__(self,
         output_dir, # Folder with `predictions.jsonl`, or with LLaMA-Factory's `generated_predictions.jsonl`
     ):
         self.output_dir = Path(output_dir).absolute()
         own, generated = self.output_dir/'predictions.jsonl', self.output_dir/'generated_predictions.jsonl'
-        self.path = own if own.is_file() else generated # The file
-        if not self.path.is_file():
-            raise FileNotFoundError(f'There is no {own.name} in {self.output_dir}: nothing was predicted here.')
-        rows = [json.loads(line) for _, line in whole_lines(self.path)]
-        if self.path == own: self.rows = [row for _, row in sorted({row['row']: row for row in rows}.items())]
-        else: self.rows = [_generated_row(i, row) for i, row in enumerate(rows)]
+        self.path = own if os.path.lexists(own) else generated # The file
+        if not os.path.lexists(self.path): raise FileNotFoundError(f'There is no {own.name} in {self.output_dir}: nothing was predicted here.')
+        self._parse = _parse_generated if self.path == generated else lambda i, line: parse_row(line)
+        self._file = open_regular(self.path)
+        self._index = Index(self.path, self._parse)
+        if not answers._is_at(self._file, self.path): return self.__init__(output_dir)  # it was put in order meanwhile
+        if self._index.damaged:
+            wrong = [f'line {line}: {what}' for line, _, what in self._index.damaged]
+            warnings.warn(f'{self.path} has {len(wrong)} damaged line(s), which are left out:\n{_listed(wrong)}', stacklevel=2)
+        elif self._left and not Run(self.output_dir).is_running:
+            warnings.warn(f'{self.path} has {len(self)} of {len(self) + self._left} rows; calling predict again asks the others.', stacklevel=2)
 
+    @cached_property
+    def _left(self):
+        "How many of the rows that were asked have no line."
+        try: return max(0, sum(1 for _ in whole_lines(self.output_dir/'asked.jsonl')) - len(self)) if self.path.name == 'predictions.jsonl' else 0
+        except (OSError, Damaged): return 0  # it is missing or damaged, which `predict` mends
+
+    def __reduce__(self): return Predictions, (self.output_dir,)
     def __fspath__(self): return str(self.output_dir)
-    def __len__(self): return len(self.rows)
-    def __getitem__(self, i): return self.rows[i]
+    def __len__(self): return len(self._index)
+
+    def _row(self, k):
+        at, number = self._index.starts[k], self._index.numbers[k]
+        try: return self._parse(number, os.pread(self._file.fileno(), self._index.ends[k] - at, at))
+        except ValueError as error: raise Damaged(f'{self.path} was changed meanwhile, and row {number} can\'t be read: {error}.') from None
+
+    def __getitem__(self, i):
+        found = range(len(self))[i]
+        return self._row(found) if isinstance(found, int) else list(map(self._row, found))
+
+    def __iter__(self): return map(self._row, range(len(self)))
     def __repr__(self):
-        failed = f', {len(self.failed)} failed' if self.failed else ''
-        return f'Predictions({str(self.output_dir)!r}): {len(self)} rows{failed}'
+        left, failed = f' of {len(self) + self._left}'*bool(self._left), sum(self._index.failed)
+        return f'Predictions({str(self.output_dir)!r}): {len(self)}{left} rows' + f', {failed} failed'*bool(failed)
+
+    @property
+    def rows(self):
+        "All rows in memory, as a list."
+        return list(self)
 
     @property
     def failed(self):
         "The rows that have an error instead of an answer."
-        return [row for row in self.rows if 'error' in row]
+        return [self._row(k) for k, failed in enumerate(self._index.failed) if failed]
 
     def to_pandas(self):
         "The rows as a pandas `DataFrame`."
         import pandas as pd
         return pd.DataFrame(self.rows)
+
 
 # %% ../nbs/09_predict.ipynb #6a8b2104
 def _weights(recipe):
@@ -227,11 +300,10 @@ def _begin_hf(recipe, samples, folder, about):
     memory = min((g['total'] for g in about['gpus']), default=0)
     size = _weights(recipe) if memory else 0
     _refuse(found + _fit_findings(size, memory), force=False)
-    asked = folder/'question.json'
-    known = json.loads(asked.read_text(encoding='utf-8'))
-    if 'budget' not in known:  # the batches stay the same wherever it goes on
+    known = _read_question(folder)
+    if type(known.get('budget')) is not int:  # the batches stay the same wherever it goes on
         known['budget'] = _budget(recipe, size, memory)
-        write_text(asked, json.dumps(known, indent=1, ensure_ascii=False) + '\n')
+        write_json(folder/'question.json', known, private=True)
     return _start_workers(recipe, folder, about | {'budget': known['budget']}, _workers(about))
 
 def _asking(about, options):
@@ -265,7 +337,8 @@ def _joined(rows, generated):
     "LLaMA-Factory's predictions put together with the rows that they are about."
     if len(rows) != len(generated):
         raise ValueError(f'LLaMA-Factory predicted {len(generated)} of {len(rows)} rows: it drops rows that are not '
-                         'well formed. Run `check_samples` on the data set.')
+                         'well formed. Run `check_samples` on the data set. If its generated_predictions.jsonl was truncated, '
+                         'delete it: then predict asks all rows again.')
     return [hf._bare(row) | {'predict': _without_end(g['predict']), 'engine': 'llamafactory'} for row, g in zip(rows, generated)]
 
 def _take_over(folder):
@@ -273,8 +346,12 @@ def _take_over(folder):
     names = 'asked.jsonl', 'generated_predictions.jsonl'
     if (folder/'predictions.jsonl').exists() or not (folder/names[1]).exists() or Run(folder).status != 'done': return
     if (folder/names[1]).stat().st_mtime < (folder/'question.json').stat().st_mtime: return  # of a run before it was asked
-    joined = _joined(*([json.loads(line) for _, line in whole_lines(folder/name)] for name in names))
-    write_text(folder/'predictions.jsonl', ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in joined))
+    index = Index(folder/names[1], _parse_generated)
+    if index.damaged:
+        line, _, what = index.damaged[0]
+        raise ValueError(f'{folder/names[1]}, line {line}: {what}. Delete the file: then predict asks all rows again.')
+    joined = _joined(*([load_line(line) for _, line in whole_lines(folder/name)] for name in names))
+    with whole_file(folder/'predictions.jsonl', 'wb') as f: f.writelines(map(json_line, joined))
 
 def _begin_llamafactory(recipe, samples, folder, about):
     "Start LLaMA-Factory's own prediction."
@@ -292,6 +369,23 @@ def _asked_samples(recipe):
     registry = Registry(recipe.get('dataset_dir', 'data'))
     return dataset_samples(registry, recipe['eval_dataset'], recipe.get('max_samples'), recipe.get('media_dir'))
 
+def _checked_against(rows):
+    "What parses a line of answers, and finds out whether it answers one of these rows."
+    def parse(i, line):
+        row = parse_row(line)
+        if row['row'] >= len(rows): raise ValueError(f"its `row` is {row['row']}, and there are {len(rows)} rows")
+        asked = load_line(rows[row['row']].encode())
+        other = [key for key in ('id', 'images', 'prompt') if key in row and json_line(row[key]) != json_line(asked[key])]
+        if other: raise ValueError(f"it answers another question: row {row['row']} has another `{other[0]}`")
+        return row
+    return parse
+
+def _set_aside(path, rows):
+    "Move damaged answers, and those to other questions, out of the way, with a warning."
+    wrong = set_damaged_aside(path, _checked_against(rows))
+    if wrong: warnings.warn(f'{len(wrong)} line(s) of {path} hold no answer to a row of this question, and were moved to {path.name}.damaged:\n'
+                            f'{_listed(wrong)}\nWhere their rows have no other answer, they are asked again.', stacklevel=3)
+
 def _kept(folder, n):
     done = n - len(missing(folder/'predictions.jsonl', n))
     return f'{done} of {n} rows are done and kept; call predict again to go on.'
@@ -305,7 +399,7 @@ def _wait(run, n):
 def _warn_of_failed(predictions):
     failed = predictions.failed
     if not failed: return
-    said = '\n'.join(f"- row {row['row']} (id {row['id']!r}): {row['error']}" for row in failed[:5])
+    said = '\n'.join(f"- row {row['row']} (id {row['id']!r}): {row.get('error')}" for row in failed[:5])
     more = f'\n- and {len(failed) - 5} more, see .failed' if failed[5:] else ''
     warnings.warn(f'{len(failed)} of {len(predictions)} rows have no answer; calling predict again asks them again.'
                   f'\n{said}{more}', stacklevel=3)
@@ -334,12 +428,13 @@ def predict(
     if given: recipe = recipe | {'eval_dataset': _given}
     asked = [asked_row(i, s) for i, s in enumerate(samples)]
     if engine != 'llamafactory': recipe, asked = _treated_alike(recipe, asked)
-    rows = [json.dumps(row, ensure_ascii=False, default=str) + '\n' for row in asked]
+    rows = [json_line(row).decode() for row in asked]
     _ask(folder, question(recipe, rows, engine, options.get('model')), rows)
     if engine != 'llamafactory' and not any(row['label'] for row in asked): recipe = {'skip_special_tokens': False} | recipe
     run, path = Run(folder), folder/'predictions.jsonl'
     is_at_work = run.is_running
     if engine == 'llamafactory': _take_over(folder)
+    if not is_at_work: _set_aside(path, rows)
     if not is_at_work and missing(path, len(rows)):
         try: _engines[engine](recipe, samples, folder, _about(nproc, python=python, env=env), **options)
         except RuntimeError:

@@ -7,22 +7,29 @@ __all__ = ['is_right', 'Scores', 'score', 'Comparison', 'compare']
 
 # %% ../nbs/10_score.ipynb #fe00c406
 import html, json, math, re, unicodedata
+from array import array
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Context, Decimal
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 
 # %% ../nbs/10_score.ipynb #faeaf9a1
+def _check_row(i, row):
+    "Raise `ValueError` where a row has not what is needed of it."
+    if not isinstance(row, dict) or 'predict' not in row:
+        raise ValueError(f'Row {i} is no prediction: it must be a dict with `predict`, `label`, `id`; '
+                         'give what `predict` returns.')
+    for key in ('predict', 'label'):
+        if not isinstance(row.get(key), str | None):
+            raise ValueError(f'Row {row.get("id", i)}: its {key} is {row[key]!r}, not text.')
+
+def _sequence(predictions): return predictions if isinstance(predictions, Sequence) and not isinstance(predictions, str) else list(predictions)
+
 def _checked(predictions):
-    "The rows as a list, each with what is needed of it."
-    rows = list(predictions)
-    for i,row in enumerate(rows):
-        if not isinstance(row, dict) or 'predict' not in row:
-            raise ValueError(f'Row {i} is no prediction: it must be a dict with `predict`, `label`, `id`; '
-                             'give what `predict` returns.')
-        for key in ('predict', 'label'):
-            if not isinstance(row.get(key), str | None):
-                raise ValueError(f'Row {row.get("id", i)}: its {key} is {row[key]!r}, not text.')
+    "The rows as a sequence, each with what is needed of it."
+    rows = _sequence(predictions)
+    for i,row in enumerate(rows): _check_row(i, row)
     return rows
 
 def is_right(
@@ -51,13 +58,10 @@ def _bleu(predict, label):
     bleu = sentence_bleu([list(label)], list(predict), smoothing_function=SmoothingFunction().method3)
     return round(bleu*100, 4)
 
-def _likeness(rows):
-    "BLEU-4 and ROUGE of each row, worked out once for equal texts."
-    known = {}
-    for row in rows:
-        pair = row['predict'] or '', _as_factory(row['label'])
-        if pair not in known: known[pair] = {'bleu-4': _bleu(*pair)} | _rouge(*pair)
-        yield known[pair]
+def _likeness(label, predict):
+    "BLEU-4 and ROUGE of an answer; one that failed has none of either."
+    pair = predict or '', _as_factory(label)
+    return {'bleu-4': _bleu(*pair)} | _rouge(*pair)
 
 # %% ../nbs/10_score.ipynb #ce9d047c
 # Exact where a float isn't; what is beyond all floats raises
@@ -102,19 +106,20 @@ def _line_of_field(count, accuracy):
                 precision=share(right + wrong + unwanted), recall=share(right + wrong + missing),
                 f1=share(right + wrong + (missing + unwanted)/2))
 
-def _field_table(outcomes, malformed):
-    "The fields of the labels, one a line, and all of them together."
+def _field_table(outcomes, malformed, times=None):
+    "The fields of the labels, one a line, and all of them together; `times`: how many rows have each of the outcomes."
     import pandas as pd
-    counts, bad, n = {}, Counter(), len(outcomes)
-    for found,is_bad in zip(outcomes, malformed):
-        if is_bad: bad.update(list(found))
-        for field,what in found.items(): counts.setdefault(field, Counter())[what] += 1
+    times = times or [1]*len(outcomes)
+    counts, bad, n, n_bad = {}, Counter(), sum(times), sum(k for is_bad,k in zip(malformed, times) if is_bad)
+    for found,is_bad,k in zip(outcomes, malformed, times):
+        if is_bad: bad.update(dict.fromkeys(found, k))
+        for field,what in found.items(): counts.setdefault(field, Counter())[what] += k
     def fine(field):
         # left out is right, unless there is no readable answer at all
         count = counts[field]
-        return (n - sum(malformed) + bad[field] - count['wrong'] - count['missing'] - count['unwanted'])/n
+        return (n - n_bad + bad[field] - count['wrong'] - count['missing'] - count['unwanted'])/n
     lines = {f: _line_of_field(c, fine(f)) for f,c in counts.items() if c.total() > c['unwanted']}
-    whole = sum(map(_is_whole, outcomes, malformed))/n
+    whole = sum(k for *row,k in zip(outcomes, malformed, times) if _is_whole(*row))/n
     lines['(all)'] = _line_of_field(sum(counts.values(), Counter()), whole)
     return pd.DataFrame.from_dict(lines, orient='index').rename_axis('field')
 
@@ -141,15 +146,23 @@ def _own(name, f, row):
     if not math.isfinite(value): raise ValueError(f'{about}: it gave {said!r}; a number is needed.')
     return value
 
-def _own_columns(rows, measures, taken):
-    "The measures that the user's functions give."
+def _check_names(measures, taken):
     twice = [name for name in measures if name in taken]
     if twice: raise ValueError(f'There is a measure {twice[0]!r} already: give yours another name.')
-    rows = [row if row['predict'] is not None else row | {'predict': ''} for row in rows]
-    return {name: [_own(name, f, row) for row in rows] for name,f in measures.items()}
 
 # %% ../nbs/10_score.ipynb #745a322a
 _resamples = 1000
+
+_many_rows = 20_000
+_many_values = 4096 # Whose numbers in all resamples take 32 MB
+
+def _interval_of_many(values):
+    "The same interval of the mean of many rows, which scipy would take minutes for."
+    import numpy as np
+    n, (there, times) = len(values), np.unique(values, return_counts=True)
+    if len(there) > _many_values: return values.mean() + np.array([-1.96, 1.96])*values.std()/math.sqrt(n)
+    means = np.random.default_rng(0).multinomial(n, times/n, size=_resamples) @ there/n
+    return np.percentile(means, [2.5, 97.5])
 
 def _summary(columns):
     "Mean of each column of a table, and its 95 % interval."
@@ -157,6 +170,9 @@ def _summary(columns):
     from scipy.stats import bootstrap
     found = pd.DataFrame({'value': columns.mean(), 'low': math.nan, 'high': math.nan}).rename_axis('measure')
     if len(columns) < 2: return found
+    if len(columns) > _many_rows:
+        found[['low', 'high']] = [_interval_of_many(columns[name].to_numpy(float)) for name in columns]
+        return found
     # a batch is as large as the memory that it may take: some 80 MB
     rng, batch = np.random.default_rng(0), max(1, 10_000_000//columns.size)
     sampled = bootstrap((columns.to_numpy().T,), np.mean, axis=-1, n_resamples=_resamples, batch=batch,
@@ -180,24 +196,31 @@ def _plain(value):
 
 _special = re.compile(r'<\|\w+\|>')
 
-def _lost_tokens(rows):
-    "A sentence where labels have special tokens and none of the answers to them has any; else nothing."
-    marked = [row for row in rows if row['predict'] is not None and _special.search(row['label'])]
-    if not marked or any(_special.search(row['predict']) for row in marked): return ''
-    return (f'{len(marked)} labels have special tokens such as {_special.search(marked[0]["label"])[0]}, and none of their answers has any. '
+def _lost_tokens(marked, token):
+    "What to say where so many labels have special tokens, such as `token`, and none of their answers has any."
+    return (f'{marked} labels have special tokens such as {token}, and none of their answers has any. '
             "The engine 'llamafactory' ends answers at them, and a server removes them unless it is told to keep them: "
             "predict with engine 'hf', or see skip_special_tokens.")
+
+def _column_of(dicts, key):
+    "The value of a key in each of some dicts, and all keys."
+    values, there = [], {}
+    for value in dicts:
+        values.append(value.get(key))
+        there.update(dict.fromkeys(value))
+    return values, list(there)
 
 class Scores(dict):
     "Figures by name: `rows`, `failed`, and each measure in percent; `.rows`, `.overall`, `.fields`, `.by(…)`."
     def __init__(self,
-        given:list, # All rows, those without a label too
+        given, # All rows as a sequence, those without a label too
         rows, # A `DataFrame`: `id` and measures of each row with a label; its index is the place in `given`
-        judged=None, # Where labels are JSON objects: outcomes of the fields, and what is malformed
+        failed:int, # How many of these rows failed
+        judged=None, # Where labels are JSON objects: the different outcomes of the fields, what is malformed, and how many rows have each
+        note:str='', # A sentence that is shown below the figures
     ):
-        self.rows, self._given, self._judged = rows, given, judged
+        self.rows, self._given, self._judged, self._note = rows, given, judged, note
         self._measures = rows.drop(columns='id')
-        failed = sum(given[i]['predict'] is None for i in rows.index)
         super().__init__({'rows': len(rows), 'failed': failed} | self._measures.mean().to_dict())
 
     @cached_property
@@ -215,18 +238,18 @@ class Scores(dict):
 
     def _values(self, column):
         "The value for each row that a column of the data, a field of the labels, or a function gives."
-        rows = [self._given[i] for i in self.rows.index]
-        if callable(column): return [column(row) for row in rows]
+        rows = lambda: (self._given[i] for i in self.rows.index)
+        if callable(column): return [column(row) for row in rows()]
         if not isinstance(column, str):
             values = list(column)
             if len(values) == len(self._given): return [values[i] for i in self.rows.index]
             raise ValueError(f'There are {len(values)} values for {len(self._given)} rows.')
-        there = list(dict.fromkeys(k for row in rows for k in row))
-        if column in there: return [row.get(column) for row in rows]
-        labels = [json.loads(_unfenced(row['label'])) for row in rows] if self._judged is not None else []
-        there += [f'label.{k}' for k in dict.fromkeys(k for label in labels for k in label)]
-        if column in there: return [label.get(column.removeprefix('label.')) for label in labels]
-        raise ValueError(f'There is no column {column!r}; there are {", ".join(there)}.')
+        values, there = _column_of(rows(), column)
+        if column in there: return values
+        labels = (json.loads(_unfenced(row['label'])) for row in rows()) if self._judged is not None else ()
+        values, fields = _column_of(labels, column.removeprefix('label.'))
+        if column in (fields := [f'label.{k}' for k in fields]): return values
+        raise ValueError(f'There is no column {column!r}; there are {", ".join([*there, *fields])}.')
 
     def by(self,
         column, # Of the data; a field of JSON labels, as `'label.color'`; a function of a row; or all values
@@ -248,30 +271,58 @@ class Scores(dict):
         return ', '.join([f'{len(self.rows)} rows', *[f'{self["failed"]} of them failed']*bool(self['failed']),
                           *[f'{rest} more without a label']*bool(rest)]) + '; with 95 % intervals'
 
-    @property
-    def _note(self): return _lost_tokens([self._given[i] for i in self.rows.index])
-
     def __repr__(self): return '\n'.join([self._title(), self.overall.round(2).to_string(na_rep=''), *[self._note]*bool(self._note)])
     def _repr_html_(self):
         note = f'<p>{html.escape(self._note)}</p>' if self._note else ''
         return f'<p>{self._title()}</p>{self.overall.round(2).to_html(na_rep="")}{note}'
 
 # %% ../nbs/10_score.ipynb #66fa6ffb
-def _judge(rows, tolerance):
-    "(outcomes of the fields, whether it is malformed) of each row; `None` where a label is no object."
-    labels = [_parsed(row['label']) for row in rows]
-    if not all(isinstance(label, dict) for label in labels): return None
-    answers = [_parsed(row['predict'] or '') for row in rows]
-    malformed = [not isinstance(answer, dict) for answer in answers]
-    answers = [None if is_bad else answer for answer,is_bad in zip(answers, malformed)]
-    return [_outcomes(*pair, tolerance) for pair in zip(labels, answers)], malformed
+def _compared(label, predict, tolerance):
+    "What a label and an answer give: `exact`, BLEU and ROUGE; where the label is a JSON object, its outcome; where it is a number, whether that is right."
+    found = {'exact': 100.*is_right({'label': label, 'predict': predict})} | _likeness(label, predict)
+    wanted, answer = _parsed(label), _parsed(predict or '')
+    if isinstance(wanted, Decimal): return found, None, 100.*_same(wanted, answer, tolerance)
+    if not isinstance(wanted, dict): return found, None, None
+    is_bad = not isinstance(answer, dict)
+    return found, (tuple(_outcomes(wanted, None if is_bad else answer, tolerance).items()), is_bad), None
 
-def _number_column(rows, tolerance):
-    "Whether the number is right, where every label is one."
-    labels = [_parsed(row['label']) for row in rows]
-    if not all(isinstance(label, Decimal) for label in labels): return {}
-    is_near = lambda row, label: _same(label, _parsed(row['predict'] or ''), tolerance)
-    return {'number': [100.*is_near(*pair) for pair in zip(rows, labels)]}
+class _Measured:
+    "The measures of rows that are added one by one; none of the rows is kept."
+    def __init__(self, tolerance, measures):
+        self.compared, self.measures = lru_cache(2**14)(partial(_compared, tolerance=tolerance)), measures
+        self.places, self.ids, self.failed, self.columns = array('q'), [], 0, {}
+        self.known, self.outcomes, self.numbers = {}, array('q'), array('d') # Number of each different outcome; those of the rows; or their numbers
+        self.marked, self.token, self.are_kept = 0, '', False # Answered rows whose labels have special tokens; the first token; whether any answer has one
+
+    def add(self, i, row):
+        "The row at a place. Raises `ValueError` where a measure of the user's fails."
+        found, outcome, number = self.compared(row['label'], row['predict'])
+        self.places.append(i)
+        self.ids.append(row['id'])
+        if row['predict'] is not None and (token := _special.search(row['label'])):
+            self.marked, self.token = self.marked + 1, self.token or token[0]
+            self.are_kept = self.are_kept or bool(_special.search(row['predict']))
+        if row['predict'] is None: self.failed, row = self.failed + 1, row | {'predict': ''}
+        for name,value in found.items(): self.columns.setdefault(name, array('d')).append(value)
+        for name,f in self.measures.items(): self.columns.setdefault(('own', name), array('d')).append(_own(name, f, row))
+        if outcome is not None: self.outcomes.append(self.known.setdefault(outcome, len(self.known)))
+        if number is not None: self.numbers.append(number)
+
+    def scores(self, given):
+        "The `Scores` of all that were added."
+        import numpy as np, pandas as pd
+        columns, n, judged = {'exact': self.columns.pop('exact')}, len(self.places), None
+        if len(self.outcomes) == n:
+            outcomes, malformed = [dict(pairs) for pairs,_ in self.known], [is_bad for _,is_bad in self.known]
+            judged = outcomes, malformed, np.bincount(self.outcomes).tolist()
+            columns |= {name: np.array(values)[self.outcomes] for name,values in _field_columns(outcomes, malformed).items()}
+        if len(self.numbers) == n: columns['number'] = self.numbers
+        columns |= {name: values for name,values in self.columns.items() if isinstance(name, str)}
+        _check_names(self.measures, ['id', *columns])
+        columns |= {name[1]: values for name,values in self.columns.items() if not isinstance(name, str)}
+        index = pd.RangeIndex(n) if self.places[-1] == n - 1 else pd.Index(self.places)
+        table = pd.DataFrame({'id': self.ids} | {name: np.asarray(values) for name,values in columns.items()}, index)
+        return Scores(given, table, self.failed, judged, _lost_tokens(self.marked, self.token) if self.marked and not self.are_kept else '')
 
 def score(
     predictions, # `Predictions`, or any sequence of their rows
@@ -279,26 +330,21 @@ def score(
     measures:dict=None, # Functions of your own by name: of a row, giving a number
 )->Scores:
     "How good predictions are: overall, row by row, by field and by column."
-    import pandas as pd
-    given = _checked(predictions)
-    if not given: raise ValueError('There are no predictions to score.')
+    given = _sequence(predictions)
+    if not len(given): raise ValueError('There are no predictions to score.')
     if not 0 <= tolerance < math.inf: raise ValueError(f'tolerance={tolerance}: give a number from 0.')
-    labelled = {i: row | {'id': row.get('id', i)} for i,row in enumerate(given) if row.get('label') is not None}
-    if not labelled: raise ValueError(f'None of the {len(given)} rows has a label to score it by.')
-    rows, tolerance = list(labelled.values()), Decimal(str(tolerance))
-    judged = _judge(rows, tolerance)
-    columns = {'exact': [100.*is_right(row) for row in rows]}
-    columns |= _field_columns(*judged) if judged else _number_column(rows, tolerance)
-    columns |= pd.DataFrame(_likeness(rows)).to_dict('list')
-    columns |= _own_columns(rows, measures or {}, ['id', *columns])
-    table = pd.DataFrame({'id': [row['id'] for row in rows]} | columns, list(labelled))
-    return Scores(given, table, judged)
+    found = _Measured(Decimal(str(tolerance)), measures or {})
+    for i,row in enumerate(given):
+        _check_row(i, row)
+        if row.get('label') is not None: found.add(i, row if 'id' in row else row | {'id': i})
+    if not found.places: raise ValueError(f'None of the {len(given)} rows has a label to score it by.')
+    return found.scores(given)
 
 # %% ../nbs/10_score.ipynb #3544ca7c
 def _key_of(first, second):
     "The key that tells rows apart in both."
     for key in ('id', 'row'):
-        known = [[row.get(key) for row in rows] for rows in (first, second)]
+        known = [[_plain(row.get(key)) for row in rows] for rows in (first, second)]
         if all(None not in ids and len(set(ids)) == len(ids) for ids in known): return key
     raise ValueError('Neither `id` nor `row` tells the rows apart in both: give each row an `id` of its own.')
 

@@ -7,7 +7,8 @@ __all__ = ['server_options', 'answer_settings', 'seen_picture', 'picture_uri', '
            'model_name', 'work']
 
 # %% ../nbs/08d_served.ipynb #98b7d71d
-import asyncio, base64, io, json, math, os, random, re, runpy, signal, sys, time
+import asyncio, base64, io, json, math, os, random, re, runpy, signal, sys, time, zlib
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -155,6 +156,7 @@ def request(
 # %% ../nbs/08d_served.ipynb #86746ee2
 class _Again(Exception): "A failure that may be over later: in so many seconds, says the second argument."
 class _Away(Exception): "There is no server."
+class _AllFail(RuntimeError): "A failure that any row would meet with."
 
 _of_all_rows = (301, 302, 307, 308, 401, 403, 404, 405) # What a server says that would say it to any row
 _cures = {401: 'Set the environment variable OPENAI_API_KEY to a key of this server.',
@@ -162,37 +164,67 @@ _cures = {401: 'Set the environment variable OPENAI_API_KEY to a key of this ser
           404: "See that base_url is right (most end in /v1), and that model is a name that the server knows.",
           413: "Lower image_max_pixels, or raise the server's limit on the size of a request."}
 
+_most_answer = 2**24 # Bytes
+
+async def _content_of(answer):
+    "The bytes of an answer that comes in, unpacked. Raises `ValueError` where it is too large."
+    packed, coding = bytearray(), answer.headers.get('content-encoding', 'identity').lower()
+    too_large = ValueError(f'The answer is larger than {_most_answer:,} bytes.')
+    async for part in answer.aiter_raw():
+        packed += part
+        if len(packed) > _most_answer: raise too_large
+    if coding == 'identity' or not packed: return bytes(packed)
+    if coding not in ('gzip', 'x-gzip', 'deflate'): raise ValueError(f'The answer is packed as {coding[:40]!r}, which was not asked for.')
+    unpack = zlib.decompressobj(47)  # gzip or zlib
+    try: found = unpack.decompress(packed, _most_answer + 1)
+    except zlib.error as error: raise _Again(f'The answer can\'t be unpacked: {error}', 0) from None
+    if len(found) > _most_answer: raise too_large
+    if not unpack.eof: raise _Again('The answer can\'t be unpacked: its end is missing.', 0)
+    return found
+
+def _as_json(content):
+    "What an answer says, as JSON; `None` where it is none."
+    try: return json.loads(content.decode())
+    except (ValueError, RecursionError): return None
+
 def _writable(text): return text.encode(errors='replace').decode()
 
-def _told(answer):
+def _in_a_line(text): return ''.join(c if c.isprintable() else '�' for c in ' '.join(text.split()))
+
+def _told(answer, content):
     "What a server says of a failure, in a line, without the key."
-    try: said = answer.json()
-    except ValueError: said = answer.text
+    said = _as_json(content)
     for key in ('error', 'detail', 'message'):
         if isinstance(said, dict): said = said.get(key, said)
-    line = ' '.join(str(said).split())
-    key = answer.request.headers.get('authorization', '').removeprefix('Bearer ')
+    try: said = content.decode(errors='replace') if said is None else said if isinstance(said, str) else json.dumps(said, ensure_ascii=False)
+    except RecursionError: said = content.decode(errors='replace')
+    line, key = _in_a_line(said[:10_000]), answer.request.headers.get('authorization', '').removeprefix('Bearer ')
     if key: line = line.replace(key, '…')
     cure = _cures.get(answer.status_code, '')
-    return _writable(f'{answer.status_code} {answer.reason_phrase}: {line[:300]} {cure}'.strip())
+    return _in_a_line(f'{answer.status_code} {answer.reason_phrase[:100]}: {line[:300]} {cure}')
 
 def _seconds(answer):
     "How long a server asks to be left alone, a minute at most."
-    try: return min(60., float(answer.headers.get('retry-after', 0)))
+    try: return min(60., max(0., float(answer.headers.get('retry-after', 0)))) or 0.
     except ValueError: return 0.  # a date
 
-def _read(answer):
+def _count(value): return value if type(value) is int and 0 <= value < 2**48 else None
+
+def _read(answer, content):
     "The answer that a response holds, as it is written down."
     try:
-        said = answer.json()
-        choice, usage = said['choices'][0], said.get('usage') or {}
+        said = _as_json(content)
+        choice, usage = said['choices'][0], said.get('usage')
         text, reason = choice['message']['content'], choice.get('finish_reason')
-        counts = {'prompt_tokens': usage.get('prompt_tokens'), 'tokens': usage.get('completion_tokens')}
-    except (ValueError, LookupError, TypeError, AttributeError):
-        raise _Again(f'The answer is no chat completion: {_told(answer)}', 0) from None
+    except (LookupError, TypeError, AttributeError):
+        raise _Again(f'The answer is no chat completion: {_told(answer, content)}', 0) from None
+    reason = _in_a_line(reason[:100]) if isinstance(reason, str) else None
     if not isinstance(text, str): raise ValueError(f'The answer has no text (finish_reason {reason!r}).')
     if reason == 'stop': text = text.removesuffix('<|im_end|>')  # LLaMA-Factory's server, where it keeps special tokens
+    usage = usage if isinstance(usage, dict) else {}
+    counts = {'prompt_tokens': _count(usage.get('prompt_tokens')), 'tokens': _count(usage.get('completion_tokens'))}
     return {'predict': _writable(text), 'finish_reason': reason} | counts | {'engine': 'openai'}
+
 
 # %% ../nbs/08d_served.ipynb #d3744de9
 def pause(
@@ -208,7 +240,7 @@ def _client(url):
     "A client of a server."
     import httpx
     key, here = os.environ.get('OPENAI_API_KEY', '').strip(), ('127.0.0.1', 'localhost', '[::1]')
-    headers = {'Content-Type': 'application/json'} | ({'Authorization': f'Bearer {key}'} if key else {})
+    headers = {'Content-Type': 'application/json', 'Accept-Encoding': 'identity'} | ({'Authorization': f'Bearer {key}'} if key else {})
     return httpx.AsyncClient(base_url=url, headers=headers, mounts={f'all://{host}': None for host in here},
         timeout=httpx.Timeout(None, connect=_to_connect), limits=httpx.Limits(max_connections=None))
 
@@ -243,11 +275,11 @@ class Server:
         if self.error: self.is_probed, self.until = True, time.monotonic() + _to_connect + 1
 
     async def send(self, *request, **content):
-        "A request. Raises `_Again`, `_Away`, `ValueError` for it alone, `RuntimeError` where all would fail."
+        "A request: response and content. Raises `_Again`, `_Away`, `ValueError` for it alone, `_AllFail` where all would fail."
         import httpx
         late = f'No answer within {self.timeout:g} s. Lower concurrency, or raise timeout.'
         try:
-            async with asyncio.timeout(self.timeout): answer = await self.client.request(*request, **content)
+            async with asyncio.timeout(self.timeout), self.client.stream(*request, **content) as answer: said = await _content_of(answer)
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             self._is_gone(str(error) or type(error).__name__)
             raise _Away(self.error) from None
@@ -256,17 +288,17 @@ class Server:
         if self.error: print(f'{self.url} is there again.', file=sys.stderr, flush=True)
         self._is_back()
         status = answer.status_code
-        if status == 200: return answer
-        told = _told(answer)
+        if status == 200: return answer, said
+        told = _told(answer, said)
         if status in (408, 429) or status >= 500: raise _Again(told, _seconds(answer))
-        if status in _of_all_rows and not self.is_good: raise RuntimeError(f'{answer.url} answers {told}')
+        if status in _of_all_rows and not self.is_good: raise _AllFail(f'{answer.url} answers {told}')
         raise ValueError(told)
 
     async def ask(self,
         body:bytes, # Of the request
     )->dict: # `predict`, `finish_reason`, `prompt_tokens`, `tokens`, `engine`
         "The answer to a row; raises what `send` does."
-        found = _read(await self.send('POST', 'chat/completions', content=body))
+        found = _read(*await self.send('POST', 'chat/completions', content=body))
         self.is_good = True
         return found
 
@@ -350,13 +382,16 @@ class Asking:
             await server.is_due()
             question = await self.queue.get()
             try: self._finish(question.told | await server.ask(question.body))
-            except ValueError as error: self._finish(question.told | _failed(str(error)))
+            except _AllFail: raise
             except _Away: self._later(question)
             except _Again as error:
                 self._again(question, *error.args)
                 failures += 1
                 await asyncio.sleep(max(error.args[1], pause(failures)))
                 continue
+            except ValueError as error: self._finish(question.told | _failed(str(error)))
+            except Exception as error:  # whatever an answer brings about is its row's fault alone
+                self._let_be(question, f'{type(error).__name__} at the answer: {_in_a_line(str(error)[:300])}')
             failures = 0
 
     def _keep(self):
@@ -378,6 +413,13 @@ class Asking:
             self._keep()
 
 # %% ../nbs/08d_served.ipynb #61817524
+def _first_name(content, url):
+    "The first model of a list. Raises `RuntimeError` where it names none."
+    with suppress(LookupError, TypeError):
+        name = _as_json(content)['data'][0]['id']
+        if isinstance(name, str) and name == _writable(name): return name
+    raise RuntimeError(f'{url}/models names no model: give model.')
+
 async def model_name(
     servers:list, # `Server`s
     patience:float, # Seconds to wait where none is there
@@ -386,10 +428,10 @@ async def model_name(
     began, said = time.monotonic(), {}
     while True:
         for server in servers:
-            try: return (await server.send('GET', 'models')).json()['data'][0]['id']
+            try: _, content = await server.send('GET', 'models')
             except (_Away, _Again) as error: said[server.url] = error.args[0]
-            except (ValueError, LookupError, TypeError):
-                raise RuntimeError(f'{server.url}/models names no model: give model.') from None
+            except ValueError as error: raise RuntimeError(f'{server.url}/models names no model: {error} Give model.') from None
+            else: return _first_name(content, server.url)
         if time.monotonic() - began > patience: _give_up(said, patience)
         await asyncio.sleep(pause(1))
 

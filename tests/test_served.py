@@ -1,5 +1,5 @@
 "Servers that misbehave, for real: whatever they do, every row ends with its answer or with an error that says what was."
-import base64, hashlib, io, json, math, os, re, signal, subprocess, sys, sysconfig, threading, time
+import base64, gzip, hashlib, io, json, math, os, re, signal, subprocess, sys, sysconfig, threading, time, warnings, zlib
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,9 +14,12 @@ from PIL import Image
 
 from conftest import PATIENCE, free_ports, until
 from qwen2vl_nb import answers, served
-from qwen2vl_nb.answers import Answers, whole_lines
-from qwen2vl_nb.predict import asked_row, predict
+from qwen2vl_nb.answers import Answers
+from qwen2vl_nb.files import whole_lines
+from qwen2vl_nb.predict import Predictions, asked_row, predict
 from qwen2vl_nb.recipe import predict_recipe
+from qwen2vl_nb.score import score
+from qwen2vl_nb.show import show_predictions
 
 GREEDY = {'template': 'qwen2_vl', 'do_sample': False, 'max_new_tokens': 8}
 
@@ -137,9 +140,13 @@ def _silent(handler):
     handler.connection.recv(1)
     handler.close_connection = True
 
+def _is_answered(handler):
+    "Whether some row has its answer."
+    return any(row['predict'] is not None for row in _lines(handler.server.folder))
+
 def _gone(handler):
     "A refusal that comes after an answer has."
-    _until(lambda: any(row['predict'] is not None for row in _lines(handler.server.folder)))
+    _until(lambda: _is_answered(handler))
     handler.reply(404, {'detail': 'No such file.'})
 
 # What a server may do, and what the row's error then says
@@ -410,6 +417,151 @@ def test_llamafactorys_own_server_gives_the_answers_of_hf(factory_server, tiny, 
     assert len(asked) == len(own) == 100 and {row['engine'] for row in asked} == {'openai'}
     for key in ('predict', 'prompt_tokens', 'tokens', 'finish_reason', 'id', 'label', 'images'):
         assert [row[key] for row in asked] == [row[key] for row in own], key
+
+# Rubbish
+
+def _raw(data):
+    "Bytes in place of an HTTP answer."
+    def reply(handler):
+        handler.wfile.write(data if isinstance(data, bytes) else data.encode())
+        handler.close_connection = True
+    return reply
+
+def _json(value, status=200, **headers): return lambda handler: handler.reply(status, value, **headers)
+def _choice(choice, **more): return _json({'choices': [choice], **more})
+
+def _without_end(start, part):
+    "An answer whose parts go on until nobody listens any more."
+    def reply(handler):
+        handler.close_connection = True
+        handler.wfile.write(start)
+        try:
+            while True: handler.wfile.write(part)
+        except OSError: pass
+    return reply
+
+def _zeros(mebibytes):
+    "So many MiB of zeros, packed by gzip: a thousandth of that."
+    pack = zlib.compressobj(9, wbits=31)
+    start = pack.compress(bytes(2**20)) + pack.flush(zlib.Z_FULL_FLUSH)
+    again = zlib.compressobj(9, wbits=-15)
+    block = again.compress(bytes(2**20)) + again.flush(zlib.Z_FULL_FLUSH)
+    return start + block*(mebibytes - 1) + b'\x03\x00' + bytes(8)
+
+OK, CHUNKED = b'HTTP/1.1 200 OK\r\n', b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n'
+GOOD = json.dumps(_completion('fine')).encode()
+LENGTH = f'Content-Length: {len(GOOD)}\r\n'.encode()
+
+RUBBISH = {
+    'nested lists': _json(b'['*100_000), 'nested dicts': _json(b'{"choices":'*100_000), 'nested in a text': _choice({'message': {'content': json.loads('['*900 + ']'*900)}}),
+    'nested in an error': _json(b'{"error": ' + b'['*900 + b']'*900 + b'}', 400), 'deep, of status 500': _json(b'['*100_000, 500),
+    'a long number': _json(b'{"choices": ' + b'9'*10_000 + b'}'), 'NaN': _json(b'NaN'), 'Infinity': _json({'choices': float('inf')}), 'a number': _json(7), 'null': _json(None),
+    'true': _json(True), 'a text': _json('choices'), 'a list': _json([]), 'nothing': _json(b''), 'spaces': _json(b' '*1000), 'NUL': _json(bytes(1000)), 'UTF-16': _json(GOOD.decode().encode('utf-16')),
+    'a mark before': _json(b'\xef\xbb\xbf' + GOOD), 'two answers': _json(GOOD*2), 'half an answer': _json(GOOD[:40]), 'not UTF-8': _json(GOOD.replace(b'fine', b'\xff\xfe')),
+    'choices is null': _json({'choices': None}), 'choices is a dict': _json({'choices': {'0': 1}}), 'choices is a text': _json({'choices': 'abc'}), 'choices of null': _choice(None),
+    'no message': _choice({}), 'message is null': _choice({'message': None}), 'message is a list': _choice({'message': ['content']}), 'message is a text': _choice({'message': 'content'}),
+    'content is null': _choice({'message': {'content': None}}), 'content is a number': _choice({'message': {'content': 7}}), 'content is a list': _choice({'message': {'content': ['a']}}),
+    'content is a dict': _choice({'message': {'content': {'text': 'a'}}}), 'no content, half a surrogate': _choice({'message': {'content': None}, 'finish_reason': '\udc80'}),
+    'an error with half a surrogate': _json({'error': {'message': '\ud800'}}, 400), 'an error of a terminal': _json({'error': '\x1b[2J\x07\x00'}, 422), 'an error of all types': _json({'error': [{'detail': {'message': 7}}]}, 400),
+    'packed as brotli': _json(GOOD, Content_Encoding='br'), 'packed by nobody knows what': _json(GOOD, Content_Encoding='車, \xff'), 'not packed': _json(GOOD, Content_Encoding='gzip'),
+    'packed and cut': _json(gzip.compress(GOOD)[:20], Content_Encoding='gzip'), 'a bomb of 1.5 GB': _json(_zeros(1500), Content_Encoding='gzip'), 'a bomb as an error': _json(_zeros(1500), 500, Content_Encoding='gzip'),
+    'an answer of 17 MB': _json(b'"' + b'a'*17_000_000 + b'"'), 'chunks without end': _without_end(CHUNKED, b'10000\r\n' + b' '*2**16 + b'\r\n'), 'content without end': _without_end(OK + b'\r\n', b' '*2**16),
+    'headers without end': _without_end(OK, b'X-More: yes\r\n'), 'a header without end': _without_end(OK + b'X-More: ', b'x'*2**16), 'continue without end': _without_end(b'', b'HTTP/1.1 100 Continue\r\n\r\n'),
+    'a wrong chunk': _raw(CHUNKED + b'zz\r\nabc\r\n'), 'a chunk too short': _raw(CHUNKED + b'ffff\r\nabc'), 'longer than it says': _json(GOOD, Content_Length='10'), 'shorter than it says': _raw(OK + b'Content-Length: 9999\r\n\r\n' + GOOD),
+    'a length that is none': _raw(OK + b'Content-Length: many\r\n\r\n' + GOOD), 'a length below 0': _raw(OK + b'Content-Length: -1\r\n\r\n' + GOOD), 'two lengths': _raw(OK + LENGTH + b'Content-Length: 7\r\n\r\n' + GOOD),
+    'a header that is none': _raw(OK + b'no colon\r\n\r\n' + GOOD), 'a header with NUL': _raw(OK + b'X: a\0b\r\n\r\n' + GOOD), 'no HTTP': _raw(b'\x16\x03\x01\x02\x00\x01'), 'another protocol': _raw(b'SSH-2.0-OpenSSH_9\r\n'),
+    'HTTP/0.9': _raw(GOOD), 'a status that is none': _raw(b'HTTP/1.1 abc OK\r\n\r\n'), 'status 999': _raw(b'HTTP/1.1 999 \xff\xfe\r\nContent-Length: 0\r\n\r\n'),
+    'status 101': _raw(b'HTTP/1.1 101 Switching\r\nUpgrade: h2c\r\nConnection: Upgrade\r\n\r\n'), 'status 204': _json(b'', 204), 'status 206': _json(GOOD, 206), 'status 300': _json(GOOD, 300),
+    'a loop': _json(b'', 303, Location='/v1/chat/completions'), 'to a file': _json(b'', 303, Location='file:///etc/passwd'), 'to nowhere': _json(b'', 303, Location='http://[::1'), 'to a strange port': _json(b'', 303, Location='http://a:99999999/'),
+    'busy for ever': _json(b'', 429, Retry_After='nan'), 'busy until a date': _json(b'', 503, Retry_After='Tue, 24 Nov 2099 00:00:00 GMT'), 'busy below 0': _json(b'', 429, Retry_After='-inf'), 'closed': _raw(b''), 'late': _silent,
+}
+ODD = { # What is an answer all the same
+    'a charset that is no text': _json(GOOD, Content_Type='application/json; charset=hex'), 'an unknown charset': _json(GOOD, Content_Type='application/json; charset=klingon'),
+    'half a surrogate as reason': _choice({'message': {'content': 'fine'}, 'finish_reason': '\ud800'}), 'half a surrogate as text': _choice({'message': {'content': 'fine\ud800'}}), 'NUL as text': _choice({'message': {'content': 'fine\0'}}),
+    'a reason of a strange type': _choice({'message': {'content': 'fine'}, 'finish_reason': {'type': 'stop'}}), 'usage is a list': _choice({'message': {'content': 'fine'}}, usage=[1]), 'usage of texts': _choice({'message': {'content': 'fine'}}, usage={'prompt_tokens': 'many', 'completion_tokens': -1}),
+    'usage without end': _choice({'message': {'content': 'fine'}}, usage={'prompt_tokens': float('inf'), 'completion_tokens': float('nan')}), 'keys of ours': _json(json.loads(GOOD) | {'row': 99, 'error': 'no', 'predict': 7}),
+    'packed though not asked': _json(gzip.compress(GOOD), Content_Encoding='gzip'), 'cookies': _json(GOOD, Set_Cookie='\xff=;;;Expires=never; Max-Age=1e999'), 'many headers': _json(GOOD, **{f'X_{i}': 'y'*100 for i in range(90)}), 'HTTP/9.9': _raw(b'HTTP/9.9 200 OK\r\n\r\n' + GOOD), 'no length': _raw(OK + b'\r\n' + GOOD),
+}
+
+def test_whatever_an_answer_is_it_is_that_of_one_row(loopback, tmp_path):
+    "Some ninety kinds of rubbish, with a good row after each."
+    kinds = [kind for name in RUBBISH | ODD for kind in (name, 'good')]
+    def behave(handler, asked, n):
+        number, kind = _said(asked).split(': ')
+        if kind == 'good': return False
+        _until(lambda: _is_answered(handler))
+        (RUBBISH | ODD)[kind](handler)
+        return True
+    server, run = loopback(behave), tmp_path/'run'
+    server.folder = run
+    _run(run, [_row(i, f'{i}: {kind}') for i, kind in enumerate(kinds)], server.url, concurrency=16, timeout=10, tries=2)
+    rows = _rows(run, len(kinds))
+    told = {kind: row for kind, row in zip(kinds, rows)}
+    assert not (run/'failure-0.json').exists()
+    assert not [row for kind, row in zip(kinds, rows) if kind == 'good' and row['predict'] is None]
+    assert not [kind for kind in RUBBISH if told[kind]['predict'] is not None or not told[kind]['error'].isprintable() or len(told[kind]['error']) > 500]
+    assert not [(kind, told[kind]) for kind in ODD if told[kind]['predict'] is None or not told[kind]['predict'].startswith('fine')]
+    assert all(type(told[kind][key]) in (int, type(None)) for kind in ODD for key in ('prompt_tokens', 'tokens'))
+    (run/'predictions.jsonl').read_bytes().decode()
+
+MEASURED = 'import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)'
+
+def test_answers_that_are_bombs_take_little_memory(loopback, tmp_path):
+    bombs = ['a bomb of 1.5 GB', 'chunks without end', 'a bomb as an error', 'an answer of 17 MB']*4
+    def behave(handler, asked, n):
+        _until(lambda: _said(asked) == '0' or _is_answered(handler))
+        return _said(asked) != '0' and (RUBBISH[bombs[int(_said(asked)) - 1]](handler) or True)
+    run = tmp_path/'run'
+    run.mkdir()
+    server = loopback(behave)
+    server.folder = run
+    _begin(run, [_row(i, f'{i}') for i in range(17)], server.url, concurrency=4, tries=1).kill()
+    said = subprocess.run([sys.executable, '-c', MEASURED, sys.executable, answers.__file__], cwd=run, capture_output=True, text=True)
+    first, *rows = _rows(run, 17)
+    assert not first.get('error') and all('larger than 16,777,216 bytes' in row['error'] for row in rows), rows
+    assert int(said.stdout.splitlines()[-1]) < 400_000, 'KiB'
+
+COLUMNS = ['row', 'id', 'images', 'videos', 'prompt', 'label', 'asked', 'predict', 'finish_reason', 'prompt_tokens', 'tokens', 'engine', 'error', 'column.error', 'camera', 'budget', 'options']
+
+@pytest.mark.parametrize('value', [7, ['a.mp4'], {'a': None}], ids=str)
+def test_columns_that_are_called_like_keys_of_a_row_are_columns(loopback, tiny, tmp_path, value):
+    "Each row is asked once; each column is there under its name, with `column.` before it where the name is taken."
+    server = loopback()
+    samples = [{'instruction': f'Row {i}?', 'output': 'x', 'image': []} | {name: ('a', value)[i % 2] for name in COLUMNS if name != 'id'} | {'id': f'n{i}'} for i in range(6)]
+    recipe = predict_recipe(tiny, output_dir=tmp_path/'out')
+    p = predict(recipe, samples, engine='openai', base_url=server.url)
+    assert not p.failed and [row['id'] for row in p] == [s['id'] for s in samples] and len(server.asked) == 6
+    assert [(row['row'], row['prompt'], row['label'], row['engine'], row['tokens']) for row in p] == [(i, f'Row {i}?', 'x', 'openai', 3) for i in range(6)]
+    assert list(predict(recipe, samples, engine='openai', base_url=server.url)) == list(p) and len(server.asked) == 6
+    s, table = score(p), p.to_pandas()
+    for name in set(COLUMNS) - {'id'}:
+        key = name if name in ('camera', 'budget', 'options') else f'column.{name}'
+        assert [row[key] for row in p] == [sample[name] for sample in samples], name
+        assert key in table and s.by(key)['rows'].tolist() == [3, 3], name
+    assert 'Row 1' in repr(show_predictions(p)) and 'error' not in table and not any(row.get('videos') for row in p)
+
+def test_a_folder_of_the_version_before_goes_on(loopback, tiny, tmp_path):
+    "There the columns had their own names: an answered row with a column `error` counted as failed."
+    samples = [{'instruction': f'Row {i}?', 'output': 'x', 'image': [], 'error': f'E{i}', 'camera': 'left'} for i in range(6)]
+    recipe, server = predict_recipe(tiny, output_dir=tmp_path/'out'), loopback()
+    p = predict(recipe, samples, engine='openai', base_url=server.url)
+    answers, folder = list(p), tmp_path/'out'
+    old = lambda row: {key.removeprefix('column.'): value for key, value in row.items()}
+    asked = ''.join(json.dumps(old(json.loads(line))) + '\n' for line in (folder/'asked.jsonl').read_text().splitlines())
+    (folder/'asked.jsonl').write_text(asked)
+    question = json.loads((folder/'question.json').read_text()) | {'rows': hashlib.sha256(asked.encode()).hexdigest(), 'budget': 7}
+    (folder/'question.json').write_text(json.dumps(question))
+    failed = answers[2] | {'predict': None, 'error': 'ValueError: no'}
+    del failed['column.error']
+    (folder/'predictions.jsonl').write_text(''.join(json.dumps(old(row)) + '\n' for row in [*answers[:2], failed, *answers[3:5]]))
+    with pytest.warns(UserWarning, match='5 of 6 rows'): before = Predictions(folder)
+    assert [row['row'] for row in before.failed] == [2] and before[1] == answers[1]
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        again = predict(recipe, samples, engine='openai', base_url=server.url)
+    assert list(again) == answers and len(server.asked) == 8, 'two rows were asked again'
+    assert json.loads((folder/'question.json').read_text())['budget'] == 7
+    assert (folder/'question.json').stat().st_mode & 0o777 == 0o600
 
 if __name__ == '__main__':
     server = Loopback(port=int(sys.argv[1]), most_rows=float(sys.argv[2]))
