@@ -26,6 +26,7 @@ sys.path.insert(0, SITE)
 os.environ['PYTHONPATH'] = SITE
 os.environ['HF_HUB_OFFLINE'] = '1'
 os.environ['CUDA_VISIBLE_DEVICES'] = ''  # the same on a machine with GPUs
+os.environ['XDG_DATA_HOME'] = str(WORK/'data')  # where the starts of runs are noted
 
 def until(condition, seconds=300):
     "Wait for something to be so."
