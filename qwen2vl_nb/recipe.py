@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 import yaml
 from .stack import Finding, findings_table, gpus
-from .files import write_text
+from .files import json_or, write_text
 from .data import _limits, _media_of, check_samples, count_tokens, is_dialogue, without_tags
 from .checkpoint import checkpoints, is_whole_file
 from .registry import Registry, _source, child_env, dataset_samples, entry_faults
@@ -49,19 +49,19 @@ def train_recipe(
 # %% ../nbs/03_recipe.ipynb #41f1c219
 def _is_adapter(folder):
     weights = ('adapter_model.safetensors', 'adapter_model.bin')
-    return (folder/'adapter_config.json').is_file() and any((folder/w).is_file() for w in weights)
+    return (folder/'adapter_config.json').is_file() and any((folder/w).is_file() and is_whole_file(folder/w) for w in weights)
 
 def _best_checkpoint(folder):
     "The checkpoint that the trainer noted as best, if it noted one."
     states = [p/'trainer_state.json' for p in (folder, *reversed(checkpoints(folder)))]
     state = next((s for s in states if s.is_file()), None)
-    best = state and json.loads(state.read_text(encoding='utf-8')).get('best_model_checkpoint')
-    return [folder/Path(best).name] if best else []
+    best = state and json_or({}, state).get('best_model_checkpoint')
+    return [p for p in reversed(checkpoints(folder)) if re.sub(r'^torn-|\.\d+$', '', p.name) == Path(best).name] if isinstance(best, str) else []
 
 def find_adapter(
     run, # A run, its folder, or the folder of an adapter
 )->Path: # Folder of the adapter
-    "The adapter of a run: its best checkpoint where it kept one, else its last."
+    "The adapter of a run: its best checkpoint where it kept one, else its last. Incomplete weights are passed over."
     folder = Path(run).absolute()
     for found in (*_best_checkpoint(folder), folder, *reversed(checkpoints(folder))):
         if _is_adapter(found): return found

@@ -6,18 +6,18 @@
 __all__ = ['Progress', 'Run', 'attach', 'runs', 'start', 'launch', 'export']
 
 # %% ../nbs/08_run.ipynb #49a64c03
-import json, os, re, shutil, socket, subprocess, sys, tempfile, time, uuid, warnings
+import hashlib, json, os, pwd, re, shutil, socket, subprocess, sys, tempfile, time, uuid, warnings
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-import psutil
+import platformdirs, psutil
 from filelock import FileLock
 from . import waiter, worker
 from .stack import Finding, gpus, installed_versions, version_findings
-from .checkpoint import set_aside_torn
-from .files import write_text
+from .checkpoint import checkpoints, newest_complete
+from .files import Damaged, json_or, read_bytes, write_json, write_text
 from .data import chat_template
 from .registry import child_env
 from .recipe import data_findings, find_adapter, load_recipe, recipe_findings, save_recipe
@@ -205,9 +205,10 @@ class Run:
 
     def resume(self,
         master:str=None, # Address and port of the first of several machines; `None`: as before
+        trust:bool=False, # Resume a run that somebody else started, or that was started elsewhere: what its folder names is executed
     ):
-        "Go on from the last whole checkpoint, with the same recipe, on as many processes."
-        return _resume(self, master)
+        "Resume from the newest complete checkpoint, with the same recipe, on as many processes."
+        return _resume(self, master, trust)
 
 def _said(finding): return f'{finding.where}: {finding.what} {finding.cure}'
 
@@ -369,6 +370,38 @@ def _inherited():
     "The part of this environment that matters to a run, without secrets."
     return {k: v for k,v in _apart(os.environ)[1].items() if _kept.match(k)}
 
+# %% ../nbs/08_run.ipynb #6f621baa
+def _note(folder): return Path(platformdirs.user_data_dir('qwen2vl_nb'))/'runs'/f'{hashlib.sha256(os.fsencode(folder)).hexdigest()}.json'
+
+def _fingerprint(folder): return hashlib.sha256(read_bytes(folder/'run.json')).hexdigest()
+
+def _note_start(folder):
+    "Note that this user has started a run. Where that can't be written, a resume asks for trust."
+    note = _note(folder)
+    try:
+        for other in note.parent.glob('*.json'):
+            if not Path(json_or({}, other).get('folder', ''), 'run.json').exists(): other.unlink(missing_ok=True)
+        write_json(note, {'folder': str(folder), 'run.json': _fingerprint(folder)}, private=True)
+    except OSError: pass
+
+def _user(uid):
+    try: return pwd.getpwuid(uid).pw_name
+    except KeyError: return str(uid)
+
+def _stranger(folder, output_dir):
+    "Why a run is not known to be this user's own; empty if it is."
+    for path in (folder, folder/'run.json', folder/'recipe.yaml', *checkpoints(output_dir)):
+        if (owner := path.stat().st_uid) != os.geteuid(): return f'{path} belongs to the user {_user(owner)}'
+    noted = json_or({}, _note(folder)).get('run.json')
+    if not noted: return f'no run in this folder is noted in {_note(folder).parent}, where the runs are that you have started'
+    return '' if noted == _fingerprint(folder) else 'its run.json was changed after you had started it'
+
+def _refuse_stranger(run, about, recipe):
+    try: why = _stranger(run.output_dir, recipe['output_dir'])
+    except (OSError, Damaged) as e: why = str(e)
+    if why: raise RuntimeError(f"It can't be told that you started the run in {run.output_dir} yourself: {why}. Resuming it would execute {about['python']}, with the "
+        'environment variables in its run.json, and the pickles in its checkpoints. If you trust whoever wrote this folder: resume(trust=True).')
+
 # %% ../nbs/08_run.ipynb #8ce1a50c
 _of_a_start = ('run.json', 'waiter.json', 'ended.json', 'run.log', 'progress.json', 'refused.json', 'stop', 'stopping', 'failure-*', 'ended.json.*', 'ranks')
 
@@ -400,6 +433,7 @@ def start(
         hidden, env = _apart(_environment(recipe, about))
         about = about | {'command': command or _command(recipe, about), 'given': _apart(about['given'])[1], 'env': env, 'inherited': _inherited()}
         write_text(run.output_dir/'run.json', json.dumps(about, indent=1, ensure_ascii=False) + '\n')
+        _note_start(run.output_dir)
         process = subprocess.Popen([sys.executable, '-I', waiter.__file__, str(run.output_dir)], env=os.environ | hidden, start_new_session=True,
                                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and not (run.output_dir/'waiter.json').exists(): time.sleep(.02)
@@ -450,20 +484,36 @@ def launch(
     then(run)
     return run
 
-def _resume(run, master):
+# %% ../nbs/08_run.ipynb #0f900c4e
+def _resumable(recipe):
+    "Raise if LLaMA-Factory can't resume such a recipe, or would start it from the beginning without a word."
+    stage, kind = recipe.get('stage', 'sft'), recipe.get('finetuning_type', 'lora')
+    if stage == 'ppo' or stage == 'rm' and kind != 'lora': raise RuntimeError(f'LLaMA-Factory cannot resume {stage} with {kind}: launch(recipe) starts from the beginning.')
+    if recipe.get('save_only_model') and recipe.get('deepspeed'):
+        raise RuntimeError('With save_only_model and DeepSpeed there are only weights in the checkpoints, and DeepSpeed cannot resume from those: launch(recipe) starts from the beginning.')
+
+def _newest(recipe, ranks):
+    "The checkpoint to resume from; warns of newer ones."
+    last, passed = newest_complete(recipe['output_dir'], ranks)
+    if last:
+        for why in passed: warnings.warn(f'Resuming from {last.name}. {why}', stacklevel=4)
+        return last
+    other = ' To go on from a complete one: launch(recipe | {"resume_from_checkpoint": …}, nproc=…) on as many ranks as it needs.' if any('is complete' in p for p in passed) else ''
+    raise RuntimeError('\n- '.join([f"There is no complete checkpoint in {recipe['output_dir']} to resume from: launch(recipe) starts from the beginning.{other}", *passed]))
+
+def _resume(run, master, trust):
     "Start a run again where it left off."
     about, recipe = run._json('run.json'), run.recipe
     if run.is_running or run.status == 'done': raise RuntimeError(f'The run in {run.output_dir} is {run.status}: there is nothing to go on with.')
     if 'workers' in about:
         raise RuntimeError(f'There are predictions in {run.output_dir}: predict(…), called again as before, goes on with the rows that are missing.')
-    is_first = not about['node_rank']  # the first machine has the checkpoints
-    last = set_aside_torn(recipe['output_dir'], about['nproc']*about['nnodes']) if is_first else None
-    if is_first and not last:
-        raise RuntimeError(f"There is no whole checkpoint in {recipe['output_dir']} to go on from: launch(recipe) starts from the beginning.")
+    if not trust: _refuse_stranger(run, about, recipe)
+    _resumable(recipe)
+    last = _newest(recipe, about['nproc']*about['nnodes'])
     recipe = {k: v for k,v in recipe.items() if k != 'resume_from_checkpoint'} | {'overwrite_output_dir': False}
     about |= {'id': uuid.uuid4().hex, 'master': master or about['master'], 'host': socket.gethostname(), 'versions': installed_versions(about['python'])}
-    then = _checked(recipe | {'resume_from_checkpoint': True}, about)
-    run = start(recipe, about, _keep)
+    then = _checked(recipe | {'resume_from_checkpoint': str(last)}, about)
+    run = start(recipe, about, _keep, [*_command(recipe, about), f"resume_from_checkpoint={os.path.relpath(last, about['cwd'])}"])
     then(run)
     return run
 

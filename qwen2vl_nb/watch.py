@@ -119,7 +119,7 @@ class RunView(VBox):
         self._bar = IntProgress(layout=Layout(width='240px', flex='none'))
         self._head, self._body, self._red = HTML(), HTML(), HTML(layout=Layout(display='none'))
         self._stop = self._button('Stop', 'stop', 'At the next step, with a checkpoint', 'stopping', run.stop)
-        self._resume = self._button('Resume', 'play', 'From the last whole checkpoint', 'resuming', run.resume)
+        self._resume = self._button('Resume', 'play', 'From the newest complete checkpoint', 'resuming', run.resume)
         self._picture = Image(format='png', layout=Layout(visibility='hidden', width='840px', height='432px',
                               max_width='100%', object_fit='contain', object_position='left top'))
         rows = HBox([self._bar, self._head]), HBox([self._stop, self._resume, self._body])

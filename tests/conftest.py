@@ -30,6 +30,7 @@ os.environ['PYTHONPATH'] = SITE
 os.environ['HF_HUB_OFFLINE'] = '1'
 os.environ['XDG_DATA_HOME'] = str(WORK/'share')  # the list of written files
 os.environ['CUDA_VISIBLE_DEVICES'] = ''  # the same on a machine with GPUs
+os.environ['XDG_DATA_HOME'] = str(WORK/'data')  # where the starts of runs are noted
 
 PATIENCE = 900 # Seconds. It ends a test that hangs; a machine that has other work to do is never so slow
 

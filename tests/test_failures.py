@@ -340,7 +340,7 @@ def full_disk(room, size):
         enlarge('64m')
         assert over(run.resume()).status == 'done', run.failure
         assert before == {p.name: p.read_bytes() for p in first.iterdir()}
-        assert [p.name for p in disk.glob('run/torn-*')] == ['torn-checkpoint-4']
+        assert not [*disk.glob('run/torn-*')]
         assert 'Continuing training from checkpoint' in run.log() or 'global step 2' in run.log()
     return found
 
@@ -361,7 +361,7 @@ def checkpoint_torn(room):
     run = room.start()
     found = failure_of(run)
     assert over(run.resume()).status == 'done', run.failure
-    assert (run.output_dir/'torn-checkpoint-2').is_dir()
+    assert (run.output_dir/'checkpoint-2').is_dir() and not is_whole(run.output_dir/'checkpoint-2'), 'it lies where it was'
     return found
 
 # Last, since the kernel counts the processes that it has killed on the whole machine

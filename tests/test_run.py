@@ -124,10 +124,11 @@ def test_a_killed_rank_is_made_up_for(whole, tmp_path):
     assert run.status == 'failed' and not _marked(run._json('run.json')['id'])
     torn = checkpoints(run)[-1]
     (torn/'trainer_state.json').write_text('{"half of it')
-    assert run.resume().wait().status == 'done'
+    with pytest.warns(match=f'{torn.name} is incomplete: trainer_state.json'): run.resume()
+    assert run.wait().status == 'done'
     assert _same(_losses(run), _losses(reference)), (_losses(run), _losses(reference))
     assert run.recipe == reference.recipe | {'overwrite_output_dir': False, 'output_dir': str(tmp_path/'run'), 'deepspeed': run.recipe['deepspeed']}
-    assert [p.name for p in run.output_dir.glob('torn-*')] == [f'torn-{torn.name}']
+    assert not [*run.output_dir.glob('torn-*')], 'a checkpoint is never renamed'
     assert 'SIGKILL' in (run.output_dir/'earlier'/'1'/'run.log').read_text()
     row = runs(tmp_path).set_index('run').loc['run']
     assert (row.state, row.step, row.of) == ('done', 60, 60) and row.loss == _losses(run).iloc[-1]
@@ -158,7 +159,7 @@ def test_there_must_be_something_to_go_on_from(few_steps):
     run = launch(few_steps(max_steps=100_000, save_steps=100_000))
     with pytest.raises(RuntimeError, match='is running'): run.resume()
     run.stop(patience=0)
-    with pytest.raises(RuntimeError, match='no whole checkpoint'): run.resume()
+    with pytest.raises(RuntimeError, match='no complete checkpoint'): run.resume()
 
 def test_a_run_and_its_waiter_killed_is_no_running_run(few_steps):
     run = launch(few_steps(max_steps=100_000))

@@ -1,0 +1,291 @@
+"Stopped, killed and resumed: under every ZeRO config, on one rank and two, the joined curve is that of a run that nothing interrupted."
+import json, os, shutil, subprocess, sys, warnings
+from importlib.metadata import version
+from pathlib import Path
+
+import psutil
+import pytest
+
+from conftest import until
+from qwen2vl_nb.checkpoint import checkpoints, is_whole, why_not
+from qwen2vl_nb.loss import read_log
+from qwen2vl_nb.run import _note, attach, export, launch
+from qwen2vl_nb.zero import zero_config
+
+STEPS = 40
+KINDS = {'lora': {}, 'full': {}, 'freeze': dict(freeze_trainable_layers=1)}
+
+@pytest.fixture(scope='module')
+def recipe(tiny, data):
+    from qwen2vl_nb.recipe import train_recipe
+    def make(output_dir, zero=None, kind='lora', **changes):
+        where = dict(deepspeed=zero_config(zero)) if zero else dict(use_cpu=True)
+        return train_recipe(tiny, 'car_item', output_dir, **dict(dataset_dir=str(data), finetuning_type=kind, max_steps=STEPS, max_samples=16, logging_steps=1, save_steps=3,
+            save_total_limit=3, bf16=None, gradient_accumulation_steps=1, preprocessing_num_workers=None, learning_rate=1e-3, plot_loss=None) | KINDS[kind] | where | changes)
+    return make
+
+def _losses(run): return read_log(run).dropna(subset=['loss']).set_index('current_steps').loss
+
+@pytest.fixture(scope='module')
+def reference(recipe, tmp_path_factory):
+    "The losses of a run that nothing interrupted, by number of ranks and kind."
+    made = {}
+    def of(ranks, kind):
+        if (ranks, kind) not in made: made[ranks, kind] = _losses(launch(recipe(tmp_path_factory.mktemp('reference')/'run', None, kind), nproc=ranks).wait())
+        return made[ranks, kind]
+    return of
+
+def _kill(run):
+    "kill -9 of a rank."
+    below = psutil.Process(run._json('waiter.json')['pid']).children(recursive=True)
+    max((p for p in below if 'worker.py' in ' '.join(p.cmdline()) and 'torch.distributed.run' not in p.cmdline()), key=lambda p: p.pid).kill()
+
+def _interrupt(run, how):
+    "Stop or kill a run once it has a checkpoint from this start and is a step further."
+    first = run._json('progress.json').get('from_step', 0)
+    until(lambda: run.progress.step > first + 3 and any(is_whole(c) or is_whole(c, 2) for c in checkpoints(run)) or not run.is_running, 900)
+    assert run.is_running, run.failure
+    run.stop() if how == 'stop' else _kill(run)
+    until(lambda: not run.is_running, 900)
+    assert run.status == ('stopped' if how == 'stop' else 'failed'), run.failure
+
+def _joined(run, reference):
+    losses = _losses(run)
+    assert list(losses.index) == list(range(1, STEPS + 1))
+    assert (losses - reference).abs().max() <= 2e-4, (losses - reference).abs()
+
+def _through(run, ranks, reference, hows):
+    "A run through its interruptions, to its end."
+    for how in hows:
+        _interrupt(run, how)
+        with warnings.catch_warnings(record=True): run.resume()
+        until(lambda: run.progress.begin or not run.is_running, 900)
+        assert run.progress.begin >= 3 and not list(run.output_dir.glob('torn-*'))
+    assert run.wait().status == 'done'
+    _joined(run, reference)
+    assert len(checkpoints(run)) <= 3 and is_whole(checkpoints(run)[-1], ranks)
+
+@pytest.mark.parametrize('zero, ranks, how', [('z0', 1, 'stop'), ('z2_offload', 1, 'kill'), ('z3', 1, 'stop'), ('z3_offload', 1, 'kill'), (None, 2, 'kill')])
+def test_each_config_once(zero, ranks, how, recipe, reference, tmp_path):
+    expected = reference(ranks, 'lora')
+    _through(launch(recipe(tmp_path/'run', zero), nproc=ranks), ranks, expected, [how])
+
+@pytest.mark.soak
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('ranks', [1, 2])
+@pytest.mark.parametrize('zero', [None, 'z0', 'z2', 'z2_offload', 'z3', 'z3_offload'])
+def test_every_config_stopped_and_killed(zero, ranks, kind, recipe, reference, tiny, data, tmp_path):
+    expected = reference(ranks, kind)
+    run = launch(recipe(tmp_path/'run', zero, kind), nproc=ranks)
+    _through(run, ranks, expected, ['stop', 'kill'])
+    _used(run, kind, tiny, data, tmp_path)
+
+def _used(run, kind, tiny, data, tmp_path):
+    "What the README does with a run that has ended: it is looked at, predicts, and becomes a model."
+    from qwen2vl_nb.predict import predict
+    from qwen2vl_nb.recipe import predict_recipe
+    from qwen2vl_nb.watch import watch_loss
+    watch_loss(run)
+    asking = dict(dataset_dir=str(data), use_cpu=True, preprocessing_num_workers=None, max_samples=4, max_new_tokens=8)
+    def answers(name, model, **given): return [row['predict'] for row in predict(predict_recipe(model, 'car_item_test', tmp_path/name, **asking | given))]
+    if kind == 'lora': assert answers('adapter', tiny, adapter=run) == answers('merged', export(run, tmp_path/'merged'))
+    else:
+        assert len(answers('whole', run)) == 4
+        with pytest.raises(FileNotFoundError, match='give its folder as the model'): export(run, tmp_path/'merged')
+
+# bf16, which LLaMA-Factory leaves to GPUs: DeepSpeed itself trains so on the CPU
+
+_bf16 = '''
+import os, sys, torch, deepspeed
+from qwen2vl_nb import worker
+folder, stage = sys.argv[1], int(sys.argv[2])
+config = dict(train_micro_batch_size_per_gpu=1, zero_optimization=dict(stage=stage), zero_allow_untested_optimizer=True, bf16=dict(enabled=True))
+
+def engine():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 4)
+    return deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=.1), config=config)[0]
+
+def steps(engine, n):
+    losses = []
+    for _ in range(n):
+        loss = engine(torch.ones(1, 4, dtype=torch.bfloat16)).float().pow(2).sum()
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    return losses
+
+def loaded(name):
+    e = engine()
+    e.load_checkpoint(f'{folder}/{name}', load_module_strict=False)
+    return e
+
+first = engine()
+steps(first, 3)
+first.save_checkpoint(f'{folder}/old')  # as DeepSpeed does by itself
+worker._save_bf16_optimizer()
+first.save_checkpoint(f'{folder}/new')
+old = loaded('old')
+weights = next(old.module.parameters()).clone()
+fresh = [p for group in getattr(old.optimizer, 'fp32_groups', []) for p in group]
+print('same', all(torch.equal(p.bfloat16(), q) for p, q in zip(fresh, old.module.parameters())), torch.equal(weights, next(first.module.parameters())))
+print('went on', steps(first, 3))
+print('resumed', steps(loaded('new'), 3))
+'''
+
+@pytest.mark.parametrize('stage', [0, pytest.param(2, marks=pytest.mark.soak)])
+def test_bf16_resumes_with_its_optimizer(stage, tmp_path):
+    "At stage 0 DeepSpeed 0.18.4 leaves it out, and the step after a resume takes the model back to its first weights."
+    (tmp_path/'bf16.py').write_text(_bf16)
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '1', tmp_path/'bf16.py', tmp_path, str(stage)]
+    extensions = Path.home()/'.cache'/'torch_extensions'/f'torch_{version("torch")}'  # where `launch` has DeepSpeed's compiled parts
+    done = subprocess.run(command, capture_output=True, text=True, env={'TORCH_EXTENSIONS_DIR': str(extensions)} | os.environ)
+    said = dict(line.partition(' ')[::2] for line in done.stdout.splitlines() if line.startswith(('same', 'went', 'resumed')))
+    assert not done.returncode, done.stderr[-3000:]
+    assert said['same'] == 'True True' and said['went'].removeprefix('on ') == said['resumed'], said
+    assert not _states_fault(tmp_path/'new', stage)
+
+def _states_fault(folder, stage):
+    "What is wrong with the states that DeepSpeed has just written, in the words of the package."
+    shutil.copytree(folder, folder/'..'/'checkpoint-3')
+    folder = folder.parent/'checkpoint-3'
+    (folder/'trainer_state.json').write_text('{}')
+    other = why_not(folder, 2)
+    assert bool(other) == bool(stage) and ('1 rank(s) only' in other) == bool(stage)
+    return why_not(folder, 1)
+
+# From which checkpoint
+
+@pytest.fixture(scope='module')
+def stopped(recipe, tmp_path_factory):
+    "A run with three checkpoints that could be resumed, and that nobody resumes: tests work on copies."
+    folder = tmp_path_factory.mktemp('stopped')/'run'
+    run = launch(recipe(folder, max_steps=100_000, save_steps=1))
+    until(lambda: len([c for c in checkpoints(run) if is_whole(c)]) >= 3 or not run.is_running, 900)
+    return run.stop()
+
+@pytest.fixture
+def resumed(stopped, tmp_path, monkeypatch):
+    "`resumed(change)`: what a resume of a copy, changed, starts, as (its command, its warnings). It starts nothing."
+    from qwen2vl_nb import run as module
+    shutil.copytree(stopped.output_dir, tmp_path/'run')
+    for name in ('run.json', 'recipe.yaml'):
+        text = (tmp_path/'run'/name).read_text(encoding='utf-8').replace(str(stopped.output_dir), str(tmp_path/'run'))
+        (tmp_path/'run'/name).write_text(text.replace('max_steps: 100000', 'max_steps: 1000'), encoding='utf-8')
+    started = []
+    monkeypatch.setattr(module, 'start', lambda recipe, about, make_room, command: started.append(command) or attach(about['cwd']))
+    def resume(change=lambda run: None, trust=True):
+        run = attach(tmp_path/'run')
+        change(run)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter('always')
+            run.resume(trust=trust)
+        return started[-1][-1], [str(w.message) for w in said]
+    return resume
+
+def _damage(file):
+    "One byte in the middle of a file is another one."
+    content = bytearray(file.read_bytes())
+    content[len(content)//2] ^= 0xff
+    file.write_bytes(content)
+
+def test_the_newest_complete_checkpoint_is_named_to_llamafactory(resumed, stopped):
+    command, said = resumed()
+    assert command == f'resume_from_checkpoint={checkpoints(stopped)[-1].name}' and not said
+
+@pytest.mark.parametrize('what, word', [(_damage, 'is damaged'), (lambda file: file.write_bytes(file.read_bytes()[:-100]), 'is cut off'), (Path.unlink, 'is missing')])
+def test_a_damaged_checkpoint_is_passed_over_and_left_alone(what, word, resumed, stopped):
+    before, last = checkpoints(stopped)[-2:]
+    command, [said] = resumed(lambda run: what(run.output_dir/last.name/'optimizer.pt'))
+    assert command == f'resume_from_checkpoint={before.name}'
+    assert f'{last.name} is incomplete: optimizer.pt {word}' in said
+
+def test_checkpoints_that_an_earlier_version_renamed_are_found(resumed, stopped):
+    def rename(run):
+        for c in checkpoints(run): c.rename(run.output_dir/f'torn-{c.name}')
+    assert resumed(rename) == (f'resume_from_checkpoint=torn-{checkpoints(stopped)[-1].name}', [])
+
+def test_without_a_complete_checkpoint_it_says_what_is_wrong_with_each(resumed, stopped):
+    def damage(run):
+        for c in checkpoints(run): _damage(c/'optimizer.pt')
+    with pytest.raises(RuntimeError, match=f'no complete checkpoint(?s:.*){checkpoints(stopped)[0].name} is incomplete: optimizer.pt is damaged'): resumed(damage)
+
+def _with_states(run, ranks, stage):
+    "The checkpoints of a run as DeepSpeed writes them on more ranks."
+    import torch
+    for c in checkpoints(run):
+        states = c/f'global_step{c.name.partition("-")[2]}'
+        states.mkdir()
+        (c/'latest').write_text(states.name)
+        torch.save({'dp_world_size': ranks, 'mp_world_size': 1, 'ds_config': {'zero_optimization': {'stage': stage}}}, states/'mp_rank_00_model_states.pt')
+        for rank in range(ranks if stage else 0): torch.save({}, states/f'zero_pp_rank_{rank}_mp_rank_00_optim_states.pt')
+
+def test_a_checkpoint_for_more_ranks_is_said_to_need_them(resumed, stopped):
+    "DeepSpeed refuses another number of ranks from stage 1 on, and takes any at stage 0."
+    with pytest.raises(RuntimeError, match='is complete, but DeepSpeed can load it on 4 rank'): resumed(lambda run: _with_states(run, 4, 2))
+
+def test_a_checkpoint_of_stage_0_suits_any_number_of_ranks(resumed, stopped):
+    assert resumed(lambda run: _with_states(run, 4, 0)) == (f'resume_from_checkpoint={checkpoints(stopped)[-1].name}', [])
+
+@pytest.mark.parametrize('changes, word', [(dict(stage='ppo'), 'ppo with lora'), (dict(stage='rm', finetuning_type='full'), 'rm with full'), (dict(save_only_model=True, deepspeed='ds.json'), 'save_only_model')])
+def test_what_llamafactory_cannot_resume_is_said(changes, word, resumed):
+    from qwen2vl_nb.recipe import load_recipe, save_recipe
+    with pytest.raises(RuntimeError, match=word): resumed(lambda run: save_recipe(load_recipe(run.output_dir/'recipe.yaml') | changes, run.output_dir/'recipe.yaml'))
+
+# Whose run it is
+
+def test_a_run_that_nobody_here_started_is_resumed_only_with_trust(resumed, tmp_path):
+    with pytest.raises(RuntimeError, match=r'no run in this folder is noted(?s:.*)would execute .*python.*pickles.*trust=True'): resumed(trust=False)
+    assert attach(tmp_path/'run').status == 'stopped', 'to look is free'
+    resumed(trust=True)
+
+def test_a_run_json_that_was_changed_is_resumed_only_with_trust(resumed, tmp_path):
+    from qwen2vl_nb.run import _note_start
+    _note_start(tmp_path/'run')
+    resumed(trust=False)
+    def change(run): (run.output_dir/'run.json').write_text((run.output_dir/'run.json').read_text().replace('"python": "', '"python": "/elsewhere'))
+    with pytest.raises(RuntimeError, match='run.json was changed(?s:.*)would execute /elsewhere'): resumed(change, trust=False)
+
+@pytest.mark.parametrize('name', ['run.json', 'recipe.yaml', '.'])
+def test_a_run_of_another_user_is_resumed_only_with_trust(name, resumed, tmp_path, monkeypatch):
+    from qwen2vl_nb.run import _note_start
+    _note_start(tmp_path/'run')
+    stat, path = Path.stat, tmp_path/'run'/name
+    def of_another(self, **kwargs):
+        found = stat(self, **kwargs)
+        return os.stat_result([*found[:4], found.st_uid + 1, *found[5:]]) if self == path else found
+    monkeypatch.setattr(Path, 'stat', of_another)
+    with pytest.raises(RuntimeError, match='belongs to the user'): resumed(trust=False)
+
+def test_notes_of_starts_are_private_and_forgotten_with_their_folders(tmp_path):
+    from qwen2vl_nb.run import _note_start
+    folders = [tmp_path/'a', tmp_path/'b']
+    for folder in folders:
+        folder.mkdir()
+        (folder/'run.json').write_text('{}')
+        _note_start(folder)
+    assert all(_note(f).stat().st_mode & 0o777 == 0o600 for f in folders)
+    shutil.rmtree(folders[0])
+    _note_start(folders[1])
+    assert [_note(f).exists() for f in folders] == [False, True]
+    (_note(folders[1]).parent/'broken.json').write_text('no JSON')
+    _note_start(folders[1])
+    assert json.loads(_note(folders[1]).read_text())['folder'] == str(folders[1])
+
+# torchrun starts the ranks again
+
+def test_ranks_that_were_started_again_pass_over_a_damaged_checkpoint(recipe, reference, tmp_path):
+    "All of them load the same one; the run goes on with one curve, and says in its log what was passed over."
+    expected = reference(2, 'lora')
+    run = launch(recipe(tmp_path/'run', save_total_limit=None, overwrite_output_dir=True), nproc=2, env={'MAX_RESTARTS': '1'})
+    until(lambda: len([c for c in checkpoints(run) if is_whole(c, 2)]) >= 2 or not run.is_running, 900)
+    below = [p for p in psutil.Process(run._json('waiter.json')['pid']).children(recursive=True) if 'worker.py' in ' '.join(p.cmdline()) and 'RANK' in p.environ()]
+    for p in below: p.suspend()
+    last = [c for c in checkpoints(run) if (c/'trainer_state.json').exists()][-1]
+    _damage(last/'optimizer.pt')
+    for p in below: p.kill()
+    assert run.wait().status == 'done'
+    _joined(run, expected)
+    said = ''.join((f/'stdout.log').read_text() for f in run.output_dir.glob('ranks/*/attempt_1/0'))
+    assert f'{last.name} is incomplete: optimizer.pt is damaged.' in said and 'resume from' in said
+    assert is_whole(last, 2), 'it was written again'
