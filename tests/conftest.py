@@ -28,9 +28,8 @@ SITE = str(WORK/'site')
 sys.path.insert(0, SITE)
 os.environ['PYTHONPATH'] = SITE
 os.environ['HF_HUB_OFFLINE'] = '1'
-os.environ['XDG_DATA_HOME'] = str(WORK/'share')  # the list of written files
 os.environ['CUDA_VISIBLE_DEVICES'] = ''  # the same on a machine with GPUs
-os.environ['XDG_DATA_HOME'] = str(WORK/'data')  # where the starts of runs are noted
+os.environ['XDG_DATA_HOME'] = str(WORK/'data')  # where the files that were written and the runs that were started are noted
 
 PATIENCE = 900 # Seconds. It ends a test that hangs; a machine that has other work to do is never so slow
 
