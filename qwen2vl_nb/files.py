@@ -263,4 +263,5 @@ def own_file(
         f.flush()
         with open(f.fileno(), 'rb', closefd=False) as written: digest = _digest(written)
         if not overwrite: check_replaceable(path, digest)
-    with suppress(OSError, Damaged): _note_written(path, digest)  # without a data folder, next time takes overwrite=True
+        # before it has its name, for a kill may come between; without a data folder, next time takes overwrite=True
+        with suppress(OSError, Damaged): _note_written(path, digest)
