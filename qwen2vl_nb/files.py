@@ -194,6 +194,7 @@ def _place(beside, path):
         if os.path.lexists(path): raise FileExistsError(f'{path} is there already.') from None
         os.rename(beside, path)
 
+# %% ../nbs/00_files.ipynb #628650f2
 def write_new(
     path:str|Path, # File to write; its folder is created
     data, # Bytes, or a binary file object
@@ -242,6 +243,7 @@ def may_replace(
     found = _content(path)
     return not os.path.lexists(path) or found is not None and (found == digest or _was_written(path, found))
 
+# %% ../nbs/00_files.ipynb #a02deb52
 def check_replaceable(
     path:str|Path, # File that is to be replaced
     digest:str='', # Digest of what is to be written in its place
