@@ -225,7 +225,8 @@ def _written_list():
 
 def _was_written(path, digest):
     line = json.dumps([str(path), digest]).encode()
-    return any(found == line + b'\n' for _, found in whole_lines(_written_list()))
+    with suppress(OSError, Damaged, RuntimeError):  # the last where nobody knows a home folder
+        return any(found == line + b'\n' for _, found in whole_lines(_written_list()))
 
 def _note_written(path, digest):
     if _was_written(path, digest): return
@@ -266,4 +267,4 @@ def own_file(
         with open(f.fileno(), 'rb', closefd=False) as written: digest = _digest(written)
         if not overwrite: check_replaceable(path, digest)
         # before it has its name, for a kill may come between; without a data folder, next time takes overwrite=True
-        with suppress(OSError, Damaged): _note_written(path, digest)
+        with suppress(OSError, RuntimeError): _note_written(path, digest)
