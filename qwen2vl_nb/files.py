@@ -195,6 +195,7 @@ def _place(beside, path):
         if os.path.lexists(path): raise FileExistsError(f'{path} is there already.') from None
         os.rename(beside, path)
 
+# %% ../nbs/00_files.ipynb #628650f2
 def write_new(
     path:str|Path, # File to write; its folder is created
     data, # Bytes, or a binary file object
@@ -225,7 +226,8 @@ def _written_list():
 
 def _was_written(path, digest):
     line = json.dumps([str(path), digest]).encode()
-    return any(found == line + b'\n' for _, found in whole_lines(_written_list()))
+    with suppress(OSError, Damaged, RuntimeError):  # the last where nobody knows a home folder
+        return any(found == line + b'\n' for _, found in whole_lines(_written_list()))
 
 def _note_written(path, digest):
     if _was_written(path, digest): return
@@ -243,6 +245,8 @@ def may_replace(
     found = _content(path)
     return not os.path.lexists(path) or found is not None and (found == digest or _was_written(path, found))
 
+
+# %% ../nbs/00_files.ipynb #a02deb52
 def check_replaceable(
     path:str|Path, # File that is to be replaced
     digest:str='', # Digest of what is to be written in its place
@@ -264,4 +268,5 @@ def own_file(
         f.flush()
         with open(f.fileno(), 'rb', closefd=False) as written: digest = _digest(written)
         if not overwrite: check_replaceable(path, digest)
-        with suppress(OSError, Damaged): _note_written(path, digest)  # without a data folder, next time takes overwrite=True
+        # before it has its name, for a kill may come between; without a data folder, next time takes overwrite=True
+        with suppress(OSError, RuntimeError): _note_written(path, digest)

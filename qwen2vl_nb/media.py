@@ -310,6 +310,7 @@ def _large(im):
     if im.width*im.height > Image.MAX_IMAGE_PIXELS:
         return Fault(f'It has {im.width}×{im.height} pixels, which take long to read.', _scale, 'warning')
 
+# %% ../nbs/00a_media.ipynb #c456cf5a
 def look_at_picture(
     path:str, # Of the picture
     hashes:bool=False, # Also make the hashes by which near duplicates are known

@@ -176,6 +176,7 @@ def _csv_rows(path, text, between):
                          'Write quotes inside a quoted cell twice (""), or take them out.') from None
     finally: csv.field_size_limit(limit)
 
+# %% ../nbs/00b_sources.ipynb #da772aba
 def _swallowed(rows, width, between):
     "Words about cells of several lines in which rows may have gone lost."
     lines = [line + sum(before.count('\n') for before in cells[:i]) for line, cells in rows for i, cell in enumerate(cells)
@@ -238,6 +239,7 @@ def _sheet_rows(path, sheet, errors):
         errors += [f'{cell.value} in {cell.coordinate}' for cell in row if cell.data_type == 'e' and cell.value is not None]
     return rows
 
+# %% ../nbs/00b_sources.ipynb #0db1461e
 def _first_sheet(path, book):
     "(name, rows, errors) of the first sheet that can be seen and has rows."
     hidden, empty = [], None
@@ -301,6 +303,7 @@ def _plain(value, place, is_text=False):
     if isinstance(value, dict): return {k: _plain(v, place, is_text) for k,v in value.items()}
     return str(value)
 
+# %% ../nbs/00b_sources.ipynb #bf6a98aa
 def _class_names(schema):
     "Column → names of its classes, where Hugging Face's datasets left them in an Arrow schema and they still fit."
     try: features = parse_json((schema.metadata or {}).get(b'huggingface', b'{}'))['info']['features']
@@ -533,6 +536,7 @@ def _loaded(call):
     try: return json.loads(call) if isinstance(call, str) else call
     except (ValueError, RecursionError): raise ValueError(f'a tool call that is not JSON: {_shortened(call)}') from None
 
+# %% ../nbs/00b_sources.ipynb #f6e69bcb
 def _turn(turn, role_tag, content_tag, roles, place):
     "One turn with `role` and `content`, and its own pictures and clips; what is no turn stays as it is."
     if not isinstance(turn, dict): return turn, [], []
@@ -553,6 +557,7 @@ def _weight(turn, role, place):
     place.weights += 1
     return {'loss_weight': float(weight)}
 
+# %% ../nbs/00b_sources.ipynb #d0017e24
 def _call(call):
     "A tool call of OpenAI's as LLaMA-Factory has it: its arguments are an object, not text."
     call = call.get('function', call) if isinstance(call, dict) else call
@@ -572,6 +577,7 @@ _next_response = '\n</tool_response>\n<tool_response>\n'
 def _is_observation(turn):
     return isinstance(turn, dict) and turn['role'] == 'observation' and isinstance(turn['content'], str)
 
+# %% ../nbs/00b_sources.ipynb #00ee6631
 def dialogue_sample(
     row:dict, # A row of a source
     columns:dict, # LLaMA-Factory's column (`messages`, `images`, `videos`, …) → the row's key
