@@ -151,11 +151,11 @@ def _ask(folder, asked, rows):
 _pictures = re.compile(r'<\|vision_start\|>(?:<\|(image|video)_pad\|>)+<\|vision_end\|>')
 _said = re.compile(r'<\|im_start\|>user\n(.*?)<\|im_end\|>', re.S)
 
-_end = re.compile(r'(?:<\|im_end\|>\n?)?(?:<\|endoftext\|>)*\Z')
+_padding = re.compile(r'\A(?:<\|endoftext\|>)+|(?:<\|im_end\|>\n?)?(?:<\|endoftext\|>)*\Z')
 
 def _without_end(text):
     "A text of LLaMA-Factory's predictions without the end token and the padding that `skip_special_tokens: false` leaves in it."
-    return _end.sub('', text, count=1)
+    return _padding.sub('', text)
 
 def _generated_row(i, row):
     "A row of LLaMA-Factory's own predictions."
