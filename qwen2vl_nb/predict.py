@@ -70,25 +70,27 @@ def _special_tokens(recipe):
     file, found = Path(recipe['model_name_or_path'])/'tokenizer.json', []
     with suppress(Exception):  # what is wrong with the file is said before the start
         if file.is_file(): found = [token.content for token in Tokenizer.from_file(str(file)).get_added_tokens_decoder().values() if token.special]
-    names = {name.strip() for name in found + (recipe.get('add_special_tokens') or '').split(',')} - _ends - {''}
+    names = {name.strip() for name in found + str(recipe.get('add_special_tokens') or '').split(',')} - _ends - {''}
     return re.compile('|'.join([*map(re.escape, sorted(names, key=len, reverse=True)), *[_looks_special]*(not found)]))
+
+def _label(row): return row['label'] if isinstance(row['label'], str) else ''
 
 def _treated_alike(recipe, asked):
     "The recipe and the rows, with special tokens kept or removed in answers and labels alike."
     special = _special_tokens(recipe)
     if recipe.get('skip_special_tokens'):
-        return recipe, [row | {'label': special.sub('', row['label'] or '') or None} for row in asked]
-    is_marked = any(special.search(row['label'] or '') for row in asked)
+        return recipe, [row | {'label': special.sub('', row['label']) or None} if _label(row) else row for row in asked]
+    is_marked = any(special.search(_label(row)) for row in asked)
     return recipe | ({'skip_special_tokens': False} if is_marked else {}), asked
 
 def _cut_findings(recipe, samples):
     "What LLaMA-Factory's own prediction does to answers with special tokens, where labels have some."
     special = _special_tokens(recipe)
-    found = [special.search(asked_row(i, s)['label'] or '') for i, s in enumerate(samples)]
+    found = [special.search(_label(asked_row(i, s))) for i, s in enumerate(samples)]
     found = [mark[0] for mark in found if mark]
     if not found: return []
     return [Finding("engine='llamafactory'", f"{len(found)} of {len(samples)} labels have special tokens, such as {found[0]}. LLaMA-Factory's own prediction "
-        'ends an answer at the first special token and removes it, so these answers will be cut off or empty.', "Take engine 'hf', 'vllm' or 'openai'.", 'warning')]
+        'ends answers at special tokens and removes them, so these answers will be cut off or empty.', "Take engine 'hf', 'vllm' or 'openai'.", 'warning')]
 
 # %% ../nbs/09_predict.ipynb #22603d82
 _may_change = ('output_dir', 'overwrite_output_dir', 'dataset_dir', 'eval_dataset', 'media_dir', 'max_samples', 'overwrite_cache', 'report_to',
@@ -186,11 +188,11 @@ def _ask(folder, asked, rows):
 _pictures = re.compile(r'<\|vision_start\|>(?:<\|(image|video)_pad\|>)+<\|vision_end\|>')
 _said = re.compile(r'<\|im_start\|>user\n(.*?)<\|im_end\|>', re.S)
 
-_end = re.compile(r'(?:<\|im_end\|>\n?)?(?:<\|endoftext\|>)*\Z')
+_padding = re.compile(r'\A(?:<\|endoftext\|>)+|(?:<\|im_end\|>\n?)?(?:<\|endoftext\|>)*\Z')
 
 def _without_end(text):
     "A text of LLaMA-Factory's predictions without the end token and the padding that `skip_special_tokens: false` leaves in it."
-    return _end.sub('', text, count=1)
+    return _padding.sub('', text)
 
 def _generated_row(i, row):
     "A row of LLaMA-Factory's own predictions."

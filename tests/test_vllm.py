@@ -9,6 +9,7 @@ from qwen2vl_nb.predict import predict
 from qwen2vl_nb.recipe import predict_recipe
 from qwen2vl_nb.registry import Registry, dataset_samples
 from qwen2vl_nb.run import _marked, attach, launch
+from boxes import draw_boxes, teach_boxes
 
 __test__ = 'VLLM_PYTHON' in os.environ  # without the other environment there is nothing to collect
 
@@ -47,6 +48,13 @@ def test_so_they_are_with_an_adapter_of_rank_32_and_pictures_by_their_path(ask, 
     ours = _by_vllm(ask(tmp_path/'vllm', adapter=adapter), samples, 'file')
     assert _told(ours) == _told(predict(ask(tmp_path/'hf', adapter=adapter), samples))
     assert sum(row['predict'] == row['label'] for row in ours) >= 90, 'without the adapter none is right'
+
+def test_boxes_come_back_with_their_marks(ask, tiny, tmp_path):
+    taught, boxes = teach_boxes(tiny, tmp_path/'taught'), draw_boxes(tmp_path/'boxes', 40, 1)
+    recipe = ask(tmp_path/'vllm', taught) | {'max_new_tokens': 48}
+    ours = _by_vllm(recipe, boxes)
+    assert _told(ours) == _told(predict(recipe | {'output_dir': str(tmp_path/'hf')}, boxes))
+    assert sum(row['predict'] == row['label'] for row in ours) >= 36
 
 @pytest.fixture
 def tiny_fp32(tiny, tmp_path):
