@@ -289,3 +289,18 @@ def test_ranks_that_were_started_again_pass_over_a_damaged_checkpoint(recipe, re
     said = ''.join((f/'stdout.log').read_text() for f in run.output_dir.glob('ranks/*/attempt_1/0'))
     assert f'{last.name} is incomplete: optimizer.pt is damaged.' in said and 'resume from' in said
     assert is_whole(last, 2), 'it was written again'
+
+@pytest.mark.parametrize('ranks', [1, 2])
+def test_batches_are_skipped_in_the_order_of_their_epoch(ranks):
+    "accelerate alone takes the rest of the rows from the order of the first epoch, on one rank."
+    from accelerate.data_loader import prepare_data_loader, skip_first_batches
+    from torch.utils.data import DataLoader
+    from qwen2vl_nb.worker import keeping_epoch
+    def rows(loader): return [row for batch in loader for row in batch.tolist()]
+    def loader():
+        made = prepare_data_loader(DataLoader(range(32), shuffle=True), num_processes=ranks, process_index=0, use_seedable_sampler=True, data_seed=1, put_on_device=False)
+        made.set_epoch(1)
+        return made
+    expected = rows(loader())[3:]
+    assert rows(keeping_epoch(skip_first_batches)(loader(), 3)) == expected
+    if ranks == 1: assert rows(skip_first_batches(loader(), 3)) != expected, 'accelerate has mended it: keeping_epoch can go'
