@@ -28,11 +28,12 @@ def _losses(run): return read_log(run).dropna(subset=['loss']).set_index('curren
 
 @pytest.fixture(scope='module')
 def reference(recipe, tmp_path_factory):
-    "The losses of a run that nothing interrupted, by number of ranks and kind."
+    "The losses of a run that nothing interrupted, by config, number of ranks and kind."
     made = {}
-    def of(ranks, kind):
-        if (ranks, kind) not in made: made[ranks, kind] = _losses(launch(recipe(tmp_path_factory.mktemp('reference')/'run', None, kind), nproc=ranks).wait())
-        return made[ranks, kind]
+    def of(zero, ranks, kind):
+        if (zero, ranks, kind) not in made:
+            made[zero, ranks, kind] = _losses(launch(recipe(tmp_path_factory.mktemp('reference')/'run', zero, kind), nproc=ranks).wait())
+        return made[zero, ranks, kind]
     return of
 
 def _kill(run):
@@ -49,12 +50,12 @@ def _interrupt(run, how):
     until(lambda: not run.is_running, 900)
     assert run.status == ('stopped' if how == 'stop' else 'failed'), run.failure
 
-def _joined(run, reference):
+def _joined(run, reference, tolerance):
     losses = _losses(run)
     assert list(losses.index) == list(range(1, STEPS + 1))
-    assert (losses - reference).abs().max() <= 2e-4, (losses - reference).abs()
+    assert (losses - reference).abs().max() <= tolerance, (losses - reference).abs()
 
-def _through(run, ranks, reference, hows):
+def _through(run, ranks, reference, hows, tolerance=2e-4):
     "A run through its interruptions, to its end."
     for how in hows:
         _interrupt(run, how)
@@ -62,20 +63,21 @@ def _through(run, ranks, reference, hows):
         until(lambda: run.progress.begin or not run.is_running, 900)
         assert run.progress.begin >= 3 and not list(run.output_dir.glob('torn-*'))
     assert run.wait().status == 'done'
-    _joined(run, reference)
+    _joined(run, reference, tolerance)
     assert len(checkpoints(run)) <= 3 and is_whole(checkpoints(run)[-1], ranks)
 
 @pytest.mark.parametrize('zero, ranks, how', [('z0', 1, 'stop'), ('z2_offload', 1, 'kill'), ('z3', 1, 'stop'), ('z3_offload', 1, 'kill'), (None, 2, 'kill')])
 def test_each_config_once(zero, ranks, how, recipe, reference, tmp_path):
-    expected = reference(ranks, 'lora')
-    _through(launch(recipe(tmp_path/'run', zero), nproc=ranks), ranks, expected, [how])
+    "Beside a run without DeepSpeed, whose losses drift apart by rounding, up to 0.01 in 40 steps; each beside its own in `make soak`."
+    expected = reference(None, ranks, 'lora')
+    _through(launch(recipe(tmp_path/'run', zero), nproc=ranks), ranks, expected, [how], .03 if zero else 2e-4)
 
 @pytest.mark.soak
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('ranks', [1, 2])
 @pytest.mark.parametrize('zero', [None, 'z0', 'z2', 'z2_offload', 'z3', 'z3_offload'])
 def test_every_config_stopped_and_killed(zero, ranks, kind, recipe, reference, tiny, data, tmp_path):
-    expected = reference(ranks, kind)
+    expected = reference(zero, ranks, kind)
     run = launch(recipe(tmp_path/'run', zero, kind), nproc=ranks)
     _through(run, ranks, expected, ['stop', 'kill'])
     _used(run, kind, tiny, data, tmp_path)
@@ -276,7 +278,7 @@ def test_notes_of_starts_are_private_and_forgotten_with_their_folders(tmp_path):
 
 def test_ranks_that_were_started_again_pass_over_a_damaged_checkpoint(recipe, reference, tmp_path):
     "All of them load the same one; the run goes on with one curve, and says in its log what was passed over."
-    expected = reference(2, 'lora')
+    expected = reference(None, 2, 'lora')
     run = launch(recipe(tmp_path/'run', save_total_limit=None, overwrite_output_dir=True), nproc=2, env={'MAX_RESTARTS': '1'})
     until(lambda: len([c for c in checkpoints(run) if is_whole(c, 2)]) >= 2 or not run.is_running, 900)
     below = [p for p in psutil.Process(run._json('waiter.json')['pid']).children(recursive=True) if 'worker.py' in ' '.join(p.cmdline()) and 'RANK' in p.environ()]
@@ -285,7 +287,22 @@ def test_ranks_that_were_started_again_pass_over_a_damaged_checkpoint(recipe, re
     _damage(last/'optimizer.pt')
     for p in below: p.kill()
     assert run.wait().status == 'done'
-    _joined(run, expected)
+    _joined(run, expected, 2e-4)
     said = ''.join((f/'stdout.log').read_text() for f in run.output_dir.glob('ranks/*/attempt_1/0'))
     assert f'{last.name} is incomplete: optimizer.pt is damaged.' in said and 'resume from' in said
     assert is_whole(last, 2), 'it was written again'
+
+@pytest.mark.parametrize('ranks', [1, 2])
+def test_batches_are_skipped_in_the_order_of_their_epoch(ranks):
+    "accelerate alone takes the rest of the rows from the order of the first epoch, on one rank."
+    from accelerate.data_loader import prepare_data_loader, skip_first_batches
+    from torch.utils.data import DataLoader
+    from qwen2vl_nb.worker import keeping_epoch
+    def rows(loader): return [row for batch in loader for row in batch.tolist()]
+    def loader():
+        made = prepare_data_loader(DataLoader(range(32), shuffle=True), num_processes=ranks, process_index=0, use_seedable_sampler=True, data_seed=1, put_on_device=False)
+        made.set_epoch(1)
+        return made
+    expected = rows(loader())[3:]
+    assert rows(keeping_epoch(skip_first_batches)(loader(), 3)) == expected
+    if ranks == 1: assert rows(skip_first_batches(loader(), 3)) != expected, 'accelerate has mended it: keeping_epoch can go'
