@@ -177,9 +177,8 @@ class Index:
         parse=lambda i, line: parse_row(line), # From the number of a line, from 0, and the line to its row; raises `ValueError`
     ):
         numbers, starts, ends, failed = array('q'), array('Q'), array('Q'), array('B')
-        self.damaged, self.lines, i = [], array('Q'), -1  # (line from 1, byte at which it begins, what is wrong with it); all beginnings
+        self.damaged = []  # (line from 1, byte at which it begins, what is wrong with it)
         for i, (at, line) in enumerate(_lines(path)):
-            self.lines.append(at)
             try: row = parse(i, line)
             except ValueError as error: self.damaged.append((i + 1, at, str(error)))
             else:
@@ -225,7 +224,7 @@ def put_in_order(
         if source is None: return
         index = Index(path)
         wanted = [*index.starts, *(at for _, at, _ in index.damaged)]
-        if list(index.lines) != wanted: _rewrite(path, source, wanted)
+        if [at for at, _ in _lines(path)] != wanted: _rewrite(path, source, wanted)
 
 def set_damaged_aside(
     path, # The file of answers, with nobody at work on it

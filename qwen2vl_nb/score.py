@@ -358,15 +358,16 @@ def _listed(ids): return ', '.join(map(str, ids[:5])) + ', …'*(len(ids) > 5)
 def _matched(first, second):
     "The second rows in the order of the first."
     key = _key_of(first, second)
-    known, asked = {row[key]: row for row in second}, {row[key] for row in first}
-    gone, new = [row[key] for row in first if row[key] not in known], [k for k in known if k not in asked]
+    of = lambda row: _plain(row[key])
+    known, asked = {of(row): row for row in second}, {of(row) for row in first}
+    gone, new = [of(row) for row in first if of(row) not in known], [k for k in known if k not in asked]
     if gone or new:
         raise ValueError(f'They are not about the same rows. By `{key}`, {len(gone)} of the first are not in '
                          f'the second ({_listed(gone)}), and {len(new)} the other way round ({_listed(new)}). '
                          'Compare those that both have.')
-    found = [known[row[key]] for row in first]
+    found = [known[of(row)] for row in first]
     text = lambda row: (row.get('label') or '').strip()
-    other = [row[key] for row,match in zip(first, found) if text(row) != text(match)]
+    other = [of(row) for row,match in zip(first, found) if text(row) != text(match)]
     if other:
         raise ValueError(f'{len(other)} row(s) have another label in the second ({_listed(other)}): '
                          'was the data changed in between?')

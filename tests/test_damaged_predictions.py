@@ -45,6 +45,8 @@ DAMAGES = {
     'a link to itself': _instead(lambda path: path.symlink_to(path.name)),
 }
 
+OF_ANY_FILE = [name for name, damage in DAMAGES.items() if '_changed' not in damage.__qualname__]
+
 LOOKS = {
     'Predictions': Predictions, 'len and items': lambda folder: [(p := Predictions(folder)), len(p), list(p), p[0:2], p.rows], 'repr': lambda folder: repr(Predictions(folder)), 'score': lambda folder: repr(score(Predictions(folder))),
     'by': lambda folder: score(Predictions(folder)).by('camera'), 'compare': lambda folder: compare(Predictions(folder), Predictions(folder)), 'show_predictions': lambda folder: show_predictions(Predictions(folder))._repr_html_(),
@@ -114,7 +116,7 @@ def test_damaged_answers_are_asked_again(answered, tmp_path, damage):
         assert path.with_name('predictions.jsonl.damaged').read_bytes() == lines[2] + b'\n'
     if damage in WHOLE: assert not warned
 
-@pytest.mark.parametrize('damage', sorted(DAMAGES))
+@pytest.mark.parametrize('damage', OF_ANY_FILE)
 def test_rows_that_were_asked_are_written_anew(answered, tmp_path, damage):
     "Where nothing is missing, no worker need be started to see it."
     server, source, rows, ask = answered
@@ -135,9 +137,9 @@ def test_who_looks_after_the_workers_starts_none_on_rows_that_were_changed(answe
     assert subprocess.run([sys.executable, answers.__file__], cwd=folder, stdout=subprocess.DEVNULL).returncode == 1
     assert 'asked.jsonl was changed' in json.loads((folder/'failure-files.json').read_text())['message']
 
-@pytest.mark.parametrize('damage', sorted(DAMAGES))
+@pytest.mark.parametrize('damage', OF_ANY_FILE)
 def test_without_its_question_a_folder_is_left_alone(answered, tmp_path, damage):
-    folder, path = _damaged(answered, tmp_path, 'question.json', damage if not damage.startswith(('a row', 'an id')) else 'empty')
+    folder, path = _damaged(answered, tmp_path, 'question.json', damage)
     before = (folder/'predictions.jsonl').read_bytes()
     found, warned, error = _said(lambda: answered[3](folder))
     assert (folder/'predictions.jsonl').read_bytes() == before
