@@ -14,7 +14,7 @@ from pathlib import Path
 from filelock import FileLock
 from . import answers, hf, served
 from .stack import Finding
-from .answers import Index, json_line, load_line, missing, parse_row, rows_digest, set_damaged_aside
+from .answers import Index, json_line, load_line, missing, parse_row, rows_digest, set_damaged_aside, with_own_keys
 from .served import server_options
 from .files import Damaged, open_regular, read_json, whole_file, whole_lines, write_json, write_text
 from .data import _trained_turns, as_list, sample_turns
@@ -217,9 +217,9 @@ class Predictions(Sequence):
         own, generated = self.output_dir/'predictions.jsonl', self.output_dir/'generated_predictions.jsonl'
         self.path = own if os.path.lexists(own) else generated # The file
         if not os.path.lexists(self.path): raise FileNotFoundError(f'There is no {own.name} in {self.output_dir}: nothing was predicted here.')
-        self._parse = _parse_generated if self.path == generated else lambda i, line: parse_row(line)
+        self._is_own = self.path == own
         self._file = open_regular(self.path)
-        self._index = Index(self.path, self._parse)
+        self._index = Index(self.path) if self._is_own else Index(self.path, _parse_generated)
         if not answers._is_at(self._file, self.path): return self.__init__(output_dir)  # it was put in order meanwhile
         if self._index.damaged:
             wrong = [f'line {line}: {what}' for line, _, what in self._index.damaged]
@@ -230,7 +230,7 @@ class Predictions(Sequence):
     @cached_property
     def _left(self):
         "How many of the rows that were asked have no line."
-        try: return max(0, sum(1 for _ in whole_lines(self.output_dir/'asked.jsonl')) - len(self)) if self.path.name == 'predictions.jsonl' else 0
+        try: return max(0, sum(1 for _ in whole_lines(self.output_dir/'asked.jsonl')) - len(self)) if self._is_own else 0
         except (OSError, Damaged): return 0  # it is missing or damaged, which `predict` mends
 
     def __reduce__(self): return Predictions, (self.output_dir,)
@@ -239,8 +239,11 @@ class Predictions(Sequence):
 
     def _row(self, k):
         at, number = self._index.starts[k], self._index.numbers[k]
-        try: return self._parse(number, os.pread(self._file.fileno(), self._index.ends[k] - at, at))
-        except ValueError as error: raise Damaged(f'{self.path} was changed meanwhile, and row {number} can\'t be read: {error}.') from None
+        line = os.pread(self._file.fileno(), self._index.ends[k] - at, at)
+        try: row = with_own_keys(load_line(line)) if self._is_own else _parse_generated(number, line)
+        except (ValueError, KeyError): row = {}
+        if row.get('row') == number: return row
+        raise Damaged(f'{self.path} was changed meanwhile, and row {number} can\'t be read any more: make `Predictions` anew.')
 
     def __getitem__(self, i):
         found = range(len(self))[i]
@@ -265,7 +268,6 @@ class Predictions(Sequence):
         "The rows as a pandas `DataFrame`."
         import pandas as pd
         return pd.DataFrame(self.rows)
-
 
 # %% ../nbs/09_predict.ipynb #6a8b2104
 def _weights(recipe):

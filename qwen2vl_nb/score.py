@@ -15,13 +15,15 @@ from decimal import Context, Decimal
 from functools import cached_property, lru_cache, partial
 
 # %% ../nbs/10_score.ipynb #faeaf9a1
+_text = str, type(None)
+
 def _check_row(i, row):
     "Raise `ValueError` where a row has not what is needed of it."
     if not isinstance(row, dict) or 'predict' not in row:
         raise ValueError(f'Row {i} is no prediction: it must be a dict with `predict`, `label`, `id`; '
                          'give what `predict` returns.')
     for key in ('predict', 'label'):
-        if not isinstance(row.get(key), str | None):
+        if not isinstance(row.get(key), _text):
             raise ValueError(f'Row {row.get("id", i)}: its {key} is {row[key]!r}, not text.')
 
 def _sequence(predictions): return predictions if isinstance(predictions, Sequence) and not isinstance(predictions, str) else list(predictions)
@@ -220,7 +222,7 @@ class Scores(dict):
         note:str='', # A sentence that is shown below the figures
     ):
         self.rows, self._given, self._judged, self._note = rows, given, judged, note
-        self._measures = rows.drop(columns='id')
+        self._measures = rows.iloc[:, 1:]
         super().__init__({'rows': len(rows), 'failed': failed} | self._measures.mean().to_dict())
 
     @cached_property
@@ -277,52 +279,71 @@ class Scores(dict):
         return f'<p>{self._title()}</p>{self.overall.round(2).to_html(na_rep="")}{note}'
 
 # %% ../nbs/10_score.ipynb #66fa6ffb
-def _compared(label, predict, tolerance):
-    "What a label and an answer give: `exact`, BLEU and ROUGE; where the label is a JSON object, its outcome; where it is a number, whether that is right."
-    found = {'exact': 100.*is_right({'label': label, 'predict': predict})} | _likeness(label, predict)
-    wanted, answer = _parsed(label), _parsed(predict or '')
-    if isinstance(wanted, Decimal): return found, None, 100.*_same(wanted, answer, tolerance)
-    if not isinstance(wanted, dict): return found, None, None
-    is_bad = not isinstance(answer, dict)
-    return found, (tuple(_outcomes(wanted, None if is_bad else answer, tolerance).items()), is_bad), None
+_shared = 'exact', 'bleu-4', 'rouge-1', 'rouge-2', 'rouge-l', 'number', 'outcome' # What a label and an answer give, as numbers
+_block = 2**16 # Rows
 
 class _Measured:
     "The measures of rows that are added one by one; none of the rows is kept."
     def __init__(self, tolerance, measures):
-        self.compared, self.measures = lru_cache(2**14)(partial(_compared, tolerance=tolerance)), measures
-        self.places, self.ids, self.failed, self.columns = array('q'), [], 0, {}
-        self.known, self.outcomes, self.numbers = {}, array('q'), array('d') # Number of each different outcome; those of the rows; or their numbers
+        self.tolerance, self.measures, self.known = tolerance, measures, {}  # `known`: number of each different outcome
+        self.compared = lru_cache(2**14)(self._compared)
+        self.places, self.ids, self.failed, self.block, self.blocks = array('q'), [], 0, [], []
+        self.own = {name: array('d') for name in measures}
         self.marked, self.token, self.are_kept = 0, '', False # Answered rows whose labels have special tokens; the first token; whether any answer has one
+
+    def _compared(self, label, predict):
+        "The numbers of `_shared`; the last two are -1 where the label is no number, and where it is no JSON object."
+        likeness, wanted, answer = _likeness(label, predict), _parsed(label), _parsed(predict or '')
+        number, outcome, is_bad = -1, -1, not isinstance(answer, dict)
+        if isinstance(wanted, Decimal): number = 100*_same(wanted, answer, self.tolerance)
+        if isinstance(wanted, dict):
+            found = tuple(_outcomes(wanted, None if is_bad else answer, self.tolerance).items()), is_bad
+            outcome = self.known.setdefault(found, len(self.known))
+        return 100*is_right({'label': label, 'predict': predict}), *likeness.values(), number, outcome
 
     def add(self, i, row):
         "The row at a place. Raises `ValueError` where a measure of the user's fails."
-        found, outcome, number = self.compared(row['label'], row['predict'])
+        self.block.append(self.compared(row['label'], row['predict']))
         self.places.append(i)
-        self.ids.append(row['id'])
+        self.ids.append(row.get('id', i))
         if row['predict'] is not None and (token := _special.search(row['label'])):
             self.marked, self.token = self.marked + 1, self.token or token[0]
             self.are_kept = self.are_kept or bool(_special.search(row['predict']))
-        if row['predict'] is None: self.failed, row = self.failed + 1, row | {'predict': ''}
-        for name,value in found.items(): self.columns.setdefault(name, array('d')).append(value)
-        for name,f in self.measures.items(): self.columns.setdefault(('own', name), array('d')).append(_own(name, f, row))
-        if outcome is not None: self.outcomes.append(self.known.setdefault(outcome, len(self.known)))
-        if number is not None: self.numbers.append(number)
+        if row['predict'] is None: self.failed += 1
+        if self.own:
+            row = row | {'id': self.ids[-1], 'predict': row['predict'] or ''}
+            for name,values in self.own.items(): values.append(_own(name, self.measures[name], row))
+        if len(self.block) == _block: self._pack()
+
+    def _pack(self):
+        "Keep of a block its different results, and which of them each row has."
+        import numpy as np
+        known = {}
+        each = np.array([known.setdefault(result, len(known)) for result in self.block], np.uint16)
+        self.blocks.append((np.array(list(known), float).reshape(-1, len(_shared)), each))
+        self.block = []
+
+    def _column(self, k):
+        import numpy as np
+        return np.concatenate([results[each, k] for results,each in self.blocks])
 
     def scores(self, given):
         "The `Scores` of all that were added."
         import numpy as np, pandas as pd
-        columns, n, judged = {'exact': self.columns.pop('exact')}, len(self.places), None
-        if len(self.outcomes) == n:
+        self._pack()
+        found = {name: self._column(k) for k,name in enumerate(_shared)}
+        number, outcome, judged, columns = found.pop('number'), found.pop('outcome').astype(int), None, {'exact': found['exact']}
+        if outcome.min() >= 0:
             outcomes, malformed = [dict(pairs) for pairs,_ in self.known], [is_bad for _,is_bad in self.known]
-            judged = outcomes, malformed, np.bincount(self.outcomes).tolist()
-            columns |= {name: np.array(values)[self.outcomes] for name,values in _field_columns(outcomes, malformed).items()}
-        if len(self.numbers) == n: columns['number'] = self.numbers
-        columns |= {name: values for name,values in self.columns.items() if isinstance(name, str)}
+            judged = outcomes, malformed, np.bincount(outcome).tolist()
+            columns |= {name: np.array(values)[outcome] for name,values in _field_columns(outcomes, malformed).items()}
+        if number.min() >= 0: columns['number'] = number
+        columns |= found
         _check_names(self.measures, ['id', *columns])
-        columns |= {name[1]: values for name,values in self.columns.items() if not isinstance(name, str)}
-        index = pd.RangeIndex(n) if self.places[-1] == n - 1 else pd.Index(self.places)
-        table = pd.DataFrame({'id': self.ids} | {name: np.asarray(values) for name,values in columns.items()}, index)
-        return Scores(given, table, self.failed, judged, _lost_tokens(self.marked, self.token) if self.marked and not self.are_kept else '')
+        columns |= {name: np.asarray(values) for name,values in self.own.items()}
+        index = pd.RangeIndex(len(self.ids)) if self.places[-1] == len(self.ids) - 1 else pd.Index(self.places)
+        note = _lost_tokens(self.marked, self.token) if self.marked and not self.are_kept else ''
+        return Scores(given, pd.DataFrame({'id': self.ids} | columns, index, copy=False), self.failed, judged, note)
 
 def score(
     predictions, # `Predictions`, or any sequence of their rows
@@ -336,7 +357,7 @@ def score(
     found = _Measured(Decimal(str(tolerance)), measures or {})
     for i,row in enumerate(given):
         _check_row(i, row)
-        if row.get('label') is not None: found.add(i, row if 'id' in row else row | {'id': i})
+        if row.get('label') is not None: found.add(i, row)
     if not found.places: raise ValueError(f'None of the {len(given)} rows has a label to score it by.')
     return found.scores(given)
 
@@ -353,15 +374,16 @@ def _listed(ids): return ', '.join(map(str, ids[:5])) + ', …'*(len(ids) > 5)
 def _matched(first, second):
     "The second rows in the order of the first."
     key = _key_of(first, second)
-    known, asked = {row[key]: row for row in second}, {row[key] for row in first}
-    gone, new = [row[key] for row in first if row[key] not in known], [k for k in known if k not in asked]
+    of = lambda row: _plain(row[key])
+    known, asked = {of(row): row for row in second}, {of(row) for row in first}
+    gone, new = [of(row) for row in first if of(row) not in known], [k for k in known if k not in asked]
     if gone or new:
         raise ValueError(f'They are not about the same rows. By `{key}`, {len(gone)} of the first are not in '
                          f'the second ({_listed(gone)}), and {len(new)} the other way round ({_listed(new)}). '
                          'Compare those that both have.')
-    found = [known[row[key]] for row in first]
+    found = [known[of(row)] for row in first]
     text = lambda row: (row.get('label') or '').strip()
-    other = [row[key] for row,match in zip(first, found) if text(row) != text(match)]
+    other = [of(row) for row,match in zip(first, found) if text(row) != text(match)]
     if other:
         raise ValueError(f'{len(other)} row(s) have another label in the second ({_listed(other)}): '
                          'was the data changed in between?')

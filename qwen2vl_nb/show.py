@@ -65,10 +65,19 @@ def _media(row): return (row.get('images') or []) + (row.get('videos') or [])
 def _changed(path):
     "When a file was changed, or the newest of several."
     try: return max(os.stat(p).st_mtime_ns for p in ([path] if isinstance(path, str) else path))
-    except OSError: return None
+    except (OSError, ValueError): return None
+
+def _not_a_file(path):
+    "Which of some paths is no regular file of this machine, in words; empty if all are."
+    other = next((p for p in ([path] if isinstance(path, str) else path) if not os.path.isfile(p)), None)
+    if other is None: return ''
+    return f'{other}: {"not a regular file" if os.path.exists(other) else "FileNotFoundError"}'
 
 @lru_cache(maxsize=2000)
-def _kept_picture(path, changed): return _picture_html(list(path) if isinstance(path, tuple) else path)
+def _kept_picture(path, changed):
+    wrong = _not_a_file(path)  # such as an address, a FIFO or a device, which nobody should open only by looking
+    if wrong: return _div('padding:2em 1em;border:1px dashed', html.escape(wrong))
+    return _picture_html(list(path) if isinstance(path, tuple) else path)
 
 def _picture(path):
     "A picture or clip as HTML, made once as long as the file is the same."
