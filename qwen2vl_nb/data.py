@@ -78,10 +78,9 @@ def without_tags(
 
 def _words(text): return without_tags(text).strip('\ufeff \t\r\n\u3000\u00a0\u200b')
 
-def _empty_fault(role, text, name):
+def _empty_fault(text, name):
     if _words(text): return
-    level = 'warning' if role == 'user' and '<' in text else 'error'
-    return Fault(f'The {name} is empty.', f'Fill in the {name}, or drop the row.', level)
+    return Fault(f'The {name} is empty.', f'Fill in the {name}, or drop the row.', 'warning')
 
 def _mark_fault(text, name):
     found = '<|' in text and [mark for mark in _marks if mark in text]
@@ -93,7 +92,8 @@ def _place_fault(role, text, name):
     "Tags where they don't belong."
     found = ('<' in text and role != 'user' and role != 'observation'
              and [tag for tag in _media_tags if tag in text])
-    if found: return Fault(f'The {name} has {found[0]} in it.', 'Take it out: tags belong into the prompt.')
+    level = 'warning' if role == 'system' else 'error'  # there it stays text
+    if found: return Fault(f'The {name} has {found[0]} in it.', 'Take it out: tags belong in the prompt.', level)
 
 def _stray_fault(text):
     "Characters that are left over from a file's encoding."
@@ -110,7 +110,7 @@ def _text_faults(role, text):
         cure = 'Write it as JSON text: json.dumps(…).' if is_json else f'Give the {name} as text.'
         return [Fault(f'The {name} is {_show(text)}, not text: '
                       'LLaMA-Factory would drop the row or stop.', cure)]
-    faults = (_empty_fault(role, text, name), _mark_fault(text, name), _place_fault(role, text, name),
+    faults = (_empty_fault(text, name), _mark_fault(text, name), _place_fault(role, text, name),
               _stray_fault(text))
     return [f for f in faults if f]
 
@@ -465,9 +465,9 @@ def _leaks(looks, others, against, key):
     found = {path: (path, True) for path in looks if path in rows}
     found |= near_duplicates(looks, {p: others[p] for p in rows if p in others})
     for path, (other, equal) in found.items():
-        how, level = ('the same file as', 'error') if equal else ('nearly the same as', 'warning')
+        how = 'the same file as' if equal else 'nearly the same as'
         yield path, Fault(f'It is {how} {os.path.basename(other)} in row {rows[other]} of the other split.',
-                          'Keep them in one split: `split_samples(…, group=…)`.', level)
+                          'Keep them in one split: `split_samples(…, group=…)`.', 'warning')
 
 # %% ../nbs/01_data.ipynb #579decbe
 def _named(path, fault):
@@ -562,7 +562,7 @@ def _said_before(rows, against):
     for i, s in rows if others else []:
         if (said := key(s)) in others:
             yield i, '', Fault(f'The row says the same as row {others[said]} of the other split.',
-                               'Keep them in one split: `split_samples` does.')
+                               'Keep them in one split: `split_samples` does.', 'warning')
 
 def _between_rows(rows, told):
     "Faults between rows; `told` are the (row, field) of which something worse was said."

@@ -148,6 +148,9 @@ def bf16_on_the_cpu(room): return room.fail(bf16=True, use_cpu=None)
 @case(r'^rank 0, deepspeed.py:\d+ in trainer_config_finalize', 'contradict each other. ValueError: .*train_batch_size=7', cure='zero_config')
 def batch_sizes_contradict(room): return room.fail(deepspeed=zero_config('z2') | {'train_batch_size': 7})
 
+@case(r'^rank [01], config.py:\d+ in _batch_assertion', 'Check batch related parameters', cure='')
+def use_cpu_with_zero3(room): return room.fail(2, deepspeed=zero_config('z3'), use_cpu=True)
+
 @case(r'^rank 0, deepspeed.py:\d+ in __init__', 'no such ZeRO config. ValueError: .*ds_z9.json', cure='zero_config', soak=True)
 def zero_file_missing(room): return room.fail(deepspeed='ds_z9.json')
 

@@ -226,7 +226,7 @@ def test_it_stops_and_goes_on(ask, many, uninterrupted, tmp_path):
     caller, run = _begun(_call(recipe, many, tmp_path), tmp_path/'out')
     until(lambda: run.progress.step or not run.is_running)
     run.stop()
-    assert 'was stopped' in caller.communicate(timeout=30)[0] and run.status == 'stopped' and not _marked(run._json('run.json')['id'])
+    assert 'was stopped' in caller.communicate(timeout=PATIENCE)[0] and run.status == 'stopped' and not _marked(run._json('run.json')['id'])
     before = list(Predictions(tmp_path/'out'))
     assert 0 < len(before) < len(many)
     with pytest.raises(RuntimeError, match='called again as before, goes on'): run.resume()
