@@ -119,6 +119,7 @@ def _what_fits(recipe, gpus):
     if not gpus or not recipe.get('do_train'): return ''
     try: table = zero_table(recipe, len(gpus), min(g['total'] for g in gpus)/GiB)
     except (ValueError, OSError): return ''
+    if not any(row.estimate for row in table): return ''
     now = zero_file_name(read_zero(recipe.get('deepspeed'))).removeprefix('ds_').removesuffix('_config.json')
     names = [row.name for row in table]
     less = names.index(now) + 1 if now in names else 0  # what it ran out with is no cure, whatever was predicted

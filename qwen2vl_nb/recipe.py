@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['train_recipe', 'find_adapter', 'predict_recipe', 'load_recipe', 'zero_file_name', 'absolute_recipe', 'save_recipe',
-           'model_findings', 'data_findings', 'read_zero', 'recipe_findings', 'ask_llamafactory', 'check_recipe']
+           'model_findings', 'data_findings', 'read_zero', 'recipe_findings', 'ask_llamafactory']
 
 # %% ../nbs/03_recipe.ipynb #0bd906f0
 import json, os, re, subprocess, sys, tempfile
@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 import yaml
-from .stack import Finding, findings_table, gpus
+from .stack import Finding, gpus
 from .files import write_text
 from .data import _limits, _media_of, check_samples, count_tokens, is_dialogue, without_tags
 from .checkpoint import checkpoints, is_whole_file
@@ -332,6 +332,7 @@ def _adapter_findings(recipe):
             f'{path} holds no adapter (adapter_config.json and its weights).',
             'Give the folder of a LoRA run.')
 
+_numbers = [k for k,v in train_recipe('', '').items() if isinstance(v, (int, float)) and not isinstance(v, bool)]
 _trackers = ('wandb', 'swanlab', 'mlflow', 'comet_ml', 'clearml', 'neptune')
 
 def _argument_findings(recipe):
@@ -340,6 +341,8 @@ def _argument_findings(recipe):
         yield Finding('template',
             f'The template is {template!r}; Qwen2-VL was trained with qwen2_vl.',
             'Set template: qwen2_vl.', 'warning')
+    for key in (k for k in _numbers if isinstance(recipe.get(k), str)):
+        yield Finding(key, f'LLaMA-Factory needs a number here, and {recipe[key]!r} is text.', 'Write a number, without quotes.')
     trackers = [] if 'report_to' in recipe else list(filter(find_spec, _trackers))
     if trackers:
         yield Finding('report_to',
@@ -384,7 +387,7 @@ def recipe_findings(
 
 # %% ../nbs/03_recipe.ipynb #83628938
 _ask = '''
-import contextlib, dataclasses, difflib, json, re, sys
+import contextlib, dataclasses, difflib, importlib.util, json, re, sys
 recipe, zero = json.load(sys.stdin)
 answers = []
 
@@ -392,17 +395,40 @@ def hint(key, names):
     near = difflib.get_close_matches(key, names, 1)
     return f"; did you mean {near[0]!r}?" if near else "."
 
+def not_text(field, value):
+    "What is wrong with a text, which the parser takes for anything, where a number or true or false is declared."
+    words = set(re.findall("[a-zA-Z]+", str(field.type)))
+    if words & {"str", "list", "dict", "Literal", "enum"}: return
+    if words & {"int", "float"}: return f"LLaMA-Factory needs a number here, and {value!r} is text.", "Write a number, without quotes."
+    if "bool" in words and value.lower() in ("false", "no", "off", "n", "f", "0"):
+        return f"{value!r} is text, which counts as true.", "Write false, without quotes."
+
+def check_packages(model, data, training):
+    "What is not here and is needed after the parser: trackers and quantization, by their own checks."
+    from llamafactory.model.model_utils.quantization import configure_quantization
+    from transformers import PretrainedConfig
+    from transformers.integrations import get_reporting_integration_callbacks
+    def check(key, needs):
+        try: needs()
+        except Exception as e: answers.append((key, f"It needs what is not here: {e}", "Install it, or take it out."))
+    if "report_to" in recipe: check("report_to", lambda: [tracker() for tracker in get_reporting_integration_callbacks(training.report_to)])
+    if model.quantization_bit: check("quantization_bit", lambda: configure_quantization(PretrainedConfig(), None, model, training.do_train, {}))
+    if model.flash_attn == "fa2" and not importlib.util.find_spec("flash_attn"):
+        answers.append(("flash_attn", "FlashAttention-2 is not installed, and LLaMA-Factory goes on without it.", "Install flash-attn, or leave flash_attn out.", "warning"))
+
 def is_named(key, text): return re.search(f"(?<![a-z_]){re.escape(key)}(?![a-z_])", text)
 
 with contextlib.redirect_stdout(sys.stderr):
     from llamafactory import hparams
     kinds = "Model", "Data", "Training", "Finetuning", "Generating"
-    names = {f.name for kind in kinds for f in dataclasses.fields(getattr(hparams, f"{kind}Arguments"))}
+    names = {f.name: f for kind in kinds for f in dataclasses.fields(getattr(hparams, f"{kind}Arguments"))}
     for k in recipe:
         if k in names: continue
         what = f"LLaMA-Factory knows no argument {k!r}{hint(k, names)}"
         answers.append((k, what, "Correct the key, or take it out."))
-    try: hparams.get_train_args({k: v for k, v in recipe.items() if k in names})
+    wrong = {k: fault for k, v in recipe.items() if k in names and isinstance(v, str) and (fault := not_text(names[k], v))}
+    answers += [(k, *fault) for k, fault in wrong.items()]
+    try: check_packages(*hparams.get_train_args({k: v for k, v in recipe.items() if k in names.keys() - wrong})[:3])
     except Exception as e:
         where = ", ".join(k for k in recipe if is_named(k, str(e))) or "recipe"
         answers.append((where, f"LLaMA-Factory refuses it: {e}", "Change the recipe as it says."))
@@ -420,8 +446,9 @@ def _known(value):
     return {k: _known(v) for k,v in value.items() if v != 'auto'} if isinstance(value, dict) else value
 
 def _trial(recipe, folder):
-    "The recipe as it can be asked about on any machine."
-    return {k:v for k,v in recipe.items() if k != 'deepspeed'} | {'use_cpu': True, 'output_dir': folder}
+    "The recipe as it can be asked about without a GPU and without other ranks. What asks for a GPU is not asked where there is one."
+    apart = ('deepspeed', *('pure_bf16', 'tf32')*bool(gpus()))
+    return {k:v for k,v in recipe.items() if k not in apart} | {'use_cpu': True, 'output_dir': folder}
 
 def _trial_zero(recipe):
     "Its ZeRO config, likewise; empty if there is none, or none that can be read."
@@ -431,22 +458,14 @@ def _trial_zero(recipe):
 
 def ask_llamafactory(
     recipe:dict, # The recipe
+    python=sys.executable, # Interpreter of the environment that has LLaMA-Factory
 )->list: # `Finding`s
     "What LLaMA-Factory's parser and DeepSpeed's config class say of a recipe; takes some ten seconds."
     with tempfile.TemporaryDirectory() as folder:
         question = json.dumps([_trial(recipe, folder), _trial_zero(recipe)], default=os.fspath)
-        done = subprocess.run([sys.executable, '-c', _ask], input=question, capture_output=True, text=True,
+        done = subprocess.run([python, '-c', _ask], input=question, capture_output=True, text=True,
                               env=child_env(), cwd=folder)
     if done.returncode:
         why = done.stderr.strip().splitlines()[-1]
         return [Finding('llamafactory', f'LLaMA-Factory cannot be imported: {why}', 'See `check_stack()`.')]
     return [Finding(*answer) for answer in json.loads(done.stdout)]
-
-# %% ../nbs/03_recipe.ipynb #0326721f
-def check_recipe(
-    recipe:dict, # The recipe
-    nproc:int=None, # Number of processes that it will run on; `None`: one for each GPU here
-): # Findings as a `DataFrame`: level, where, what, cure; empty is good
-    "Everything that is wrong with a recipe, in words, before anything starts."
-    nproc = nproc or max(1, len(gpus()))
-    return findings_table(recipe_findings(recipe, nproc) + data_findings(recipe) + ask_llamafactory(recipe))
