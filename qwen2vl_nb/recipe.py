@@ -10,10 +10,11 @@ __all__ = ['train_recipe', 'find_adapter', 'predict_recipe', 'load_recipe', 'zer
 import json, os, re, subprocess, sys, tempfile
 from difflib import get_close_matches
 from importlib.util import find_spec
+from itertools import chain, count
 from pathlib import Path
 import yaml
 from .stack import Finding, gpus
-from .files import write_text
+from .files import json_or, write_text
 from .data import _limits, _media_of, check_samples, count_tokens, is_dialogue, without_tags
 from .checkpoint import checkpoints, is_whole_file
 from .registry import Registry, _source, child_env, dataset_samples, entry_faults
@@ -132,6 +133,12 @@ def absolute_recipe(
     "A recipe as it runs from any working folder."
     return {k: _absolute(k, v) for k,v in ({'dataset_dir': 'data'} | recipe).items()}
 
+def _zero_file(folder, config):
+    "The file for a ZeRO config; one that holds another config stays as it is."
+    name = Path(zero_file_name(config))
+    names = chain([name.name], (f'{name.stem}-{n}.json' for n in count(2)))
+    return next(folder/n for n in names if not os.path.lexists(folder/n) or json_or({}, folder/n) == config)
+
 def save_recipe(
     recipe:dict, # The recipe
     path, # YAML file to write
@@ -142,7 +149,7 @@ def save_recipe(
         raise ValueError(f'{path.name}: a recipe must end in .yaml; LLaMA-Factory crashes on .json recipes.')
     zero = recipe.get('deepspeed')
     if isinstance(zero, dict):
-        recipe = recipe | {'deepspeed': path.parent/zero_file_name(zero)}
+        recipe = recipe | {'deepspeed': _zero_file(path.parent, zero)}
         write_text(recipe['deepspeed'], json.dumps(zero, indent=2) + '\n')
     recipe = absolute_recipe(recipe)
     command = f'{"FORCE_TORCHRUN=1 " if "deepspeed" in recipe else ""}llamafactory-cli train {path.name}'
