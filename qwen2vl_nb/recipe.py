@@ -300,14 +300,15 @@ def _no_zero_findings(recipe, nproc):
         "Choose a config by its memory: `pick_zero(recipe)`, or set deepspeed to `zero_config('z3')`.",
         'warning')]
 
-def _config_findings(recipe, config):
-    if config.get('zero_optimization', {}).get('stage') == 3 and recipe.get('predict_with_generate'):
+def _config_findings(recipe, config, nproc):
+    if config.get('zero_optimization', {}).get('stage') != 3: return
+    if recipe.get('predict_with_generate'):
         yield Finding('deepspeed',
             'ZeRO-3 cannot generate: LLaMA-Factory refuses it with predict_with_generate.',
             'Take the deepspeed key out; each GPU then predicts its share with a whole model.')
-    if recipe.get('use_cpu'):
+    if recipe.get('use_cpu') and nproc > 1:
         yield Finding('use_cpu',
-            'With use_cpu DeepSpeed sees a single process and fails its batch check.',
+            'With use_cpu ZeRO-3 sees a single process and fails its batch check.',
             'Take use_cpu out; without a GPU the ranks run on the CPU by themselves.')
 
 def _zero_findings(recipe, nproc):
@@ -323,7 +324,7 @@ def _zero_findings(recipe, nproc):
     except ValueError as e:
         return [Finding('deepspeed',
             f'{deepspeed} is not JSON: {e}', 'Mend the file, or take `zero_config(name)`.')]
-    return list(_config_findings(recipe, config))
+    return list(_config_findings(recipe, config, nproc))
 
 # %% ../nbs/03_recipe.ipynb #d0410f62
 def _adapter_findings(recipe):

@@ -37,7 +37,7 @@ LAUNCHING = {
     'a cutoff inside a picture': (dict(cutoff_len=10), r'300 row\(s\) of car_item have more tokens than cutoff_len 10; row 0 has 53, 12 of them for pictures'),
     'an adapter for full fine-tuning': (dict(adapter_name_or_path='/nowhere', finetuning_type='full'), 'An adapter is refused unless'),
     'a ZeRO file that does not exist': (dict(deepspeed='examples/deepspeed/ds_z3_config.json', use_cpu=None), 'ships its ZeRO configs in its repository'),
-    'use_cpu with DeepSpeed': (dict(deepspeed=zero_config('z2')), 'sees a single process'),
+    'use_cpu with ZeRO-3': (dict(deepspeed=zero_config('z3')), 'sees a single process'),
     'bf16 without a GPU': (dict(bf16=True, use_cpu=None), 'refuses bf16 on the CPU'),
     'bf16 ranks without a GPU': (dict(bf16=True, use_cpu=None, deepspeed=zero_config('z2')), 'refuses bf16 on the CPU'),
 }

@@ -6,7 +6,9 @@ import pytest
 from qwen2vl_nb.checks import quick_findings, slow_findings
 from qwen2vl_nb.recipe import _ask, _trial, _trial_zero
 from qwen2vl_nb.registry import child_env
+from qwen2vl_nb.run import launch
 from qwen2vl_nb.stack import Finding
+from qwen2vl_nb.zero import zero_config
 
 TRAIN = '''
 import json, os, sys
@@ -86,3 +88,14 @@ def found(recipes, tmp_path_factory):
 
 def test_check_recipe_finds_it_and_nothing_else(found):
     assert {name: bool(why) for name, why in found.items()} == dict.fromkeys(STOPS, True) | dict.fromkeys(TRAINS, False), found
+
+@pytest.mark.soak
+@pytest.mark.parametrize('zero', ['z2', 'z3'])
+def test_ranks_with_use_cpu_train_under_z2_and_not_under_z3(zero, few_steps):
+    recipe = few_steps(deepspeed=zero_config(zero), gradient_accumulation_steps=2)
+    errors = [f.where for f in quick_findings(recipe, 2) if f.level == 'error']
+    run = launch(recipe, nproc=2, force=True)
+    if zero == 'z2': assert run.wait().status == 'done' and not errors
+    else:
+        with pytest.raises(RuntimeError, match='batch'): run.wait()
+        assert errors == ['use_cpu']
