@@ -418,7 +418,7 @@ def check_packages(model, data, training):
     from transformers.integrations import get_reporting_integration_callbacks
     def check(key, needs):
         try: needs()
-        except Exception as e: answers.append((key, f"It needs what is not here: {e}", "Install it, or take it out."))
+        except Exception as e: answers.append((key, f"It would stop the run once the model is loaded: {' '.join(str(e).split())}", "Install what it needs, or take it out."))
     if "report_to" in recipe: check("report_to", lambda: [tracker() for tracker in get_reporting_integration_callbacks(training.report_to)])
     if model.quantization_bit: check("quantization_bit", lambda: configure_quantization(PretrainedConfig(), None, model, training.do_train, {}))
     if model.flash_attn == "fa2" and not importlib.util.find_spec("flash_attn"):
