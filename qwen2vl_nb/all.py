@@ -17,10 +17,11 @@ from .media import image_tokens, sampled_frames, video_tokens
 from .sources import read_samples
 from .data import check_samples, count_tokens, describe_samples, show_samples, split_samples, write_samples
 from .registry import Registry, dataset_samples
-from .recipe import check_recipe, load_recipe, predict_recipe, save_recipe, train_recipe
+from .recipe import load_recipe, predict_recipe, save_recipe, train_recipe
 from .zero import zero_config, zero_names
 from .memory import MemoryEstimate, predict_memory
 from .plan import ZeroTable, pick_zero, what_would_fit, zero_table
+from .checks import check_recipe
 from .loss import Log, plot_loss, read_log
 from .run import Progress, Run, attach, export, launch, runs
 from .watch import watch_loss

@@ -67,6 +67,8 @@ _known += [
     Cause(r'SafetensorError', 'A file of weights is torn.',
           "Download the model again. Of a run's checkpoints, resume() passes torn ones over."),
     Cause(r'PytorchStreamReader failed', 'A file of a checkpoint is torn.', 'resume() passes torn checkpoints over.'),
+    Cause(r"couldn't connect to|MaxRetryError|OfflineModeIsEnabled|LocalEntryNotFoundError", 'The hub of the model cannot be reached.',
+          'Set HF_ENDPOINT to a mirror that can be, or USE_MODELSCOPE_HUB=1, or give the folder of a model that you have downloaded.'),
     Cause(r'no file named .*model\.safetensors|Unrecognized model in', 'The model folder is not whole.',
           'See `check_recipe(recipe)`, and download the model again.'),
     Cause(r'does not recognize this architecture', 'This is no Qwen2-VL.', 'Give the folder of a Qwen2-VL (2B, 7B or 72B).'),
@@ -119,6 +121,7 @@ def _what_fits(recipe, gpus):
     if not gpus or not recipe.get('do_train'): return ''
     try: table = zero_table(recipe, len(gpus), min(g['total'] for g in gpus)/GiB)
     except (ValueError, OSError): return ''
+    if not any(row.estimate for row in table): return ''
     now = zero_file_name(read_zero(recipe.get('deepspeed'))).removeprefix('ds_').removesuffix('_config.json')
     names = [row.name for row in table]
     less = names.index(now) + 1 if now in names else 0  # what it ran out with is no cure, whatever was predicted

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from .stack import Finding, gpus as gpus_here
 from .zero import zero_config
-from .memory import GiB, MemoryEstimate, longest_sample, predict_memory
+from .memory import GiB, MemoryEstimate, NotPredicted, longest_sample, predict_memory
 
 # %% ../nbs/06_plan.ipynb #aac8c10c
 _speed = {'z0': 'fastest: gradients are summed over the GPUs once a step',
@@ -27,7 +27,7 @@ class ZeroRow:
     "One config of the table."
     name:str # Name of the config
     estimate:MemoryEstimate # `None` where it isn't predicted
-    fits:str # `'fits'`, `'tight'`, `'does not fit'` or `'not chosen'`
+    fits:str # `'fits'`, `'tight'`, `'does not fit'`, `'not predicted'` or `'not chosen'`
     why:str # Its speed with the reason, or why it isn't chosen
 
     @property
@@ -48,7 +48,7 @@ class ZeroRow:
 # %% ../nbs/06_plan.ipynb #8b43b144
 _colours = {'weights': '#0072B2', 'adapters': '#56B4E9', 'gradients': '#E69F00', 'optimizer': '#D55E00', 'communication': '#CC79A7',
             'vision': '#117733', 'language': '#009E73', 'logits': '#A8C66C', 'KV cache': '#F0E442', 'allowance': '#9d9d9d'}
-_marks = {'fits': '✓ fits', 'tight': '≈ tight', 'does not fit': '✗ does not fit', 'not chosen': '– not chosen'}
+_marks = {'fits': '✓ fits', 'tight': '≈ tight', 'does not fit': '✗ does not fit', 'not predicted': '? not predicted', 'not chosen': '– not chosen'}
 
 def _span(style, text='', title=''): return f'<span title="{html.escape(title)}" style="{style}">{text}</span>'
 
@@ -98,7 +98,7 @@ class ZeroTable:
         return pd.DataFrame([{'config': r.name, 'fits': r.fits, 'why': r.why} | figures(r.estimate) for r in self.rows]).round(2)
 
     def __repr__(self):
-        lines = [f'{r.name:11} {r.peak:>10}  {r.range:>13}  {r.fits:12}  {r.why}' for r in self.rows]
+        lines = [f'{r.name:11} {r.peak:>10}  {r.range:>13}  {r.fits:13}  {r.why}' for r in self.rows]
         return '\n'.join([self.where, *lines])
 
     def _repr_html_(self):
@@ -107,8 +107,8 @@ class ZeroTable:
         cells = [(f'<b>{r.name}</b>', _bar(r.estimate, limit, scale), r.peak, r.range, _marks[r.fits], r.host, r.why) for r in self.rows]
         head = _table_row('th', ('config', '', 'peak', 'range', '', 'host', 'speed'))
         legend = _legend(k for k in _colours if any(e.parts.get(k) for e in estimates))
-        taken = '; '.join(estimates[0].assumptions)
-        return (f'<p>Predicted peak on each of {self.where} (dashed), for {html.escape(taken)}.<br>{legend}</p>'
+        taken = f', for {html.escape("; ".join(estimates[0].assumptions))}' if estimates else ''
+        return (f'<p>Predicted peak on each of {self.where} (dashed){taken}.<br>{legend}</p>'
                 f'<table>{head}{"".join(_table_row("td", c) for c in cells)}</table>')
 
 # %% ../nbs/06_plan.ipynb #1e2e3a19
@@ -121,6 +121,12 @@ def _machine(gpus, gpu_gib):
     if gpus < 1 or gpu_gib <= 0: raise ValueError(f'gpus={gpus}, gpu_gib={gpu_gib}: give at least one GPU, with some memory.')
     return gpus, gpu_gib
 
+def _row(recipe, name, gpus, gpu_gib, sample):
+    "The row of a config that can be chosen."
+    try: estimate = predict_memory(recipe, name, gpus, sample=sample)
+    except NotPredicted as e: return ZeroRow(name, None, 'not predicted', ' '.join(str(e).splitlines()))
+    return ZeroRow(name, estimate, estimate.fits(gpu_gib), _speed[name])
+
 def zero_table(
     recipe:dict, # The recipe
     gpus:int=None, # Number of GPUs, all in one run; `None`: those here
@@ -129,10 +135,9 @@ def zero_table(
 )->ZeroTable: # Seven rows, fastest first
     "Predicted peak memory of a recipe under each ZeRO config, and whether it fits."
     gpus, gpu_gib = _machine(gpus, gpu_gib)
-    if not sample: longest_sample(recipe) # counted once, not in each thread
-    with ThreadPoolExecutor() as pool:
-        estimates = dict(zip(_speed, pool.map(lambda name: predict_memory(recipe, name, gpus, sample=sample), _speed)))
-    rows = [ZeroRow(n, e, e.fits(gpu_gib), _speed[n]) for n,e in estimates.items()]
+    first, *others = _speed
+    rows = [_row(recipe, first, gpus, gpu_gib, sample)]  # alone, so that the longest sample is counted once and not in each thread
+    with ThreadPoolExecutor() as pool: rows += pool.map(lambda name: _row(recipe, name, gpus, gpu_gib, sample), others)
     return ZeroTable(rows + [ZeroRow(n, None, 'not chosen', why) for n,why in _never.items()], gpus, gpu_gib)
 
 # %% ../nbs/06_plan.ipynb #a59dcaef
@@ -181,7 +186,7 @@ def what_would_fit(
 # %% ../nbs/06_plan.ipynb #0ffda851
 def _why(table, chosen):
     "Why this config, in one sentence."
-    passed = ', '.join(f'{r.name} needs {r.peak} ({r.fits})' for r in table.rows[:table.rows.index(chosen)])
+    passed = ', '.join(f'{r.name} needs {r.peak} ({r.fits})' for r in table.rows[:table.rows.index(chosen)] if r.estimate)
     host = f' and {chosen.host} of host memory' if chosen.host else ''
     return (f'{chosen.name}: {chosen.peak} on each of {table.where}{host}, at most {chosen.estimate.high/GiB:.1f} GiB; '
             f'{"of the faster ones " + passed if passed else "nothing is faster"}.')
@@ -192,10 +197,13 @@ def pick_zero(
     gpu_gib:float=None, # Memory of each in GiB; `None`: as here
     sample:dict=None, # The longest sample; `None`: as the data or the recipe have it
 )->dict: # The recipe with `deepspeed` set
-    "The recipe with the fastest ZeRO config that fits; ValueError with what would fit, if none does."
+    "The recipe with the fastest ZeRO config that fits, or as it was where nothing is predicted; ValueError with what would fit, if none does."
     if not recipe.get('do_train'):
         raise ValueError('Only training takes a ZeRO config: in a prediction each GPU answers its share of the rows with a whole model.')
     table = zero_table(recipe, gpus, gpu_gib, sample)
+    if not any(r.estimate for r in table):
+        print(f"Nothing was chosen: {table.rows[0].why} The recipe is as it was; set deepspeed yourself, to `zero_config('z2')` or `zero_config('z3')`.")
+        return recipe
     chosen = next((r for r in table if r.fits == 'fits'), None)
     if chosen:
         print('\n'.join([_why(table, chosen), *chosen.estimate.notes]))

@@ -19,10 +19,11 @@ from .served import server_options
 from .files import Damaged, open_regular, read_json, whole_file, whole_lines, write_json, write_text
 from .data import _trained_turns, as_list, sample_turns
 from .registry import Registry, dataset_samples
-from .recipe import absolute_recipe, recipe_findings
+from .recipe import absolute_recipe
+from .checks import quick_findings
 from .memory import GiB, model_config, predict_memory
 from .vllm_server import vllm_servers
-from .run import Run, _about, _keep, _machine_findings, _refuse, _version_findings, launch, start
+from .run import Run, _about, _keep, _refuse, launch, start
 
 # %% ../nbs/09_predict.ipynb #3259dbb1
 _consumed = {True: ('image', 'video', 'messages', 'system', 'tools'), # of a dialogue
@@ -300,7 +301,7 @@ def _start_workers(recipe, folder, about, workers):
 
 def _begin_hf(recipe, samples, folder, about):
     "Start the workers that hold the model."
-    found = recipe_findings(recipe) + _machine_findings(recipe) + _version_findings(recipe, about['versions'])
+    found = quick_findings(recipe, 1, about['versions'], about['given'], about['python'])
     memory = min((g['total'] for g in about['gpus']), default=0)
     size = _weights(recipe) if memory else 0
     _refuse(found + _fit_findings(size, memory), force=False)

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['train_recipe', 'find_adapter', 'predict_recipe', 'load_recipe', 'zero_file_name', 'absolute_recipe', 'save_recipe',
-           'model_findings', 'data_findings', 'read_zero', 'recipe_findings', 'ask_llamafactory', 'check_recipe']
+           'model_findings', 'data_findings', 'read_zero', 'recipe_findings', 'ask_llamafactory']
 
 # %% ../nbs/03_recipe.ipynb #0bd906f0
 import json, os, re, subprocess, sys, tempfile
 from difflib import get_close_matches
 from importlib.util import find_spec
+from itertools import chain, count
 from pathlib import Path
 import yaml
-from .stack import Finding, findings_table, gpus
+from .stack import Finding, gpus
 from .files import json_or, write_text
 from .data import _limits, _media_of, check_samples, count_tokens, is_dialogue, without_tags
 from .checkpoint import checkpoints, is_whole_file
@@ -132,6 +133,12 @@ def absolute_recipe(
     "A recipe as it runs from any working folder."
     return {k: _absolute(k, v) for k,v in ({'dataset_dir': 'data'} | recipe).items()}
 
+def _zero_file(folder, config):
+    "The file for a ZeRO config; one that holds another config stays as it is."
+    name = Path(zero_file_name(config))
+    names = chain([name.name], (f'{name.stem}-{n}.json' for n in count(2)))
+    return next(folder/n for n in names if not os.path.lexists(folder/n) or json_or({}, folder/n) == config)
+
 def save_recipe(
     recipe:dict, # The recipe
     path, # YAML file to write
@@ -142,7 +149,7 @@ def save_recipe(
         raise ValueError(f'{path.name}: a recipe must end in .yaml; LLaMA-Factory crashes on .json recipes.')
     zero = recipe.get('deepspeed')
     if isinstance(zero, dict):
-        recipe = recipe | {'deepspeed': path.parent/zero_file_name(zero)}
+        recipe = recipe | {'deepspeed': _zero_file(path.parent, zero)}
         write_text(recipe['deepspeed'], json.dumps(zero, indent=2) + '\n')
     recipe = absolute_recipe(recipe)
     command = f'{"FORCE_TORCHRUN=1 " if "deepspeed" in recipe else ""}llamafactory-cli train {path.name}'
@@ -335,6 +342,7 @@ def _adapter_findings(recipe):
             f'{path} holds no adapter (adapter_config.json and its weights).',
             'Give the folder of a LoRA run.')
 
+_numbers = [k for k,v in train_recipe('', '').items() if isinstance(v, (int, float)) and not isinstance(v, bool)]
 _trackers = ('wandb', 'swanlab', 'mlflow', 'comet_ml', 'clearml', 'neptune')
 
 def _argument_findings(recipe):
@@ -343,6 +351,8 @@ def _argument_findings(recipe):
         yield Finding('template',
             f'The template is {template!r}; Qwen2-VL was trained with qwen2_vl.',
             'Set template: qwen2_vl.', 'warning')
+    for key in (k for k in _numbers if isinstance(recipe.get(k), str)):
+        yield Finding(key, f'LLaMA-Factory needs a number here, and {recipe[key]!r} is text.', 'Write a number, without quotes.')
     trackers = [] if 'report_to' in recipe else list(filter(find_spec, _trackers))
     if trackers:
         yield Finding('report_to',
@@ -387,7 +397,7 @@ def recipe_findings(
 
 # %% ../nbs/03_recipe.ipynb #83628938
 _ask = '''
-import contextlib, dataclasses, difflib, json, re, sys
+import contextlib, dataclasses, difflib, importlib.util, json, re, sys
 recipe, zero = json.load(sys.stdin)
 answers = []
 
@@ -395,17 +405,40 @@ def hint(key, names):
     near = difflib.get_close_matches(key, names, 1)
     return f"; did you mean {near[0]!r}?" if near else "."
 
+def not_text(field, value):
+    "What is wrong with a text, which the parser takes for anything, where a number or true or false is declared."
+    words = set(re.findall("[a-zA-Z]+", str(field.type)))
+    if words & {"str", "list", "dict", "Literal", "enum"}: return
+    if words & {"int", "float"}: return f"LLaMA-Factory needs a number here, and {value!r} is text.", "Write a number, without quotes."
+    if "bool" in words and value.lower() in ("false", "no", "off", "n", "f", "0"):
+        return f"{value!r} is text, which counts as true.", "Write false, without quotes."
+
+def check_packages(model, data, training):
+    "What is not here and is needed after the parser: trackers and quantization, by their own checks."
+    from llamafactory.model.model_utils.quantization import configure_quantization
+    from transformers import PretrainedConfig
+    from transformers.integrations import get_reporting_integration_callbacks
+    def check(key, needs):
+        try: needs()
+        except Exception as e: answers.append((key, f"It would stop the run once the model is loaded: {' '.join(str(e).split())}", "Install what it needs, or take it out."))
+    if "report_to" in recipe: check("report_to", lambda: [tracker() for tracker in get_reporting_integration_callbacks(training.report_to)])
+    if model.quantization_bit: check("quantization_bit", lambda: configure_quantization(PretrainedConfig(), None, model, training.do_train, {}))
+    if model.flash_attn == "fa2" and not importlib.util.find_spec("flash_attn"):
+        answers.append(("flash_attn", "FlashAttention-2 is not installed, and LLaMA-Factory goes on without it.", "Install flash-attn, or leave flash_attn out.", "warning"))
+
 def is_named(key, text): return re.search(f"(?<![a-z_]){re.escape(key)}(?![a-z_])", text)
 
 with contextlib.redirect_stdout(sys.stderr):
     from llamafactory import hparams
     kinds = "Model", "Data", "Training", "Finetuning", "Generating"
-    names = {f.name for kind in kinds for f in dataclasses.fields(getattr(hparams, f"{kind}Arguments"))}
+    names = {f.name: f for kind in kinds for f in dataclasses.fields(getattr(hparams, f"{kind}Arguments"))}
     for k in recipe:
         if k in names: continue
         what = f"LLaMA-Factory knows no argument {k!r}{hint(k, names)}"
         answers.append((k, what, "Correct the key, or take it out."))
-    try: hparams.get_train_args({k: v for k, v in recipe.items() if k in names})
+    wrong = {k: fault for k, v in recipe.items() if k in names and isinstance(v, str) and (fault := not_text(names[k], v))}
+    answers += [(k, *fault) for k, fault in wrong.items()]
+    try: check_packages(*hparams.get_train_args({k: v for k, v in recipe.items() if k in names.keys() - wrong})[:3])
     except Exception as e:
         where = ", ".join(k for k in recipe if is_named(k, str(e))) or "recipe"
         answers.append((where, f"LLaMA-Factory refuses it: {e}", "Change the recipe as it says."))
@@ -423,8 +456,9 @@ def _known(value):
     return {k: _known(v) for k,v in value.items() if v != 'auto'} if isinstance(value, dict) else value
 
 def _trial(recipe, folder):
-    "The recipe as it can be asked about on any machine."
-    return {k:v for k,v in recipe.items() if k != 'deepspeed'} | {'use_cpu': True, 'output_dir': folder}
+    "The recipe as it can be asked about without a GPU and without other ranks. What asks for a GPU is not asked where there is one."
+    apart = ('deepspeed', *('pure_bf16', 'tf32')*bool(gpus()))
+    return {k:v for k,v in recipe.items() if k not in apart} | {'use_cpu': True, 'output_dir': folder}
 
 def _trial_zero(recipe):
     "Its ZeRO config, likewise; empty if there is none, or none that can be read."
@@ -434,22 +468,14 @@ def _trial_zero(recipe):
 
 def ask_llamafactory(
     recipe:dict, # The recipe
+    python=sys.executable, # Interpreter of the environment that has LLaMA-Factory
 )->list: # `Finding`s
     "What LLaMA-Factory's parser and DeepSpeed's config class say of a recipe; takes some ten seconds."
     with tempfile.TemporaryDirectory() as folder:
         question = json.dumps([_trial(recipe, folder), _trial_zero(recipe)], default=os.fspath)
-        done = subprocess.run([sys.executable, '-c', _ask], input=question, capture_output=True, text=True,
+        done = subprocess.run([python, '-c', _ask], input=question, capture_output=True, text=True,
                               env=child_env(), cwd=folder)
     if done.returncode:
         why = done.stderr.strip().splitlines()[-1]
         return [Finding('llamafactory', f'LLaMA-Factory cannot be imported: {why}', 'See `check_stack()`.')]
     return [Finding(*answer) for answer in json.loads(done.stdout)]
-
-# %% ../nbs/03_recipe.ipynb #0326721f
-def check_recipe(
-    recipe:dict, # The recipe
-    nproc:int=None, # Number of processes that it will run on; `None`: one for each GPU here
-): # Findings as a `DataFrame`: level, where, what, cure; empty is good
-    "Everything that is wrong with a recipe, in words, before anything starts."
-    nproc = nproc or max(1, len(gpus()))
-    return findings_table(recipe_findings(recipe, nproc) + data_findings(recipe) + ask_llamafactory(recipe))

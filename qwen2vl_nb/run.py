@@ -15,14 +15,14 @@ from pathlib import Path
 import platformdirs, psutil
 from filelock import FileLock
 from . import waiter, worker
-from .stack import Finding, gpus, installed_versions, version_findings
+from .stack import Finding, gpus, installed_versions
 from .checkpoint import checkpoints, newest_complete
 from .files import Damaged, json_or, read_bytes, write_json, write_text
 from .data import chat_template
 from .registry import child_env
-from .recipe import data_findings, find_adapter, load_recipe, recipe_findings, save_recipe
-from .memory import GiB, model_config, predict_memory
-from .plan import memory_findings
+from .recipe import data_findings, find_adapter, load_recipe, save_recipe
+from .memory import GiB, model_config
+from .checks import late_findings, quick_findings, slow_findings
 from .loss import read_log
 from .failure import _json, find_failure
 
@@ -244,21 +244,6 @@ def runs(
     return table
 
 # %% ../nbs/08_run.ipynb #a004935d
-def _machine_findings(recipe):
-    "What this machine, without a GPU, will not take."
-    if gpus(): return []
-    half = next((k for k in ('bf16', 'fp16') if recipe.get(k)), None)
-    if not half: return []
-    if recipe.get('deepspeed'): why, cure = 'takes DeepSpeed ranks on the CPU in fp32 only', f'Leave {half} out, or go where a GPU is.'
-    elif not recipe.get('use_cpu'): why, cure = f'refuses {half} on the CPU without use_cpu', f'Set use_cpu: true, or leave {half} out.'
-    else: return []
-    return [Finding(half, f'There is no GPU here, and LLaMA-Factory {why}.', cure)]
-
-def _version_findings(recipe, versions):
-    "What is known to break among the versions; what only scores need, only where there are some."
-    unused = () if recipe.get('predict_with_generate') else ('jieba', 'nltk', 'rouge-chinese')
-    return [f for f in version_findings(versions) if f.level == 'error' and f.where not in unused]
-
 def _address(master):
     "Host and port of the first machine."
     host, _, port = (master or '').rpartition(':')
@@ -274,28 +259,6 @@ def _port_findings(about):
         try: s.bind(('', port))
         except OSError: return [Finding('master', f'Port {port} is taken on this machine.', 'Name another port, on all machines.')]
     return []
-
-# %% ../nbs/08_run.ipynb #272debc2
-def _free(folder):
-    "Free bytes on the disk of a folder that may not be there yet."
-    there = next(p for p in (Path(folder).absolute(), *Path(folder).absolute().parents) if p.exists())
-    return psutil.disk_usage(str(there)).free
-
-def _disk_findings(recipe, ranks):
-    "Whether there is room for the checkpoints that are kept, one more while it is written."
-    model = Path(recipe['model_name_or_path'])
-    if not recipe.get('do_train') or not model.is_dir(): return []
-    free, kept = _free(recipe['output_dir']), (recipe.get('save_total_limit') or 1) + 1
-    if free > 7*kept*sum(p.stat().st_size for p in model.glob('*.safetensors')): return []
-    try: one = predict_memory(recipe, None, ranks).disk
-    except ValueError: return []
-    if free > kept*one: return []
-    what = f"A checkpoint takes {one/GiB:.3g} GiB, {kept} of them may lie there at once, and {free/GiB:.3g} GiB are free in {recipe['output_dir']}."
-    return [Finding('disk', what, 'Make room, choose another output_dir, or set save_total_limit: 1.', 'error' if free < one else 'warning')]
-
-def _slow_findings(recipe, ranks, cards):
-    "What may take longer to find than anybody should wait: faults of the data, memory, disk."
-    return data_findings(recipe) + memory_findings(recipe, cards) + _disk_findings(recipe, ranks)
 
 # %% ../nbs/08_run.ipynb #ad8cc676
 def _refuse(found, force):
@@ -444,10 +407,11 @@ _seconds = 1.5 # How long a start waits for the checks that may take longer
 def _checked(recipe, about):
     "Check a recipe; what takes long goes on beside. Returns what is done with the run once it has started."
     ranks, force = about['nproc']*about['nnodes'], about['force']
-    found = recipe_findings(recipe, ranks) + _machine_findings(recipe) + _version_findings(recipe, about['versions']) + _port_findings(about)
+    found = quick_findings(recipe, ranks, about['versions'], about['given'], about['python']) + _port_findings(about)
     errors = any(f.level == 'error' for f in found)
     pool = ThreadPoolExecutor(1)
-    beside = pool.submit(data_findings, recipe) if errors else pool.submit(_slow_findings, recipe, ranks, gpus(_visible(about['given']))[:about['nproc']])
+    cards = gpus(_visible(about['given']))[:about['nproc']]
+    beside = pool.submit(data_findings, recipe) if errors else pool.submit(lambda: slow_findings(recipe, ranks, cards) + late_findings(recipe, about['python']))
     pool.shutdown(wait=False)
     then = lambda run: None
     try: found += beside.result(None if errors and not force else _seconds)  # with an error all others are waited for

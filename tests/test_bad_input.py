@@ -39,7 +39,7 @@ LAUNCHING = {
     'a ZeRO file that does not exist': (dict(deepspeed='examples/deepspeed/ds_z3_config.json', use_cpu=None), 'ships its ZeRO configs in its repository'),
     'use_cpu with ZeRO-3': (dict(deepspeed=zero_config('z3')), 'sees a single process'),
     'bf16 without a GPU': (dict(bf16=True, use_cpu=None), 'refuses bf16 on the CPU'),
-    'bf16 ranks without a GPU': (dict(bf16=True, use_cpu=None, deepspeed=zero_config('z2')), 'in fp32 only'),
+    'bf16 ranks without a GPU': (dict(bf16=True, use_cpu=None, deepspeed=zero_config('z2')), 'refuses bf16 on the CPU'),
 }
 
 @pytest.mark.parametrize('changes,words', LAUNCHING.values(), ids=LAUNCHING.keys())

@@ -3,7 +3,8 @@ import json
 
 import pytest
 
-from qwen2vl_nb.recipe import _known, _trial, ask_llamafactory, check_recipe, load_recipe, predict_recipe, save_recipe, train_recipe
+from qwen2vl_nb.checks import check_recipe
+from qwen2vl_nb.recipe import _known, _trial, ask_llamafactory, load_recipe, predict_recipe, save_recipe, train_recipe
 from qwen2vl_nb.zero import zero_config, zero_names
 
 SEED_72B = dict(trust_remote_code=True, max_samples=1000, preprocessing_num_workers=16, report_to=None, overwrite_output_dir=True, gradient_accumulation_steps=1,

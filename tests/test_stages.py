@@ -69,9 +69,9 @@ def registry(tmp_path_factory):
         registry[name] = {'file_name': f'{name}.json'} | entry
     return registry
 
-def _recipe(tiny, registry, stage='sft', name='alpaca', **changes):
+def _recipe(tiny, registry, stage='sft', name='alpaca', output_dir=None, **changes):
     more = {'reward_model': str(tiny)} if stage == 'ppo' else {}
-    return train_recipe(tiny, name, registry.dataset_dir/'out', **dict(stage=stage, dataset_dir=str(registry.dataset_dir), cutoff_len=32, max_steps=1,
+    return train_recipe(tiny, name, output_dir or registry.dataset_dir/'out', **dict(stage=stage, dataset_dir=str(registry.dataset_dir), cutoff_len=32, max_steps=1,
         bf16=None, use_cpu=True, preprocessing_num_workers=None, gradient_accumulation_steps=1) | more | changes)
 
 @pytest.fixture(scope='module')
@@ -89,3 +89,16 @@ def test_the_stage_table_is_llamafactory_s_own(tiny, registry, verdicts):
     for (stage, name), said in verdicts.items():
         errors = [f.what for f in data_findings(_recipe(tiny, registry, stage, name)) if f.level == 'error']
         assert bool(errors) == bool(said), f'{stage} with {name}. LLaMA-Factory: {said or "takes it"}. Ours: {errors or "nothing"}.'
+
+def test_dpo_on_a_ranking_trains(tiny, registry):
+    "The way of a user: launched as it is, with nothing in the way, and the loss of DPO in the log."
+    from qwen2vl_nb.run import launch
+    run = launch(_recipe(tiny, registry, 'dpo', 'sharegpt ranking', cutoff_len=256, max_steps=2, logging_steps=1)).wait()
+    assert run.status == 'done' and 'rewards/accuracies' in run.log() and (run.output_dir/'adapter_model.safetensors').is_file()
+
+@pytest.mark.soak
+@pytest.mark.parametrize('stage, name', [('pt', 'text'), ('sft', 'sharegpt with roles'), ('rm', 'alpaca ranking'), ('dpo', 'alpaca ranking'), ('kto', 'alpaca kto'), ('kto', 'sharegpt kto')])
+def test_a_stage_trains_on_data_that_its_workflow_takes(stage, name, tiny, registry):
+    from qwen2vl_nb.run import launch
+    out = registry.dataset_dir/f'out-{stage}-{name}'
+    assert launch(_recipe(tiny, registry, stage, name, cutoff_len=32 if stage == 'pt' else 256, max_steps=2, output_dir=str(out))).wait().status == 'done'
