@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST', 'LINE', 'whole_file', 'write_text', 'write_json', 'sweep', 'Damaged', 'open_regular', 'read_bytes',
-           'read_text', 'read_tail', 'parse_json', 'read_json', 'json_or', 'whole_lines', 'other_name', 'write_new',
-           'may_replace', 'check_replaceable', 'own_file']
+           'read_text', 'read_tail', 'parse_json', 'read_json', 'json_or', 'lines_of', 'whole_lines', 'other_name',
+           'write_new', 'may_replace', 'check_replaceable', 'own_file']
 
 # %% ../nbs/00_files.ipynb #2f3b0ec2
 import hashlib, io, json, os, secrets, shutil, stat
@@ -153,6 +153,18 @@ def json_or(
 # %% ../nbs/00_files.ipynb #74ebcbbe
 LINE = 2**26 # Bytes of a line at most
 
+def lines_of(
+    file, # A binary file that is open for reading
+    at:int=0, # Byte to begin with
+    most:int=LINE, # Bytes of a line; of a longer one only so many are given
+): # Yields (byte at which the line begins, the line as bytes); a line that was too long has no `\n` at its end
+    "The complete lines of an open file; after each, the file's position is where the next one begins."
+    file.seek(at)
+    while line := file.readline(most):
+        start, at, first = at, at + len(line), line
+        while len(line) == most and not line.endswith(b'\n') and (line := file.readline(most)): at += len(line)
+        if line.endswith(b'\n'): yield start, first
+
 def whole_lines(
     path:str|Path, # File of lines; a missing file has none
     at:int=0, # Byte to begin with
@@ -161,12 +173,7 @@ def whole_lines(
     "The complete lines of a regular file. Raises `Damaged` for anything but a regular file."
     try: f = open_regular(path)
     except FileNotFoundError: return
-    with f:
-        f.seek(at)
-        while line := f.readline(most):
-            start, at, first = at, at + len(line), line
-            while len(line) == most and not line.endswith(b'\n') and (line := f.readline(most)): at += len(line)
-            if line.endswith(b'\n'): yield start, first
+    with f: yield from lines_of(f, at, most)
 
 # %% ../nbs/00_files.ipynb #0bc0d38b
 def _digest(file):

@@ -29,6 +29,8 @@ def run_with(folder, content):
 def append(folder, content):
     with open(folder/'trainer_log.jsonl', 'ab') as f: f.write(content.encode() if isinstance(content, str) else content)
 
+def rows_of(log): return [{k: v for k,v in r.items() if v == v} for r in log.table().to_dict('records')]
+
 ROWS = [r for n in range(5, 205, 5) for r in [row(n), *[evaluated(n, 1/n)]*(n % 50 == 0)]]
 
 def drawn(figure, panel=0): return {line.get_label(): line for line in figure.axes[panel].lines}
@@ -38,10 +40,10 @@ def drawn(figure, panel=0): return {line.get_label(): line for line in figure.ax
 def test_a_torn_last_line_waits_for_its_rest(tmp_path):
     half = len(text(ROWS)) - 20
     log = Log(run_with(tmp_path, text(ROWS)[:half]))
-    assert log.update() and log.rows == ROWS[:-1]
+    assert log.update() and rows_of(log) == ROWS[:-1]
     assert not log.update() and log.offset == len(text(ROWS[:-1]))
     append(tmp_path, text(ROWS)[half:])
-    assert log.update() and log.rows == ROWS
+    assert log.update() and rows_of(log) == ROWS
 
 @pytest.mark.parametrize('torn', ['{"current_steps": 205, "lo', '{"current_steps": 205, "lo\n', '\n\n', '\0\0\0', '{"current_steps": 205, "loss": "\n', '[1]\n3\n', '\xff\n'.encode('latin1')])
 def test_a_torn_line_in_the_middle_costs_no_other_row(tmp_path, torn):
@@ -87,17 +89,19 @@ def test_an_update_reads_only_what_was_added(tmp_path, monkeypatch):
         class Watched:
             def __enter__(self): return self
             def __exit__(self, *_): file.close()
-            def read(self, *size):
-                sizes.append(len(data := file.read(*size)))
+            def _count(self, data):
+                sizes.append(len(data))
                 return data
+            def read(self, *size): return self._count(file.read(*size))
+            def readline(self, *size): return self._count(file.readline(*size))
             def __getattr__(self, name): return getattr(file, name)
         return Watched()
     append(tmp_path, added := text([row(205)]))
     monkeypatch.setattr('builtins.open', watched)
     assert log.update()
     monkeypatch.undo()
-    assert sizes and sum(sizes) <= len(added) + 200 < len(text(ROWS))
-    assert log.offset == len(text(ROWS)) + len(added) and log.rows[:-1] == ROWS
+    assert sizes and sum(sizes) <= 2*len(added) + 400 < len(text(ROWS))
+    assert log.offset == len(text(ROWS)) + len(added) and rows_of(log)[:-1] == ROWS
 
 @pytest.mark.parametrize('how', ['shorter', 'as long', 'longer', 'renamed', 'gone for a while'])
 def test_a_log_that_was_replaced_is_read_anew(tmp_path, how):
@@ -110,14 +114,14 @@ def test_a_log_that_was_replaced_is_read_anew(tmp_path, how):
         os.replace(run_with(tmp_path/'beside', text(other))/'trainer_log.jsonl', tmp_path/'run/trainer_log.jsonl')
     elif how == 'gone for a while':
         (tmp_path/'run/trainer_log.jsonl').unlink()
-        assert not log.update() and log.rows == ROWS
+        assert not log.update() and rows_of(log) == ROWS
         run_with(tmp_path/'run', text(other))
     else:
         if how == 'shorter': other = other[:9]
         if how == 'longer': other = other + [row(205)]
         if how == 'as long': other = [r | {'total_steps': 2000} for r in ROWS]
         run_with(tmp_path/'run', text(other))
-    assert log.update() and log.rows == other and len(log.table()) == len(other)
+    assert log.update() and rows_of(log) == other and len(log.table()) == len(other)
 
 def test_a_table_is_made_once(tmp_path):
     log = Log(run_with(tmp_path, text(ROWS)))
@@ -152,7 +156,7 @@ def test_read_in_any_portions_it_is_the_same(tmp_path_factory, pieces, cuts):
         log.update()
     assert log.offset == len(data)
     pd.testing.assert_frame_equal(log.table(), read_log(whole))
-    steps = [r['current_steps'] for r in log.rows]
+    steps = [r['current_steps'] for r in rows_of(log)]
     assert steps == sorted(steps) and 1 not in steps
 
 @pytest.fixture(scope='module')
