@@ -716,7 +716,7 @@ def _dialogue_form(path, rows, image, video):
 def read_rows(
     source, # A file or folder, or a pair of files (VQA v2)
     place, # Where its pictures are looked for
-    encoding:str=None, # Of a text file; `None`: UTF-8, UTF-16 or GB18030, by its bytes
+    encoding:str=None, # Of a text file; `None`: UTF-8, UTF-16, UTF-32 or GB18030, by its bytes
 )->tuple: # (rows, what the source was taken for)
     "The rows of a source, as dicts."
     if isinstance(source, (list, tuple)): rows, taken = _read_vqa(source, place)
@@ -764,7 +764,7 @@ def read_samples(
     response:str=None, # Column with the answer; `None`: `output`, `response` or `answer`
     video:str=None, # Column with clips, as `image`; `None`: `video` or `videos`
     media_dir=None, # Folder of the pictures, or for those that are written out; `None`: beside the source
-    encoding:str=None, # Of a text file; `None`: UTF-8, UTF-16 or GB18030, by its bytes
+    encoding:str=None, # Of a text file; `None`: UTF-8, UTF-16, UTF-32 or GB18030, by its bytes
 )->list: # Questions or dialogues: `image`, `instruction`, `input`, `output` or `messages`, and other columns
     "Read labels into samples, and say what they were taken for."
     from tqdm import tqdm

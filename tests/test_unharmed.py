@@ -3,7 +3,7 @@ import http.server, json, os, shutil, threading
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from qwen2vl_nb.data import check_samples, describe_samples, read_samples, show_samples, write_samples
 from qwen2vl_nb.registry import Registry
@@ -193,6 +193,7 @@ def test_no_program_is_run_for_a_picture(tmp_path, monkeypatch):
         (tmp_path/'bin'/name).write_text(f'#!/bin/sh\ntouch "{ran}"\n')
         (tmp_path/'bin'/name).chmod(0o755)
     monkeypatch.setenv('PATH', f'{tmp_path/"bin"}:{os.environ["PATH"]}')
+    monkeypatch.setattr(EpsImagePlugin, 'gs_binary', None)  # what it found before
     (tmp_path/'a.png').write_text('%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n%%EndComments\nshowpage\n')
     with Image.open(tmp_path/'a.png') as im, pytest.raises(Exception): im.load()
     assert ran.exists(), 'Pillow, as LLaMA-Factory calls it, does'
