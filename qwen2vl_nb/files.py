@@ -270,6 +270,7 @@ def own_file(
 ):
     "A text file as from `whole_file`, which replaces only what `may_replace` allows."
     path = os.path.realpath(path)
+    if not overwrite and not os.path.isfile(path): check_replaceable(path)
     with whole_file(path) as f:
         yield f
         f.flush()
