@@ -375,7 +375,7 @@ def _check_free(name, file_name, entries):
         raise ValueError(f'{name!r} is taken: {json.dumps(entries[name])}. '
                          f'Choose another name, or `del registry[{name!r}]` first.')
     owners = [n for n in entries if n != name and files[n] == file_name]
-    if file_name in ('dataset_info.json', _record(Path()).name): owners = ['the registry']
+    if file_name == 'dataset_info.json': owners = ['the registry']
     if owners: raise ValueError(f'The file {file_name} is that of {owners[0]}; give another file_name.')
 
 def _stamp(path):
@@ -392,7 +392,7 @@ def _check_choice(what, value, choices):
 def _digest(file):
     with open_regular(file) as f: return hashlib.file_digest(f, 'blake2b').hexdigest()[:32]
 
-def _record(folder): return folder/'.dataset_info.written.json' # file name → digest of what was written; '' while it is being written
+def _record(folder): return folder/'.dataset_info.written' # file name → digest of what was written; '' while it is being written
 
 def _is_ours(folder, file_name):
     "Whether a file is as it was written here. Of one whose writer was killed, nobody knows more than its form."
@@ -418,7 +418,8 @@ def _noted(folder, file_name):
     note('')
     try: yield
     except BaseException:
-        write_json(_record(folder), before)
+        if before: write_json(_record(folder), before)
+        else: _record(folder).unlink(missing_ok=True)
         raise
     note(_digest(folder/file_name))
 

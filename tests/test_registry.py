@@ -189,7 +189,7 @@ def test_no_name_leads_to_a_file_of_somebody_else(tmp_path):
     (reg.dataset_dir/'linked.json').symlink_to(theirs)
     (reg.dataset_dir/'sub').mkdir()
     reg['theirs'] = {'file_name': './sub/../spelt.json'}
-    for name, file in (('linked', None), ('up', '../theirs.json'), ('absolute', str(theirs)), ('spelt', None), ('x', '.dataset_info.written.json'), ('y', 'sub/../dataset_info.json')):
+    for name, file in (('linked', None), ('up', '../theirs.json'), ('absolute', str(theirs)), ('spelt', None), ('x', '.dataset_info.written'), ('y', 'sub/../dataset_info.json')):
         with pytest.raises((FileExistsError, ValueError)): reg.add(name, [QUESTION], file_name=file)
     reg.add('mine', [QUESTION])
     (reg.dataset_dir/'mine.json').unlink()
