@@ -50,7 +50,7 @@ TRAINS = {
 def recipes(tiny, data, tmp_path_factory):
     from qwen2vl_nb.recipe import train_recipe
     make = lambda name, changes: train_recipe(tiny, 'car_item', tmp_path_factory.mktemp('run')/'out', **dict(dataset_dir=str(data), max_steps=1, max_samples=4,
-        bf16=None, use_cpu=True, gradient_accumulation_steps=1, preprocessing_num_workers=None, plot_loss=None, save_strategy='no') | changes)
+        bf16=None, use_cpu=True, gradient_accumulation_steps=1, preprocessing_num_workers=None, plot_loss=None, save_strategy='no', overwrite_output_dir=True) | changes)
     return {name: make(name, changes) for name, changes in (STOPS | TRAINS).items()}
 
 @pytest.fixture(scope='module')
