@@ -17,13 +17,13 @@ from filelock import FileLock
 from . import waiter, worker
 from .stack import Finding, gpus, installed_versions
 from .checkpoint import checkpoints, newest_complete
-from .files import Damaged, json_or, read_bytes, write_json, write_text
+from .files import Damaged, json_or, parse_json, read_bytes, read_tail, write_json, write_text
 from .data import chat_template
 from .registry import child_env
 from .recipe import data_findings, find_adapter, load_recipe, save_recipe
 from .memory import GiB, model_config
 from .checks import late_findings, quick_findings, slow_findings
-from .loss import read_log
+from .loss import best_evaluation
 from .failure import _json, find_failure
 
 # %% ../nbs/08_run.ipynb #48d7a074
@@ -45,24 +45,31 @@ class Progress:
         if not self.rate: return ''
         return f'{self.rate:.2f} {self.unit}s/s' if self.rate >= 1 else f'{1/self.rate:.1f} s/{self.unit}'
 
+    @property
+    def remaining(self):
+        "The time left in words; empty where nobody knows. Whoever tells it takes it from here."
+        if not self.left or not self.left < 1e9: return ''
+        return f'{timedelta(seconds=round(self.left))} left'
+
+    @property
+    def place(self):
+        "Steps and epoch in words; empty as long as nobody knows how many there are."
+        if not self.steps: return ''
+        return f'{self.unit} {self.step} of {self.steps}' + (f', epoch {self.epoch:.2f}' if self.unit == 'step' else '')
+
     def __str__(self):
         if not self.steps: return 'starting'
-        loss = [f'loss {self.loss:.4g}'] if self.loss is not None else []
-        left = [f'{timedelta(seconds=round(self.left))} left'] if self.left else []
-        epoch = [f'epoch {self.epoch:.2f}'] if self.unit == 'step' else []
-        return ', '.join([f'{self.unit} {self.step} of {self.steps}', *epoch, *loss, *filter(None, [self.pace]), *left])
+        loss = f'loss {self.loss:.4g}' if self.loss is not None else ''
+        return ', '.join(filter(None, [self.place, loss, self.pace, self.remaining]))
 
 def _latest(path):
     "What a log that may be growing has said last of each: step, loss, …; not every row has a loss."
-    try:
-        with open(path, 'rb') as f:
-            f.seek(max(0, f.seek(0, os.SEEK_END) - 4096))
-            lines = f.read().split(b'\n')[:-1]
-    except FileNotFoundError: return {}
+    try: lines = read_tail(path, 4096).split('\n')[:-1]
+    except (OSError, Damaged): return {}
     latest = {}
     for line in lines:
-        try: latest |= json.loads(line)
-        except ValueError: continue
+        try: latest |= parse_json(line)
+        except Damaged: continue
     return latest
 
 # %% ../nbs/08_run.ipynb #86d9820d
@@ -87,6 +94,8 @@ def _end(processes):
         except psutil.NoSuchProcess: pass
 
 # %% ../nbs/08_run.ipynb #0efd8117
+_bar = '{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]' # Without tqdm's own estimate of the time left
+
 class Run:
     "A run, seen through its folder. Functions that take a folder take a run too."
     def __init__(self,
@@ -180,11 +189,11 @@ class Run:
         "Block until the run has ended, with progress; interrupting leaves it at work. A failure is raised with its cause."
         try:
             from tqdm import tqdm  # the one in text: it is kept with the notebook, a widget is not
-            with tqdm(desc=self.output_dir.name, unit=self.progress.unit, file=sys.stdout) as bar:
+            with tqdm(desc=self.output_dir.name, file=sys.stdout, bar_format=_bar) as bar:
                 while True:
                     status, now = self.status, self.progress
-                    bar.total, bar.n, bar.initial = now.steps or None, now.step, now.begin
-                    bar.refresh()
+                    bar.total, bar.n = now.steps or None, now.step
+                    bar.set_postfix_str(', '.join(filter(None, [now.pace, now.remaining])))  # refreshes the bar, too
                     if status != 'running': break
                     time.sleep(.5)
         except KeyboardInterrupt:
@@ -224,9 +233,7 @@ def attach(
 # %% ../nbs/08_run.ipynb #c8864673
 def _row(folder, run):
     "A run as a row of the table of runs."
-    try: log = read_log(run)
-    except FileNotFoundError: log = {}
-    lowest = log['eval_loss'].min() if 'eval_loss' in log else None
+    lowest = best_evaluation(run)
     now, started = run.progress, run._json('waiter.json').get('started')
     return {'run': str(run.output_dir.relative_to(folder)), 'state': run.status, 'started': started, 'step': now.step, 'of': now.steps,
             'loss': now.loss, 'best eval_loss': lowest}

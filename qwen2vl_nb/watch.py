@@ -7,11 +7,11 @@ __all__ = ['Seen', 'Paced', 'RunView', 'watch_loss']
 
 # %% ../nbs/08a_watch.ipynb #10bb2611
 import socket, sys, time
-from dataclasses import dataclass, field
-from datetime import timedelta
+from dataclasses import dataclass
 from html import escape
 from threading import Event, Lock, Thread
 from ipywidgets import HTML, Button, HBox, Image, IntProgress, Layout, VBox
+from .files import Damaged
 from .loss import Log, plot_loss
 from .run import Progress, _said, attach
 
@@ -22,34 +22,31 @@ class Seen:
     name:str     # That of its folder
     state:str    # As its `status`, or `'stopping'`
     now:Progress # How far it is
-    logged:dict = field(default_factory=dict) # What was logged last: loss, eval_loss, lr
 
-def _latest(rows):
-    "The last value of each that was logged."
-    latest = {}
-    for row in rows[-1000:]: latest |= row
-    return latest
-
-def _look(run, log):
-    "A look at a run, and at what `log` has read of it."
+def _look(run):
+    "A look at a run."
     state = run.status
     asked = any((run.output_dir/name).exists() for name in ('stop', 'stopping'))
     if state == 'running' and asked: state = 'stopping'
-    return Seen(run.output_dir.name, state, run.progress, _latest(log.rows))
+    return Seen(run.output_dir.name, state, run.progress)
 
 def _headline(seen):
     "State, steps and the time left, in words."
-    now, begins = seen.now, seen.state == 'running' and not seen.now.steps
-    epoch = [f'epoch {now.epoch:.2f}'] if now.unit == 'step' else []
-    at = [f'{now.unit} {now.step} of {now.steps}', *epoch] if now.steps else []
-    left = [f'{timedelta(seconds=round(now.left))} left'] if now.left else []
-    return f'{seen.name}: ' + ', '.join(['starting' if begins else seen.state, *at, *left])
+    begins = seen.state == 'running' and not seen.now.steps
+    return f'{seen.name}: ' + ', '.join(filter(None, ['starting' if begins else seen.state, seen.now.place, seen.now.remaining]))
 
-def _figures(seen, gpu=''):
-    "Loss, learning rate, rate and memory, in words."
+def _figures(logged):
+    "What was logged, as `Log.summary` gives it, in words."
     names = {'loss': 'loss', 'eval_loss': 'evaluation', 'lr': 'learning rate'}
-    logged = [f'{name} {seen.logged[key]:.4g}' for key,name in names.items() if key in seen.logged]
-    return ' · '.join(filter(None, [*logged, seen.now.pace, gpu]))
+    lowest = {'eval_loss': f' (lowest {logged["lowest"]:.4g})'} if 'lowest' in logged else {}
+    said = [f'{name} {logged[key]:.4g}{lowest.get(key, "")}' for key,name in names.items() if key in logged]
+    return f'logged up to step {logged["step"]}: ' + ', '.join(said) if said else ''
+
+def _update(log):
+    "Read on in the log; why it can't be read, in words."
+    try: log.update()
+    except (OSError, Damaged) as e: return f'The log cannot be read: {e}'
+    return ''
 
 def _cause(run):
     "What a run failed of and what to do; empty if it did not fail."
@@ -104,6 +101,7 @@ def _line(text, colour='inherit'):
 _looks = {'done': 'success', 'failed': 'danger', 'stopped': 'warning', 'stopping': 'warning'} # Of the bar
 _shares = dict(words=.002, gpu=.002, curve=.013) # Of one core; together below 2 %
 _at_work = ('running', 'stopping', 'resuming')
+_most_failures = 30 # Looks one after the other that may fail before the view gives up
 
 class RunView(VBox):
     "A run as a widget, up to date as long as the run is at work."
@@ -111,6 +109,7 @@ class RunView(VBox):
         run, # A `Run`
     ):
         self._run, self._log, self._drawn = run, Log(run), 0
+        self._logged, self._rest, self._unread = '', '', ''  # what the picture shows, in words; rate and GPU; why there is no log to be read
         self._doing, self._trouble = '', ''  # what a button has begun; what came of it
         self._lock, self._wake, self._thread, self._left = Lock(), Event(), None, 0
         self._words = Paced(self._say, _shares['words'], .5)
@@ -125,7 +124,7 @@ class RunView(VBox):
         rows = HBox([self._bar, self._head]), HBox([self._stop, self._resume, self._body])
         super().__init__([*rows, self._red, self._picture])
 
-    def __repr__(self): return _headline(_look(self._run, self._log))
+    def __repr__(self): return _headline(_look(self._run))
 
     def _repr_mimebundle_(self, **kwargs):
         self.follow(self._trouble)
@@ -163,12 +162,15 @@ class RunView(VBox):
 
     def _keep_up(self):
         "Refresh until the run has ended, and once more."
-        at_work = False
+        at_work, failed = False, 0
         while self._left:
             asked = self._wake.wait(1)
             self._wake.clear()
-            try: at_work = self._refresh(asked or not at_work)
-            except Exception as e: self._warn(f'This could not be shown: {e!r}')
+            try: at_work, failed = self._refresh(asked or not at_work), 0
+            except Exception as e:
+                failed += 1
+                at_work = at_work and failed < _most_failures
+                self._warn(f'This could not be shown: {e}')
             with self._lock:
                 self._left = 2 if at_work else self._left - 1
                 if not self._left: self._thread = None
@@ -177,28 +179,33 @@ class RunView(VBox):
         "Bring up to date what is due; returns whether the run is at work."
         state = self._words(now)
         at_work = state in _at_work
-        if self._log.rows and self._log.offset != self._drawn: self._curve(now=not at_work)
+        if len(self._log.rows) and self._log.offset != self._drawn: self._curve(now=not at_work)
         self._picture.layout.display = None if at_work or self._drawn else 'none'
-        self._warn(self._trouble or (_cause(self._run) if state == 'failed' else ''))
+        self._warn(self._trouble or self._unread or (_cause(self._run) if state == 'failed' else ''))
         return at_work
 
     def _say(self):
         "Bring words, bar and buttons up to date; returns the state."
-        self._log.update()
-        seen = _look(self._run, self._log)
+        self._unread = _update(self._log)
+        seen = _look(self._run)
         seen.state = state = self._doing or seen.state
         self._stop.disabled = state != 'running'
         self._resume.disabled = state not in ('failed', 'stopped') or seen.now.unit == 'row'  # predict goes on with those
         self._bar.max, self._bar.value = seen.now.steps or 1, seen.now.step
         self._bar.bar_style = _looks.get(state, 'info')
         self._head.value = _line(_headline(seen))
-        self._body.value = _line(_figures(seen, self._gpu() if state in _at_work else ''))
+        self._rest = ' · '.join(filter(None, [seen.now.pace, self._gpu() if state in _at_work else '']))
+        self._tell()
         return state
 
+    def _tell(self): self._body.value = _line(' · '.join(filter(None, [self._logged, self._rest])))
+
     def _draw(self):
-        "Put the curve, as far as it is logged, into the picture."
+        "Put the curve, as far as it is logged, into the picture, and the figures that belong to it beside it."
         self._picture.value = plot_loss(self._log)._repr_png_()
         self._picture.layout.visibility, self._drawn = 'visible', self._log.offset
+        self._logged = _figures(self._log.summary())
+        self._tell()
 
     def _warn(self, text):
         self._red.value, self._red.layout.display = _line(text, _red), None if text else 'none'
@@ -213,9 +220,9 @@ def _in_notebook():
 
 def _print(run):
     log = Log(run)
-    log.update()
-    seen = _look(run, log)
-    print(*filter(None, [_headline(seen), _figures(seen), _cause(run)]), sep='\n')
+    unread, seen = _update(log), _look(run)
+    figures = ' · '.join(filter(None, [_figures(log.summary()), seen.now.pace]))
+    print(*filter(None, [_headline(seen), figures, unread or _cause(run)]), sep='\n')
 
 def watch_loss(
     run, # A run, or its folder
