@@ -10,7 +10,7 @@ import hashlib, json, os, re, sys, warnings
 from contextlib import suppress
 from pathlib import Path
 from filelock import FileLock
-from . import answers, hf, served
+from . import answers, hf, hidden, served
 from .stack import Finding
 from .answers import missing, whole_lines
 from .served import server_options
@@ -77,7 +77,7 @@ def question(
     "All that the answers depend on."
     full = absolute_recipe(recipe)
     adapters = full.get('adapter_name_or_path', '').split(',') if full.get('adapter_name_or_path') else []
-    return {'engine': f'{engine} ({model})' if model else engine, 'recipe': {k: v for k, v in full.items() if k not in _may_change},
+    return {'engine': f'{engine} ({model})' if model else engine, 'recipe': {k: v for k, v in hidden.apart(full)[1].items() if k not in _may_change},
             'model': _held(full['model_name_or_path'], '*.json', '*.safetensors', '*.jinja'),
             'adapter': {name: held for folder in adapters for name, held in _held(folder, 'adapter_*').items()},
             'rows': hashlib.sha256(''.join(rows).encode()).hexdigest()}
@@ -112,8 +112,8 @@ def _ask(folder, asked, rows):
             raise ValueError(f'{folder} has the answers to another question:\n- ' + '\n- '.join(changes) +
                              '\nNothing was touched. Choose another output_dir, or delete this one.')
         if (folder/'question.json').exists(): return
-        write_text(folder/'asked.jsonl', ''.join(rows))
-        write_text(folder/'question.json', json.dumps(asked, indent=1, ensure_ascii=False) + '\n')
+        write_text(folder/'asked.jsonl', ''.join(rows), private=True)
+        write_text(folder/'question.json', json.dumps(asked, indent=1, ensure_ascii=False) + '\n', private=True)
 
 # %% ../nbs/09_predict.ipynb #17c5656a
 _pictures = re.compile(r'<\|vision_start\|>(?:<\|(image|video)_pad\|>)+<\|vision_end\|>')
@@ -195,7 +195,7 @@ def _begin_hf(recipe, samples, folder, about):
     known = json.loads(asked.read_text(encoding='utf-8'))
     if 'budget' not in known:  # the batches stay the same wherever it goes on
         known['budget'] = _budget(recipe, size, memory)
-        write_text(asked, json.dumps(known, indent=1, ensure_ascii=False) + '\n')
+        write_text(asked, json.dumps(known, indent=1, ensure_ascii=False) + '\n', private=True)
     return _start_workers(recipe, folder, about | {'budget': known['budget']}, _workers(about))
 
 def _asking(about, options):

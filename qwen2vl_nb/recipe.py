@@ -135,6 +135,7 @@ def absolute_recipe(
 def save_recipe(
     recipe:dict, # The recipe
     path, # YAML file to write
+    private:bool=False, # Readable by its owner only (0600)
 )->Path: # The file
     "Write a recipe as the YAML that `llamafactory-cli train` reads."
     path = Path(path).absolute()
@@ -147,7 +148,7 @@ def save_recipe(
     recipe = absolute_recipe(recipe)
     command = f'{"FORCE_TORCHRUN=1 " if "deepspeed" in recipe else ""}llamafactory-cli train {path.name}'
     lines = yaml.dump(recipe, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
-    write_text(path, f'# {command}\n{lines}')
+    write_text(path, f'# {command}\n{lines}', private)
     return path
 
 # %% ../nbs/03_recipe.ipynb #e3901ee6
