@@ -88,7 +88,7 @@ def last_start(
 )->dict: # What `run.json` says; empty where no run was started here by this package
     "What was started last in a folder."
     about = state_or_empty(folder, 'run.json')
-    return about if {'id', 'command', 'versions', 'host', 'nproc'} <= about.keys() else {}
+    return about if {'id', 'command', 'cwd', 'python', 'versions', 'host', 'nproc', 'nnodes', 'node_rank', 'master', 'given', 'force'} <= about.keys() else {}
 
 def files_of(
     folder, # Any folder

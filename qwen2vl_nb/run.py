@@ -282,6 +282,7 @@ class Run:
     ):
         "Go on from the last whole checkpoint, with the same recipe, on as many processes."
         __tracebackhide__ = True
+        if not last_start(self): raise RuntimeError(f"There is nothing to resume in {self.output_dir}: {self._damage() or 'its run.json is missing, or was not written by launch()'}")
         return _resume(self, master)
 
 def _said(finding): return f'{finding.where}: {finding.what} {finding.cure}'

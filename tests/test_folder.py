@@ -1,0 +1,136 @@
+"""Folders of runs that are damaged, foreign or in use: looking at them never fails, and nothing that isn't a run's own is touched.
+
+The product of every file of state, every kind of damage and every call is walked in one process: no call may end in an exception that
+doesn't say in words what is wrong, and none may block."""
+import errno, json, os, shutil, signal, socket, time
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import pytest
+
+from qwen2vl_nb import run as run_module
+from qwen2vl_nb.failure import find_failure
+from qwen2vl_nb.loss import read_log
+from qwen2vl_nb.recipe import save_recipe
+from qwen2vl_nb.run import Run, attach, runs
+from qwen2vl_nb.watch import watch_loss
+
+ABOUT = dict(id='0'*32, python='/no/python', nproc=2, nnodes=1, node_rank=0, master=None, given={}, force=False, host=socket.gethostname(), versions={'torch': '2.8.0'},
+             gpus=[{'total': 80*2**30, 'device': '0'}], cwd='/no/folder', command=['python', 'agent.py', '--log-dir', 'ranks'], env={'A': 'b'}, inherited={})
+STATE = {
+    'run.json': ABOUT,
+    'waiter.json': dict(pid=2**22 + 1, created=1, started=1e9, child=2**22 + 2, child_created=1),
+    'ended.json': dict(returncode=1, asked=False, time=1e9, killed_by_kernel=False),
+    'progress.json': dict(step=3, steps=9, epoch=.5, time=1e9 + 10, began=1e9, from_step=0),
+    'failure-0.json': dict(rank=0, type='torch.OutOfMemoryError', message='CUDA out of memory.', file='a.py', line=1, function='f', traceback='…', time=1e9),
+    'refused.json': [dict(where='data', what='Row 7 has no picture.', cure='Mend it.')],
+}
+LOG = '\n'.join(json.dumps(dict(current_steps=i, total_steps=9, loss=.5, eval_loss=.4, epoch=.1, lr=1e-4)) for i in range(1, 4)) + '\n'
+OTHERS = {'run.log': 'ValueError: no\n', 'trainer_log.jsonl': LOG, 'ranks/x/attempt_0/0/stderr.log': 'no\n', 'stop': '120\n'}
+
+def make(folder, **changes):
+    "A folder as a failed run leaves it."
+    for name, value in STATE.items():
+        if name != 'refused.json': write(folder/name, json.dumps(value | changes.get(name.partition('.')[0], {})))
+    for name, text in OTHERS.items():
+        if name != 'stop': write(folder/name, text)
+    save_recipe(dict(model_name_or_path='Qwen/Qwen2-VL-7B-Instruct', output_dir=str(folder), do_train=True), folder/'recipe.yaml')
+    return folder
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    os.utime(path, (2e9 if path.name == 'trainer_log.jsonl' else 1e9,)*2)  # a run.json of now would be that of a run being started
+
+def wipe(path):
+    if path.is_dir() and not path.is_symlink(): shutil.rmtree(path)
+    elif os.path.lexists(path): path.unlink()
+
+def huge(path):
+    with open(path, 'wb') as f: f.truncate(2**30)
+
+DAMAGE = {
+    'missing': lambda p: None, 'empty': lambda p: write(p, ''), 'binary': lambda p: write(p, bytes(range(256))), 'NULs': lambda p: write(p, bytes(4096)),
+    'truncated': lambda p: write(p, p.kept[:len(p.kept)//2]), 'nested': lambda p: write(p, '['*100_000), 'a folder': lambda p: p.mkdir(),
+    'a FIFO': os.mkfifo, '/dev/zero': lambda p: p.symlink_to('/dev/zero'), 'a link to nothing': lambda p: p.symlink_to(p.parent/'nothing'),
+    'a link to itself': lambda p: p.symlink_to(p), '1 GB': huge, 'a list of numbers': lambda p: write(p, '[1, 2]'),
+} | {f'JSON {text}': lambda p, text=text: write(p, text) for text in ('[]', 'null', '1', '"x"', '{}', '[{}]', 'NaN')}
+VALUES = (None, -1, 10**30, 1e300, 1e999, True, 'x', '\ud800', [], [None], {}, {'a': {'b': 1}}, [[[]]])
+
+@contextmanager
+def in_time(what, seconds=30):
+    "Fail if something takes too long, as a FIFO without a writer does."
+    def over(*_): raise TimeoutError(f'{what} took longer than {seconds} s')
+    before = signal.signal(signal.SIGALRM, over)
+    signal.alarm(seconds)
+    try: yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+def shown(run):
+    with redirect_stdout(StringIO()) as text: watch_loss(run)
+    return text.getvalue()
+
+CALLS = {  # Call → the exceptions that may say in words what is wrong
+    'attach': (lambda f: repr(attach(f)), FileNotFoundError), 'status': (lambda f: Run(f).status, ()), 'progress': (lambda f: str(Run(f).progress), ()),
+    'log': (lambda f: Run(f).log(), ()), 'log of a rank': (lambda f: Run(f).log(0), ValueError), 'failure': (lambda f: str(Run(f).failure), ()),
+    'find_failure': (lambda f: str(find_failure(f)), ()), 'gpu': (lambda f: Run(f).gpu(), ()), 'recipe': (lambda f: Run(f).recipe, (ValueError, FileNotFoundError)),
+    'runs': (lambda f: str(runs(f.parent)), ()), 'stop': (lambda f: Run(f).stop(patience=0), ()), 'wait': (lambda f: Run(f).wait(), RuntimeError),
+    'watch': (shown, FileNotFoundError),
+}
+
+def looked_at(folder, what, calls):
+    "What goes wrong when each call is made."
+    wrong = []
+    for call in calls:
+        act, allowed = CALLS[call]
+        try:
+            with in_time(what): act(folder)
+        except allowed as e:
+            if not any(name in str(e) for name in ('run.json', 'recipe.yaml', 'rank', str(folder))): wrong.append(f'{call} of {what}: {e!r}')
+        except Exception as e: wrong.append(f'{call} of {what}: {e!r}')
+    return wrong
+
+def damaged(folder):
+    "Damage a file in every way, one after the other; yields what it is."
+    for name in (*STATE, *OTHERS, 'recipe.yaml'):
+        path = folder/name
+        for kind, damage in DAMAGE.items():
+            if kind == '1 GB' and path.suffix == '.jsonl': continue
+            is_there, path.kept = path.exists(), path.read_bytes() if path.exists() else json.dumps(STATE.get(name, 1)).encode()
+            wipe(path)
+            damage(path)
+            yield f'{name}: {kind}'
+            wipe(path)
+            if is_there: write(path, path.kept)
+    for name, state in STATE.items():
+        path, is_list = folder/name, isinstance(state, list)
+        is_there = path.exists()
+        for key in (state[0] if is_list else state):
+            for value in VALUES:
+                changed = [state[0] | {key: value}] if is_list else state | {key: value}
+                write(path, json.dumps(changed))
+                yield f'{name}: {key} is {value!a}'
+        wipe(path)
+        if is_there: write(path, json.dumps(state))
+
+class KeptPath(type(Path())):
+    "A path that remembers what its file held."
+    kept = b''
+
+@pytest.mark.parametrize('ended', [True, False], ids=['ended', 'gone without a word'])
+def test_whatever_a_folder_contains_it_can_be_looked_at(tmp_path, ended, monkeypatch):
+    monkeypatch.setattr(run_module.waiter, 'GRACE', 1)
+    good, folder = make(tmp_path/'good'), make(KeptPath(tmp_path/'bad'))
+    if not ended: (folder/'ended.json').unlink()
+    wrong, count = [], 0
+    for what in damaged(folder):
+        calls = CALLS if ' is ' not in what else [c for c in CALLS if c not in ('stop', 'wait', 'runs')]
+        wrong += looked_at(folder, what, calls)
+        table = runs(tmp_path).set_index('run')
+        assert table.state['good'] == 'failed', what
+        count += len(calls)
+    assert not wrong, f'{len(wrong)} of {count}:\n' + '\n'.join(wrong[:40])
+    assert good.exists()
