@@ -2,19 +2,22 @@
 
 The product of every file of state, every kind of damage and every call is walked in one process: no call may end in an exception that
 doesn't say in words what is wrong, and none may block."""
-import errno, json, os, shutil, signal, socket, time
+import json, os, shutil, signal, socket, sys, time
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
 
+import psutil
 import pytest
 
+from conftest import until
 from qwen2vl_nb import run as run_module
 from qwen2vl_nb.failure import find_failure
 from qwen2vl_nb.loss import read_log
 from qwen2vl_nb.recipe import save_recipe
-from qwen2vl_nb.run import Run, attach, runs
+from qwen2vl_nb.run import Run, _clear, _marked, attach, launch, runs, start
 from qwen2vl_nb.watch import watch_loss
+from qwen2vl_nb.zero import zero_config
 
 ABOUT = dict(id='0'*32, python='/no/python', nproc=2, nnodes=1, node_rank=0, master=None, given={}, force=False, host=socket.gethostname(), versions={'torch': '2.8.0'},
              gpus=[{'total': 80*2**30, 'device': '0'}], cwd='/no/folder', command=['python', 'agent.py', '--log-dir', 'ranks'], env={'A': 'b'}, inherited={})
@@ -23,7 +26,7 @@ STATE = {
     'waiter.json': dict(pid=2**22 + 1, created=1, started=1e9, child=2**22 + 2, child_created=1),
     'ended.json': dict(returncode=1, asked=False, time=1e9, killed_by_kernel=False),
     'progress.json': dict(step=3, steps=9, epoch=.5, time=1e9 + 10, began=1e9, from_step=0),
-    'failure-0.json': dict(rank=0, type='torch.OutOfMemoryError', message='CUDA out of memory.', file='a.py', line=1, function='f', traceback='…', time=1e9),
+    'failure-0.json': dict(rank=0, type='ValueError', message='No such thing.', file='a.py', line=1, function='f', traceback='…', time=1e9),
     'refused.json': [dict(where='data', what='Row 7 has no picture.', cure='Mend it.')],
 }
 LOG = '\n'.join(json.dumps(dict(current_steps=i, total_steps=9, loss=.5, eval_loss=.4, epoch=.1, lr=1e-4)) for i in range(1, 4)) + '\n'
@@ -120,17 +123,76 @@ class KeptPath(type(Path())):
     "A path that remembers what its file held."
     kept = b''
 
-@pytest.mark.parametrize('ended', [True, False], ids=['ended', 'gone without a word'])
-def test_whatever_a_folder_contains_it_can_be_looked_at(tmp_path, ended, monkeypatch):
+def test_whatever_a_folder_contains_it_can_be_looked_at(tmp_path, monkeypatch):
     monkeypatch.setattr(run_module.waiter, 'GRACE', 1)
-    good, folder = make(tmp_path/'good'), make(KeptPath(tmp_path/'bad'))
-    if not ended: (folder/'ended.json').unlink()
-    wrong, count = [], 0
+    monkeypatch.setattr(run_module, '_marked', lambda run_id: [])  # no process has this run's mark, and to look for it a thousand times takes minutes
+    make(tmp_path/'good')
+    folder, wrong, count = make(KeptPath(tmp_path/'bad')), [], 0
     for what in damaged(folder):
-        calls = CALLS if ' is ' not in what else [c for c in CALLS if c not in ('stop', 'wait', 'runs')]
+        calls = CALLS if ' is ' not in what else ('progress', 'failure', 'gpu', 'watch')
         wrong += looked_at(folder, what, calls)
-        table = runs(tmp_path).set_index('run')
-        assert table.state['good'] == 'failed', what
         count += len(calls)
+        if ' is ' not in what: assert runs(tmp_path).set_index('run').state['good'] == 'failed', what
     assert not wrong, f'{len(wrong)} of {count}:\n' + '\n'.join(wrong[:40])
-    assert good.exists()
+
+def test_a_damaged_run_is_a_row_that_says_so(tmp_path):
+    for name in ('good', 'bad'): make(tmp_path/name)
+    (tmp_path/'bad'/'run.json').write_text('{"id": ')
+    assert dict(runs(tmp_path).set_index('run').state) == {'good': 'failed', 'bad': 'damaged'}
+    assert 'run.json is not JSON' in attach(tmp_path/'bad').failure.what
+    with pytest.raises(RuntimeError, match='run.json'): attach(tmp_path/'bad').resume()
+
+SLEEPS = dict(nproc=1, nnodes=1, node_rank=0, master=None, given={}, force=False, python=sys.executable, host=socket.gethostname(), versions={}, gpus=[])
+
+def begin(folder, command=('sleep', '300'), id='f'*32):
+    "A run that is no training."
+    return start(dict(model_name_or_path='m', output_dir=str(folder)), SLEEPS | {'id': id, 'cwd': str(folder)}, _clear, list(command))
+
+def test_a_start_clears_only_what_a_start_has_made(tmp_path):
+    mine = ('ranks/mine.txt', 'run.log', 'failure-0.json', 'ended.json', 'stop', 'recipe.yaml', 'failure-notes.md')
+    for name in mine: write(tmp_path/name, 'mine')
+    with pytest.raises(ValueError, match='ended.json.*run.log.*recipe.yaml.*Nothing was touched'): begin(tmp_path)
+    assert all((tmp_path/name).read_text() == 'mine' for name in mine) and not (tmp_path/'run.json').exists()
+    for name in mine[1:6]: (tmp_path/name).unlink()
+    begin(tmp_path).stop(patience=0)
+    begin(tmp_path).stop(patience=0)  # over what the first has left
+    assert (tmp_path/'ranks'/'mine.txt').read_text() == (tmp_path/'failure-notes.md').read_text() == 'mine'
+
+def test_a_run_with_a_suspended_waiter_is_stopped(tmp_path):
+    run = begin(tmp_path)
+    w = psutil.Process(run._json('waiter.json')['pid'])
+    below = w.children()
+    w.suspend()
+    with in_time('stop', 60): assert run.stop(patience=0).status == 'stopped'
+    assert below and not any(p.is_running() for p in (w, *below))
+
+def test_a_run_in_a_folder_that_cannot_be_written_is_stopped(tmp_path):
+    run = begin(tmp_path)
+    below = psutil.Process(run._json('waiter.json')['pid']).children()
+    (tmp_path/'stop').mkdir()  # no file can take this name, whoever asks
+    with in_time('stop', 60): run.stop(patience=0)
+    assert below and not any(p.is_running() for p in below)
+
+def test_a_dead_run_of_a_machine_whose_clock_was_ahead_is_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module.waiter, 'BEAT', .2)
+    run = Run(make(tmp_path, run={'host': 'elsewhere'}))
+    (tmp_path/'ended.json').unlink()
+    os.utime(tmp_path/'waiter.json', (time.time() + 10**6,)*2)
+    assert run.is_running
+    with in_time('stop', 30): assert run.stop(patience=0).status == 'failed'
+
+def test_two_ranks_listen_on_this_machine_only_and_nothing_secret_is_written(few_steps):
+    "Then the folder is deleted: nothing is left of the run, and nothing brings the folder back."
+    recipe = few_steps(max_steps=100_000, deepspeed=zero_config('z0'), use_cpu=None, hf_hub_token='hf_secret')
+    run = launch(recipe, nproc=2, env={'MY_PAT': 'pat_secret', 'X_PROXY': 'http://bob:pw_secret@host'})
+    until(lambda: run.progress.step >= 1 or not run.is_running)
+    assert run.is_running, run.failure
+    ranks = _marked(run._json('run.json')['id'])
+    assert {c.laddr.ip for p in ranks for c in p.net_connections() if c.status == psutil.CONN_LISTEN} == {'127.0.0.1'}
+    assert all('pat_secret' in str(p.environ()) and 'hf_secret' in str(p.environ()) for p in ranks)
+    assert not [p for p in run.output_dir.rglob('*') if p.is_file() and b'_secret' in p.read_bytes()]
+    assert [(run.output_dir/name).stat().st_mode & 0o777 for name in ('run.json', 'recipe.yaml')] == [0o600]*2
+    w = psutil.Process(run._json('waiter.json')['pid'])
+    below = [w, *w.children(recursive=True)]
+    shutil.rmtree(run.output_dir, ignore_errors=True)
+    assert not psutil.wait_procs(below, timeout=120)[1] and not run.output_dir.exists()
