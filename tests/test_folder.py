@@ -13,7 +13,6 @@ import pytest
 from conftest import until
 from qwen2vl_nb import run as run_module
 from qwen2vl_nb.failure import find_failure
-from qwen2vl_nb.loss import read_log
 from qwen2vl_nb.recipe import save_recipe
 from qwen2vl_nb.run import Run, _clear, _marked, attach, launch, runs, start
 from qwen2vl_nb.watch import watch_loss
@@ -164,14 +163,14 @@ def test_a_run_with_a_suspended_waiter_is_stopped(tmp_path):
     below = w.children()
     w.suspend()
     with in_time('stop', 60): assert run.stop(patience=0).status == 'stopped'
-    assert below and not any(p.is_running() for p in (w, *below))
+    assert below and not psutil.wait_procs([w, *below], timeout=30)[1]
 
 def test_a_run_in_a_folder_that_cannot_be_written_is_stopped(tmp_path):
     run = begin(tmp_path)
     below = psutil.Process(run._json('waiter.json')['pid']).children()
     (tmp_path/'stop').mkdir()  # no file can take this name, whoever asks
     with in_time('stop', 60): run.stop(patience=0)
-    assert below and not any(p.is_running() for p in below)
+    assert below and not psutil.wait_procs(below, timeout=30)[1]
 
 def test_a_dead_run_of_a_machine_whose_clock_was_ahead_is_over(tmp_path, monkeypatch):
     monkeypatch.setattr(run_module.waiter, 'BEAT', .2)
