@@ -379,7 +379,7 @@ class RowsLeftOut(Exception): "All workers ended well, and there are rows withou
 def _write_failure(folder, where, error):
     "What a run failed of, as a rank writes it down."
     print(error, flush=True)
-    failure = {'where': where, 'type': type(error).__name__, 'message': str(error), 'time': time.time()}
+    failure = {'where': where, 'type': type(error).__name__, 'message': _beside('hidden')['mask'](str(error)), 'time': time.time()}
     _write(folder/f'failure-{where}.json', failure | {'file': '', 'line': 0, 'function': '', 'traceback': ''})
 
 def _ended_as(workers):

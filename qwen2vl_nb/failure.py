@@ -6,10 +6,12 @@
 __all__ = ['Cause', 'find_failure']
 
 # %% ../nbs/07c_failure.ipynb #bbb255b0
-import json, re, signal
+import math, re, signal
 from dataclasses import dataclass, replace
 from pathlib import Path
 from .stack import Finding
+from .files import Damaged, read_tail
+from .folder import read_state, state_or_empty
 from .memory import GiB
 from .recipe import load_recipe, read_zero, zero_file_name
 from .plan import zero_table
@@ -131,17 +133,19 @@ def _what_fits(recipe, gpus):
     return f'No config that needs less fits as it is; {other}\n{table}'
 
 # %% ../nbs/07c_failure.ipynb #37f6f5c3
-def _json(path):
-    try: return json.loads(path.read_text(encoding='utf-8'))
-    except FileNotFoundError: return {}
+def _end_of_log(folder):
+    "The end of a run's log, with overlong lines cut."
+    try: return '\n'.join(line[:2000] for line in read_tail(folder/'run.log', 2**21).split('\n'))
+    except (OSError, Damaged): return ''
 
 def _died_of_signal(log, ended, command):
     "Who was killed, and by which signal."
-    summary = r'Root Cause \(first observed failure\):.*?rank\s+: (\d+) .*?(?:Signal \d+ \((SIG\w+)\)|$)'
-    root = re.search(summary, log, re.S)
+    root = re.search(r'rank\s+: (\d+) .*?(?:Signal \d+ \((SIG\w+)\)|$)', log.rpartition('Root Cause (first observed failure):')[2], re.S)
     if root and root[2] and root[2] != 'SIGTERM': return f'rank {root[1]}', root[2]
-    if (ended['returncode'] or 0) >= 0: return '', ''
-    return 'torchrun' if 'torch.distributed.run' in command else 'rank 0', signal.Signals(-ended['returncode']).name
+    number = -(ended['returncode'] or 0)
+    if number <= 0: return '', ''
+    name = signal.Signals(number).name if number in {*signal.Signals} else f'signal {number}'
+    return 'torchrun' if 'ranks' in command else 'rank 0', name
 
 def _killed(who, name, ended):
     "What a signal has ended."
@@ -168,15 +172,17 @@ def _found(who, said, frame):
 
 def _first_exception(folder):
     "The first exception that a rank wrote down; empty if none did."
-    return min(map(_json, folder.glob('failure-*.json')), key=lambda f: f['time'], default={})
+    found = [state_or_empty(folder, p.name) for p in folder.glob('failure-*.json')]
+    return min(filter(None, found), key=lambda f: f.get('time', math.inf), default={})
 
 def _raised(folder, raised):
     "A rank that an exception ended."
-    frame = raised['file'], raised['line'], raised['function']
-    who = raised.get('where') or f"rank {raised['rank']}"
-    found = _found(who, f"{raised['type']}: {raised['message']}", frame)
+    frame = raised.get('file', ''), raised.get('line', 0), raised.get('function', '')
+    who = raised.get('where') or f"rank {raised.get('rank', 0)}"
+    found = _found(who, f"{raised['type']}: {raised['message']}"[:10_000], frame)
     if not found.what.startswith(_known[0].what): return found
-    fits = _what_fits(load_recipe(folder/'recipe.yaml'), _json(folder/'run.json').get('gpus'))
+    try: fits = _what_fits(load_recipe(folder/'recipe.yaml'), state_or_empty(folder, 'run.json').get('gpus'))
+    except Exception: fits = ''  # a recipe can say anything, and the finding is complete without
     return replace(found, cure=f'{found.cure}\n{fits}'.strip())
 
 _rank = r'^(?:\[rank\d+\]: ?)?'
@@ -198,6 +204,9 @@ def _refused(found):
     where = ', '.join(dict.fromkeys(f['where'] for f in found))
     return Finding(where, f"The checks beside the start have ended it: {joined('what')}", joined('cure'))
 
+def _damaged(error): return Finding('run', str(error), 'Nobody can tell how the run ended. What else the folder has is as it was: run.log, checkpoints.')
+
+_moved = Finding('run', 'The folder was moved or deleted while the run was at work, so the run was ended.', 'Move it back; then resume().')
 _gone = Finding('run', 'The run and its waiter are gone without a word: a restart of the machine, or both were killed.',
                 'resume() goes on from the last whole checkpoint.')
 
@@ -206,13 +215,15 @@ def find_failure(
 )->Finding: # `where`: the rank and the frame; `what`: in words, with the exception; `cure`
     "What a run failed of: the first cause, not the loudest."
     folder = Path(folder)
-    refused, ended = _json(folder/'refused.json'), _json(folder/'ended.json')
+    try: refused, ended = (read_state(folder, name) for name in ('refused.json', 'ended.json'))
+    except Damaged as e: return _damaged(e)
     if refused: return _refused(refused)
     if not ended: return _gone
+    if ended.get('moved'): return _moved
     if ended.get('error'):
         return Finding('command', f"It could not be started: {ended['error']}", 'See run.json for the command.')
-    log = (folder/'run.log').read_text(encoding='utf-8', errors='replace')
-    who, signal_name = _died_of_signal(log, ended, _json(folder/'run.json').get('command', []))
+    log = _end_of_log(folder)
+    who, signal_name = _died_of_signal(log, ended, state_or_empty(folder, 'run.json').get('command', []))
     if who: return _killed(who, signal_name, ended)
     raised = _first_exception(folder)
     return _raised(folder, raised) if raised else _unsaid(log, ended)

@@ -243,7 +243,7 @@ def work(
     import torch, yaml
     from llamafactory.model import load_model
     answers, run = _beside('answers'), json.loads((folder/'run.json').read_text(encoding='utf-8'))
-    recipe = yaml.safe_load((folder/'recipe.yaml').read_text(encoding='utf-8'))
+    recipe = yaml.safe_load((folder/'recipe.yaml').read_text(encoding='utf-8')) | _beside('hidden')['given']('recipe')
     rows, file = answers['Asked'](folder/'asked.jsonl'), answers['Answers'](folder/'predictions.jsonl')
     todo = set(json.loads((folder/'missing.json').read_text()))
     if run['gpus'] and not torch.cuda.is_available():

@@ -12,7 +12,7 @@ from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from filelock import FileLock
-from . import answers, hf, served
+from . import answers, hf, hidden, served
 from .stack import Finding
 from .answers import Index, json_line, load_line, missing, parse_row, rows_digest, set_damaged_aside, with_own_keys
 from .served import server_options
@@ -120,7 +120,7 @@ def question(
     "All that the answers depend on."
     full = absolute_recipe(recipe)
     adapters = full.get('adapter_name_or_path', '').split(',') if full.get('adapter_name_or_path') else []
-    return {'engine': f'{engine} ({model})' if model else engine, 'recipe': {k: v for k, v in full.items() if k not in _may_change},
+    return {'engine': f'{engine} ({model})' if model else engine, 'recipe': {k: v for k, v in hidden.apart(full)[1].items() if k not in _may_change},
             'model': _held(full['model_name_or_path'], '*.json', '*.safetensors', '*.jinja'),
             'adapter': {name: held for folder in adapters for name, held in _held(folder, 'adapter_*').items()},
             'rows': _rows_hash(rows)}
@@ -181,7 +181,7 @@ def _ask(folder, asked, rows):
         with suppress(FileNotFoundError): found = rows_digest(path)
         if found != asked['rows']:
             if found and found != (before or {}).get('rows'): warnings.warn(f'{path} was changed or truncated: it is written anew from the samples.', stacklevel=3)
-            write_text(path, ''.join(rows))
+            write_text(path, ''.join(rows), private=True)
         if not before or before['rows'] != asked['rows']: write_json(folder/'question.json', (before or {}) | asked, private=True)
 
 

@@ -7,14 +7,14 @@ __all__ = ['train_recipe', 'find_adapter', 'predict_recipe', 'load_recipe', 'zer
            'model_findings', 'data_findings', 'read_zero', 'recipe_findings', 'ask_llamafactory']
 
 # %% ../nbs/03_recipe.ipynb #0bd906f0
-import json, os, re, subprocess, sys, tempfile
+import json, math, os, re, subprocess, sys, tempfile
 from difflib import get_close_matches
 from importlib.util import find_spec
 from itertools import chain, count
 from pathlib import Path
 import yaml
 from .stack import Finding, gpus
-from .files import json_or, write_text
+from .files import json_or, read_text, write_text
 from .data import _limits, _media_of, check_samples, count_tokens, is_dialogue, without_tags
 from .checkpoint import checkpoints, is_whole_file
 from .registry import Registry, _source, child_env, dataset_samples, entry_faults
@@ -97,13 +97,25 @@ _power_of_ten = re.compile(r'^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$')
 for _yaml in (_Loader, _Dumper):
     _yaml.add_implicit_resolver('tag:yaml.org,2002:float', _power_of_ten, list('-+0123456789'))
 
+def _size(node, known):
+    "How many values a YAML node has, with its aliases written out; it may contain itself."
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        parts = [part for pair in node.value for part in (pair if isinstance(pair, tuple) else [pair])] if isinstance(node.value, list) else []
+        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(node)]
+
 def load_recipe(
     path, # YAML file
 )->dict: # The recipe
-    "Read a recipe from YAML."
+    "Read a recipe from YAML. Raises `ValueError` for what is no recipe."
     path = Path(path)
-    try: recipe = yaml.load(path.read_text(encoding='utf-8'), _Loader)
-    except yaml.YAMLError as e: raise ValueError(f'{path} is not YAML: {e}') from None
+    text = read_text(path, 2**20)
+    try:
+        node = yaml.compose(text, _Loader)
+        if node and _size(node, {}) > 100_000: raise ValueError('its aliases (`*name`) stand for more than 100,000 values')
+        recipe = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, LookupError, OverflowError, RecursionError) as e: raise ValueError(f'{path} is not YAML that can be read: {e}') from None
     if not isinstance(recipe, dict):
         raise ValueError(f'{path} holds no recipe: it should be lines of `key: value`.')
     return recipe
@@ -142,6 +154,7 @@ def _zero_file(folder, config):
 def save_recipe(
     recipe:dict, # The recipe
     path, # YAML file to write
+    private:bool=False, # Readable by its owner only (0600)
 )->Path: # The file
     "Write a recipe as the YAML that `llamafactory-cli train` reads."
     path = Path(path).absolute()
@@ -154,7 +167,7 @@ def save_recipe(
     recipe = absolute_recipe(recipe)
     command = f'{"FORCE_TORCHRUN=1 " if "deepspeed" in recipe else ""}llamafactory-cli train {path.name}'
     lines = yaml.dump(recipe, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
-    write_text(path, f'# {command}\n{lines}')
+    write_text(path, f'# {command}\n{lines}', private)
     return path
 
 # %% ../nbs/03_recipe.ipynb #e3901ee6

@@ -6,25 +6,28 @@
 __all__ = ['Progress', 'Run', 'attach', 'runs', 'start', 'launch', 'export']
 
 # %% ../nbs/08_run.ipynb #49a64c03
-import hashlib, json, os, pwd, re, shutil, socket, subprocess, sys, tempfile, time, uuid, warnings
+import hashlib, itertools, math, os, pwd, re, shutil, socket, subprocess, sys, tempfile, time, uuid, warnings
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 import platformdirs, psutil
 from filelock import FileLock
-from . import waiter, worker
+from . import agent, hidden, waiter, worker
 from .stack import Finding, gpus, installed_versions
 from .checkpoint import checkpoints, newest_complete
-from .files import Damaged, json_or, parse_json, read_bytes, read_tail, write_json, write_text
+from .files import Damaged, json_or, parse_json, read_bytes, read_tail, read_text, sweep, write_json, write_text
+from .folder import files_of, is_count, is_number, last_start, read_state, state_or_empty
 from .data import chat_template
 from .registry import child_env
-from .recipe import data_findings, find_adapter, load_recipe, save_recipe
+from .recipe import absolute_recipe, data_findings, find_adapter, load_recipe, save_recipe, zero_file_name
 from .memory import GiB, model_config
 from .checks import late_findings, quick_findings, slow_findings
 from .loss import best_evaluation
-from .failure import _json, find_failure
+from .failure import find_failure
+
 
 # %% ../nbs/08_run.ipynb #48d7a074
 @dataclass
@@ -66,10 +69,11 @@ def _latest(path):
     "What a log that may be growing has said last of each: step, loss, …; not every row has a loss."
     try: lines = read_tail(path, 4096).split('\n')[:-1]
     except (OSError, Damaged): return {}
-    latest = {}
+    latest, checks = {}, {'current_steps': is_count, 'total_steps': is_count}
     for line in lines:
-        try: latest |= parse_json(line)
+        try: row = parse_json(line)
         except Damaged: continue
+        latest |= {k: v for k,v in row.items() if checks.get(k, is_number)(v)}
     return latest
 
 # %% ../nbs/08_run.ipynb #86d9820d
@@ -87,14 +91,75 @@ def _alive(pid, born): return bool(pid) and waiter.created(pid) == born
 def _end(processes):
     "End processes: asked first, by force when the grace is over."
     for p in processes:
-        try: p.terminate()
-        except psutil.NoSuchProcess: pass
-    for p in psutil.wait_procs(processes, timeout=waiter.GRACE)[1]:
-        try: p.kill()
-        except psutil.NoSuchProcess: pass
+        with suppress(psutil.NoSuchProcess): p.terminate()
+    left = psutil.wait_procs(processes, timeout=waiter.GRACE)[1]
+    for p in left:
+        with suppress(psutil.NoSuchProcess): p.kill()
+    psutil.wait_procs(left, timeout=waiter.GRACE)
+
+# %% ../nbs/08_run.ipynb #e10a0002
+_seen = {} # File → (its time, since when it has it by this process's own clock, when it was looked at last)
+
+def _is_fresh(path, seconds):
+    "Whether a file was written lately, whatever clock its time is from."
+    try: said = os.stat(path).st_mtime
+    except OSError: return False
+    now, age = time.monotonic(), max(0, time.time() - said)
+    before, since, looked = _seen.get(path, (None, 0, -math.inf))
+    if said != before: since = now - min(age, now - looked)
+    _seen[path] = said, since, now
+    return now - since < seconds
+
+# %% ../nbs/08_run.ipynb #e10a0005
+def _waiter_of(run):
+    "The run's waiter, as a list of processes: empty where it has ended."
+    w = run._json('waiter.json')
+    if not _alive(w.get('pid'), w.get('created')): return []
+    try:
+        process = psutil.Process(w['pid'])
+        *_, script, folder = ['', '', *process.cmdline()]
+        return [process] if Path(script).name == 'waiter.py' and os.path.realpath(folder) == os.path.realpath(run) else []
+    except psutil.Error: return []
+
+def _processes_of(run): return _waiter_of(run) + _marked(run._json('run.json').get('id'))
+
+def _ask_to_stop(run, patience):
+    "Ask a run to stop, by SIGTERM to its waiter where its folder can't be written."
+    try: write_text(run.output_dir/'stop', f'{patience}\n', state=True)
+    except OSError as e:
+        there = _waiter_of(run)
+        if not there and not run._is_here(): raise RuntimeError(f"{e}: call stop() on {run._json('run.json').get('host')}, where the run is at work.") from None
+        for p in there: p.terminate()
+
+def _wake(processes):
+    "Let processes that were suspended go on; they could not end otherwise."
+    for p in processes:
+        with suppress(psutil.NoSuchProcess):
+            if p.status() == psutil.STATUS_STOPPED: p.resume()
+
+def _stop(run, patience):
+    "Ask a run to stop and wait for its end; force it when its time is over."
+    end = time.monotonic() + patience + 2*waiter.GRACE
+    if run.is_running: _ask_to_stop(run, patience)
+    _wake(_processes_of(run))
+    if not _waiter_of(run): _end(_marked(run._json('run.json').get('id')))  # the waiter was killed
+    while run.is_running or _waiter_of(run):
+        saving = waiter.SAVING if os.path.lexists(run.output_dir/'stopping') else 0
+        if time.monotonic() > end + saving:
+            if not run._is_here(): raise RuntimeError(f"The run in {run.output_dir} is still at work on {run._json('run.json').get('host')}: call stop() there.")
+            return _end(_processes_of(run))
+        time.sleep(.1)
 
 # %% ../nbs/08_run.ipynb #0efd8117
 _bar = '{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]' # Without tqdm's own estimate of the time left
+
+_most = 2**24 # Bytes of a log that are shown
+
+def _end_of(path):
+    "The end of a log, and how much of it was left out."
+    try: size, text = path.stat().st_size, read_tail(path, _most)
+    except (OSError, Damaged) as e: return f'[{path} cannot be read: {e}]\n'
+    return f'[The first {size - _most:,} of {size:,} bytes are left out: {path} has them.]\n{text}' if size > _most else text
 
 class Run:
     "A run, seen through its folder. Functions that take a folder take a run too."
@@ -105,29 +170,39 @@ class Run:
     def __fspath__(self): return str(self.output_dir)
     def __repr__(self): return f'Run({str(self.output_dir)!r}): {self.status}'
 
-    def _json(self, name): return _json(self.output_dir/name)
+    def _json(self, name): return state_or_empty(self.output_dir, name)
 
     def _ended_as(self, ended):
-        if (self.output_dir/'refused.json').exists(): return 'failed'
+        if os.path.lexists(self.output_dir/'refused.json'): return 'failed'
         now = self._json('progress.json')
-        if ended['asked'] and (ended['returncode'] or now.get('step', 0) < now.get('steps', 1)): return 'stopped'
+        if ended.get('asked') and (ended['returncode'] or now.get('step', 0) < now.get('steps', 1)): return 'stopped'
         return 'done' if ended['returncode'] == 0 else 'failed'
 
+    def _is_here(self): return self._json('run.json').get('host', socket.gethostname()) == socket.gethostname()
+
     def _is_at_work(self):
-        "Whether the waiter or what it started is there. From another machine, by the waiter's last sign of life."
-        w, started = self._json('waiter.json'), self.output_dir/'run.json'
-        if not w: return started.exists() and time.time() - started.stat().st_mtime < waiter.BEAT  # it is just being started
-        if self._json('run.json').get('host') != socket.gethostname():
-            return time.time() - (self.output_dir/'waiter.json').stat().st_mtime < 6*waiter.BEAT
-        return _alive(w['pid'], w['created']) or _alive(w['child'], w['child_created'])
+        "Whether the waiter or what it started is there. From another machine, by the waiter's signs of life."
+        beats = self.output_dir/'waiter.json'
+        if not os.path.lexists(beats): return _is_fresh(self.output_dir/'run.json', waiter.BEAT)  # it is just being started
+        if not self._is_here(): return _is_fresh(beats, 6*waiter.BEAT)
+        w = self._json('waiter.json')
+        if not w: return bool(_marked(self._json('run.json').get('id')))
+        return _alive(w['pid'], w['created']) or _alive(w.get('child'), w.get('child_created'))
+
+    def _damage(self):
+        "Which file does not say what became of the run, in words; empty if all is well."
+        try:
+            for name in ('run.json', 'ended.json'): read_state(self.output_dir, name)
+        except Damaged as e: return str(e)
+        return ''
 
     @property
     def status(self):
-        "`'running'`, `'done'`, `'failed'` or `'stopped'`."
-        ended = self._json('ended.json')
-        if ended: return self._ended_as(ended)
-        if self._is_at_work(): return 'running'
-        return self.status if self._json('ended.json') else 'failed'  # it may have ended between the two looks
+        "`'running'`, `'done'`, `'failed'` or `'stopped'`; `'damaged'` if `run.json` or `ended.json` can't be read."
+        if not self._json('ended.json') and self._is_at_work(): return 'running'
+        if self._damage(): return 'damaged'
+        ended = self._json('ended.json')  # it may have ended between the two looks
+        return self._ended_as(ended) if ended else 'failed'
 
     @property
     def is_running(self):
@@ -136,47 +211,51 @@ class Run:
 
     @property
     def recipe(self):
-        "The recipe as it was started."
+        "The recipe as it was started. Raises `FileNotFoundError` or `ValueError` where `recipe.yaml` is missing or damaged."
         return load_recipe(self.output_dir/'recipe.yaml')
 
     @property
     def progress(self):
         "How far it is, as `Progress`."
         log = self.output_dir/'trainer_log.jsonl'
-        started = self._json('waiter.json').get('started', 0)
-        row = _latest(log) if log.exists() and log.stat().st_mtime >= started else {}  # an earlier run's is not this one's
+        about, started = self._json('run.json'), self._json('waiter.json').get('started', 0)
+        row = _latest(log) if os.path.isfile(log) and os.stat(log).st_mtime >= started else {}  # an earlier run's is not this one's
         now = self._json('progress.json') or {'step': row.get('current_steps', 0), 'steps': row.get('total_steps', 0), 'epoch': row.get('epoch', 0)}
+        if not now['steps'] and 'before' in about and not self.is_running: now |= about['before']  # it was resumed, and ended before its first step
         took, did = now.get('time', 0) - now.get('began', 0), now['step'] - now.get('from_step', 0)
-        rate = did/took if did and took else None
+        rate = did/took if did > 0 and took > 0 else None
         left = (now['steps'] - now['step'])/rate if rate and self.is_running else None
-        return Progress(now['step'], now['steps'], now.get('epoch') or 0., row.get('loss'), rate, left,
-                        self._json('run.json').get('unit', 'step'), now.get('from_step', 0))
+        return Progress(now['step'], now['steps'], now.get('epoch') or 0., row.get('loss'), rate, left if left and 0 < left < 10**9 else None,
+                        about.get('unit', 'step'), now.get('from_step', 0))
 
     def _rank_logs(self):
         "Folders with the output of the ranks, by rank; empty where there is one process."
-        logs = sorted(self.output_dir.glob('ranks/*/attempt_*/*/stderr.log'), key=lambda p: p.stat().st_ctime)
+        logs = [p for p in self.output_dir.glob('ranks/*/attempt_*/*/stderr.log') if p.parent.name.isdecimal() and p.is_file()]
+        logs.sort(key=lambda p: p.stat().st_ctime)
         return {int(p.parent.name): p.parent for p in logs}
 
     def log(self,
         rank:int=None, # A rank's own output, counted on this machine; `None`: that of the command
     )->str:
-        "What the run has printed so far."
+        "What the run has printed so far; of a very long log, its end."
         ranks = self._rank_logs() or {0: None}
         if rank is not None and rank not in ranks: raise ValueError(f'There is no log of rank {rank}; there are {sorted(ranks)}.')
         own = rank is not None and ranks[rank]
         files = [own/'stdout.log', own/'stderr.log'] if own else [self.output_dir/'run.log']
-        return ''.join(f.read_text(encoding='utf-8', errors='replace') for f in files if f.is_file())
+        return ''.join(_end_of(f) for f in files if f.is_file())
 
     @property
     def failure(self):
-        "Why the run failed, and what to do where that is known, as a `Finding`; `None` if it did not fail."
-        return find_failure(self.output_dir) if self.status == 'failed' else None
+        "Why the run failed, or what is damaged, and what to do where that is known, as a `Finding`; `None` if it did not fail."
+        status, damage = self.status, self._damage()
+        if status == 'damaged': return Finding('run', damage, 'Put the file back from a copy, if there is one. What else the folder has is as it was: run.log, checkpoints.')
+        return find_failure(self.output_dir) if status == 'failed' else None
 
     def gpu(self):
         "Memory and load of the GPU of each rank, as a `DataFrame`; empty without GPUs."
         import pandas as pd
         about = self._json('run.json')
-        used = gpus((about['env'] | about['inherited']).get('CUDA_VISIBLE_DEVICES'))[:about['nproc']]
+        used = gpus((about.get('env', {}) | about.get('inherited', {})).get('CUDA_VISIBLE_DEVICES'))[:about.get('nproc', 1)]
         rows = [{'rank': rank, 'gpu': g.name, 'used GiB': (g.total - g.free)/GiB, 'of GiB': g.total/GiB, 'load %': g.load} for rank, g in enumerate(used)]
         return pd.DataFrame(rows, columns=['rank', 'gpu', 'used GiB', 'of GiB', 'load %'])
 
@@ -199,6 +278,7 @@ class Run:
         except KeyboardInterrupt:
             print(f'The run goes on without you: attach({str(self.output_dir)!r}) finds it again, and .stop() ends it.')
             raise
+        if status == 'damaged': raise RuntimeError(f'Nobody can tell how the run in {self.output_dir} ended. {_said(self.failure)}')
         if status == 'failed': raise RuntimeError('\n'.join([f'The run in {self.output_dir} failed.', _said(self.failure)]))
         return self
 
@@ -206,10 +286,8 @@ class Run:
         patience:float=120, # Seconds until the end of a step must have come; 0: end it as it is, without a checkpoint
     ):
         "End the run at the next step, with a checkpoint, by force when patience is over. Returns when nothing of it is left."
-        w = self._json('waiter.json')
-        if self.is_running: write_text(self.output_dir/'stop', f'{patience}\n')
-        if not _alive(w.get('pid'), w.get('created')): _end(_marked(self._json('run.json').get('id')))  # the waiter was killed
-        while self.is_running or _alive(w.get('pid'), w.get('created')): time.sleep(.1)
+        try: _stop(self, patience)
+        except psutil.AccessDenied as e: raise PermissionError(f'The run in {self.output_dir} belongs to another user, who alone can end it (process {e.pid}).') from None
         return self
 
     def resume(self,
@@ -217,6 +295,8 @@ class Run:
         trust:bool=False, # Resume a run that somebody else started, or that was started elsewhere: what its folder names is executed
     ):
         "Resume from the newest complete checkpoint, with the same recipe, on as many processes."
+        __tracebackhide__ = True
+        if not last_start(self): raise RuntimeError(f"There is nothing to resume in {self.output_dir}: {self._damage() or 'its run.json is missing, or was not written by launch()'}")
         return _resume(self, master, trust)
 
 def _said(finding): return f'{finding.where}: {finding.what} {finding.cure}'
@@ -226,7 +306,7 @@ def attach(
 )->Run:
     "The run of a folder."
     run = Run(output_dir)
-    if not (run.output_dir/'run.json').is_file():
+    if not os.path.exists(run.output_dir/'run.json'):
         raise FileNotFoundError(f'No run was launched in {run.output_dir}: there is no run.json.')
     return run
 
@@ -270,6 +350,7 @@ def _port_findings(about):
 # %% ../nbs/08_run.ipynb #ad8cc676
 def _refuse(found, force):
     "Raise all errors together; warn of the rest, and where it is forced of all."
+    __tracebackhide__ = True
     said = lambda *levels: [_said(f) for f in found if f.level in levels]
     for text in said('warning', *['error']*force): warnings.warn(text, stacklevel=4)
     if said('error') and not force: raise ValueError('This recipe cannot run:\n- ' + '\n- '.join(said('error')))
@@ -279,7 +360,7 @@ def _end_refused(run, force, future):
     if future.exception(): return  # this process is at its end
     errors = [asdict(f) for f in future.result() if f.level == 'error']
     if not errors or force or not run.is_running: return
-    write_text(run.output_dir/'refused.json', json.dumps(errors, indent=1, ensure_ascii=False) + '\n')
+    write_json(run.output_dir/'refused.json', errors, state=True)
     run.stop(patience=0)
 
 # %% ../nbs/08_run.ipynb #f7ec21bf
@@ -305,7 +386,8 @@ def _command(recipe, about):
     script = [worker.__file__, 'recipe.yaml']
     if about['nproc']*about['nnodes'] == 1 and not recipe.get('deepspeed'): return [about['python'], *script]
     ranks = ['--nproc-per-node', about['nproc'], '--log-dir', 'ranks', '--redirects', '3']
-    return list(map(str, [about['python'], '-m', 'torch.distributed.run', *_meeting(about), *ranks, *script]))
+    torchrun = ['-m', 'torch.distributed.run'] if about['nnodes'] > 1 else [agent.__file__]
+    return list(map(str, [about['python'], *torchrun, *_meeting(about), *ranks, *script]))
 
 def _visible(env):
     "What `CUDA_VISIBLE_DEVICES` is for a run, given its own variables; `None` where nobody has set it."
@@ -325,20 +407,57 @@ def _environment(recipe, about):
     compiled = Path.home()/'.cache'/'torch_extensions'/f"torch_{about['versions'].get('torch')}"
     if 'TORCH_EXTENSIONS_DIR' not in os.environ: added['TORCH_EXTENSIONS_DIR'] = str(compiled)
     if about['nproc'] > 1 or recipe.get('deepspeed'): added |= {'PYTORCH_CUDA_ALLOC_CONF': 'expandable_segments:True', 'TORCH_NCCL_AVOID_RECORD_STREAMS': '1'}
+    if about['nnodes'] == 1 and 'GLOO_SOCKET_IFNAME' not in os.environ: added['GLOO_SOCKET_IFNAME'] = 'lo'  # nobody else needs to reach the ranks
     if about['given'].get('MAX_RESTARTS', '0') != '0': added['TORCH_DISABLE_SHARE_RDZV_TCP_STORE'] = '1'
     devices = {'CUDA_VISIBLE_DEVICES': ','.join(g['device'] for g in about['gpus'])} if about['gpus'] else {}
     return added | about['given'] | devices
 
 _kept = re.compile(r'^(CUDA|OMP|MKL|NCCL|GLOO|TORCH|PYTORCH|PET_|HF_|DS_|SLURM|PYTHON|LD_|QWEN2VL)')
-_secret = re.compile(r'TOKEN(?!IZER)|KEY|SECRET|PASS', re.I)
-
-def _apart(env):
-    "Variables that hold a secret, which is never written down, and the others."
-    return ({k: v for k,v in env.items() if _secret.search(k)}, {k: v for k,v in env.items() if not _secret.search(k)})
-
 def _inherited():
     "The part of this environment that matters to a run, without secrets."
-    return {k: v for k,v in _apart(os.environ)[1].items() if _kept.match(k)}
+    return {k: v for k,v in hidden.apart(os.environ)[1].items() if _kept.match(k)}
+
+# %% ../nbs/08_run.ipynb #e10b0002
+def _secrets(recipe, about):
+    "The environment variables that carry the secrets of a start, and the names of all that it needs."
+    names = about.get('secrets', {})
+    again = {k: os.environ[k.upper()] for k in names.get('recipe', []) if k not in recipe and k.upper() in os.environ}
+    of_env, of_recipe = hidden.apart(_environment(recipe, about))[0], hidden.apart(recipe)[0] | again
+    missing = sorted({k.upper() for k in names.get('recipe', [])} - {k.upper() for k in of_recipe} | {*names.get('env', [])} - of_env.keys() - os.environ.keys())
+    if missing:
+        warnings.warn(f"The run was started with secrets, which are not written down, and now lacks {', '.join(missing)}. "
+                      'If it needs them: stop() it, set these environment variables, and resume().', stacklevel=4)
+    packed = hidden.pack(recipe=of_recipe, options=hidden.apart(about.get('options', {}))[0])
+    return of_env | packed, {'recipe': sorted({*names.get('recipe', []), *of_recipe}), 'env': sorted({*names.get('env', []), *of_env})}
+
+# %% ../nbs/08_run.ipynb #e10b0005
+def _is_ours(path, recipe):
+    "Whether a recipe's file is just what `save_recipe` makes of this recipe, so that nothing is lost with it."
+    try: found, text = load_recipe(path), read_text(path)
+    except (OSError, ValueError): return False
+    with tempfile.TemporaryDirectory() as folder: again = save_recipe(found, Path(folder)/path.name).read_text(encoding='utf-8')
+    values = lambda r: {k: v for k,v in absolute_recipe(r).items() if k != 'deepspeed'}
+    return again == text and values(found) == values(recipe)
+
+def _foreign(folder, recipe, about):
+    "What a start would write over, or take away, that no run has made: names."
+    ours, zero, path = files_of(folder, last_start(folder)), recipe.get('deepspeed'), folder/'recipe.yaml'
+    found = [p.name + '/'*p.is_dir() for p in files_of(folder, about) if p not in ours]
+    if os.path.lexists(path) and not ours and not _is_ours(path, recipe): found.append(path.name)
+    config = folder/zero_file_name(zero) if isinstance(zero, dict) else None
+    if config and os.path.lexists(config) and json_or({}, config) != zero and not (ours and _names_zero(path, config)): found.append(config.name)
+    return found
+
+def _names_zero(path, config):
+    try: return load_recipe(path).get('deepspeed') == str(config)
+    except (OSError, ValueError): return False
+
+def _refuse_foreign(folder, recipe, about):
+    __tracebackhide__ = True
+    found = _foreign(folder, recipe, about)
+    if os.path.lexists(folder/'earlier') and not (folder/'earlier').is_dir(): found.append('earlier')
+    if found: raise ValueError(f"{folder} has files that no run of this package made, and a run would write over them: {', '.join(found)}. "
+                               'Nothing was touched. Move them away, or choose another output_dir.')
 
 # %% ../nbs/08_run.ipynb #6f621baa
 def _note(folder): return Path(platformdirs.user_data_dir('qwen2vl_nb'))/'runs'/f'{hashlib.sha256(os.fsencode(folder)).hexdigest()}.json'
@@ -373,19 +492,23 @@ def _refuse_stranger(run, about, recipe):
         'environment variables in its run.json, and the pickles in its checkpoints. If you trust whoever wrote this folder: resume(trust=True).')
 
 # %% ../nbs/08_run.ipynb #8ce1a50c
-_of_a_start = ('run.json', 'waiter.json', 'ended.json', 'run.log', 'progress.json', 'refused.json', 'stop', 'stopping', 'failure-*', 'ended.json.*', 'ranks')
-
 def _clear(folder):
     "Take away what an earlier run left of its start and end."
-    for p in (p for name in _of_a_start for p in folder.glob(name)): shutil.rmtree(p) if p.is_dir() else p.unlink()
+    for p in files_of(folder, last_start(folder)): shutil.rmtree(p) if p.is_dir() and not p.is_symlink() else p.unlink()
 
 def _keep(folder):
-    "Put what the last start left into `earlier/1`, `earlier/2`, …"
-    found = [p for name in _of_a_start for p in folder.glob(name)]
+    "Put what the last start left into `earlier/1`, `earlier/2`, …, with a copy of its recipe."
+    found = files_of(folder, last_start(folder))
     if not found: return
-    earlier = folder/'earlier'/str(len([*folder.glob('earlier/*')]) + 1)
+    earlier = next(p for i in itertools.count(1) if not os.path.lexists(p := folder/'earlier'/str(i)))
     earlier.mkdir(parents=True)
+    if (folder/'recipe.yaml').is_file(): shutil.copy2(folder/'recipe.yaml', earlier)
     for p in found: p.rename(earlier/p.name)
+
+def _before(run, make_room):
+    "How far an earlier start had come that is taken up again."
+    now = run.progress if make_room is _keep else Progress()
+    return {'step': now.step, 'steps': now.steps} if now.steps else {}
 
 def start(
     recipe:dict, # A recipe
@@ -393,18 +516,22 @@ def start(
     make_room, # What to do with an earlier start's files, given the folder
     command:list=None, # What to start; `None`: LLaMA-Factory, on this recipe
 )->Run: # The run
-    "Start a recipe below a waiter, once it is sure that no other run is at work in the folder."
+    "Start a recipe below a waiter, once it is sure that no other run is at work in the folder. Raises `ValueError` where it would harm other files."
+    __tracebackhide__ = True
     run = Run(about['cwd'])
     run.output_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(run.output_dir/'.lock'):
         if run.is_running: raise RuntimeError(f'A run is at work in {run.output_dir}: attach(…) to it, stop() it, or choose another output_dir.')
+        about = about | {'command': command or _command(recipe, about), 'before': _before(run, make_room)}
+        _refuse_foreign(run.output_dir, recipe, about)
+        carried, names = _secrets(recipe, about)
         make_room(run.output_dir)
-        save_recipe(recipe, run.output_dir/'recipe.yaml')
-        hidden, env = _apart(_environment(recipe, about))
-        about = about | {'command': command or _command(recipe, about), 'given': _apart(about['given'])[1], 'env': env, 'inherited': _inherited()}
-        write_text(run.output_dir/'run.json', json.dumps(about, indent=1, ensure_ascii=False) + '\n')
+        sweep(run.output_dir)
+        shown = {'given': hidden.apart(about['given'])[1], 'env': hidden.apart(_environment(recipe, about))[1], 'inherited': _inherited(), 'secrets': names}
+        write_json(run.output_dir/'run.json', hidden.mask(about | shown), private=True, state=True)
+        save_recipe(hidden.apart(recipe)[1], run.output_dir/'recipe.yaml', private=True)
         _note_start(run.output_dir)
-        process = subprocess.Popen([sys.executable, '-I', waiter.__file__, str(run.output_dir)], env=os.environ | hidden, start_new_session=True,
+        process = subprocess.Popen([sys.executable, '-I', waiter.__file__, str(run.output_dir)], env=os.environ | carried, start_new_session=True,
                                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and not (run.output_dir/'waiter.json').exists(): time.sleep(.02)
     return run
@@ -413,6 +540,7 @@ _seconds = 1.5 # How long a start waits for the checks that may take longer
 
 def _checked(recipe, about):
     "Check a recipe; what takes long goes on beside. Returns what is done with the run once it has started."
+    __tracebackhide__ = True  # a notebook shows the caller's line and the message
     ranks, force = about['nproc']*about['nnodes'], about['force']
     found = quick_findings(recipe, ranks, about['versions'], about['given'], about['python']) + _port_findings(about)
     errors = any(f.level == 'error' for f in found)
@@ -448,12 +576,14 @@ def launch(
     force:bool=False, # Start even what the checks say can't run
 )->Run: # The run, started
     "Start a recipe in its `output_dir`, apart from this kernel."
+    __tracebackhide__ = True
     about = _about(nproc, nnodes, node_rank, master, env, python, force)
     then = _checked(recipe, about)
     folder = Path(recipe['output_dir']).absolute()
     run = start(recipe, about | {'cwd': str(folder/f'node-{node_rank}' if node_rank else folder)}, _clear)
     then(run)
     return run
+
 
 # %% ../nbs/08_run.ipynb #0f900c4e
 def _resumable(recipe):
@@ -474,6 +604,7 @@ def _newest(recipe, ranks):
 
 def _resume(run, master, trust):
     "Start a run again where it left off."
+    __tracebackhide__ = True
     about, recipe = run._json('run.json'), run.recipe
     if run.is_running or run.status == 'done': raise RuntimeError(f'The run in {run.output_dir} is {run.status}: there is nothing to go on with.')
     if 'workers' in about:
@@ -500,7 +631,7 @@ def export(
 )->Path: # The folder
     "Merge the adapter of a run into its base, as a model of its own."
     recipe, path = Run(run).recipe, Path(path).absolute()
-    if path.exists(): raise FileExistsError(f'{path} is already there: name a new folder.')
+    if os.path.lexists(path): raise FileExistsError(f'{path} is already there: name a new folder.')
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f'.{path.name}-') as folder:
         merging = {k: recipe[k] for k in ('model_name_or_path', 'template', 'trust_remote_code') if k in recipe} | {

@@ -445,7 +445,7 @@ def work(
     import yaml
     answers, recipe = _beside('answers'), yaml.safe_load((folder/'recipe.yaml').read_text(encoding='utf-8'))
     run = json.loads((folder/'run.json').read_text(encoding='utf-8'))
-    options, engine = server_options(**run['options']), {'engine': run.get('engine', 'openai')}
+    options, engine = server_options(**run['options'] | _beside('hidden')['given']('options')), {'engine': run.get('engine', 'openai')}
     if recipe.get('template') != 'qwen2_vl':
         raise ValueError(f"The template is {recipe.get('template')!r}; servers are asked as qwen2_vl has it.")
     answer_settings(recipe, 0)  # what no server can do is no row's fault

@@ -98,7 +98,7 @@ def _line(text, colour='inherit'):
     "A line of text as HTML, as it is."
     return f'<span style="white-space:pre-wrap;line-height:1.5;color:{colour}">{escape(text)}</span>'
 
-_looks = {'done': 'success', 'failed': 'danger', 'stopped': 'warning', 'stopping': 'warning'} # Of the bar
+_looks = {'done': 'success', 'failed': 'danger', 'damaged': 'danger', 'stopped': 'warning', 'stopping': 'warning'} # Of the bar
 _shares = dict(words=.002, gpu=.002, curve=.013) # Of one core; together below 2 %
 _at_work = ('running', 'stopping', 'resuming')
 _most_failures = 30 # Looks one after the other that may fail before the view gives up
@@ -181,7 +181,7 @@ class RunView(VBox):
         at_work = state in _at_work
         if len(self._log.rows) and self._log.offset != self._drawn: self._curve(now=not at_work)
         self._picture.layout.display = None if at_work or self._drawn else 'none'
-        self._warn(self._trouble or self._unread or (_cause(self._run) if state == 'failed' else ''))
+        self._warn(self._trouble or self._unread or (_cause(self._run) if state in ('failed', 'damaged') else ''))
         return at_work
 
     def _say(self):

@@ -6,16 +6,16 @@
 __all__ = ['step_callback', 'describe_failure', 'blocking', 'saving_bf16', 'keeping_epoch', 'go_on', 'work', 'main']
 
 # %% ../nbs/07b_worker.ipynb #c7dec335
-import gc, json, os, re, runpy, time, traceback
+import gc, os, re, runpy, time, traceback
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 # %% ../nbs/07b_worker.ipynb #65759997
-def _write(path, value):
-    "Write JSON all or not at all: beside first, then renamed."
-    beside = path.with_suffix('.tmp')
-    beside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
-    os.replace(beside, path)
+@cache
+def _beside(name): return runpy.run_path(Path(__file__).with_name(f'{name}.py'))
+
+def _write(path, value): _beside('files')['write_json'](path, value, state=True)
 
 def _any_rank(seen, device):
     "Whether any rank has seen it; all ranks get the same answer."
@@ -30,7 +30,7 @@ def step_callback(
 ): # A callback for the trainer
     "What stops a training at a step on which all ranks agree, and writes how far it is, at most twice a second."
     from transformers import TrainerCallback
-    is_first = os.environ.get('LOCAL_RANK', '0') == '0'
+    is_first, own = os.environ.get('LOCAL_RANK', '0') == '0', os.stat(folder)
 
     class StepCallback(TrainerCallback):
         def told(self, state):
@@ -45,6 +45,7 @@ def step_callback(
             self.told(state)
 
         def on_step_end(self, args, state, control, **kwargs):
+            if not _beside('waiter')['_is_there'](folder, own): raise FileNotFoundError(f'The folder of the run, {folder}, is gone: it was deleted or moved.')
             asked = folder/'stop'
             if _any_rank(is_first and asked.exists(), args.device):
                 if is_first: os.replace(asked, folder/'stopping') if asked.exists() else (folder/'stopping').touch()  # asked on another machine
@@ -80,6 +81,8 @@ def _root(error):
     if raised: return raised[1], (raised[2] or '').strip(), text
     return _name(error), str(error), ''.join(traceback.format_exception(error, chain=False))
 
+_most = 2**14 # Characters of a message or traceback that are written down
+
 def describe_failure(
     error:BaseException, # What was raised
 )->dict: # `type`, `message`, `file`, `line`, `function`, `traceback`, `time` in seconds since 1970
@@ -87,8 +90,8 @@ def describe_failure(
     name, message, text = _root(error)
     frames = re.findall(r'^  File "(.*?)", line (\d+), in (.*)$', text, re.M)
     file, line, function = frames[-1] if frames else ('', '0', '')
-    return {'type': name, 'message': message, 'file': file, 'line': int(line), 'function': function,
-            'traceback': ''.join(traceback.format_exception(error)), 'time': time.time()}
+    return {'type': name, 'message': message[:_most], 'file': file, 'line': int(line), 'function': function,
+            'traceback': ''.join(traceback.format_exception(error))[-_most:], 'time': time.time()}
 
 # %% ../nbs/07b_worker.ipynb #828f2d2a
 def blocking(
@@ -191,15 +194,21 @@ def work(
     with suppress(ImportError): import deepspeed # noqa: F401, accelerate imports it for every training
     gc.freeze()
     gc.enable()
-    recipe = go_on(read_args())
+    recipe = go_on(read_args() | _beside('hidden')['given']('recipe'))
     _skip_in_epoch()
     if not torch.cuda.is_available(): _load_on_cpu()
     if recipe.get('deepspeed'): _save_bf16_optimizer()
+    if os.environ.get('MASTER_ADDR') == '127.0.0.1': _beside('agent')['listen_locally']()
     if recipe.get('deepspeed') and not torch.cuda.is_available(): _wait_for_gathers()
     run_exp(recipe, [step_callback(folder)])
 
 # %% ../nbs/07b_worker.ipynb #0fd257bc
 _room = 2**16 # Bytes
+
+def _clean(told):
+    "What was raised, as it may be written down: without passwords in addresses, and in UTF-8, which a file's name need not be."
+    mask = _beside('hidden')['mask']
+    return {k: mask(v.encode(errors='backslashreplace').decode()) if isinstance(v, str) else v for k,v in told.items()}
 
 def main(
     work=work, # What is to be done, given the run's folder
@@ -209,11 +218,13 @@ def main(
     folder, rank = Path.cwd(), int(os.environ.get('RANK', 0)) if rank is None else rank
     told = folder/f'failure-{rank}.json'
     told.unlink(missing_ok=True)  # of ranks that were started before these
-    told.with_suffix('.tmp').write_bytes(bytes(_room))
+    room = _beside('files')['reserve'](told, _room)
     try: work(folder)
     except BaseException as error:
-        _write(told, {'rank': rank} | describe_failure(error))
+        with suppress(OSError):  # the folder may be gone
+            room.unlink()
+            _write(told, {'rank': rank} | _clean(describe_failure(error)))
         raise
-    told.with_suffix('.tmp').unlink()
+    room.unlink(missing_ok=True)
 
 if __name__ == '__main__' and '__file__' in globals(): main()
