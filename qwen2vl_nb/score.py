@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Context, Decimal
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 
 # %% ../nbs/10_score.ipynb #faeaf9a1
 _text = str, type(None)
