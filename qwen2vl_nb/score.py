@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from decimal import Context, Decimal
 from functools import cached_property
+from .stack import as_text
 
 # %% ../nbs/10_score.ipynb #faeaf9a1
 def _checked(predictions):
@@ -239,7 +240,7 @@ class Scores(dict):
                           *[f'{rest} more without a label']*bool(rest)]) + '; with 95 % intervals'
 
     def __repr__(self): return f'{self._title()}\n{self.overall.round(2).to_string(na_rep="")}'
-    def _repr_html_(self): return f'<p>{self._title()}</p>{self.overall.round(2).to_html(na_rep="")}'
+    def _repr_html_(self): return as_text(f'<p>{self._title()}</p>{self.overall.round(2).to_html(na_rep="")}')
 
 # %% ../nbs/10_score.ipynb #66fa6ffb
 def _judge(rows, tolerance):
@@ -346,7 +347,7 @@ class Comparison:
         return (f'{self.measure}: {sharp}, {d["value"]:+.1f} points ({d["low"]:.1f} to {d["high"]:.1f}); '
                 f'{better} better, {len(self.worse)} worse; p = {self.p:.2g} ({self.test})')
 
-    def _repr_html_(self): return f'<p>{html.escape(repr(self))}</p>{self.table.to_html()}'
+    def _repr_html_(self): return as_text(f'<p>{html.escape(repr(self))}</p>{self.table.to_html()}')
 
 # %% ../nbs/10_score.ipynb #d325c59c
 def _table(one, two, is_sharp):
