@@ -16,6 +16,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 from .files import open_regular, write_new
+from .stack import as_text
+
 
 # %% ../nbs/00a_media.ipynb #39be7d3e
 def _trainer_size(width, height, max_pixels, min_pixels):
@@ -579,7 +581,7 @@ class PictureGrid:
         title = f'<p>{html.escape(self.title)}</p>' if self.title else ''
         grid = (f'display:grid;grid-template-columns:repeat({self.columns},minmax(0,1fr));gap:10px;'
                 f'max-width:{self.columns*240}px')
-        return title + _div(grid, ''.join(_card_html(*card) for card in self.cards))
+        return as_text(title + _div(grid, ''.join(_card_html(*card) for card in self.cards)))
 
     def __repr__(self):
         title = [self.title] if self.title else []

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from .stack import Finding, gpus as gpus_here
 from .zero import zero_config
 from .memory import GiB, MemoryEstimate, NotPredicted, longest_sample, predict_memory
+from .stack import as_text
+
 
 # %% ../nbs/06_plan.ipynb #aac8c10c
 _speed = {'z0': 'fastest: gradients are summed over the GPUs once a step',
@@ -108,7 +110,7 @@ class ZeroTable:
         head = _table_row('th', ('config', '', 'peak', 'range', '', 'host', 'speed'))
         legend = _legend(k for k in _colours if any(e.parts.get(k) for e in estimates))
         taken = f', for {html.escape("; ".join(estimates[0].assumptions))}' if estimates else ''
-        return (f'<p>Predicted peak on each of {self.where} (dashed){taken}.<br>{legend}</p>'
+        return as_text(f'<p>Predicted peak on each of {self.where} (dashed){taken}.<br>{legend}</p>'
                 f'<table>{head}{"".join(_table_row("td", c) for c in cells)}</table>')
 
 # %% ../nbs/06_plan.ipynb #1e2e3a19

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Context, Decimal
 from functools import cached_property, lru_cache
+from .stack import as_text
+
 
 # %% ../nbs/10_score.ipynb #faeaf9a1
 _text = str, type(None)
@@ -276,7 +278,8 @@ class Scores(dict):
     def __repr__(self): return '\n'.join([self._title(), self.overall.round(2).to_string(na_rep=''), *[self._note]*bool(self._note)])
     def _repr_html_(self):
         note = f'<p>{html.escape(self._note)}</p>' if self._note else ''
-        return f'<p>{self._title()}</p>{self.overall.round(2).to_html(na_rep="")}{note}'
+        return as_text(f'<p>{self._title()}</p>{self.overall.round(2).to_html(na_rep="")}{note}')
+
 
 # %% ../nbs/10_score.ipynb #66fa6ffb
 _shared = 'exact', 'bleu-4', 'rouge-1', 'rouge-2', 'rouge-l', 'number', 'outcome' # What a label and an answer give, as numbers
@@ -429,7 +432,7 @@ class Comparison:
         return (f'{self.measure}: {sharp}, {d["value"]:+.1f} points ({d["low"]:.1f} to {d["high"]:.1f}); '
                 f'{better} better, {len(self.worse)} worse; p = {self.p:.2g} ({self.test})')
 
-    def _repr_html_(self): return f'<p>{html.escape(repr(self))}</p>{self.table.to_html()}'
+    def _repr_html_(self): return as_text(f'<p>{html.escape(repr(self))}</p>{self.table.to_html()}')
 
 # %% ../nbs/10_score.ipynb #d325c59c
 def _table(one, two, is_sharp):

@@ -15,6 +15,7 @@ from .data import without_tags
 from .files import whole_file
 from .media import _card_text, _div, _picture_html
 from .score import _checked, is_right
+from .stack import as_text
 
 # %% ../nbs/10a_show.ipynb #6d3da992
 _cjk = '\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af'
@@ -265,7 +266,7 @@ class PredictionView(VBox):
         return f'of {self._page.max:,} · {here}'
 
     def _grid_html(self):
-        return _div(_grid(self._columns), ''.join(_div(_frame, _card_html(row)) for row in self._seen()))
+        return as_text(_div(_grid(self._columns), ''.join(_div(_frame, _card_html(row)) for row in self._seen())))
 
     def _draw(self):
         "Make the page that is seen."

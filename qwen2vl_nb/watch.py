@@ -96,7 +96,7 @@ _red = '#d64545' # Can be read on white and on black
 
 def _line(text, colour='inherit'):
     "A line of text as HTML, as it is."
-    return f'<span style="white-space:pre-wrap;line-height:1.5;color:{colour}">{escape(text)}</span>'
+    return f'<span class="tex2jax_ignore mathjax_ignore" style="white-space:pre-wrap;line-height:1.5;color:{colour}">{escape(text)}</span>'
 
 _looks = {'done': 'success', 'failed': 'danger', 'damaged': 'danger', 'stopped': 'warning', 'stopping': 'warning'} # Of the bar
 _shares = dict(words=.002, gpu=.002, curve=.013) # Of one core; together below 2 %
