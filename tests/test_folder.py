@@ -184,7 +184,10 @@ def test_two_ranks_listen_on_this_machine_only_and_nothing_secret_is_written(few
     "Then the folder is deleted: nothing is left of the run, and nothing brings the folder back."
     recipe = few_steps(max_steps=100_000, deepspeed=zero_config('z0'), use_cpu=None, hf_hub_token='hf_secret')
     run = launch(recipe, nproc=2, env={'MY_PAT': 'pat_secret', 'X_PROXY': 'http://bob:pw_secret@host'})
-    until(lambda: run.progress.step >= 1 or not run.is_running)
+    try: until(lambda: run.progress.step >= 1 or not run.is_running)
+    except BaseException:
+        run.stop(patience=0)
+        raise
     assert run.is_running, run.failure
     ranks = _marked(run._json('run.json')['id'])
     assert {c.laddr.ip for p in ranks for c in p.net_connections() if c.status == psutil.CONN_LISTEN} == {'127.0.0.1'}
