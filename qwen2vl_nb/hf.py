@@ -16,6 +16,7 @@ from pathlib import Path
 def _picture_tokens(path, most):
     "About how many tokens a picture has; `most` is the limit in pixels. What can't be opened fails later, in its row."
     from PIL import Image
+    if not os.path.isfile(path): return 0
     try:
         with Image.open(path) as im: return min(im.width*im.height, most)//784
     except Exception: return 0
@@ -61,6 +62,11 @@ def failed_row(
     "A row that has no answer."
     return _bare(row) | {'predict': None, 'finish_reason': None, 'engine': 'hf', 'error': f'{type(error).__name__}: {error}'}
 
+def _check_regular(*paths):
+    "Raise `ValueError` for a pipe or a device, which would never end."
+    strange = [p for p in sum(paths, []) if os.path.exists(p) and not os.path.isfile(p)]
+    if strange: raise ValueError(f'{strange[0]} is not a regular file.')
+
 class Prompts:
     "The prompts of batches, made where they are asked for: in the processes that read ahead, or in this one."
     def __init__(self,
@@ -77,6 +83,7 @@ class Prompts:
     def _encoded(self, row):
         "Tokens and pixels of a row."
         asked, images, videos = row['asked'], row['images'], row.get('videos', [])
+        _check_regular(images, *[v if isinstance(v, list) else [v] for v in videos])
         turns = [{'role': role, 'content': text} for role, text in asked['turns']]
         self.pixels = self.make_pixels(images, videos, [], self.encoder.processor)
         ids, _ = self.encoder._encode_data_example(turns, [], asked['system'], asked['tools'], images, videos, [])

@@ -89,6 +89,7 @@ def picture_uri(
     "A picture as it goes into a request. Raises `FileNotFoundError`; `ValueError` for one that is broken."
     from PIL import Image
     limits = recipe.get('image_max_pixels', 768*768), recipe.get('image_min_pixels', 32*32)
+    if os.path.exists(path) and not os.path.isfile(path): raise ValueError(f'{path} is not a regular file.')
     try:
         with Image.open(path) as im:
             seen, kind = seen_picture(im, *limits), im.format.lower()
@@ -111,7 +112,7 @@ def clip_uri(
     kind = Path(path).suffix.lower()[1:]
     if kind not in ('mp4', 'mkv', 'avi', 'mov'):
         raise ValueError(f'{path}: servers take mp4, mkv, avi and mov; save the clip as one of them.')
-    Path(path).stat()  # whether it is there
+    if Path(path).stat() and not os.path.isfile(path): raise ValueError(f'{path} is not a regular file.')
     return _file_uri(path, f'video/{kind}', media)
 
 # %% ../nbs/08d_served.ipynb #ec7a100a

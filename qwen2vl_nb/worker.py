@@ -13,6 +13,7 @@ from pathlib import Path
 
 # %% ../nbs/07b_worker.ipynb #65759997
 @cache
+@cache
 def _beside(name): return runpy.run_path(Path(__file__).with_name(f'{name}.py'))
 
 def _write(path, value): _beside('files')['write_json'](path, value, state=True)
@@ -194,11 +195,11 @@ def work(
     with suppress(ImportError): import deepspeed # noqa: F401, accelerate imports it for every training
     gc.freeze()
     gc.enable()
+    if os.environ.get('MASTER_ADDR') == '127.0.0.1': _beside('agent')['listen_locally']()
     recipe = go_on(read_args() | _beside('hidden')['given']('recipe'))
     _skip_in_epoch()
     if not torch.cuda.is_available(): _load_on_cpu()
     if recipe.get('deepspeed'): _save_bf16_optimizer()
-    if os.environ.get('MASTER_ADDR') == '127.0.0.1': _beside('agent')['listen_locally']()
     if recipe.get('deepspeed') and not torch.cuda.is_available(): _wait_for_gathers()
     run_exp(recipe, [step_callback(folder)])
 
