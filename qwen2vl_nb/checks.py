@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 from .stack import Finding, findings_table, gpus, installed_versions, version_findings
 from .recipe import ask_llamafactory, data_findings, model_findings, recipe_findings
-from .registry import child_env
+from .registry import Registry, child_env
 from .memory import GiB, predict_memory
 from .plan import memory_findings
 
@@ -27,10 +27,17 @@ def half_findings(
     if not (recipe.get('fp16') and recipe.get('deepspeed')): return []
     return [Finding('fp16', 'There is no GPU here, and DeepSpeed takes fp16 on few CPUs.', 'Leave fp16 out, or go where a GPU is.', 'warning')]
 
+def _has_clips(recipe):
+    "Whether a data set of the recipe has clips, by its entry."
+    registry, named = Registry(recipe.get('dataset_dir') or 'data'), ','.join(str(recipe.get(k) or '') for k in ('dataset', 'eval_dataset'))
+    try: return any('videos' in str(registry[name.strip()].get('columns')) for name in named.split(',') if name.strip())
+    except (OSError, ValueError, KeyError): return False  # what is wrong there is said elsewhere
+
 def _version_findings(recipe, versions):
-    "What is known to break among the versions."
-    unused = () if recipe.get('predict_with_generate') else ('jieba', 'nltk', 'rouge-chinese')
-    return [f for f in version_findings(versions) if f.level == 'error' and f.where not in unused]
+    "What is known to break among the versions, of what the recipe uses."
+    uses = {'scores': recipe.get('predict_with_generate'), 'DeepSpeed': recipe.get('deepspeed'), 'video': _has_clips(recipe),
+            'LoRA with DeepSpeed': recipe.get('deepspeed') and recipe.get('finetuning_type', 'lora') == 'lora'}
+    return [f for f in version_findings(versions, [use for use in uses if uses[use]]) if f.level == 'error']
 
 # %% ../nbs/06b_checks.ipynb #9d2026f6
 _ask_hub = '''
