@@ -37,7 +37,7 @@ _known = [
           'Offload less, lower preprocessing_num_workers, or close what else runs here; then resume().'),
     Cause(r'No space left|StorageFull|PytorchStreamWriter failed|unexpected pos \d+ vs', 'The disk is full.',
           'Make room, or set save_total_limit; earlier checkpoints are as they were, '
-          'and resume() goes on from the last whole one.'),
+          'and resume() resumes from the newest complete one.'),
 ]
 
 # %% ../nbs/07c_failure.ipynb #69537e1c
@@ -66,12 +66,12 @@ _known += [
 
 # %% ../nbs/07c_failure.ipynb #b1604d20
 _known += [
-    Cause(r'SafetensorError', 'A file of weights is torn.',
-          "Download the model again. Of a run's checkpoints, resume() passes torn ones over."),
-    Cause(r'PytorchStreamReader failed', 'A file of a checkpoint is torn.', 'resume() passes torn checkpoints over.'),
+    Cause(r'SafetensorError', 'A file of weights is incomplete.',
+          "Download the model again. Of a run's checkpoints, resume() passes incomplete ones over."),
+    Cause(r'PytorchStreamReader failed', 'A file of a checkpoint is incomplete.', 'resume() passes incomplete checkpoints over.'),
     Cause(r"couldn't connect to|MaxRetryError|OfflineModeIsEnabled|LocalEntryNotFoundError", 'The hub of the model cannot be reached.',
           'Set HF_ENDPOINT to a mirror that can be, or USE_MODELSCOPE_HUB=1, or give the folder of a model that you have downloaded.'),
-    Cause(r'no file named .*model\.safetensors|Unrecognized model in', 'The model folder is not whole.',
+    Cause(r'no file named .*model\.safetensors|Unrecognized model in', 'The model folder is incomplete.',
           'See `check_recipe(recipe)`, and download the model again.'),
     Cause(r'does not recognize this architecture', 'This is no Qwen2-VL.', 'Give the folder of a Qwen2-VL (2B, 7B or 72B).'),
     Cause(r'adapter_config\.json', 'There is no adapter in this folder.', 'Give the folder of a LoRA run.'),
@@ -208,7 +208,7 @@ def _damaged(error): return Finding('run', str(error), 'Nobody can tell how the 
 
 _moved = Finding('run', 'The folder was moved or deleted while the run was at work, so the run was ended.', 'Move it back; then resume().')
 _gone = Finding('run', 'The run and its waiter are gone without a word: a restart of the machine, or both were killed.',
-                'resume() goes on from the last whole checkpoint.')
+                'resume() resumes from the newest complete checkpoint.')
 
 def find_failure(
     folder, # Folder of a run that has failed

@@ -33,7 +33,7 @@ _step = dict(step=is_count, steps=is_count, epoch=_or_none(is_number), time=_tim
 _checks = { # Of each field of a file
     'run.json': dict(id=_text, command=_list(_text), cwd=_text, python=_text, env=_dict(_text), given=_dict(_text), inherited=_dict(_text),
         secrets=_dict(_list(_text)), nproc=is_count, nnodes=is_count, node_rank=is_count, master=_or_none(_text), force=_flag, host=_text, gpus=_list(_object),
-        versions=_dict(_or_none(_text)), unit=_text, before=_dict(is_count), workers=_list(_object), servers=_list(_object), options=_object),
+        versions=_dict(_or_none(_text)), unit=_text, before=_dict(is_count), stale=_dict(_time), workers=_list(_object), servers=_list(_object), options=_object),
     'waiter.json': dict(pid=is_count, created=_or_none(is_count), started=_time, child=is_count, child_created=_or_none(is_count)),
     'ended.json': dict(returncode=_exit_status, asked=_flag, error=_text, killed_by_kernel=_flag, moved=_flag, time=_time),
     'progress.json': _step,

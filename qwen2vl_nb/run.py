@@ -17,7 +17,7 @@ import platformdirs, psutil
 from filelock import FileLock
 from . import agent, hidden, waiter, worker
 from .stack import Finding, gpus, installed_versions
-from .checkpoint import checkpoints, newest_complete
+from .checkpoint import checkpoints, newest_complete, when_written
 from .files import Damaged, json_or, parse_json, read_bytes, read_tail, read_text, sweep, write_json, write_text
 from .folder import files_of, is_count, is_number, last_start, read_state, state_or_empty
 from .data import chat_template
@@ -565,6 +565,14 @@ def _about(nproc=None, nnodes=1, node_rank=0, master=None, env=None, python=None
              'master': master, 'given': env, 'force': force, 'host': socket.gethostname(), 'versions': installed_versions(python)}
     return about | {'gpus': cards[:nproc]}
 
+def _stale(recipe):
+    "Checkpoints that are in the folder before a run that does not build on them, by name: when each was written."
+    start = recipe.get('resume_from_checkpoint')
+    if start is True or start is None and not recipe.get('overwrite_output_dir'): return {}  # LLaMA-Factory resumes from the last one
+    found = checkpoints(recipe['output_dir'])
+    before = [c for c in found if start and c.resolve() == Path(start).resolve()]
+    return {c.name: when_written(c) for c in found[found.index(before[0]) + 1 if before else 0:] if when_written(c)}
+
 def launch(
     recipe:dict, # A recipe for training or prediction
     nproc:int=None, # Number of processes on this machine; `None`: one for each GPU here, one without
@@ -580,7 +588,7 @@ def launch(
     about = _about(nproc, nnodes, node_rank, master, env, python, force)
     then = _checked(recipe, about)
     folder = Path(recipe['output_dir']).absolute()
-    run = start(recipe, about | {'cwd': str(folder/f'node-{node_rank}' if node_rank else folder)}, _clear)
+    run = start(recipe, about | {'cwd': str(folder/f'node-{node_rank}' if node_rank else folder), 'stale': _stale(recipe)}, _clear)
     then(run)
     return run
 
@@ -593,9 +601,9 @@ def _resumable(recipe):
     if recipe.get('save_only_model') and recipe.get('deepspeed'):
         raise RuntimeError('With save_only_model and DeepSpeed there are only weights in the checkpoints, and DeepSpeed cannot resume from those: launch(recipe) starts from the beginning.')
 
-def _newest(recipe, ranks):
+def _newest(recipe, ranks, stale):
     "The checkpoint to resume from; warns of newer ones."
-    last, passed = newest_complete(recipe['output_dir'], ranks)
+    last, passed = newest_complete(recipe['output_dir'], ranks, stale)
     if last:
         for why in passed: warnings.warn(f'Resuming from {last.name}. {why}', stacklevel=4)
         return last
@@ -611,7 +619,7 @@ def _resume(run, master, trust):
         raise RuntimeError(f'There are predictions in {run.output_dir}: predict(…), called again as before, goes on with the rows that are missing.')
     if not trust: _refuse_stranger(run, about, recipe)
     _resumable(recipe)
-    last = _newest(recipe, about['nproc']*about['nnodes'])
+    last = _newest(recipe, about['nproc']*about['nnodes'], about.get('stale', {}))
     recipe = {k: v for k,v in recipe.items() if k != 'resume_from_checkpoint'} | {'overwrite_output_dir': False}
     about |= {'id': uuid.uuid4().hex, 'master': master or about['master'], 'host': socket.gethostname(), 'versions': installed_versions(about['python'])}
     then = _checked(recipe | {'resume_from_checkpoint': str(last)}, about)

@@ -13,7 +13,6 @@ from pathlib import Path
 
 # %% ../nbs/07b_worker.ipynb #65759997
 @cache
-@cache
 def _beside(name): return runpy.run_path(Path(__file__).with_name(f'{name}.py'))
 
 def _write(path, value): _beside('files')['write_json'](path, value, state=True)
@@ -169,7 +168,8 @@ def _agree(recipe, choose):
 def _choose(output_dir):
     "The newest checkpoint that these ranks can load, and why they can't load newer ones."
     newest_complete = runpy.run_path(Path(__file__).with_name('checkpoint.py'))['newest_complete']
-    found, passed = newest_complete(output_dir, int(os.environ['WORLD_SIZE']))
+    stale = _beside('files')['json_or']({}, 'run.json').get('stale', {})
+    found, passed = newest_complete(output_dir, int(os.environ['WORLD_SIZE']), stale)
     print(*passed, f'The ranks were started again, and resume from {found or "the beginning"}.', sep='\n', flush=True)
     return found and os.path.relpath(found), passed
 

@@ -231,18 +231,18 @@ def picture_cut_in_two(room): return room.fail(cutoff_len=16)
 
 # Model
 
-@case(r'^rank 0, modeling_utils.py:\d+ in from_pretrained', 'torn. .*SafetensorError: .*incomplete metadata', cure='Download')
+@case(r'^rank 0, modeling_utils.py:\d+ in from_pretrained', 'incomplete. .*SafetensorError: .*incomplete metadata', cure='Download')
 def weights_torn(room):
     file = room.model()/'model.safetensors'
     file.write_bytes(file.read_bytes()[:-1000])
     return room.fail(model=file.parent)
 
-@case(r'^rank 0, modeling_utils.py:\d+ in ', 'not whole. OSError: Error no file named .*model.safetensors', cure='check_recipe', soak=True)
+@case(r'^rank 0, modeling_utils.py:\d+ in ', 'incomplete. OSError: Error no file named .*model.safetensors', cure='check_recipe', soak=True)
 def weights_missing(room):
     (room.model()/'model.safetensors').unlink()
     return room.fail(model=room.folder/'model')
 
-@case(r'^rank 0, configuration_auto.py:\d+ in from_pretrained', 'not whole. ValueError: Unrecognized model in .* …$', cure='check_recipe', soak=True)
+@case(r'^rank 0, configuration_auto.py:\d+ in from_pretrained', 'incomplete. ValueError: Unrecognized model in .* …$', cure='check_recipe', soak=True)
 def config_missing(room):
     (room.model()/'config.json').unlink()
     return room.fail(model=room.folder/'model')
@@ -353,7 +353,7 @@ def disk_full(room): return full_disk(room, '2m')
 @case(r'^rank 0, \S+:\d+ in ', 'The disk is full. .*No space left', cure='Make room', soak=True)
 def disk_full_in_the_weights(room): return full_disk(room, '1500k')
 
-@case(r'^rank 0, serialization.py:\d+ in __init__', 'checkpoint is torn. RuntimeError: PytorchStreamReader', cure='resume()')
+@case(r'^rank 0, serialization.py:\d+ in __init__', 'checkpoint is incomplete. RuntimeError: PytorchStreamReader', cure='resume()')
 def checkpoint_torn(room):
     "LLaMA-Factory takes it and dies of it; `resume` passes it over."
     run = room.start(max_steps=2, save_steps=1)

@@ -1,5 +1,6 @@
 "Stopped, killed and resumed: under every ZeRO config, on one rank and two, the joined curve is that of a run that nothing interrupted."
 import json, os, shutil, subprocess, sys, warnings
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -28,12 +29,10 @@ def _losses(run): return read_log(run).dropna(subset=['loss']).set_index('curren
 
 @pytest.fixture(scope='module')
 def reference(recipe, tmp_path_factory):
-    "The losses of a run that nothing interrupted, by config, number of ranks and kind."
-    made = {}
-    def of(zero, ranks, kind):
-        if (zero, ranks, kind) not in made:
-            made[zero, ranks, kind] = _losses(launch(recipe(tmp_path_factory.mktemp('reference')/'run', zero, kind), nproc=ranks).wait())
-        return made[zero, ranks, kind]
+    "The losses of a run that nothing interrupted, by config, number of ranks, kind and number of steps."
+    @cache
+    def of(zero, ranks, kind='lora', steps=STEPS):
+        return _losses(launch(recipe(tmp_path_factory.mktemp('reference')/'run', zero, kind, max_steps=steps), nproc=ranks).wait())
     return of
 
 def _kill(run):
@@ -44,15 +43,15 @@ def _kill(run):
 def _interrupt(run, how):
     "Stop or kill a run once it has a checkpoint from this start and is a step further."
     first = run._json('progress.json').get('from_step', 0)
-    until(lambda: run.progress.step > first + 3 and any(is_whole(c) or is_whole(c, 2) for c in checkpoints(run)) or not run.is_running, 900)
+    until(lambda: run.progress.step > first + 3 and any(is_whole(c) or is_whole(c, 2) for c in checkpoints(run)) or not run.is_running)
     assert run.is_running, run.failure
     run.stop() if how == 'stop' else _kill(run)
-    until(lambda: not run.is_running, 900)
+    until(lambda: not run.is_running)
     assert run.status == ('stopped' if how == 'stop' else 'failed'), run.failure
 
 def _joined(run, reference, tolerance):
     losses = _losses(run)
-    assert list(losses.index) == list(range(1, STEPS + 1))
+    assert list(losses.index) == list(reference.index)
     assert (losses - reference).abs().max() <= tolerance, (losses - reference).abs()
 
 def _through(run, ranks, reference, hows, tolerance=2e-4):
@@ -60,7 +59,7 @@ def _through(run, ranks, reference, hows, tolerance=2e-4):
     for how in hows:
         _interrupt(run, how)
         with warnings.catch_warnings(record=True): run.resume()
-        until(lambda: run.progress.begin or not run.is_running, 900)
+        until(lambda: run.progress.begin or not run.is_running)
         assert run.progress.begin >= 3 and not list(run.output_dir.glob('torn-*'))
     assert run.wait().status == 'done'
     _joined(run, reference, tolerance)
@@ -69,8 +68,8 @@ def _through(run, ranks, reference, hows, tolerance=2e-4):
 @pytest.mark.parametrize('zero, ranks, how', [('z0', 1, 'stop'), ('z2_offload', 1, 'kill'), ('z3', 1, 'stop'), ('z3_offload', 1, 'kill'), (None, 2, 'kill')])
 def test_each_config_once(zero, ranks, how, recipe, reference, tmp_path):
     "Beside a run without DeepSpeed, whose losses drift apart by rounding, up to 0.01 in 40 steps; each beside its own in `make soak`."
-    expected = reference(None, ranks, 'lora')
-    _through(launch(recipe(tmp_path/'run', zero), nproc=ranks), ranks, expected, [how], .03 if zero else 2e-4)
+    expected = reference(None, ranks, steps=24)
+    _through(launch(recipe(tmp_path/'run', zero, max_steps=24), nproc=ranks), ranks, expected, [how], .03 if zero else 2e-4)
 
 @pytest.mark.soak
 @pytest.mark.parametrize('kind', KINDS)
@@ -164,7 +163,7 @@ def stopped(recipe, tmp_path_factory):
     "A run with three checkpoints that could be resumed, and that nobody resumes: tests work on copies."
     folder = tmp_path_factory.mktemp('stopped')/'run'
     run = launch(recipe(folder, max_steps=100_000, save_steps=1))
-    until(lambda: len([c for c in checkpoints(run) if is_whole(c)]) >= 3 or not run.is_running, 900)
+    until(lambda: len([c for c in checkpoints(run) if is_whole(c)]) >= 3 or not run.is_running)
     return run.stop()
 
 @pytest.fixture
@@ -212,6 +211,25 @@ def test_without_a_complete_checkpoint_it_says_what_is_wrong_with_each(resumed, 
     def damage(run):
         for c in checkpoints(run): _damage(c/'optimizer.pt')
     with pytest.raises(RuntimeError, match=f'no complete checkpoint(?s:.*){checkpoints(stopped)[0].name} is incomplete: optimizer.pt is damaged'): resumed(damage)
+
+def test_checkpoints_of_an_earlier_run_in_the_folder_are_passed_over(resumed, recipe, stopped):
+    "They may have higher numbers than those of a run that has begun again with overwrite_output_dir."
+    from qwen2vl_nb.run import _stale
+    before, last = checkpoints(stopped)[-2:]
+    def begin_again(run):
+        about = run._json('run.json') | {'stale': _stale(recipe(run.output_dir, overwrite_output_dir=True))}
+        (run.output_dir/'run.json').write_text(json.dumps(about))
+        os.utime(run.output_dir/before.name/'trainer_state.json', (1, 1))  # as if it had been written since
+    assert resumed(begin_again) == (f'resume_from_checkpoint={before.name}', [f'Resuming from {before.name}. {last.name} was written by an earlier run in this folder.'])
+
+@pytest.mark.parametrize('changes, first', [({}, None), (dict(overwrite_output_dir=True), 0), (dict(resume_from_checkpoint=False), 0), (dict(resume_from_checkpoint=True), None),
+                                            (dict(resume_from_checkpoint='1', overwrite_output_dir=True), 2)])
+def test_which_checkpoints_a_run_builds_on(changes, first, recipe, stopped):
+    "As LLaMA-Factory takes them: without overwrite_output_dir it resumes by itself from the last one."
+    from qwen2vl_nb.run import _stale
+    found = checkpoints(stopped)
+    if isinstance(start := changes.get('resume_from_checkpoint'), str): changes = changes | {'resume_from_checkpoint': str(found[int(start)])}
+    assert list(_stale(recipe(stopped.output_dir, **changes))) == [c.name for c in found[len(found) if first is None else first:]]
 
 def _with_states(run, ranks, stage):
     "The checkpoints of a run as DeepSpeed writes them on more ranks."
@@ -277,20 +295,22 @@ def test_notes_of_starts_are_private_and_forgotten_with_their_folders(tmp_path):
 
 # torchrun starts the ranks again
 
-def test_ranks_that_were_started_again_pass_over_a_damaged_checkpoint(recipe, reference, tmp_path):
-    "All of them load the same one; the run goes on with one curve, and says in its log what was passed over."
-    expected = reference(None, 2, 'lora')
-    run = launch(recipe(tmp_path/'run', save_total_limit=None, overwrite_output_dir=True), nproc=2, env={'MAX_RESTARTS': '1'})
-    until(lambda: len([c for c in checkpoints(run) if is_whole(c, 2)]) >= 2 or not run.is_running, 900)
+def test_ranks_that_were_started_again_pass_over_a_damaged_checkpoint(recipe, reference, stopped, tmp_path):
+    "And one of an earlier run. All of them load the same one; the run goes on with one curve, and says in its log what was passed over."
+    expected = reference(None, 2, steps=24)
+    shutil.copytree(checkpoints(stopped)[-1], tmp_path/'run'/'checkpoint-99')
+    run = launch(recipe(tmp_path/'run', max_steps=24, save_total_limit=None, overwrite_output_dir=True), nproc=2, env={'MAX_RESTARTS': '1'})
+    until(lambda: len([c for c in checkpoints(run) if is_whole(c, 2)]) >= 3 or not run.is_running)
     below = [p for p in psutil.Process(run._json('waiter.json')['pid']).children(recursive=True) if 'worker.py' in ' '.join(p.cmdline()) and 'RANK' in p.environ()]
     for p in below: p.suspend()
-    last = [c for c in checkpoints(run) if (c/'trainer_state.json').exists()][-1]
+    last = [c for c in checkpoints(run) if (c/'trainer_state.json').exists()][-2]
     _damage(last/'optimizer.pt')
     for p in below: p.kill()
     assert run.wait().status == 'done'
     _joined(run, expected, 2e-4)
     said = ''.join((f/'stdout.log').read_text() for f in run.output_dir.glob('ranks/*/attempt_1/0'))
     assert f'{last.name} is incomplete: optimizer.pt is damaged.' in said and 'resume from' in said
+    assert 'checkpoint-99 was written by an earlier run in this folder.' in said
     assert is_whole(last, 2), 'it was written again'
 
 @pytest.mark.parametrize('ranks', [1, 2])
