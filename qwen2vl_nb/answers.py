@@ -414,7 +414,7 @@ def _look_after(folder):
     "The same; raises what the run failed of."
     _check_asked(folder)
     answers, n = folder/'predictions.jsonl', len(Asked(folder/'asked.jsonl'))
-    run = json.loads((folder/'run.json').read_text(encoding='utf-8'))
+    run = _beside('files')['read_json'](folder/'run.json')
     count, began = Count(answers, n), time.time()
     servers, workers = Servers(folder, run.get('servers', [])), []
     try:

@@ -8,7 +8,7 @@ __all__ = ['MOST', 'LINE', 'whole_file', 'write_text', 'write_json', 'reserve', 
            'write_new', 'may_replace', 'check_replaceable', 'own_file']
 
 # %% ../nbs/00_files.ipynb #2f3b0ec2
-import hashlib, io, json, os, secrets, shutil, stat
+import errno, hashlib, io, json, os, secrets, shutil, stat
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -99,6 +99,9 @@ def open_regular(
         if not stat.S_ISREG(os.stat(path).st_mode): raise Damaged(f'{path} is not a regular file.')
         file = open(path, 'rb', opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC))
     except ValueError as e: raise e if isinstance(e, Damaged) else Damaged(f'{path!r} is not a path: {e}.') from None
+    except OSError as e:
+        if e.errno == errno.ELOOP: raise Damaged(f'{path} is a link that leads round in a circle.') from None
+        raise
     if stat.S_ISREG(os.fstat(file.fileno()).st_mode): return file
     file.close()  # it was exchanged between the two looks
     raise Damaged(f'{path} is not a regular file.')

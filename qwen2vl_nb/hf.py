@@ -7,7 +7,7 @@ __all__ = ['prompt_tokens', 'batches', 'failed_row', 'Prompts', 'load_prompts', 
            'is_memory_error', 'Halving', 'token_budget', 'wanted_batches', 'work']
 
 # %% ../nbs/08c_hf.ipynb #1174c100
-import gc, json, os, runpy, sys
+import gc, os, runpy, sys
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -249,10 +249,11 @@ def work(
     gc.disable()
     import torch, yaml
     from llamafactory.model import load_model
-    answers, run = _beside('answers'), json.loads((folder/'run.json').read_text(encoding='utf-8'))
-    recipe = yaml.safe_load((folder/'recipe.yaml').read_text(encoding='utf-8')) | _beside('hidden')['given']('recipe')
+    answers, files = _beside('answers'), _beside('files')
+    run = files['read_json'](folder/'run.json')
+    recipe = yaml.safe_load(files['read_text'](folder/'recipe.yaml')) | _beside('hidden')['given']('recipe')
     rows, file = answers['Asked'](folder/'asked.jsonl'), answers['Answers'](folder/'predictions.jsonl')
-    todo = set(json.loads((folder/'missing.json').read_text()))
+    todo = set(files['read_json'](folder/'missing.json', list))
     if run['gpus'] and not torch.cuda.is_available():
         raise RuntimeError(f'The driver shows {len(run["gpus"])} GPU(s), and torch {torch.__version__} can use none: '
                            'install its build for the CUDA version of this driver.')

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from filelock import FileLock
 from . import answers, hf, hidden, served
-from .stack import Finding
+from .stack import Finding, in_words
 from .answers import Index, json_line, load_line, missing, parse_row, rows_digest, set_damaged_aside, with_own_keys
 from .served import server_options
 from .files import Damaged, open_regular, read_json, whole_file, whole_lines, write_json, write_text
@@ -180,7 +180,7 @@ def _ask(folder, asked, rows):
         path, found = folder/'asked.jsonl', None
         with suppress(FileNotFoundError): found = rows_digest(path)
         if found != asked['rows']:
-            if found and found != (before or {}).get('rows'): warnings.warn(f'{path} was changed or truncated: it is written anew from the samples.', stacklevel=3)
+            if found and found != (before or {}).get('rows'): warnings.warn(f'{path} was changed or truncated: it is written anew from the samples.', stacklevel=4)
             write_text(path, ''.join(rows), private=True)
         if not before or before['rows'] != asked['rows']: write_json(folder/'question.json', (before or {}) | asked, private=True)
 
@@ -389,7 +389,7 @@ def _set_aside(path, rows):
     "Move damaged answers, and those to other questions, out of the way, with a warning."
     wrong = set_damaged_aside(path, _checked_against(rows))
     if wrong: warnings.warn(f'{len(wrong)} line(s) of {path} hold no answer to a row of this question, and were moved to {path.name}.damaged:\n'
-                            f'{_listed(wrong)}\nWhere their rows have no other answer, they are asked again.', stacklevel=3)
+                            f'{_listed(wrong)}\nWhere their rows have no other answer, they are asked again.', stacklevel=4)
 
 def _kept(folder, n):
     done = n - len(missing(folder/'predictions.jsonl', n))
@@ -407,7 +407,7 @@ def _warn_of_failed(predictions):
     said = '\n'.join(f"- row {row['row']} (id {row['id']!r}): {row.get('error')}" for row in failed[:5])
     more = f'\n- and {len(failed) - 5} more, see .failed' if failed[5:] else ''
     warnings.warn(f'{len(failed)} of {len(predictions)} rows have no answer; calling predict again asks them again.'
-                  f'\n{said}{more}', stacklevel=3)
+                  f'\n{said}{more}', stacklevel=4)
 
 def _check_options(engine, options):
     "Raise `TypeError` or `ValueError` for what the engine doesn't know."
@@ -415,6 +415,7 @@ def _check_options(engine, options):
     unknown = options.keys() - {'openai': options, 'vllm': ('concurrency', 'media')}.get(engine, ())
     if unknown: raise TypeError(f"The engine {engine!r} has no {', '.join(sorted(unknown))}.")
 
+@in_words
 def predict(
     recipe:dict, # A prediction recipe
     samples:list=None, # What to ask, with or without answers; `None`: the recipe's data set

@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from filelock import FileLock
-from .stack import Finding, _table_class
+from .stack import Finding, _table_class, in_words
 from .sources import _Place, dialogue_sample, question_sample, read_rows
 from .files import read_bytes, sweep, write_text
 from .data import in_one_form, sample_turns, write_samples
@@ -457,6 +457,7 @@ class Registry(MutableMapping):
     def __contains__(self, name): return name in self._read()[0]
     def __repr__(self): return f'Registry({str(self.dataset_dir)!r}): {len(self)} data sets'
 
+    @in_words
     def add(self,
         name:str, # Name of the data set, as recipes call it
         samples:list, # Its samples

@@ -16,7 +16,7 @@ from pathlib import Path
 import platformdirs, psutil
 from filelock import FileLock
 from . import agent, hidden, waiter, worker
-from .stack import Finding, gpus, installed_versions
+from .stack import Finding, gpus, in_words, installed_versions
 from .checkpoint import checkpoints, newest_complete, when_written
 from .files import Damaged, json_or, parse_json, read_bytes, read_tail, read_text, sweep, write_json, write_text
 from .folder import files_of, is_count, is_number, last_start, read_state, state_or_empty
@@ -264,6 +264,7 @@ class Run:
         from qwen2vl_nb.watch import watch_loss  # the view stands on this module
         return watch_loss(self)
 
+    @in_words
     def wait(self):
         "Block until the run has ended, with progress; interrupting leaves it at work. A failure is raised with its cause."
         try:
@@ -282,6 +283,7 @@ class Run:
         if status == 'failed': raise RuntimeError('\n'.join([f'The run in {self.output_dir} failed.', _said(self.failure)]))
         return self
 
+    @in_words
     def stop(self,
         patience:float=120, # Seconds until the end of a step must have come; 0: end it as it is, without a checkpoint
     ):
@@ -290,17 +292,18 @@ class Run:
         except psutil.AccessDenied as e: raise PermissionError(f'The run in {self.output_dir} belongs to another user, who alone can end it (process {e.pid}).') from None
         return self
 
+    @in_words
     def resume(self,
         master:str=None, # Address and port of the first of several machines; `None`: as before
         trust:bool=False, # Resume a run that somebody else started, or that was started elsewhere: what its folder names is executed
     ):
         "Resume from the newest complete checkpoint, with the same recipe, on as many processes."
-        __tracebackhide__ = True
         if not last_start(self): raise RuntimeError(f"There is nothing to resume in {self.output_dir}: {self._damage() or 'its run.json is missing, or was not written by launch()'}")
         return _resume(self, master, trust)
 
 def _said(finding): return f'{finding.where}: {finding.what} {finding.cure}'
 
+@in_words
 def attach(
     output_dir, # Folder of a run that was launched, now or on another day
 )->Run:
@@ -350,9 +353,8 @@ def _port_findings(about):
 # %% ../nbs/08_run.ipynb #ad8cc676
 def _refuse(found, force):
     "Raise all errors together; warn of the rest, and where it is forced of all."
-    __tracebackhide__ = True
     said = lambda *levels: [_said(f) for f in found if f.level in levels]
-    for text in said('warning', *['error']*force): warnings.warn(text, stacklevel=4)
+    for text in said('warning', *['error']*force): warnings.warn(text, stacklevel=5)
     if said('error') and not force: raise ValueError('This recipe cannot run:\n- ' + '\n- '.join(said('error')))
 
 def _end_refused(run, force, future):
@@ -426,7 +428,7 @@ def _secrets(recipe, about):
     missing = sorted({k.upper() for k in names.get('recipe', [])} - {k.upper() for k in of_recipe} | {*names.get('env', [])} - of_env.keys() - os.environ.keys())
     if missing:
         warnings.warn(f"The run was started with secrets, which are not written down, and now lacks {', '.join(missing)}. "
-                      'If it needs them: stop() it, set these environment variables, and resume().', stacklevel=4)
+                      'If it needs them: stop() it, set these environment variables, and resume().', stacklevel=5)
     packed = hidden.pack(recipe=of_recipe, options=hidden.apart(about.get('options', {}))[0])
     return of_env | packed, {'recipe': sorted({*names.get('recipe', []), *of_recipe}), 'env': sorted({*names.get('env', []), *of_env})}
 
@@ -453,7 +455,6 @@ def _names_zero(path, config):
     except (OSError, ValueError): return False
 
 def _refuse_foreign(folder, recipe, about):
-    __tracebackhide__ = True
     found = _foreign(folder, recipe, about)
     if os.path.lexists(folder/'earlier') and not (folder/'earlier').is_dir(): found.append('earlier')
     if found: raise ValueError(f"{folder} has files that no run of this package made, and a run would write over them: {', '.join(found)}. "
@@ -517,7 +518,6 @@ def start(
     command:list=None, # What to start; `None`: LLaMA-Factory, on this recipe
 )->Run: # The run
     "Start a recipe below a waiter, once it is sure that no other run is at work in the folder. Raises `ValueError` where it would harm other files."
-    __tracebackhide__ = True
     run = Run(about['cwd'])
     run.output_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(run.output_dir/'.lock'):
@@ -540,7 +540,6 @@ _seconds = 1.5 # How long a start waits for the checks that may take longer
 
 def _checked(recipe, about):
     "Check a recipe; what takes long goes on beside. Returns what is done with the run once it has started."
-    __tracebackhide__ = True  # a notebook shows the caller's line and the message
     ranks, force = about['nproc']*about['nnodes'], about['force']
     found = quick_findings(recipe, ranks, about['versions'], about['given'], about['python']) + _port_findings(about)
     errors = any(f.level == 'error' for f in found)
@@ -573,6 +572,7 @@ def _stale(recipe):
     before = [c for c in found if start and c.resolve() == Path(start).resolve()]
     return {c.name: when_written(c) for c in found[found.index(before[0]) + 1 if before else 0:] if when_written(c)}
 
+@in_words
 def launch(
     recipe:dict, # A recipe for training or prediction
     nproc:int=None, # Number of processes on this machine; `None`: one for each GPU here, one without
@@ -584,7 +584,6 @@ def launch(
     force:bool=False, # Start even what the checks say can't run
 )->Run: # The run, started
     "Start a recipe in its `output_dir`, apart from this kernel."
-    __tracebackhide__ = True
     about = _about(nproc, nnodes, node_rank, master, env, python, force)
     then = _checked(recipe, about)
     folder = Path(recipe['output_dir']).absolute()
@@ -605,18 +604,18 @@ def _newest(recipe, ranks, stale):
     "The checkpoint to resume from; warns of newer ones."
     last, passed = newest_complete(recipe['output_dir'], ranks, stale)
     if last:
-        for why in passed: warnings.warn(f'Resuming from {last.name}. {why}', stacklevel=4)
+        for why in passed: warnings.warn(f'Resuming from {last.name}. {why}', stacklevel=5)
         return last
     other = ' To go on from a complete one: launch(recipe | {"resume_from_checkpoint": …}, nproc=…) on as many ranks as it needs.' if any('is complete' in p for p in passed) else ''
     raise RuntimeError('\n- '.join([f"There is no complete checkpoint in {recipe['output_dir']} to resume from: launch(recipe) starts from the beginning.{other}", *passed]))
 
 def _resume(run, master, trust):
     "Start a run again where it left off."
-    __tracebackhide__ = True
     about, recipe = run._json('run.json'), run.recipe
     if run.is_running or run.status == 'done': raise RuntimeError(f'The run in {run.output_dir} is {run.status}: there is nothing to go on with.')
     if 'workers' in about:
         raise RuntimeError(f'There are predictions in {run.output_dir}: predict(…), called again as before, goes on with the rows that are missing.')
+    if not isinstance(recipe.get('output_dir'), str): raise RuntimeError(f"{run.output_dir/'recipe.yaml'} was changed after the start: it names no output_dir.")
     if not trust: _refuse_stranger(run, about, recipe)
     _resumable(recipe)
     last = _newest(recipe, about['nproc']*about['nnodes'], about.get('stale', {}))
@@ -633,6 +632,7 @@ def _precision(model):
     config = model_config(model)
     return config.get('dtype') or config.get('torch_dtype') or 'bfloat16'
 
+@in_words
 def export(
     run, # A LoRA run, or its folder
     path, # Folder for the model; it must not be there yet

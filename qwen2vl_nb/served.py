@@ -444,14 +444,14 @@ def work(
 ):
     "Answer what is missing in a folder."
     import yaml
-    answers, recipe = _beside('answers'), yaml.safe_load((folder/'recipe.yaml').read_text(encoding='utf-8'))
-    run = json.loads((folder/'run.json').read_text(encoding='utf-8'))
+    answers, files = _beside('answers'), _beside('files')
+    recipe, run = yaml.safe_load(files['read_text'](folder/'recipe.yaml')), files['read_json'](folder/'run.json')
     options, engine = server_options(**run['options'] | _beside('hidden')['given']('options')), {'engine': run.get('engine', 'openai')}
     if recipe.get('template') != 'qwen2_vl':
         raise ValueError(f"The template is {recipe.get('template')!r}; servers are asked as qwen2_vl has it.")
     answer_settings(recipe, 0)  # what no server can do is no row's fault
     rows, file = answers['Asked'](folder/'asked.jsonl'), answers['Answers'](folder/'predictions.jsonl')
-    todo = json.loads((folder/'missing.json').read_text())
+    todo = files['read_json'](folder/'missing.json', list)
 
     async def ask():
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asyncio.current_task().cancel)

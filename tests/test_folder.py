@@ -80,7 +80,7 @@ CALLS = {  # Call → the exceptions that may say in words what is wrong
     'log': (lambda f: Run(f).log(), ()), 'log of a rank': (lambda f: Run(f).log(0), ValueError), 'failure': (lambda f: str(Run(f).failure), ()),
     'find_failure': (lambda f: str(find_failure(f)), ()), 'gpu': (lambda f: Run(f).gpu(), ()), 'recipe': (lambda f: Run(f).recipe, (ValueError, FileNotFoundError)),
     'runs': (lambda f: str(runs(f.parent)), ()), 'stop': (lambda f: Run(f).stop(patience=0), ()), 'wait': (lambda f: Run(f).wait(), RuntimeError),
-    'watch': (shown, FileNotFoundError),
+    'watch': (shown, FileNotFoundError), 'resume': (lambda f: Run(f).resume(trust=True), (RuntimeError, ValueError, FileNotFoundError)),
 }
 
 def looked_at(folder, what, calls):
@@ -107,13 +107,16 @@ def damaged(folder):
             yield f'{name}: {kind}'
             wipe(path)
             if is_there: write(path, path.kept)
+
+def changed(folder, pick=lambda field, value: True):
+    "Give a field of a file's JSON each value, one after the other; yields what it is."
     for name, state in STATE.items():
         path, is_list = folder/name, isinstance(state, list)
         is_there = path.exists()
-        for key in (state[0] if is_list else state):
-            for value in VALUES:
-                changed = [state[0] | {key: value}] if is_list else state | {key: value}
-                write(path, json.dumps(changed))
+        for i, key in enumerate(state[0] if is_list else state):
+            for k, value in enumerate(VALUES):
+                if not pick(i, k): continue
+                write(path, json.dumps([state[0] | {key: value}] if is_list else state | {key: value}))
                 yield f'{name}: {key} is {value!a}'
         wipe(path)
         if is_there: write(path, json.dumps(state))
@@ -122,17 +125,35 @@ class KeptPath(type(Path())):
     "A path that remembers what its file held."
     kept = b''
 
-def test_whatever_a_folder_contains_it_can_be_looked_at(tmp_path, monkeypatch):
+@pytest.fixture
+def beside(tmp_path, monkeypatch):
+    "The folder of a run, beside that of another."
     monkeypatch.setattr(run_module.waiter, 'GRACE', 1)
     monkeypatch.setattr(run_module, '_marked', lambda run_id: [])  # no process has this run's mark, and to look for it a thousand times takes minutes
     make(tmp_path/'good')
-    folder, wrong, count = make(KeptPath(tmp_path/'bad')), [], 0
-    for what in damaged(folder):
-        calls = CALLS if ' is ' not in what else ('progress', 'failure', 'gpu', 'watch')
+    return make(KeptPath(tmp_path/'bad'))
+
+def no_raw_exception(folder, cases, calls):
+    wrong, count = [], 0
+    for what in cases:
         wrong += looked_at(folder, what, calls)
         count += len(calls)
-        if ' is ' not in what: assert runs(tmp_path).set_index('run').state['good'] == 'failed', what
-    assert not wrong, f'{len(wrong)} of {count}:\n' + '\n'.join(wrong[:40])
+    assert count and not wrong, f'{len(wrong)} of {count}:\n' + '\n'.join(wrong[:40])
+
+def test_whatever_the_files_of_a_run_contain_it_can_be_looked_at(beside):
+    def cases():
+        for what in damaged(beside):
+            yield what
+            assert runs(beside.parent).set_index('run').state['good'] == 'failed', what
+    no_raw_exception(beside, cases(), CALLS)
+
+def test_whatever_a_field_of_a_run_contains_it_can_be_looked_at(beside):
+    "Each field with three of the values; `make soak` has them all, with each call."
+    third = len(VALUES)//3
+    no_raw_exception(beside, changed(beside, lambda field, value: value % third == field % third), ('failure', 'gpu', 'watch'))
+
+@pytest.mark.soak
+def test_whatever_a_field_of_a_run_contains_each_call_says_so(beside): no_raw_exception(beside, changed(beside), CALLS)
 
 def test_a_damaged_run_is_a_row_that_says_so(tmp_path):
     for name in ('good', 'bad'): make(tmp_path/name)

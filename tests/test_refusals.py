@@ -1,0 +1,65 @@
+"""What a notebook shows where something is refused: the line that was typed and the message, nothing of this package's inside."""
+from contextlib import redirect_stdout
+from io import StringIO
+import os, warnings
+
+import pytest
+from IPython.core.interactiveshell import InteractiveShell
+
+import qwen2vl_nb.run
+from qwen2vl_nb.recipe import save_recipe
+
+@pytest.fixture(scope='module')
+def shell():
+    yield (shell := InteractiveShell.instance(colors='nocolor'))
+    InteractiveShell.clear_instance()
+
+def shown(shell, cell):
+    "What is shown of the exception that a cell raises."
+    with redirect_stdout(StringIO()) as text: assert not shell.run_cell(cell).success
+    return text.getvalue()
+
+REFUSED = {  # Cell → a part of the message
+    'launch(recipe | {"dataset": "car_itme"}, nproc=1)': "did you mean 'car_item'",
+    'launch(recipe, nproc=2, nnodes=2)': 'master=None',
+    'launch(recipe, python="/no/python")': 'is no interpreter',
+    'launch(recipe | {"output_dir": folder})': 'no run of this package made',
+    'attach(folder)': 'No run was launched',
+    'Run(folder).resume()': 'There is nothing to resume',
+    'Run(damaged).wait()': 'run.json',
+    'export(Run(folder), folder)': 'is already there',
+    'predict(recipe, [], engine="no")': "There is no engine 'no'",
+    'predict(recipe | {"output_dir": folder}, [{"instruction": "?", "output": ""}])': 'another question',
+    'Registry(folder).add("a,b", [{}])': 'cannot name a data set',
+    'Registry(folder).add("cars", [{"instruction": "?", "output": "!"}])': 'overwrite=True',
+}
+
+@pytest.fixture(scope='module')
+def ready(shell, tiny, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('refused')
+    for name in ('run.log', 'predictions.jsonl', 'cars.json'): (folder/name).write_text('mine')
+    save_recipe({'model_name_or_path': str(tiny)}, folder/'recipe.yaml')
+    (damaged := folder/'damaged').mkdir()
+    (damaged/'run.json').write_text('{"id": ')
+    os.utime(damaged/'run.json', (1e9, 1e9))
+    shell.run_cell('from qwen2vl_nb.all import *')
+    recipe = dict(model=tiny, dataset='car_item', output_dir=folder/'new', dataset_dir=str(data), bf16=None, use_cpu=True, max_steps=4, max_samples=16)
+    shell.push({'folder': str(folder), 'damaged': str(damaged)})
+    shell.push({'recipe': qwen2vl_nb.recipe.train_recipe(**recipe)})
+    return shell
+
+@pytest.mark.parametrize('cell', REFUSED)
+def test_a_refusal_is_the_line_and_the_message(ready, cell):
+    said = shown(ready, cell)
+    assert REFUSED[cell] in said and cell in said
+    assert 'qwen2vl_nb/' not in said and 'skipping' not in said, said
+
+def test_a_fault_that_is_no_refusal_keeps_its_frames(ready):
+    said = shown(ready, 'launch(7)')
+    assert 'AttributeError' in said and 'qwen2vl_nb/' in said
+
+def test_a_warning_names_the_line_that_was_typed(ready):
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter('always')
+        ready.run_cell('launch(recipe | {"dataset": "car_itme"}, nproc=1, force=True).stop(patience=0)')
+    assert {w.filename.startswith('/tmp/ipykernel') or '<ipython-input' in w.filename for w in found if 'car_itme' in str(w.message)} == {True}, found
