@@ -3,7 +3,8 @@
 The rows of the corpus of bad data go through LLaMA-Factory's own loading, preprocessing and collating, and what is left of them through
 the embedded model. Recipes go through its `run_exp`, all in one child. What is proven elsewhere is named with its test. And a finding of
 level error that nothing here proves fails the last test: prove it, or make it a warning."""
-import ast, json, os, re, shutil, subprocess, sys
+import ast, json, os, re, shutil, signal, stat, subprocess, sys
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -128,6 +129,7 @@ def _corpus():
 MORE = {
     'a tag in the answer, where the prompt has none': lambda f: ([_question(i, image=[str(_save(f/'a.png'))], output='It is <image>.') for i in range(2)], {}),
     'a clip that does not say its rate': _clips_of(lambda f: _clip(f/'a.asf', codec='mpeg4')),
+    'a PostScript program': lambda f: (_numbered([str(_save(f/'a.eps', _noise(1)))]*2), {}),
     'a picture that may not be read': lambda f: (_numbered([str(_forbidden(f))]*2), {}),
 }
 
@@ -147,9 +149,25 @@ def _is_unwritable(sample):
     try: json.dumps(sample, ensure_ascii=False, allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError): return True
 
+def _media_of_all(samples): return [p for s in samples if isinstance(s, dict) for key in ('image', 'video') for p in (s.get(key) if isinstance(s.get(key), list) else [])]
+
+def _is_pipe(path): return isinstance(path, str) and os.path.exists(path) and stat.S_ISFIFO(os.stat(path).st_mode)
+
+@contextmanager
+def _alarm(seconds):
+    "An exception for who reads a pipe into which nobody writes; 0: none."
+    def ring(*_): raise TimeoutError('Nobody writes into the pipe.')
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(seconds)
+    try: yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
 def _is_proven(samples, how, errors, takes):
     if any(_is_unwritable(s) for s in samples): return True
-    try: kept = takes(samples, _entry(samples), cutoff_len=how.get('cutoff_len', 2048))
+    try:
+        with _alarm(20 if any(map(_is_pipe, _media_of_all(samples))) else 0): kept = takes(samples, _entry(samples), cutoff_len=how.get('cutoff_len', 2048))
     except Exception: return True
     if len(kept) < len(samples): return True
     return any(words in what and spoilt(kept[row], kept[row - 1]) for row, what in zip(errors.row, errors.what) for words, spoilt in SPOILT.items())
@@ -302,9 +320,13 @@ ELSEWHERE = { # function, or more of the line → the test in which it is proven
     "media._file_fault: Fault(f'The path is {path!r}, not text": 'check_samples says it before, in words of its own that are proven',
     "recipe._config_findings: Finding('deepspeed'": 'test_failures.py::zero3_generates',
     "recipe._config_findings: Finding('use_cpu'": 'test_failures.py::use_cpu_with_zero3',
-    'run._machine_findings': 'test_failures.py::bf16_on_the_cpu',
+    "recipe._argument_findings: Finding(key, f'LLaMA-Factory needs a number": 'test_checks.py::test_llamafactory_fails_where_it_is_called_an_error',
+    "checks.hub_findings: Finding('model_name_or_path', f'There is no folder": 'test_hub.py::test_a_hub_that_cannot_be_reached_is_said_before_the_start',
+    "checks.hub_findings: Finding('model_name_or_path', f'{hub} gives no": 'test_hub.py::test_a_name_that_the_hub_does_not_have_is_said_before_the_start',
+    'run.failure': 'it is said of a run that has ended',
+    'checks.half_findings': 'test_failures.py::bf16_on_the_cpu',
     'run._port_findings': 'test_failures.py::port_taken',
-    'run._disk_findings': 'test_failures.py::disk_full',
+    'checks.disk_findings': 'test_failures.py::disk_full',
     'plan.memory_findings': 'test_memory.py::test_real_runs',
     'registry.entry_faults': 'test_registry.py::test_what_is_called_an_error_stops_the_loader_too',
     'registry._row_faults': 'test_registry.py::test_check_says_what_the_loader_says',
