@@ -14,7 +14,7 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 from .files import check_replaceable, open_regular, other_name, own_file, write_new
-from .stack import findings_table
+from .stack import findings_table, text_table
 from .media import (Fault, PictureGrid, image_tokens, look_at_all, look_at_picture, look_at_video,
                               mend_picture, near_duplicates, processor_limits, video_tokens)
 from .media import _file_digest, _tokens, glance_at_picture, glance_at_video
@@ -375,7 +375,7 @@ def count_tokens(
     looks = looks or _glance(samples, limits)
     text = _text_tokens(samples, model) if model else [0]*len(samples)
     table = pd.DataFrame({'text': text, 'media': _media_tokens(samples, looks, model, limits)}, dtype='Int64')
-    return table.assign(total=table.text + table.media)
+    return text_table(table.assign(total=table.text + table.media))
 
 # %% ../nbs/01_data.ipynb #a2ec65c5
 _types = {str: 'text', int: 'a number', float: 'a number', bool: 'true or false',

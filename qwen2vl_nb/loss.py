@@ -10,6 +10,7 @@ import io, math, os, re, reprlib, textwrap
 from functools import partial
 from pathlib import Path
 from .data import plain_axes
+from .stack import text_table
 from .files import Damaged, lines_of, open_regular, parse_json, whole_file
 from .recipe import load_recipe
 
@@ -202,7 +203,7 @@ class Rows:
     def table(self): # A pandas `DataFrame`, the same one until something is new
         "The rows as a table."
         import pandas as pd
-        if self._table is None: self._table = pd.DataFrame({k: v for k,v in self.columns().items() if k != _KIND}, copy=False)
+        if self._table is None: self._table = text_table(pd.DataFrame({k: v for k,v in self.columns().items() if k != _KIND}, copy=False))
         return self._table
 
 # %% ../nbs/07_loss.ipynb #6e7e22f7
@@ -244,7 +245,7 @@ class Log:
             file.seek(self.offset)
             block = file.read(_block)
             block = block[:block.rfind(b'\n') + 1]
-            if len(block) > _block//8 and self.rows.add_block(block): self.offset += len(block)
+            if len(block) > _block//64 and self.rows.add_block(block): self.offset += len(block)
             else: more = self._read_lines(file, len(block))
         file.seek(max(0, self.offset - 200))
         self._last = file.read(self.offset - file.tell())
@@ -294,7 +295,7 @@ def _series(rows, column):
     if column not in columns: return pd.Series(dtype=float)
     values, steps, kinds = columns[column], columns['current_steps'], columns[_KIND]
     was_logged = (kinds & _bits[column]).astype(bool) if column in _bits else ~np.isnan(values)
-    values, steps = values[was_logged].astype(float), steps[was_logged]
+    values, steps = values[was_logged].astype(float, copy=False), steps[was_logged]
     values[~np.isfinite(values)] = math.nan
     is_last = np.append(steps[1:] != steps[:-1], True)[:len(steps)]  # of a step that has several
     return pd.Series(values[is_last], steps[is_last])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from .stack import Finding, gpus as gpus_here
 from .zero import zero_config
 from .memory import GiB, MemoryEstimate, NotPredicted, longest_sample, predict_memory
-from .stack import as_text
+from .stack import as_text, text_table
 
 
 # %% ../nbs/06_plan.ipynb #aac8c10c
@@ -97,7 +97,7 @@ class ZeroTable:
         def figures(e):
             if not e: return {}
             return {'when': e.when} | {k: v/GiB for k,v in dict(low=e.low, peak=e.peak, high=e.high, host=e.host, disk=e.disk, **e.parts).items()}
-        return pd.DataFrame([{'config': r.name, 'fits': r.fits, 'why': r.why} | figures(r.estimate) for r in self.rows]).round(2)
+        return text_table(pd.DataFrame([{'config': r.name, 'fits': r.fits, 'why': r.why} | figures(r.estimate) for r in self.rows]).round(2))
 
     def __repr__(self):
         lines = [f'{r.name:11} {r.peak:>10}  {r.range:>13}  {r.fits:13}  {r.why}' for r in self.rows]

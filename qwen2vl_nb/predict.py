@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from filelock import FileLock
 from . import answers, hf, hidden, served
-from .stack import Finding, in_words
+from .stack import Finding, in_words, text_table
 from .answers import Index, json_line, load_line, missing, parse_row, rows_digest, set_damaged_aside, with_own_keys
 from .served import server_options
 from .files import Damaged, open_regular, read_json, whole_file, whole_lines, write_json, write_text
@@ -268,7 +268,7 @@ class Predictions(Sequence):
     def to_pandas(self):
         "The rows as a pandas `DataFrame`."
         import pandas as pd
-        return pd.DataFrame(self.rows)
+        return text_table(pd.DataFrame(self.rows))
 
 # %% ../nbs/09_predict.ipynb #6a8b2104
 def _weights(recipe):

@@ -16,7 +16,7 @@ from pathlib import Path
 import platformdirs, psutil
 from filelock import FileLock
 from . import agent, hidden, waiter, worker
-from .stack import Finding, gpus, in_words, installed_versions
+from .stack import Finding, gpus, in_words, installed_versions, text_table
 from .checkpoint import checkpoints, newest_complete, when_written
 from .files import Damaged, json_or, parse_json, read_bytes, read_tail, read_text, sweep, write_json, write_text
 from .folder import files_of, is_count, is_number, last_start, read_state, state_or_empty
@@ -257,7 +257,7 @@ class Run:
         about = self._json('run.json')
         used = gpus((about.get('env', {}) | about.get('inherited', {})).get('CUDA_VISIBLE_DEVICES'))[:about.get('nproc', 1)]
         rows = [{'rank': rank, 'gpu': g.name, 'used GiB': (g.total - g.free)/GiB, 'of GiB': g.total/GiB, 'load %': g.load} for rank, g in enumerate(used)]
-        return pd.DataFrame(rows, columns=['rank', 'gpu', 'used GiB', 'of GiB', 'load %'])
+        return text_table(pd.DataFrame(rows, columns=['rank', 'gpu', 'used GiB', 'of GiB', 'load %']))
 
     def watch(self):
         "Show the run live, and go on; see `watch_loss`."
@@ -331,7 +331,7 @@ def runs(
     first = [run for run in found if not run._json('run.json').get('node_rank')]  # the other machines' part of a run is no run
     table = pd.DataFrame([_row(folder, run) for run in first], columns=['run', 'state', 'started', 'step', 'of', 'loss', 'best eval_loss'])
     table['started'] = pd.to_datetime(table.started, unit='s').dt.floor('s')
-    return table
+    return text_table(table)
 
 # %% ../nbs/08_run.ipynb #a004935d
 def _address(master):

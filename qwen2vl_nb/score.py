@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Context, Decimal
 from functools import cached_property, lru_cache
-from .stack import as_text
+from .stack import as_text, text_table
 
 
 # %% ../nbs/10_score.ipynb #faeaf9a1
@@ -125,7 +125,7 @@ def _field_table(outcomes, malformed, times=None):
     lines = {f: _line_of_field(c, fine(f)) for f,c in counts.items() if c.total() > c['unwanted']}
     whole = sum(k for *row,k in zip(outcomes, malformed, times) if _is_whole(*row))/n
     lines['(all)'] = _line_of_field(sum(counts.values(), Counter()), whole)
-    return pd.DataFrame.from_dict(lines, orient='index').rename_axis('field')
+    return text_table(pd.DataFrame.from_dict(lines, orient='index').rename_axis('field'))
 
 # %% ../nbs/10_score.ipynb #d0b3889c
 _most_fields = 20 # That have a column of their own among the measures
@@ -223,14 +223,14 @@ class Scores(dict):
         judged=None, # Where labels are JSON objects: the different outcomes of the fields, what is malformed, and how many rows have each
         note:str='', # A sentence that is shown below the figures
     ):
-        self.rows, self._given, self._judged, self._note = rows, given, judged, note
+        self.rows, self._given, self._judged, self._note = text_table(rows), given, judged, note
         self._measures = rows.iloc[:, 1:]
         super().__init__({'rows': len(rows), 'failed': failed} | self._measures.mean().to_dict())
 
     @cached_property
     def overall(self):
         "A `DataFrame`: each measure with its 95 % bootstrap interval."
-        return _shares(self._measures)
+        return text_table(_shares(self._measures))
 
     @cached_property
     def fields(self):
@@ -268,7 +268,7 @@ class Scores(dict):
                              pd.Index(list(places), name=name, dtype=object))
         table.insert(0, ('rows', ''), [len(some) for some in places.values()])
         first = next(m for m in ('json', 'number', 'exact') if m in self)
-        return table.sort_values([(first, 'value'), ('rouge-l', 'value')], kind='stable')
+        return text_table(table.sort_values([(first, 'value'), ('rouge-l', 'value')], kind='stable'))
 
     def _title(self):
         rest = len(self._given) - len(self.rows)
@@ -466,7 +466,7 @@ def compare(
     lines = [dict(id=columns[0].id[i], label=first[i]['label'], before=first[i]['predict'],
                   after=second[i]['predict'], what=_what(one[i], two[i], is_sharp), change=change[i])
              for i in one.index if change[i] or answer(first[i]) != answer(second[i])]
-    changed = pd.DataFrame(lines, columns=['id', 'label', 'before', 'after', 'what', 'change'])
+    changed = text_table(pd.DataFrame(lines, columns=['id', 'label', 'before', 'after', 'what', 'change']))
     return Comparison(measure, one.mean(), two.mean(), _summary(change.to_frame()).iloc[0].to_dict(),
-                      *_chance(change.to_numpy(), is_sharp), _table(one, two, is_sharp), changed,
+                      *_chance(change.to_numpy(), is_sharp), text_table(_table(one, two, is_sharp)), changed,
                       [second[i] for i in one.index if change[i] < 0])

@@ -223,3 +223,75 @@ def test_buttons_and_failure(lab, page, few_steps):
     assert red.evaluate('e => getComputedStyle(e).color') == 'rgb(214, 69, 69)'
     assert not page.locator('.widget-button', has_text='Resume').first.is_disabled()
     _keep(page, 'failed')
+
+_MATHS = ['$5 and $6', r'\(x\)', r'\[y\]', r'\begin{equation}z\end{equation}']
+_SHOWN_AS_TEXT = {  # a cell each, and whether it has the texts themselves
+    'import json': """
+from pathlib import Path
+from IPython.display import HTML, display
+from PIL import Image
+from qwen2vl_nb.all import *
+texts = MATHS
+def lines(path, rows):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(''.join(json.dumps(row) + '\\n' for row in rows))
+samples = [dict(instruction=f'<image>{t}', output=t, image=[f'maths/{t}.png']) for t in texts]
+rows = [dict(row=i, id=t, images=[f'maths/{t}.png'], prompt=t, label=t, predict=t, engine='hf') for i, t in enumerate(texts)]
+lines('maths/out/predictions.jsonl', rows)
+for i, t in enumerate(texts):
+    Image.new('RGB', (56, 56), (60*i, 90, 90)).save(f'maths/{t}.png')
+    lines(f'maths/runs/{t}/run.json', [dict(nproc=1)])
+    lines(f'maths/runs/{t}/trainer_log.jsonl', [dict(current_steps=n, total_steps=9, loss=1/n, remaining_time=t) for n in range(1, 10)])
+    lines('maths/log/trainer_log.jsonl', [dict(current_steps=n, loss=1., remaining_time=t) for n, t in enumerate(texts)])
+entry = {'file_name': 'none.json', 'columns': {'prompt': 'instruction', 'response': 'output'}}
+lines('maths/dataset_info.json', [{t: entry for t in texts}])
+registry = Registry('maths')
+recipe = train_recipe('data/tiny_qwen2vl', 'car_item', 'maths/train', dataset_dir='data')
+scores = score(rows, measures={t: lambda row: 1 for t in texts})
+fields = score([dict(id=t, label=json.dumps({t: 1}), predict=json.dumps({t: 1})) for t in texts])
+comparison = compare(rows, [row | dict(predict='no') for row in rows])
+""",
+    'check_samples(samples + [s | dict(image=[f"gone/{s[\'output\']}.png"]) for s in samples])': _MATHS,
+    'show_samples(samples)': _MATHS,
+    'describe_samples(samples)': [],
+    'count_tokens(samples)': [],
+    'registry.check()': _MATHS,
+    'registry.find()': _MATHS,
+    'show_predictions(rows)': _MATHS,
+    'HTML(show_predictions(rows)._repr_html_())': _MATHS,
+    'scores': _MATHS,
+    'scores.by("prompt")': _MATHS,
+    'scores.rows': _MATHS,
+    'scores.overall': _MATHS,
+    'scores.rows.head()[["id"]]': _MATHS,
+    'fields.fields': _MATHS,
+    'comparison': [],
+    'comparison.changed': _MATHS,
+    'comparison.table': [],
+    'runs("maths/runs")': _MATHS,
+    'read_log("maths/log")': _MATHS,
+    'Predictions("maths/out").to_pandas()': _MATHS,
+    'display(*[watch_loss(f"maths/runs/{t}") for t in texts])': _MATHS,
+    'zero_table(recipe, gpus=2, gpu_gib=24)': [],
+    'zero_table(recipe, gpus=2, gpu_gib=24).to_pandas()': [],
+}
+_TYPESET = "display(HTML('<p>$x^2$</p>'))"
+
+def test_only_what_is_marked_up_as_maths_is_typeset(lab, page):
+    first, *rest = _SHOWN_AS_TEXT
+    setup = f'{first}{_SHOWN_AS_TEXT[first]}'.replace('MATHS', repr(_MATHS))
+    _notebook(lab.root/'maths.ipynb', [setup, *rest, _TYPESET])
+    _open(page, lab, 'maths.ipynb')
+    _menu(page, 'Run', 'Run All Cells')
+    outputs = page.locator('.jp-CodeCell')
+    errors = page.locator('[data-mime-type="application/vnd.jupyter.stderr"], [data-mime-type="application/vnd.jupyter.error"]')
+    typeset = outputs.last.locator('mjx-container')
+    _until(lambda: typeset.count() or errors.count(), 'the control is typeset')
+    assert not errors.count(), errors.all_text_contents()
+    page.locator('.widget-vbox', has_text=_MATHS[-1]).last.wait_for()
+    for k, code in enumerate(rest, 1):
+        cell = outputs.nth(k).locator('.jp-OutputArea')
+        assert cell.locator('.jp-OutputArea-output').count(), f'{code} shows something'
+        assert not cell.locator('mjx-container, .MathJax').count(), f'{code} is not typeset'
+        shown = cell.inner_text()
+        assert all(text in shown for text in _SHOWN_AS_TEXT[code]), (code, shown)
