@@ -7,7 +7,7 @@ __all__ = ['load_line', 'with_own_keys', 'parse_row', 'json_line', 'Answers', 'I
            'set_damaged_aside', 'Asked', 'rows_digest', 'ServerFailed', 'Servers', 'Count', 'RowsLeftOut', 'look_after']
 
 # %% ../nbs/08b_answers.ipynb #dd3a5d9e
-import fcntl, hashlib, json, os, re, runpy, signal, subprocess, sys, time
+import fcntl, hashlib, json, os, re, runpy, signal, socket, subprocess, sys, time
 from array import array
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -275,14 +275,25 @@ def _last_words(log):
     raised, lines = _raised.findall(text), [line.strip() for line in text.splitlines() if line.strip()]
     return ' / '.join(dict.fromkeys([raised[0], raised[-1]] if raised else lines[-3:])) or 'nothing'
 
+_look = 5 # Seconds that a server has to say whether it is there
+
 def _names_models(url):
-    "Whether a server answers."
-    from http.client import HTTPException
-    from urllib.request import ProxyHandler, build_opener
+    "Whether a server answers in time, however slowly it does."
+    from http.client import HTTPConnection, HTTPException
+    from threading import Timer
+    from urllib.parse import urlsplit
+    place = urlsplit(f'{url}/models')
+    connection = HTTPConnection(place.hostname, place.port, timeout=_look)
     try:
-        with build_opener(ProxyHandler({})).open(f'{url}/models', timeout=5) as answer:
-            return answer.status == 200
+        connection.connect()
+        end = Timer(_look, connection.sock.shutdown, [socket.SHUT_RDWR])
+        end.start()
+        try:
+            connection.request('GET', place.path)
+            return connection.getresponse().status == 200
+        finally: end.cancel()
     except (OSError, HTTPException): return False
+    finally: connection.close()
 
 def _ended(process):
     "How a process has ended, in words."
@@ -428,16 +439,14 @@ def _look_after(folder):
         workers += [subprocess.Popen(w['command'], env=os.environ | w['env']) for w in run['workers']]
         while any([p.poll() is None for p in workers]):
             _tell(folder, count, n, began)
-            if _is_stopped(folder):
-                for p in workers: p.terminate()
+            if _is_stopped(folder): return signal.SIGTERM
             servers.check()
             time.sleep(.2)
-        if (folder/'stopping').exists(): return signal.SIGTERM
         ended = _ended_as(workers)
         if not ended: _check_whole(answers, n)
         return ended
     finally:
-        _end(workers + servers.running)
+        for processes in workers, servers.running: _end(processes)
         with suppress(OSError): (folder/'missing.json').unlink(missing_ok=True)
         _tell(folder, count, n, began)
         with suppress(OSError): put_in_order(answers)  # on a full disk they are read in order all the same

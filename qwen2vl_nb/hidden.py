@@ -16,12 +16,13 @@ _userinfo = re.compile(r'(?<=://)(?:[^\s/?#@]+@|[^\s/?#@]*:(?!\d{0,5}(?:[/?#\s]|
 
 def is_secret(
     name:str, # Name of an environment variable, or key of a recipe
-    value, # Its value
+    value, # Its value; of a list or a dict, what is in it counts
 )->bool:
     "Whether a value must not be written down: by its name, or because an address in it has a user name or password."
+    if isinstance(value, dict): return any(is_secret(f'{name}.{k}', v) for k,v in value.items())
+    if isinstance(value, (list, tuple)): return any(is_secret(name, v) for v in value)
     words = re.sub('(?<=[a-z])(?=[A-Z])', '_', name).upper()
-    if _words.search(words) and isinstance(value, str) and value: return True
-    return bool(_userinfo.search(value if isinstance(value, str) else json.dumps(value, default=str)))
+    return isinstance(value, str) and bool(value and _words.search(words) or _userinfo.search(value))
 
 def apart(
     values:dict, # Environment variables, or a recipe

@@ -520,7 +520,7 @@ def start(
     "Start a recipe below a waiter, once it is sure that no other run is at work in the folder. Raises `ValueError` where it would harm other files."
     run = Run(about['cwd'])
     run.output_dir.mkdir(parents=True, exist_ok=True)
-    with FileLock(run.output_dir/'.lock'):
+    with FileLock(run.output_dir/'.lock', timeout=120):
         if run.is_running: raise RuntimeError(f'A run is at work in {run.output_dir}: attach(…) to it, stop() it, or choose another output_dir.')
         about = about | {'command': command or _command(recipe, about), 'before': _before(run, make_room)}
         _refuse_foreign(run.output_dir, recipe, about)

@@ -10,7 +10,13 @@ __all__ = ['server_options', 'answer_settings', 'seen_picture', 'picture_uri', '
 import asyncio, base64, io, json, math, os, random, re, runpy, signal, sys, time, zlib
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+
+@cache
+def _beside(name): return runpy.run_path(Path(__file__).with_name(f'{name}.py'))
+
+def _mask(text): return _beside('hidden')['mask'](text)
 
 # %% ../nbs/08d_served.ipynb #e0df0b5f
 def server_options(
@@ -199,7 +205,7 @@ def _told(answer, content):
         if isinstance(said, dict): said = said.get(key, said)
     try: said = content.decode(errors='replace') if said is None else said if isinstance(said, str) else json.dumps(said, ensure_ascii=False)
     except RecursionError: said = content.decode(errors='replace')
-    line, key = _in_a_line(said[:10_000]), answer.request.headers.get('authorization', '').removeprefix('Bearer ')
+    line, key = _mask(_in_a_line(said[:10_000])), answer.request.headers.get('authorization', '').partition(' ')[2]
     if key: line = line.replace(key, '…')
     cure = _cures.get(answer.status_code, '')
     return _in_a_line(f'{answer.status_code} {answer.reason_phrase[:100]}: {line[:300]} {cure}')
@@ -248,10 +254,10 @@ def _client(url):
 class Server:
     "A server, and whether it is there."
     def __init__(self,
-        url:str, # Its address
+        url:str, # Its address; a password in it is not shown
         timeout:float, # Seconds for a request
     ):
-        self.url, self.client, self.timeout = url, _client(url), timeout
+        self.url, self.client, self.timeout = _mask(url), _client(url), timeout
         self.is_good = False # Whether it has answered a row
         self._is_back()
 
@@ -285,14 +291,14 @@ class Server:
             self._is_gone(str(error) or type(error).__name__)
             raise _Away(self.error) from None
         except TimeoutError: raise _Again(late, 0) from None
-        except httpx.HTTPError as error: raise _Again(f'{type(error).__name__}: {error}', 0) from None
+        except httpx.HTTPError as error: raise _Again(_mask(f'{type(error).__name__}: {error}'), 0) from None
         if self.error: print(f'{self.url} is there again.', file=sys.stderr, flush=True)
         self._is_back()
         status = answer.status_code
         if status == 200: return answer, said
         told = _told(answer, said)
         if status in (408, 429) or status >= 500: raise _Again(told, _seconds(answer))
-        if status in _of_all_rows and not self.is_good: raise _AllFail(f'{answer.url} answers {told}')
+        if status in _of_all_rows and not self.is_good: raise _AllFail(f'{_mask(str(answer.url))} answers {told}')
         raise ValueError(told)
 
     async def ask(self,
@@ -437,8 +443,6 @@ async def model_name(
         await asyncio.sleep(pause(1))
 
 # %% ../nbs/08d_served.ipynb #e68ba329
-def _beside(name): return runpy.run_path(Path(__file__).with_name(f'{name}.py'))
-
 def work(
     folder:Path, # The run's folder
 ):

@@ -54,7 +54,7 @@ def small_disk(folder, size):
     folder.mkdir()
     mount(f'size={size}')
     try: yield lambda size: mount(f'remount,size={size}')
-    finally: subprocess.run(['umount', folder], check=True)
+    finally: until(lambda: not subprocess.run(['umount', folder]).returncode, f'nobody is at work in {folder}')  # a waiter ends just after its last word
 
 def pytest_addoption(parser): parser.addoption('--soak', action='store_true', help='run what is longer, too')
 

@@ -11,7 +11,7 @@ from qwen2vl_nb.recipe import save_recipe
 
 @pytest.fixture(scope='module')
 def shell():
-    yield (shell := InteractiveShell.instance(colors='nocolor'))
+    yield InteractiveShell.instance(colors='nocolor')
     InteractiveShell.clear_instance()
 
 def shown(shell, cell):
