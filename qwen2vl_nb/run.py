@@ -41,6 +41,7 @@ class Progress:
     left:float=None   # Seconds to go at that rate
     unit:str='step'   # What a step is: `'step'`, or `'row'` of a prediction
     begin:int=0       # Steps that were done before this start
+    doing:str=''      # Before the first step, the last progress bar of its log in words, such as that of a download
 
     @property
     def pace(self):
@@ -61,9 +62,17 @@ class Progress:
         return f'{self.unit} {self.step} of {self.steps}' + (f', epoch {self.epoch:.2f}' if self.unit == 'step' else '')
 
     def __str__(self):
-        if not self.steps: return 'starting'
+        if not self.steps: return ', '.join(filter(None, ['starting', self.doing]))
         loss = f'loss {self.loss:.4g}' if self.loss is not None else ''
         return ', '.join(filter(None, [self.place, loss, self.pace, self.remaining]))
+
+_progress_bar = re.compile(r'([^\r\n|]{1,80}?): +(\d+)%\|[^|]*\| *(\S+)')
+
+def _doing(log):
+    "The last progress bar of a log, in words; empty if it has none."
+    try: name, percent, parts = _progress_bar.findall(read_tail(log, 4096))[-1]
+    except (OSError, Damaged, IndexError): return ''
+    return f'{name.strip()}: {percent} % ({parts})'
 
 def _latest(path):
     "What a log that may be growing has said last of each: step, loss, …; not every row has a loss."
@@ -226,7 +235,12 @@ class Run:
         rate = did/took if did > 0 and took > 0 else None
         left = (now['steps'] - now['step'])/rate if rate and self.is_running else None
         return Progress(now['step'], now['steps'], now.get('epoch') or 0., row.get('loss'), rate, left if left and 0 < left < 10**9 else None,
-                        about.get('unit', 'step'), now.get('from_step', 0))
+                        about.get('unit', 'step'), now.get('from_step', 0), '' if now['steps'] else self._doing())
+
+    def _doing(self):
+        "What a run does before its first step."
+        ranks = self._rank_logs()
+        return _doing(ranks[min(ranks)]/'stderr.log' if ranks else self.output_dir/'run.log')
 
     def _rank_logs(self):
         "Folders with the output of the ranks, by rank; empty where there is one process."
@@ -273,7 +287,7 @@ class Run:
                 while True:
                     status, now = self.status, self.progress
                     bar.total, bar.n = now.steps or None, now.step
-                    bar.set_postfix_str(', '.join(filter(None, [now.pace, now.remaining])))  # refreshes the bar, too
+                    bar.set_postfix_str(', '.join(filter(None, [now.doing, now.pace, now.remaining])))  # refreshes the bar, too
                     if status != 'running': break
                     time.sleep(.5)
         except KeyboardInterrupt:

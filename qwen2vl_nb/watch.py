@@ -33,7 +33,7 @@ def _look(run):
 def _headline(seen):
     "State, steps and the time left, in words."
     begins = seen.state == 'running' and not seen.now.steps
-    return f'{seen.name}: ' + ', '.join(filter(None, ['starting' if begins else seen.state, seen.now.place, seen.now.remaining]))
+    return f'{seen.name}: ' + ', '.join(filter(None, ['starting' if begins else seen.state, seen.now.place or seen.now.doing, seen.now.remaining]))
 
 def _figures(logged):
     "What was logged, as `Log.summary` gives it, in words."
