@@ -84,8 +84,8 @@ def test_an_update_reads_only_what_was_added(tmp_path, monkeypatch):
     log, sizes = Log(run_with(tmp_path, text(ROWS))), []
     log.update()
     opened = open
-    def watched(*args):
-        file = opened(*args)
+    def watched(*args, **options):
+        file = opened(*args, **options)
         class Watched:
             def __enter__(self): return self
             def __exit__(self, *_): file.close()
