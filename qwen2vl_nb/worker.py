@@ -181,7 +181,7 @@ def _choose(output_dir):
     stale = _beside('files')['json_or']({}, 'run.json').get('stale', {})
     found, passed = newest_complete(output_dir, int(os.environ['WORLD_SIZE']), stale)
     print(*passed, f'The ranks were started again, and resume from {found or "the beginning"}.', sep='\n', flush=True)
-    return found and os.path.relpath(found), passed
+    return found, passed
 
 def go_on(
     recipe:dict, # The recipe of a run
@@ -192,7 +192,7 @@ def go_on(
     found, passed = _agree(recipe, lambda: _choose(recipe['output_dir']))
     if any(' is complete, but ' in why for why in passed) and not found: raise RuntimeError('There is no checkpoint to resume from. ' + ' '.join(passed))
     if not found and recipe.get('resume_from_checkpoint'): return recipe
-    return recipe | {'resume_from_checkpoint': found or False, 'overwrite_output_dir': False}
+    return recipe | {'resume_from_checkpoint': os.path.relpath(found) if found else False, 'overwrite_output_dir': False}  # each rank from its own folder
 
 def work(
     folder:Path, # Folder of the run

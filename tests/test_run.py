@@ -99,6 +99,10 @@ def test_stopping_ends_at_a_step_with_a_checkpoint_and_leaves_nothing(nproc, few
     last = checkpoints(run)[-1]
     assert is_whole(last, nproc) and int(last.name.split('-')[1]) == run.progress.step == read_log(run).current_steps.max()
     if nproc == 2: assert 'trainable params' in run.log(rank=0) and run.log(rank=1)
+    before = run.progress
+    run.resume().stop(patience=0)  # before its first step
+    row = runs(run.output_dir.parent).set_index('run').loc['run']
+    assert (row.state, row.step, row.of) == ('stopped', before.step, before.steps) and before.step >= 3
 
 def test_a_run_that_has_not_begun_is_stopped_without_a_checkpoint(few_steps):
     run = launch(few_steps(max_steps=100_000))
