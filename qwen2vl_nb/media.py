@@ -200,9 +200,7 @@ def open_picture(
     "A picture as Pillow opens it; no file but this one is read, and nothing is run."
     from PIL import Image
     file = open_regular(path) if isinstance(path, (str, os.PathLike)) else nullcontext(path)
-    with file as f, warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # of bombs, and of damaged EXIF data
-        with Image.open(f, formats=_picture_formats()) as im: yield im
+    with file as f, Image.open(f, formats=_picture_formats()) as im: yield im
 
 @contextmanager
 def open_clip(
@@ -441,7 +439,8 @@ def look_at_all(
     paths, workers = list(dict.fromkeys(paths)), workers or len(os.sched_getaffinity(0))
     looks, bar = {}, tqdm(total=len(paths), desc=f'Looking at {what}', delay=2, file=sys.stdout)
     def look_at_some(some): return [(path, look(path, **options)) for path in some]
-    with bar, _memory_kept(workers), ThreadPoolExecutor(workers) as pool:
+    with bar, _memory_kept(workers), warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
+        warnings.simplefilter('ignore')  # of bombs, and of damaged EXIF data; not in the threads, which would leave it so
         for seen in pool.map(look_at_some, _batches(paths, 16)):
             looks.update(seen)
             bar.update(len(seen))
