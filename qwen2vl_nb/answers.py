@@ -26,11 +26,19 @@ def _are_paths(value):
 
 _text = str, type(None)
 
+_decode = json.JSONDecoder().raw_decode
+
+def _loads(text):
+    "`json.loads` of a line, in less time where it is as `json_line` writes it."
+    try: value, end = _decode(text)
+    except ValueError: return json.loads(text)  # white space before it, or something that is wrong
+    return value if text[end:] in ('\n', '') else json.loads(text)
+
 def load_line(
     line:bytes, # A line of JSON in UTF-8
 )->dict:
     "The object that a line holds; half a surrogate in it becomes a question mark. Raises `ValueError`."
-    try: value = json.loads(line.decode())
+    try: value = _loads(line.decode())
     except UnicodeDecodeError: raise ValueError('it is not text in UTF-8') from None
     except (ValueError, RecursionError):
         if not line.strip(b' \t\r\n\0'): raise ValueError('it is empty') from None

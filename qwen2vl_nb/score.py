@@ -309,7 +309,7 @@ class _Measured:
         self.block.append(self.compared(row['label'], row['predict']))
         self.places.append(i)
         self.ids.append(row.get('id', i))
-        if row['predict'] is not None and (token := _special.search(row['label'])):
+        if '<|' in row['label'] and row['predict'] is not None and (token := _special.search(row['label'])):
             self.marked, self.token = self.marked + 1, self.token or token[0]
             self.are_kept = self.are_kept or bool(_special.search(row['predict']))
         if row['predict'] is None: self.failed += 1
