@@ -65,10 +65,10 @@ def _through(run, ranks, reference, hows):
     _joined(run, reference)
     assert len(checkpoints(run)) <= 3 and is_whole(checkpoints(run)[-1], ranks)
 
-@pytest.mark.parametrize('zero, ranks', [('z0', 1), ('z2_offload', 1), ('z3', 1), ('z3_offload', 1), (None, 2)])
-def test_each_config_once(zero, ranks, recipe, tmp_path):
+@pytest.mark.parametrize('zero, ranks, kind', [('z0', 1, 'lora'), ('z2_offload', 1, 'lora'), ('z3', 1, 'lora'), ('z3_offload', 1, 'lora'), (None, 2, 'full')])
+def test_each_config_once(zero, ranks, kind, recipe, tmp_path):
     "Killed in its third epoch, resumed in the middle of its second: the steps that are done twice have the same losses. `make soak` has the whole product."
-    run = launch(recipe(tmp_path/'run', zero, max_steps=24, max_samples=4*ranks, save_steps=6, save_total_limit=None), nproc=ranks)
+    run = launch(recipe(tmp_path/'run', zero, kind, max_steps=24, max_samples=4*ranks, save_steps=6, save_total_limit=None), nproc=ranks)
     until(lambda: run.progress.step >= 10 and is_whole(run.output_dir/'checkpoint-6', ranks) or not run.is_running)
     _kill(run)
     until(lambda: not run.is_running)
@@ -337,3 +337,20 @@ def test_batches_are_skipped_in_the_order_of_their_epoch(ranks):
     expected = rows(loader())[3:]
     assert rows(keeping_epoch(skip_first_batches)(loader(), 3)) == expected
     if ranks == 1: assert rows(skip_first_batches(loader(), 3)) != expected, 'accelerate has mended it: keeping_epoch can go'
+
+@pytest.mark.parametrize('method', ['_load_from_checkpoint', '_load_best_model'])
+def test_weights_are_loaded_under_the_names_that_they_are_saved_under(method, tiny, tmp_path):
+    "transformers alone loads none of them."
+    import torch
+    from transformers import Qwen2VLForConditionalGeneration, Trainer, TrainingArguments
+    from qwen2vl_nb.worker import renaming_weights
+    trained = Qwen2VLForConditionalGeneration.from_pretrained(tiny)
+    with torch.no_grad(): [p.add_(1) for p in trained.parameters()]
+    trained.save_pretrained(tmp_path/'checkpoint-1')
+    def is_loaded(load):
+        trainer = Trainer(Qwen2VLForConditionalGeneration.from_pretrained(tiny), TrainingArguments(tmp_path/'out', use_cpu=True, report_to='none'))
+        trainer.state.best_model_checkpoint = str(tmp_path/'checkpoint-1')
+        load(trainer, *[str(tmp_path/'checkpoint-1')]*(method == '_load_from_checkpoint'))
+        return all(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), trained.parameters()))
+    assert is_loaded(renaming_weights(getattr(Trainer, method)))
+    assert not is_loaded(getattr(Trainer, method)), 'transformers has mended it: renaming_weights can go'
