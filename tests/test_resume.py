@@ -17,11 +17,20 @@ STEPS = 40
 KINDS = {'lora': {}, 'full': {}, 'freeze': dict(freeze_trainable_layers=1)}
 
 @pytest.fixture(scope='module')
-def recipe(tiny, data):
+def in_fp32(tiny, tmp_path_factory):
+    "The model with its weights in fp32: LLaMA-Factory leaves what is frozen in bf16, and without autocast that fits nothing in fp32."
+    from safetensors.torch import load_file, save_file
+    model = Path(shutil.copytree(tiny, tmp_path_factory.mktemp('model')/'fp32'))
+    save_file({k: v.float() for k, v in load_file(model/'model.safetensors').items()}, model/'model.safetensors', {'format': 'pt'})
+    (model/'config.json').write_text((model/'config.json').read_text().replace('bfloat16', 'float32'))
+    return model
+
+@pytest.fixture(scope='module')
+def recipe(tiny, in_fp32, data):
     from qwen2vl_nb.recipe import train_recipe
     def make(output_dir, zero=None, kind='lora', **changes):
         where = dict(deepspeed=zero_config(zero)) if zero else dict(use_cpu=True)
-        return train_recipe(tiny, 'car_item', output_dir, **dict(dataset_dir=str(data), finetuning_type=kind, max_steps=STEPS, max_samples=16, logging_steps=1, save_steps=3,
+        return train_recipe(in_fp32 if kind == 'freeze' else tiny, 'car_item', output_dir, **dict(dataset_dir=str(data), finetuning_type=kind, max_steps=STEPS, max_samples=16, logging_steps=1, save_steps=3,
             save_total_limit=3, bf16=None, gradient_accumulation_steps=1, preprocessing_num_workers=None, learning_rate=1e-3, plot_loss=None) | KINDS[kind] | where | changes)
     return make
 
