@@ -143,8 +143,7 @@ def _ask_to_stop(run, patience):
 def _wake(processes):
     "Let processes that were suspended go on; they could not end otherwise."
     for p in processes:
-        with suppress(psutil.NoSuchProcess):
-            if p.status() == psutil.STATUS_STOPPED: p.resume()
+        with suppress(psutil.NoSuchProcess): p.resume()  # all of them: one that is just being suspended does not look so yet
 
 def _stop(run, patience):
     "Ask a run to stop and wait for its end; force it when its time is over."
