@@ -41,7 +41,7 @@ class Progress:
     left:float=None   # Seconds to go at that rate
     unit:str='step'   # What a step is: `'step'`, or `'row'` of a prediction
     begin:int=0       # Steps that were done before this start
-    doing:str=''      # Before the first step, the last progress bar of its log in words, such as that of a download
+    doing:str=''      # Before the first step, the last progress bar of its log in words, such as that of the preprocessing
 
     @property
     def pace(self):
