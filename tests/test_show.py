@@ -117,8 +117,8 @@ OPENED, HOOK = [], []
 
 @pytest.fixture
 def opened():
-    "The files that Python opens, by path, as its audit events say."
-    note = lambda event, args: OPENED.append(str(args[0])) if event == 'open' else None
+    "The files that Python opens, by path, as its audit events say; `os.open`, with which `open` may do it, has no mode."
+    note = lambda event, args: OPENED.append(str(args[0])) if event == 'open' and args[1] is not None else None
     if not HOOK: HOOK.append(sys.addaudithook(note))  # there is no way to take it out again
     OPENED.clear()
     return OPENED
