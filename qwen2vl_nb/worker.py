@@ -201,7 +201,7 @@ def _agree(recipe, choose):
 
 def _choose(output_dir):
     "The newest checkpoint that these ranks can load, and why they can't load newer ones."
-    newest_complete = runpy.run_path(Path(__file__).with_name('checkpoint.py'))['newest_complete']
+    newest_complete = _beside('checkpoint')['newest_complete']
     stale = _beside('files')['json_or']({}, 'run.json').get('stale', {})
     found, passed = newest_complete(output_dir, int(os.environ['WORLD_SIZE']), stale)
     print(*passed, f'The ranks were started again, and resume from {found or "the beginning"}.', sep='\n', flush=True)
