@@ -1,5 +1,5 @@
 "Stopped, killed and resumed: under every ZeRO config, on one rank and two, the joined curve is that of a run that nothing interrupted."
-import json, os, shutil, subprocess, sys, warnings
+import json, os, shutil, signal, subprocess, sys, warnings
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from conftest import until
+from conftest import PATIENCE, until
 from qwen2vl_nb.checkpoint import checkpoints, is_whole, why_not
 from qwen2vl_nb.loss import read_log
 from qwen2vl_nb.run import _note, attach, export, launch
@@ -174,6 +174,31 @@ def _states_fault(folder, stage):
     other = why_not(folder, 2)
     assert bool(other) == bool(stage) and ('1 rank(s) only' in other) == bool(stage)
     return why_not(folder, 1)
+
+# Compiled parts of DeepSpeed's
+
+_compile = """
+import sys
+from torch.utils.cpp_extension import load
+from qwen2vl_nb import worker
+worker._compile_under_lock()
+load('two', ['two.cpp'], build_directory='.', is_python_module=False)
+"""
+
+def test_a_compile_that_was_killed_is_done_again(tmp_path):
+    "torch alone waits for it: its lock is a file, which stays."
+    (tmp_path/'two.cpp').write_text('extern "C" int two() { return 2; }')
+    compiler = tmp_path/'never-ready'
+    compiler.write_text('#!/bin/sh\ncase "$*" in *-dumpfullversion*|*-v*) exec c++ "$@";; esac\necho $$ > compiling\nexec sleep 1000\n')
+    compiler.chmod(0o755)
+    start = lambda **env: subprocess.Popen([sys.executable, '-c', _compile], cwd=tmp_path, env=os.environ | env, start_new_session=True)
+    first = start(CXX=str(compiler))
+    until(lambda: (tmp_path/'compiling').exists() and (tmp_path/'compiling').read_text().strip() or first.poll() is not None)
+    assert first.poll() is None and (tmp_path/'lock').exists()
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    assert (tmp_path/'lock').exists() and start().wait(PATIENCE) == 0
+    assert (tmp_path/'two.so').exists() and not (tmp_path/'lock').exists()
 
 # From which checkpoint
 
