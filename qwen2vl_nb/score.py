@@ -47,12 +47,17 @@ def _as_factory(label):
     "A label as LLaMA-Factory compares with it."
     return unicodedata.normalize('NFC', label) + '\n'
 
+@lru_cache(2**14)
+def _words(text):
+    "A text as words, with spaces between them."
+    import jieba
+    jieba.setLogLevel(60)
+    return ' '.join(jieba.cut(text))
+
 def _rouge(predict, label):
     "ROUGE-1, -2 and -l of two texts, 0 to 100."
-    import jieba
     from rouge_chinese import Rouge
-    jieba.setLogLevel(60)
-    hypothesis, reference = (' '.join(jieba.cut(t)) for t in (predict, label))
+    hypothesis, reference = _words(predict), _words(label)
     if not hypothesis.split() or not reference.split(): return {'rouge-1': 0., 'rouge-2': 0., 'rouge-l': 0.}
     return {k: round(v['f']*100, 4) for k,v in Rouge().get_scores(hypothesis, reference)[0].items()}
 
@@ -224,7 +229,7 @@ class Scores(dict):
         note:str='', # A sentence that is shown below the figures
     ):
         self.rows, self._given, self._judged, self._note = text_table(rows), given, judged, note
-        self._measures = rows.iloc[:, 1:]
+        self._measures = type(rows)({name: rows[name] for name in rows.columns[1:]}, copy=False)  # of the same memory, unlike a slice
         super().__init__({'rows': len(rows), 'failed': failed} | self._measures.mean().to_dict())
 
     @cached_property
@@ -282,7 +287,8 @@ class Scores(dict):
 
 
 # %% ../nbs/10_score.ipynb #66fa6ffb
-_shared = 'exact', 'bleu-4', 'rouge-1', 'rouge-2', 'rouge-l', 'number', 'outcome' # What a label and an answer give, as numbers
+_alike = 'bleu-4', 'rouge-1', 'rouge-2', 'rouge-l'
+_shared = 'exact', *_alike, 'number', 'outcome' # What a label and an answer give, as numbers
 _block = 2**16 # Rows
 
 class _Measured:
@@ -326,27 +332,32 @@ class _Measured:
         self.blocks.append((np.array(list(known), float).reshape(-1, len(_shared)), each))
         self.block = []
 
-    def _column(self, k):
+    def _column(self, name):
+        "The values of one of `_shared`, a number for each row."
         import numpy as np
+        k = _shared.index(name)
         return np.concatenate([results[each, k] for results,each in self.blocks])
+
+    def _all_have(self, name): return all(results[:, _shared.index(name)].min() >= 0 for results,_ in self.blocks if len(results))
 
     def scores(self, given):
         "The `Scores` of all that were added."
         import numpy as np, pandas as pd
         self._pack()
-        found = {name: self._column(k) for k,name in enumerate(_shared)}
-        number, outcome, judged, columns = found.pop('number'), found.pop('outcome').astype(int), None, {'exact': found['exact']}
-        if outcome.min() >= 0:
+        ids, self.ids = pd.Series(self.ids).array, []  # not kept twice while the columns are made
+        judged, columns = None, {'exact': self._column('exact')}
+        if self._all_have('outcome'):
+            outcome = self._column('outcome').astype('uint32')
             outcomes, malformed = [dict(pairs) for pairs,_ in self.known], [is_bad for _,is_bad in self.known]
             judged = outcomes, malformed, np.bincount(outcome).tolist()
             columns |= {name: np.array(values)[outcome] for name,values in _field_columns(outcomes, malformed).items()}
-        if number.min() >= 0: columns['number'] = number
-        columns |= found
+        if self._all_have('number'): columns['number'] = self._column('number')
+        columns |= {name: self._column(name) for name in _alike}
         _check_names(self.measures, ['id', *columns])
         columns |= {name: np.asarray(values) for name,values in self.own.items()}
-        index = pd.RangeIndex(len(self.ids)) if self.places[-1] == len(self.ids) - 1 else pd.Index(self.places)
+        index = pd.RangeIndex(len(ids)) if self.places[-1] == len(ids) - 1 else pd.Index(self.places)
         note = _lost_tokens(self.marked, self.token) if self.marked and not self.are_kept else ''
-        return Scores(given, pd.DataFrame({'id': self.ids} | columns, index, copy=False), self.failed, judged, note)
+        return Scores(given, pd.DataFrame({'id': ids} | columns, index, copy=False), self.failed, judged, note)
 
 def score(
     predictions, # `Predictions`, or any sequence of their rows
