@@ -44,14 +44,16 @@ _ask_hub = '''
 import json, sys
 from pathlib import Path
 name, options = json.load(sys.stdin)
-from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import constants, get_session, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 revision = options.get("model_revision")
 cached = try_to_load_from_cache(name, "config.json", cache_dir=options.get("cache_dir"), revision=revision)
 folder = str(Path(cached).parent) if isinstance(cached, str) else None
 try:
     if constants.HF_HUB_OFFLINE: raise OSError("HF_HUB_OFFLINE is set")
-    get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), token=options.get("hf_hub_token"))
+    headers = build_hf_headers(token=options.get("hf_hub_token"))
+    hf_raise_for_status(get_session().head(hf_hub_url(name, "config.json", revision=revision), headers=headers, timeout=10))
     kind, why = "there", ""
 except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as e: kind, why = type(e).__name__, str(e)
 except HfHubHTTPError as e: kind, why = "answered", str(e)

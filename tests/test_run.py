@@ -197,7 +197,7 @@ def test_a_merged_model_answers_as_base_and_adapter_did(few_steps, tiny, data, t
     from qwen2vl_nb.predict import predict
     from qwen2vl_nb.recipe import predict_recipe
     run = launch(few_steps(max_steps=60, max_samples=100, learning_rate=2e-3, per_device_train_batch_size=8)).wait()
-    asking = dict(dataset_dir=str(data), use_cpu=True, preprocessing_num_workers=None, per_device_eval_batch_size=50, max_new_tokens=32)
+    asking = dict(dataset_dir=str(data), use_cpu=True, preprocessing_num_workers=None, max_samples=25, per_device_eval_batch_size=25, max_new_tokens=32)
     merged = export(run, tmp_path/'merged 合并')
     with pytest.raises(FileExistsError): export(run, merged)
     answers = [[row['predict'] for row in predict(predict_recipe(model, 'car_item_test', tmp_path/name, **asking | adapter))]

@@ -494,7 +494,7 @@ def test_whatever_an_answer_is_it_is_that_of_one_row(loopback, tmp_path):
         return True
     server, run = loopback(behave), tmp_path/'run'
     server.folder = run
-    _run(run, [_row(i, f'{i}: {kind}') for i, kind in enumerate(kinds)], server.url, concurrency=16, timeout=10, tries=2)
+    _run(run, [_row(i, f'{i}: {kind}') for i, kind in enumerate(kinds)], server.url, concurrency=16, timeout=5, tries=2)
     rows = _rows(run, len(kinds))
     told = {kind: row for kind, row in zip(kinds, rows)}
     assert not (run/'failure-0.json').exists()
