@@ -30,5 +30,3 @@ def main():
     listen_locally()
     from torch.distributed.run import main
     main()
-
-if __name__ == '__main__' and '__file__' in globals(): main()

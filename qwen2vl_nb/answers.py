@@ -4,21 +4,18 @@
 
 # %% auto #0
 __all__ = ['load_line', 'with_own_keys', 'parse_row', 'json_line', 'Answers', 'Index', 'missing', 'put_in_order',
-           'set_damaged_aside', 'Asked', 'rows_digest', 'ServerFailed', 'Servers', 'Count', 'RowsLeftOut', 'look_after']
+           'set_damaged_aside', 'Asked', 'rows_digest', 'ServerFailed', 'Servers', 'Count', 'RowsLeftOut', 'look_after',
+           'main']
 
 # %% ../nbs/08b_answers.ipynb #dd3a5d9e
-import fcntl, hashlib, json, os, re, runpy, signal, socket, subprocess, sys, time
+import fcntl, hashlib, json, os, re, signal, socket, subprocess, sys, time
 from array import array
 from contextlib import contextmanager, suppress
-from functools import cache
-from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
-
-@cache
-def _beside(name):
-    "The names of a sibling module, which is loaded by its path where this one was started by its own."
-    return vars(import_module(f'.{name}', __package__)) if __package__ else runpy.run_path(Path(__file__).with_name(f'{name}.py'))
+from .files import open_regular, parse_json, read_json, read_tail, whole_file, whole_lines, write_json
+from .hidden import mask
+from .waiter import created, descendants
 
 # %% ../nbs/08b_answers.ipynb #5d1f9a02
 def _are_paths(value):
@@ -40,7 +37,7 @@ def load_line(
     except UnicodeDecodeError: raise ValueError('it is not text in UTF-8') from None
     except (ValueError, RecursionError):
         if not line.strip(f'{_white}\0'.encode()): raise ValueError('it is empty') from None
-        return _beside('files')['parse_json'](line)  # which says what is wrong
+        return parse_json(line)  # which says what is wrong
     if type(value) is not dict: raise ValueError('it is no JSON object')
     if b'\\ud' not in line and b'\\uD' not in line: return value  # no half a surrogate
     try: return json.loads(json.dumps(value, ensure_ascii=False).encode(errors='replace'))
@@ -105,9 +102,8 @@ def _is_at(f, path):
 @contextmanager
 def _locked(path):
     "A file of lines, opened to read and append, that nobody else writes to meanwhile. Raises `Damaged` for anything but a regular file."
-    files = _beside('files')
     while True:
-        with suppress(FileNotFoundError): files['open_regular'](path).close()
+        with suppress(FileNotFoundError): open_regular(path).close()
         with open(path, 'rb+', buffering=0, opener=lambda path, _: os.open(path, _how, 0o666)) as f:
             _lock(f)
             if _is_at(f, path):
@@ -158,10 +154,10 @@ class Answers:
 def _lines(path):
     "(byte at which it begins, line) of each line of a file, the last one too if only its end is missing."
     end = 0
-    for at, line in _beside('files')['whole_lines'](path):
+    for at, line in whole_lines(path):
         yield at, line
         end = at + len(line)
-    with suppress(FileNotFoundError), _beside('files')['open_regular'](path) as f:
+    with suppress(FileNotFoundError), open_regular(path) as f:
         f.seek(end)
         last = f.read(_most_of_tail)
         with suppress(ValueError):
@@ -210,7 +206,7 @@ def missing(
 # %% ../nbs/08b_answers.ipynb #f6de5824
 def _rewrite(path, source, starts):
     "Put the lines of a file that begin at some bytes in its place."
-    with _beside('files')['whole_file'](path, 'wb') as f:
+    with whole_file(path, 'wb') as f:
         for at in starts:
             source.seek(at)
             f.write(source.readline().rstrip(b'\n') + b'\n')
@@ -253,12 +249,12 @@ class Asked:
     "The rows of a file of JSON lines, read when they are asked for."
     def __init__(self,
         path, # The file
-    ): self.path, self.starts = Path(path), array('Q', (at for at, _ in _beside('files')['whole_lines'](path)))
+    ): self.path, self.starts = Path(path), array('Q', (at for at, _ in whole_lines(path)))
 
     def __len__(self): return len(self.starts)
 
     def __getitem__(self, i):
-        with _beside('files')['open_regular'](self.path) as f:
+        with open_regular(self.path) as f:
             f.seek(self.starts[i])
             try: return load_line(f.readline(_most_of_tail))
             except ValueError as error: raise ValueError(f'{self.path}, line {i + 1}: {error}') from None
@@ -267,7 +263,7 @@ def rows_digest(
     path, # `asked.jsonl`
 )->str:
     "What `question.json` calls the rows that were asked: SHA-256 of the file."
-    with _beside('files')['open_regular'](path) as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+    with open_regular(path) as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
 # %% ../nbs/08b_answers.ipynb #2ab7d30d
 class ServerFailed(Exception): "A server is not there."
@@ -276,8 +272,8 @@ _raised = re.compile(r'^(?:\([^)]*\) )?(?:.*?\] +)?((?:\w+\.)*[A-Z]\w*(?:Error|E
 
 def _last_words(log):
     "The first and the last exception of a log; its last lines where there is none."
-    with _beside('files')['open_regular'](log) as f: text = f.read(2**22).decode(errors='replace')
-    if log.stat().st_size > 2**22: text += '\n' + _beside('files')['read_tail'](log)
+    with open_regular(log) as f: text = f.read(2**22).decode(errors='replace')
+    if log.stat().st_size > 2**22: text += '\n' + read_tail(log)
     raised, lines = _raised.findall(text), [line.strip() for line in text.splitlines() if line.strip()]
     return ' / '.join(dict.fromkeys([raised[0], raised[-1]] if raised else lines[-3:])) or 'nothing'
 
@@ -348,21 +344,19 @@ class Servers:
 # %% ../nbs/08b_answers.ipynb #cbfae5eb
 def _end(processes, grace=20):
     "End processes and what is below them; `grace` is in seconds."
-    waiter, there = _beside('waiter'), [p for p in processes if p.poll() is None]
-    below = {pid: waiter['created'](pid) for p in there for pid in (p.pid, *waiter['descendants'](p.pid))}
+    there = [p for p in processes if p.poll() is None]
+    below = {pid: created(pid) for p in there for pid in (p.pid, *descendants(p.pid))}
     for p in there: p.terminate()
     end = time.monotonic() + grace
     for p in there:
         with suppress(subprocess.TimeoutExpired): p.wait(max(0, end - time.monotonic()))
     for pid, born in below.items():
         with suppress(ProcessLookupError):
-            if born and waiter['created'](pid) == born: os.kill(pid, signal.SIGKILL)
+            if born and created(pid) == born: os.kill(pid, signal.SIGKILL)
     for p in there:
         with suppress(subprocess.TimeoutExpired): p.wait(grace)  # one that hangs in the kernel is left to it
 
 # %% ../nbs/08b_answers.ipynb #6fc2eb11
-def _write(path, value): _beside('files')['write_json'](path, value)
-
 class Count:
     "How many rows are done, kept up with a file that grows."
     def __init__(self,
@@ -376,14 +370,14 @@ class Count:
 
     def look(self):
         "The number of rows that are done by now; reads only what is new."
-        for at, line in _beside('files')['whole_lines'](self.path, self.at): self.at, self.done = at + len(line), self.done + 1
+        for at, line in whole_lines(self.path, self.at): self.at, self.done = at + len(line), self.done + 1
         return self.done
 
 def _tell(folder, count, n, began):
     "Write down how far the rows are."
     now = {'step': count.look(), 'steps': n, 'time': time.time(), 'began': began,
            'from_step': count.before}
-    with suppress(OSError): _write(folder/'progress.json', now)  # a disk that is full for a moment ends nothing
+    with suppress(OSError): write_json(folder/'progress.json', now)  # a disk that is full for a moment ends nothing
 
 def _is_stopped(folder):
     "Whether the run was asked to stop since the last look."
@@ -396,8 +390,8 @@ class RowsLeftOut(Exception): "All workers ended well, and there are rows withou
 def _write_failure(folder, where, error):
     "What a run failed of, as a rank writes it down."
     print(error, flush=True)
-    failure = {'where': where, 'type': type(error).__name__, 'message': _beside('hidden')['mask'](str(error)), 'time': time.time()}
-    _write(folder/f'failure-{where}.json', failure | {'file': '', 'line': 0, 'function': '', 'traceback': ''})
+    failure = {'where': where, 'type': type(error).__name__, 'message': mask(str(error)), 'time': time.time()}
+    write_json(folder/f'failure-{where}.json', failure | {'file': '', 'line': 0, 'function': '', 'traceback': ''})
 
 def _ended_as(workers):
     "The exit status of a run; where a signal ended a worker, the signal as a negative number."
@@ -423,7 +417,7 @@ def look_after(
 def _check_asked(folder):
     "Raise `ValueError` where the rows are not those that were asked."
     with suppress(FileNotFoundError):
-        rows = _beside('files')['read_json'](folder/'question.json').get('rows')
+        rows = read_json(folder/'question.json').get('rows')
         if rows != rows_digest(folder/'asked.jsonl'):
             raise ValueError(f'{folder/"asked.jsonl"} was changed after the rows were asked. Call predict again: it writes the file anew.')
 
@@ -431,7 +425,7 @@ def _look_after(folder):
     "The same; raises what the run failed of."
     _check_asked(folder)
     answers, n = folder/'predictions.jsonl', len(Asked(folder/'asked.jsonl'))
-    run = _beside('files')['read_json'](folder/'run.json')
+    run = read_json(folder/'run.json')
     count, began = Count(answers, n), time.time()
     servers, workers = Servers(folder, run.get('servers', [])), []
     try:
@@ -441,7 +435,7 @@ def _look_after(folder):
             if _is_stopped(folder): return signal.SIGTERM
             time.sleep(.5)
         began = time.time()
-        _write(folder/'missing.json', missing(answers, n))  # the same for all workers, however late one begins
+        write_json(folder/'missing.json', missing(answers, n))  # the same for all workers, however late one begins
         workers += [subprocess.Popen(w['command'], env=os.environ | w['env']) for w in run['workers']]
         while any([p.poll() is None for p in workers]):
             _tell(folder, count, n, began)
@@ -458,7 +452,8 @@ def _look_after(folder):
         with suppress(OSError): put_in_order(answers)  # on a full disk they are read in order all the same
 
 # %% ../nbs/08b_answers.ipynb #9e66880c
-if __name__ == '__main__' and '__file__' in globals():
+def main():
+    "Look after the run in this folder."
     ended = look_after(Path.cwd())
     if ended < 0: os.kill(os.getpid(), -ended)  # so the waiter knows it, too
     sys.exit(ended)

@@ -7,13 +7,10 @@ __all__ = ['file_fault', 'is_whole_file', 'checkpoint_fault', 'why_not', 'is_who
            'newest_complete']
 
 # %% ../nbs/02a_checkpoint.ipynb #5b2f20b4
-import os, pickletools, re, runpy, zipfile
+import os, pickletools, re, zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-try: from qwen2vl_nb.files import Damaged, open_regular, parse_json, read_json, read_text
-except ImportError:  # started by its path, in an environment without this package
-    Damaged, open_regular, parse_json, read_json, read_text = map(runpy.run_path(Path(__file__).with_name('files.py')).get,
-        ('Damaged', 'open_regular', 'parse_json', 'read_json', 'read_text'))
+from .files import Damaged, open_regular, parse_json, read_json, read_text
 
 # %% ../nbs/02a_checkpoint.ipynb #0859f1c4
 def _zip_fault(f):

@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['prompt_tokens', 'batches', 'failed_row', 'Prompts', 'load_prompts', 'answer_settings', 'answered_rows',
-           'is_memory_error', 'Halving', 'token_budget', 'wanted_batches', 'work']
+           'is_memory_error', 'Halving', 'token_budget', 'wanted_batches', 'work', 'main']
 
 # %% ../nbs/08c_hf.ipynb #1174c100
-import gc, os, runpy, sys
+import gc, os, sys
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
+from . import hidden, worker
+from .answers import Answers, Asked
+from .files import read_json, read_text
 
 # %% ../nbs/08c_hf.ipynb #3202c432
 def _picture_tokens(path, most):
@@ -238,8 +241,6 @@ def _readers(workers, budget):
     return min(n, 8, room.f_bavail*room.f_frsize//(4*batch*workers))
 
 # %% ../nbs/08c_hf.ipynb #23d14547
-def _beside(name): return runpy.run_path(Path(__file__).with_name(f'{name}.py'))
-
 def work(
     folder:Path, # The run's folder
     worker:int, # Number of this worker
@@ -249,11 +250,10 @@ def work(
     gc.disable()
     import torch, yaml
     from llamafactory.model import load_model
-    answers, files = _beside('answers'), _beside('files')
-    run = files['read_json'](folder/'run.json')
-    recipe = yaml.safe_load(files['read_text'](folder/'recipe.yaml')) | _beside('hidden')['given']('recipe')
-    rows, file = answers['Asked'](folder/'asked.jsonl'), answers['Answers'](folder/'predictions.jsonl')
-    todo = set(files['read_json'](folder/'missing.json', list))
+    run = read_json(folder/'run.json')
+    recipe = yaml.safe_load(read_text(folder/'recipe.yaml')) | hidden.given('recipe')
+    rows, file = Asked(folder/'asked.jsonl'), Answers(folder/'predictions.jsonl')
+    todo = set(read_json(folder/'missing.json', list))
     if run['gpus'] and not torch.cuda.is_available():
         raise RuntimeError(f'The driver shows {len(run["gpus"])} GPU(s), and torch {torch.__version__} can use none: '
                            'install its build for the CUDA version of this driver.')
@@ -281,5 +281,6 @@ def work(
     file.close()
 
 # %% ../nbs/08c_hf.ipynb #1ae8b29e
-if __name__ == '__main__' and '__file__' in globals():
-    _beside('worker')['main'](lambda folder: work(folder, *map(int, sys.argv[1:])), int(sys.argv[1]))
+def main():
+    "What is started as each worker; its number and that of all are the arguments."
+    worker.main(lambda folder: work(folder, *map(int, sys.argv[1:])), int(sys.argv[1]))

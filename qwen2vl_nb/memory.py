@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from filelock import FileLock
 from platformdirs import user_cache_path
+from .boot import script
 from .data import _limits, count_tokens
 from .engine import Rank, Stage0, Stage2, Stage3, Step
 from .files import whole_file
@@ -130,7 +131,7 @@ def _simulated(text):
 
 def _read_or_run(file, text):
     if not file.is_file():
-        child = subprocess.run([sys.executable, '-m', 'qwen2vl_nb.simulate'], input=text, capture_output=True, text=True,
+        child = subprocess.run([sys.executable, *script('simulate')], input=text, capture_output=True, text=True,
                                env=child_env() | {'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'})
         if child.returncode: raise RuntimeError('The step could not be simulated: ' + child.stderr.strip().splitlines()[-1])
         with whole_file(file, 'wb') as f: f.write(gzip.compress(child.stdout.encode()))

@@ -12,7 +12,8 @@ from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from filelock import FileLock
-from . import answers, hf, hidden, served
+from . import answers, hf, hidden
+from .boot import script
 from .stack import Finding, in_words, text_table
 from .answers import Index, json_line, load_line, missing, parse_row, rows_digest, set_damaged_aside, with_own_keys
 from .served import server_options
@@ -288,7 +289,7 @@ def _workers(about):
     n, cards = about['nproc'], about['gpus']
     if cards and n > len(cards): raise ValueError(f'nproc={n}: each worker needs a GPU of its own, and there are {len(cards)}.')
     of = lambda k: {'CUDA_VISIBLE_DEVICES': cards[k]['device']} if cards else {}
-    return [{'command': [about['python'], hf.__file__, str(k), str(n)], 'env': of(k)} for k in range(n)]
+    return [{'command': [about['python'], *script('hf', k, n)], 'env': of(k)} for k in range(n)]
 
 def _budget(recipe, size, memory):
     "Tokens of a batch."
@@ -297,7 +298,7 @@ def _budget(recipe, size, memory):
 def _start_workers(recipe, folder, about, workers):
     "Start workers and what looks after them."
     about |= {'unit': 'row', 'workers': workers, 'cwd': str(folder)}
-    return start(recipe, about, _keep, [sys.executable, answers.__file__])
+    return start(recipe, about, _keep, [sys.executable, *script('answers')])
 
 def _begin_hf(recipe, samples, folder, about):
     "Start the workers that hold the model."
@@ -313,7 +314,7 @@ def _begin_hf(recipe, samples, folder, about):
 
 def _asking(about, options):
     "What a worker that asks servers gets, and the worker."
-    return about | {'options': options}, [{'command': [sys.executable, served.__file__], 'env': {}}]
+    return about | {'options': options}, [{'command': [sys.executable, *script('served')], 'env': {}}]
 
 def _begin_openai(recipe, samples, folder, about, **options):
     "Start the worker that asks servers."

@@ -15,7 +15,8 @@ from functools import partial
 from pathlib import Path
 import platformdirs, psutil
 from filelock import FileLock
-from . import agent, hidden, waiter, worker
+from . import hidden, waiter
+from .boot import script
 from .stack import Finding, gpus, in_words, installed_versions, text_table
 from .checkpoint import checkpoints, newest_complete, when_written
 from .files import Damaged, json_or, parse_json, read_bytes, read_tail, read_text, sweep, write_json, write_text
@@ -126,8 +127,8 @@ def _waiter_of(run):
     if not _alive(w.get('pid'), w.get('created')): return []
     try:
         process = psutil.Process(w['pid'])
-        *_, script, folder = ['', '', *process.cmdline()]
-        return [process] if Path(script).name == 'waiter.py' and os.path.realpath(folder) == os.path.realpath(run) else []
+        *_, module, folder = ['', '', *process.cmdline()]
+        return [process] if module == 'waiter' and os.path.realpath(folder) == os.path.realpath(run) else []
     except psutil.Error: return []
 
 def _processes_of(run): return _waiter_of(run) + _marked(run._json('run.json').get('id'))
@@ -398,11 +399,11 @@ def _meeting(about):
 
 def _command(recipe, about):
     "The command of a run, for its folder as working folder."
-    script = [worker.__file__, 'recipe.yaml']
-    if about['nproc']*about['nnodes'] == 1 and not recipe.get('deepspeed'): return [about['python'], *script]
+    rank = script('worker', 'recipe.yaml')
+    if about['nproc']*about['nnodes'] == 1 and not recipe.get('deepspeed'): return [about['python'], *rank]
     ranks = ['--nproc-per-node', about['nproc'], '--log-dir', 'ranks', '--redirects', '3']
-    torchrun = ['-m', 'torch.distributed.run'] if about['nnodes'] > 1 else [agent.__file__]
-    return list(map(str, [about['python'], *torchrun, *_meeting(about), *ranks, *script]))
+    torchrun = ['-m', 'torch.distributed.run'] if about['nnodes'] > 1 else script('agent')
+    return list(map(str, [about['python'], *torchrun, *_meeting(about), *ranks, *rank]))
 
 def _visible(env):
     "What `CUDA_VISIBLE_DEVICES` is for a run, given its own variables; `None` where nobody has set it."
@@ -544,7 +545,7 @@ def start(
         write_json(run.output_dir/'run.json', hidden.mask(about | shown), private=True, state=True)
         save_recipe(hidden.apart(recipe)[1], run.output_dir/'recipe.yaml', private=True)
         _note_start(run.output_dir)
-        process = subprocess.Popen([sys.executable, '-I', waiter.__file__, str(run.output_dir)], env=os.environ | carried, start_new_session=True,
+        process = subprocess.Popen([sys.executable, '-I', *script('waiter', run.output_dir)], env=os.environ | carried, start_new_session=True,
                                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and not (run.output_dir/'waiter.json').exists(): time.sleep(.02)
     return run

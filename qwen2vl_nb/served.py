@@ -4,19 +4,17 @@
 
 # %% auto #0
 __all__ = ['server_options', 'answer_settings', 'seen_picture', 'picture_uri', 'clip_uri', 'request', 'pause', 'Server', 'Asking',
-           'model_name', 'work']
+           'model_name', 'work', 'main']
 
 # %% ../nbs/08d_served.ipynb #98b7d71d
-import asyncio, base64, io, json, math, os, random, re, runpy, signal, sys, time, zlib
+import asyncio, base64, io, json, math, os, random, re, signal, sys, time, zlib
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
-
-@cache
-def _beside(name): return runpy.run_path(Path(__file__).with_name(f'{name}.py'))
-
-def _mask(text): return _beside('hidden')['mask'](text)
+from . import hidden, worker
+from .answers import Answers, Asked
+from .files import read_json, read_text
+from .hidden import mask
 
 # %% ../nbs/08d_served.ipynb #e0df0b5f
 def server_options(
@@ -205,7 +203,7 @@ def _told(answer, content):
         if isinstance(said, dict): said = said.get(key, said)
     try: said = content.decode(errors='replace') if said is None else said if isinstance(said, str) else json.dumps(said, ensure_ascii=False)
     except RecursionError: said = content.decode(errors='replace')
-    line, key = _mask(_in_a_line(said[:10_000])), answer.request.headers.get('authorization', '').partition(' ')[2]
+    line, key = mask(_in_a_line(said[:10_000])), answer.request.headers.get('authorization', '').partition(' ')[2]
     if key: line = line.replace(key, '…')
     cure = _cures.get(answer.status_code, '')
     return _in_a_line(f'{answer.status_code} {answer.reason_phrase[:100]}: {line[:300]} {cure}')
@@ -257,7 +255,7 @@ class Server:
         url:str, # Its address; a password in it is not shown
         timeout:float, # Seconds for a request
     ):
-        self.url, self.client, self.timeout = _mask(url), _client(url), timeout
+        self.url, self.client, self.timeout = mask(url), _client(url), timeout
         self.is_good = False # Whether it has answered a row
         self._is_back()
 
@@ -291,14 +289,14 @@ class Server:
             self._is_gone(str(error) or type(error).__name__)
             raise _Away(self.error) from None
         except TimeoutError: raise _Again(late, 0) from None
-        except httpx.HTTPError as error: raise _Again(_mask(f'{type(error).__name__}: {error}'), 0) from None
+        except httpx.HTTPError as error: raise _Again(mask(f'{type(error).__name__}: {error}'), 0) from None
         if self.error: print(f'{self.url} is there again.', file=sys.stderr, flush=True)
         self._is_back()
         status = answer.status_code
         if status == 200: return answer, said
         told = _told(answer, said)
         if status in (408, 429) or status >= 500: raise _Again(told, _seconds(answer))
-        if status in _of_all_rows and not self.is_good: raise _AllFail(f'{_mask(str(answer.url))} answers {told}')
+        if status in _of_all_rows and not self.is_good: raise _AllFail(f'{mask(str(answer.url))} answers {told}')
         raise ValueError(told)
 
     async def ask(self,
@@ -448,14 +446,13 @@ def work(
 ):
     "Answer what is missing in a folder."
     import yaml
-    answers, files = _beside('answers'), _beside('files')
-    recipe, run = yaml.safe_load(files['read_text'](folder/'recipe.yaml')), files['read_json'](folder/'run.json')
-    options, engine = server_options(**run['options'] | _beside('hidden')['given']('options')), {'engine': run.get('engine', 'openai')}
+    recipe, run = yaml.safe_load(read_text(folder/'recipe.yaml')), read_json(folder/'run.json')
+    options, engine = server_options(**run['options'] | hidden.given('options')), {'engine': run.get('engine', 'openai')}
     if recipe.get('template') != 'qwen2_vl':
         raise ValueError(f"The template is {recipe.get('template')!r}; servers are asked as qwen2_vl has it.")
     answer_settings(recipe, 0)  # what no server can do is no row's fault
-    rows, file = answers['Asked'](folder/'asked.jsonl'), answers['Answers'](folder/'predictions.jsonl')
-    todo = files['read_json'](folder/'missing.json', list)
+    rows, file = Asked(folder/'asked.jsonl'), Answers(folder/'predictions.jsonl')
+    todo = read_json(folder/'missing.json', list)
 
     async def ask():
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asyncio.current_task().cancel)
@@ -470,4 +467,6 @@ def work(
     file.close()
 
 # %% ../nbs/08d_served.ipynb #4a93d825
-if __name__ == '__main__' and '__file__' in globals(): _beside('worker')['main'](work, 0)
+def main():
+    "What is started as the worker that asks servers."
+    worker.main(work, 0)

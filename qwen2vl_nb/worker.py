@@ -7,16 +7,17 @@ __all__ = ['follow_schedule', 'step_callback', 'describe_failure', 'blocking', '
            'locking_until_its_end', 'renaming_weights', 'go_on', 'work', 'main']
 
 # %% ../nbs/07b_worker.ipynb #c7dec335
-import gc, os, re, runpy, time, traceback
+import gc, os, re, time, traceback
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
+from .agent import listen_locally
+from .checkpoint import newest_complete
+from .files import json_or, reserve, write_json
+from .hidden import given, mask
+from .waiter import is_there
 
 # %% ../nbs/07b_worker.ipynb #65759997
-@cache
-def _beside(name): return runpy.run_path(Path(__file__).with_name(f'{name}.py'))
-
-def _write(path, value): _beside('files')['write_json'](path, value, state=True)
+def _write(path, value): write_json(path, value, state=True)
 
 def _any_rank(seen, device):
     "Whether any rank has seen it; all ranks get the same answer."
@@ -55,7 +56,7 @@ def step_callback(
             self.told(state)
 
         def on_step_end(self, args, state, control, **kwargs):
-            if not _beside('waiter')['_is_there'](folder, own): raise FileNotFoundError(f'The folder of the run, {folder}, is gone: it was deleted or moved.')
+            if not is_there(folder, own): raise FileNotFoundError(f'The folder of the run, {folder}, is gone: it was deleted or moved.')
             asked = folder/'stop'
             if _any_rank(is_first and asked.exists(), args.device):
                 if is_first: os.replace(asked, folder/'stopping') if asked.exists() else (folder/'stopping').touch()  # asked on another machine
@@ -225,8 +226,7 @@ def _agree(recipe, choose):
 
 def _choose(output_dir):
     "The newest checkpoint that these ranks can load, and why they can't load newer ones."
-    newest_complete = _beside('checkpoint')['newest_complete']
-    stale = _beside('files')['json_or']({}, 'run.json').get('stale', {})
+    stale = json_or({}, 'run.json').get('stale', {})
     found, passed = newest_complete(output_dir, int(os.environ['WORLD_SIZE']), stale)
     print(*passed, f'The ranks were started again, and resume from {found or "the beginning"}.', sep='\n', flush=True)
     return found, passed
@@ -253,8 +253,8 @@ def work(
     with suppress(ImportError): import deepspeed # noqa: F401, accelerate imports it for every training
     gc.freeze()
     gc.enable()
-    if os.environ.get('MASTER_ADDR') == '127.0.0.1': _beside('agent')['listen_locally']()
-    recipe = go_on(read_args() | _beside('hidden')['given']('recipe'))
+    if os.environ.get('MASTER_ADDR') == '127.0.0.1': listen_locally()
+    recipe = go_on(read_args() | given('recipe'))
     _skip_in_epoch()
     _load_renamed()
     if not torch.cuda.is_available(): _load_on_cpu()
@@ -269,7 +269,6 @@ _room = 2**16 # Bytes
 
 def _clean(told):
     "What was raised, as it may be written down: without passwords in addresses, and in UTF-8, which a file's name need not be."
-    mask = _beside('hidden')['mask']
     return {k: mask(v.encode(errors='backslashreplace').decode()) if isinstance(v, str) else v for k,v in told.items()}
 
 def main(
@@ -280,7 +279,7 @@ def main(
     folder, rank = Path.cwd(), int(os.environ.get('RANK', 0)) if rank is None else rank
     told = folder/f'failure-{rank}.json'
     told.unlink(missing_ok=True)  # of ranks that were started before these
-    room = _beside('files')['reserve'](told, _room)
+    room = reserve(told, _room)
     try: work(folder)
     except BaseException as error:
         with suppress(OSError):  # the folder may be gone
@@ -288,5 +287,3 @@ def main(
             _write(told, {'rank': rank} | _clean(describe_failure(error)))
         raise
     room.unlink(missing_ok=True)
-
-if __name__ == '__main__' and '__file__' in globals(): main()

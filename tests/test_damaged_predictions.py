@@ -3,8 +3,8 @@ import json, os, re, shutil, subprocess, sys, warnings
 
 import pytest
 
-from qwen2vl_nb import answers
 from qwen2vl_nb.answers import missing, parse_row, put_in_order, set_damaged_aside
+from qwen2vl_nb.boot import script
 from qwen2vl_nb.files import Damaged
 from qwen2vl_nb.predict import Predictions, predict
 from qwen2vl_nb.recipe import predict_recipe
@@ -134,7 +134,7 @@ def test_a_shortened_list_of_rows_gives_all_rows(answered, tmp_path):
 
 def test_who_looks_after_the_workers_starts_none_on_rows_that_were_changed(answered, tmp_path):
     folder, _ = _damaged(answered, tmp_path, 'asked.jsonl', 'in another order')
-    assert subprocess.run([sys.executable, answers.__file__], cwd=folder, stdout=subprocess.DEVNULL).returncode == 1
+    assert subprocess.run([sys.executable, *script('answers')], cwd=folder, stdout=subprocess.DEVNULL).returncode == 1
     assert 'asked.jsonl was changed' in json.loads((folder/'failure-files.json').read_text())['message']
 
 @pytest.mark.parametrize('damage', OF_ANY_FILE)

@@ -41,7 +41,7 @@ def rank(run, number=0):
     found = []
     def look():
         for p in psutil.Process(run._json('waiter.json')['pid']).children(recursive=True):
-            try: is_rank = p.environ().get('RANK', '0') == str(number) and Path(p.cmdline()[-2]).name == 'worker.py' and '--nproc-per-node' not in p.cmdline()
+            try: is_rank = p.environ().get('RANK', '0') == str(number) and p.cmdline()[-2] == 'worker' and '--nproc-per-node' not in p.cmdline()
             except (psutil.Error, IndexError): continue
             if is_rank: found.append(p)
         return found

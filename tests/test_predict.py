@@ -139,7 +139,7 @@ def _call(recipe, samples, folder):
 
 def _worker(run):
     "The process that holds the model."
-    return next((p for p in _marked(run._json('run.json')['id']) if 'hf.py' in ' '.join(p.cmdline()) and 'hf.py' not in ' '.join(p.parent().cmdline())), None)
+    return next((p for p in _marked(run._json('run.json')['id']) if 'hf' in p.cmdline() and 'hf' not in p.parent().cmdline()), None)
 
 @contextmanager
 def _held(run):

@@ -47,7 +47,7 @@ def reference(recipe, tmp_path_factory):
 def _kill(run):
     "kill -9 of a rank."
     below = psutil.Process(run._json('waiter.json')['pid']).children(recursive=True)
-    max((p for p in below if 'worker.py' in ' '.join(p.cmdline()) and 'torch.distributed.run' not in p.cmdline()), key=lambda p: p.pid).kill()
+    max((p for p in below if 'worker' in p.cmdline() and 'agent' not in p.cmdline()), key=lambda p: p.pid).kill()
 
 def _interrupt(run, how):
     "Stop or kill a run once it has a checkpoint from this start and is a step further."
@@ -345,7 +345,7 @@ def test_ranks_that_were_started_again_pass_over_a_damaged_checkpoint(recipe, re
     shutil.copytree(checkpoints(stopped)[-1], tmp_path/'run'/'checkpoint-99')
     run = launch(recipe(tmp_path/'run', max_steps=24, save_total_limit=None, overwrite_output_dir=True), nproc=2, env={'MAX_RESTARTS': '1'})
     until(lambda: len([c for c in checkpoints(run) if is_whole(c, 2)]) >= 3 or not run.is_running)
-    below = [p for p in psutil.Process(run._json('waiter.json')['pid']).children(recursive=True) if 'worker.py' in ' '.join(p.cmdline()) and 'RANK' in p.environ()]
+    below = [p for p in psutil.Process(run._json('waiter.json')['pid']).children(recursive=True) if 'worker' in p.cmdline() and 'RANK' in p.environ()]
     for p in below: p.suspend()
     last = [c for c in checkpoints(run) if (c/'trainer_state.json').exists()][-2]
     _damage(last/'optimizer.pt')

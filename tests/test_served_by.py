@@ -7,6 +7,7 @@ import pytest
 from conftest import PATIENCE, until
 from qwen2vl_nb import answers, served
 from qwen2vl_nb.answers import Answers
+from qwen2vl_nb.boot import script
 from qwen2vl_nb.predict import Predictions, _start_workers, asked_row
 from qwen2vl_nb.recipe import predict_recipe
 from qwen2vl_nb.run import _about, _marked
@@ -58,7 +59,7 @@ def begin(tiny, tmp_path):
         about = _about(1)
         options = served.server_options([s['url'] for s in servers], concurrency=2)
         about |= {'servers': servers, 'options': options}
-        worker = {'command': [about['python'], served.__file__], 'env': {}}
+        worker = {'command': [about['python'], *script('served')], 'env': {}}
         runs.append(_start_workers(predict_recipe(tiny, None, folder), folder, about, [worker]))
         return runs[-1]
     yield start

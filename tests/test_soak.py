@@ -21,8 +21,9 @@ def test_what_does_not_end_is_ended(tmp_path):
     "A run that ignores SIGTERM is ended by force when the grace is over."
     import json, signal, subprocess, sys
     from qwen2vl_nb import waiter
+    from qwen2vl_nb.boot import script
     (tmp_path/'run.json').write_text(json.dumps({'command': ['sh', '-c', 'trap "" TERM; sleep 300 & wait'], 'cwd': str(tmp_path), 'env': {}}))
-    process = subprocess.Popen([sys.executable, '-I', waiter.__file__, str(tmp_path)], start_new_session=True)
+    process = subprocess.Popen([sys.executable, '-I', *script('waiter', tmp_path)], start_new_session=True)
     below = until(lambda: len(found := waiter.descendants(process.pid)) == 2 and (tmp_path/'waiter.json').exists() and found)
     process.send_signal(signal.SIGTERM)
     process.wait(waiter.GRACE + PATIENCE)
