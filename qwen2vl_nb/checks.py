@@ -6,12 +6,14 @@
 __all__ = ['half_findings', 'hub_findings', 'disk_findings', 'quick_findings', 'slow_findings', 'late_findings', 'check_recipe']
 
 # %% ../nbs/06b_checks.ipynb #75130334
-import json, os, re, subprocess, sys
+import os, re, sys
 from pathlib import Path
 import psutil
 from .stack import Finding, findings_table, gpus, installed_versions, version_findings
 from .recipe import ask_llamafactory, data_findings, model_findings, recipe_findings
-from .registry import Registry, child_env
+from .boot import child_env
+from .questions import ask, hub
+from .registry import Registry
 from .memory import GiB, predict_memory
 from .plan import memory_findings
 
@@ -39,28 +41,6 @@ def _version_findings(recipe, versions):
             'LoRA with DeepSpeed': recipe.get('deepspeed') and recipe.get('finetuning_type', 'lora') == 'lora'}
     return [f for f in version_findings(versions, [use for use in uses if uses[use]]) if f.level == 'error']
 
-# %% ../nbs/06b_checks.ipynb #9d2026f6
-_ask_hub = '''
-import json, sys
-from pathlib import Path
-name, options = json.load(sys.stdin)
-from huggingface_hub import constants, get_session, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
-revision = options.get("model_revision")
-cached = try_to_load_from_cache(name, "config.json", cache_dir=options.get("cache_dir"), revision=revision)
-folder = str(Path(cached).parent) if isinstance(cached, str) else None
-try:
-    if constants.HF_HUB_OFFLINE: raise OSError("HF_HUB_OFFLINE is set")
-    headers = build_hf_headers(token=options.get("hf_hub_token"))
-    hf_raise_for_status(get_session().head(hf_hub_url(name, "config.json", revision=revision), headers=headers, timeout=10))
-    kind, why = "there", ""
-except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as e: kind, why = type(e).__name__, str(e)
-except HfHubHTTPError as e: kind, why = "answered", str(e)
-except Exception as e: kind, why = "unreachable", f"{type(e).__name__}: {e}"
-print(json.dumps([kind, why, folder, constants.ENDPOINT]))
-'''
-
 # %% ../nbs/06b_checks.ipynb #1a685e3f
 _other_way = ('Set HF_ENDPOINT to a mirror that can be reached, or USE_MODELSCOPE_HUB=1 with modelscope installed and the name that the model has there '
               '(in env= or in the environment), or give the folder of a model that you have downloaded.')
@@ -77,16 +57,16 @@ def hub_findings(
     if not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', model) or model[0] == '.' or Path(model).exists(): return []
     if _is_set(env, 'USE_MODELSCOPE_HUB') or _is_set(env, 'USE_OPENMIND_HUB'): return []  # their own packages know
     options = {k: recipe[k] for k in ('model_revision', 'cache_dir', 'hf_hub_token') if recipe.get(k)}
-    done = subprocess.run([python, '-c', _ask_hub], input=json.dumps([model, options], default=os.fspath), capture_output=True, text=True, env=child_env() | env)
-    if done.returncode: return []  # what is wrong with its packages is said elsewhere
-    kind, why, folder, hub = json.loads(done.stdout.splitlines()[-1])
+    answers, died = ask(hub, model, options, python=python, env=child_env() | env)
+    if died: return []  # what is wrong with its packages is said elsewhere
+    [[kind, why, folder, address]] = answers
     lacks = [f for f in model_findings(folder) if f.level == 'error'] if folder else None
     if kind in ('there', 'answered') or kind == 'unreachable' and lacks == []: return []
     if kind != 'unreachable':
-        return [Finding('model_name_or_path', f'{hub} gives no {model!r}: {" ".join(why.split())[:300]}',
+        return [Finding('model_name_or_path', f'{address} gives no {model!r}: {" ".join(why.split())[:300]}',
                         'Correct the name, or log in (`hf auth login`) if the model is gated or private. ' + _other_way)]
     part = f' In the cache it is not complete: {lacks[0].where}: {lacks[0].what}' if lacks else ' It is not in the cache either.'
-    return [Finding('model_name_or_path', f'There is no folder {model} here, and the hub {hub} cannot be reached ({" ".join(why.split())[:200]}).{part}', _other_way)]
+    return [Finding('model_name_or_path', f'There is no folder {model} here, and the hub {address} cannot be reached ({" ".join(why.split())[:200]}).{part}', _other_way)]
 
 # %% ../nbs/06b_checks.ipynb #75309f2b
 def _free(folder):

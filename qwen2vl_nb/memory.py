@@ -13,13 +13,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from filelock import FileLock
 from platformdirs import user_cache_path
-from .boot import script
+from .boot import child_env, script
 from .data import _limits, count_tokens
 from .engine import Rank, Stage0, Stage2, Stage3, Step
 from .files import whole_file
 from .media import image_tokens
 from .recipe import _dataset_names, read_zero
-from .registry import Registry, child_env, dataset_samples
+from .registry import Registry, dataset_samples
 from .zero import zero_config
 
 # %% ../nbs/05_memory.ipynb #070b85b6

@@ -7,7 +7,7 @@ __all__ = ['train_recipe', 'find_adapter', 'predict_recipe', 'load_recipe', 'zer
            'model_findings', 'data_findings', 'read_zero', 'recipe_findings', 'ask_llamafactory']
 
 # %% ../nbs/03_recipe.ipynb #0bd906f0
-import json, math, os, re, subprocess, sys, tempfile
+import json, math, os, re, sys, tempfile
 from difflib import get_close_matches
 from importlib.util import find_spec
 from itertools import chain, count
@@ -17,7 +17,9 @@ from .stack import Finding, gpus
 from .files import json_or, read_text, write_text
 from .data import _limits, _media_of, check_samples, count_tokens, is_dialogue, without_tags
 from .checkpoint import checkpoints, is_whole_file
-from .registry import Registry, _source, child_env, dataset_samples, entry_faults
+from .boot import child_env
+from .questions import arguments, ask
+from .registry import Registry, _source, dataset_samples, entry_faults
 
 # %% ../nbs/03_recipe.ipynb #eca681f9
 def _recipe(defaults, changes):
@@ -408,61 +410,6 @@ def recipe_findings(
     return [*_model_path_findings(recipe), *_adapter_findings(recipe), *_argument_findings(recipe),
             *_output_findings(recipe), *_zero_findings(recipe, nproc)]
 
-# %% ../nbs/03_recipe.ipynb #83628938
-_ask = '''
-import contextlib, dataclasses, difflib, importlib.util, json, re, sys
-recipe, zero = json.load(sys.stdin)
-answers = []
-
-def hint(key, names):
-    near = difflib.get_close_matches(key, names, 1)
-    return f"; did you mean {near[0]!r}?" if near else "."
-
-def not_text(field, value):
-    "What is wrong with a text, which the parser takes for anything, where a number or true or false is declared."
-    words = set(re.findall("[a-zA-Z]+", str(field.type)))
-    if words & {"str", "list", "dict", "Literal", "enum"}: return
-    if words & {"int", "float"}: return f"LLaMA-Factory needs a number here, and {value!r} is text.", "Write a number, without quotes."
-    if "bool" in words and value.lower() in ("false", "no", "off", "n", "f", "0"):
-        return f"{value!r} is text, which counts as true.", "Write false, without quotes."
-
-def check_packages(model, data, training):
-    "What is not here and is needed after the parser: trackers and quantization, by their own checks."
-    from llamafactory.model.model_utils.quantization import configure_quantization
-    from transformers import PretrainedConfig
-    from transformers.integrations import get_reporting_integration_callbacks
-    def check(key, needs):
-        try: needs()
-        except Exception as e: answers.append((key, f"It would stop the run once the model is loaded: {' '.join(str(e).split())}", "Install what it needs, or take it out."))
-    if "report_to" in recipe: check("report_to", lambda: [tracker() for tracker in get_reporting_integration_callbacks(training.report_to)])
-    if model.quantization_bit: check("quantization_bit", lambda: configure_quantization(PretrainedConfig(), None, model, training.do_train, {}))
-    if model.flash_attn == "fa2" and not importlib.util.find_spec("flash_attn"):
-        answers.append(("flash_attn", "FlashAttention-2 is not installed, and LLaMA-Factory goes on without it.", "Install flash-attn, or leave flash_attn out.", "warning"))
-
-def is_named(key, text): return re.search(f"(?<![a-z_]){re.escape(key)}(?![a-z_])", text)
-
-with contextlib.redirect_stdout(sys.stderr):
-    from llamafactory import hparams
-    kinds = "Model", "Data", "Training", "Finetuning", "Generating"
-    names = {f.name: f for kind in kinds for f in dataclasses.fields(getattr(hparams, f"{kind}Arguments"))}
-    for k in recipe:
-        if k in names: continue
-        what = f"LLaMA-Factory knows no argument {k!r}{hint(k, names)}"
-        answers.append((k, what, "Correct the key, or take it out."))
-    wrong = {k: fault for k, v in recipe.items() if k in names and isinstance(v, str) and (fault := not_text(names[k], v))}
-    answers += [(k, *fault) for k, fault in wrong.items()]
-    try: check_packages(*hparams.get_train_args({k: v for k, v in recipe.items() if k in names.keys() - wrong})[:3])
-    except Exception as e:
-        where = ", ".join(k for k in recipe if is_named(k, str(e))) or "recipe"
-        answers.append((where, f"LLaMA-Factory refuses it: {e}", "Change the recipe as it says."))
-    if zero:
-        from deepspeed.runtime.config import DeepSpeedConfig
-        try: DeepSpeedConfig(zero)
-        except Exception as e:
-            answers.append(("deepspeed", f"DeepSpeed refuses the config: {e}", "Correct the ZeRO config."))
-json.dump(answers, sys.stdout)
-'''
-
 # %% ../nbs/03_recipe.ipynb #473c86ab
 def _known(value):
     "A DeepSpeed config without the values that the trainer fills in later."
@@ -485,10 +432,6 @@ def ask_llamafactory(
 )->list: # `Finding`s
     "What LLaMA-Factory's parser and DeepSpeed's config class say of a recipe; takes some ten seconds."
     with tempfile.TemporaryDirectory() as folder:
-        question = json.dumps([_trial(recipe, folder), _trial_zero(recipe)], default=os.fspath)
-        done = subprocess.run([python, '-c', _ask], input=question, capture_output=True, text=True,
-                              env=child_env(), cwd=folder)
-    if done.returncode:
-        why = done.stderr.strip().splitlines()[-1]
-        return [Finding('llamafactory', f'LLaMA-Factory cannot be imported: {why}', 'See `check_stack()`.')]
-    return [Finding(*answer) for answer in json.loads(done.stdout)]
+        answers, why = ask(arguments, _trial(recipe, folder), _trial_zero(recipe), python=python, env=child_env(), cwd=folder)
+    found = [Finding(*answer) for answer in answers]
+    return found + [Finding('llamafactory', f'LLaMA-Factory cannot be imported: {why}', 'See `check_stack()`.')]*bool(why)

@@ -16,13 +16,12 @@ from pathlib import Path
 import platformdirs, psutil
 from filelock import FileLock
 from . import hidden, waiter
-from .boot import script
+from .boot import child_env, script
 from .stack import Finding, gpus, in_words, installed_versions, text_table
 from .checkpoint import checkpoints, newest_complete, when_written
 from .files import Damaged, json_or, parse_json, read_bytes, read_tail, read_text, sweep, write_json, write_text
 from .folder import files_of, is_count, is_number, last_start, read_state, state_or_empty
 from .data import chat_template
-from .registry import child_env
 from .recipe import absolute_recipe, data_findings, find_adapter, load_recipe, save_recipe, zero_file_name
 from .memory import GiB, model_config
 from .checks import late_findings, quick_findings, slow_findings

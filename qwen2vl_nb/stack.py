@@ -7,7 +7,7 @@ __all__ = ['bad_pairs', 'USES', 'Finding', 'as_text', 'text_table', 'findings_ta
            'version_findings', 'Gpu', 'gpus', 'machine_findings', 'check_stack']
 
 # %% ../nbs/00_stack.ipynb #b3f6779d
-import dis, importlib.metadata, json, os, shutil, subprocess, sys
+import dis, importlib.metadata, os, shutil, sys
 from dataclasses import dataclass
 from functools import cache, partial, wraps
 from itertools import takewhile
@@ -15,6 +15,7 @@ from types import TracebackType
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
+from .questions import ask, versions
 
 # %% ../nbs/00_stack.ipynb #b7ea5455
 @dataclass
@@ -182,23 +183,14 @@ _scores = ('jieba', 'nltk', 'rouge-chinese')
 
 USES = 'scores', 'DeepSpeed', 'LoRA with DeepSpeed', 'video' # What not every recipe needs
 
-_ask_versions = """
-import importlib.metadata, json, sys
-found = {}
-for name in sys.argv[1:]:
-    try: found[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError: pass
-print(json.dumps(found))
-"""
-
 def installed_versions(
     python=sys.executable, # The interpreter of an environment
 )->dict: # Package → version
     "Versions of the packages that the work stands on, without importing them."
     names = (*_needed, *_scores, 'nbdev', 'execnb')
-    asked = subprocess.run([python, '-c', _ask_versions, *names], capture_output=True, text=True)
-    if asked.returncode: raise ValueError(f'{python} cannot tell its versions: {asked.stderr.strip().splitlines()[-1]}')
-    return json.loads(asked.stdout)
+    answers, why = ask(versions, *names, python=python)
+    if why: raise ValueError(f'{python} cannot tell its versions: {why}')
+    return answers[0]
 
 # %% ../nbs/00_stack.ipynb #4b1c06f2
 def _within(version, spec): return SpecifierSet(spec).contains(Version(version).base_version)

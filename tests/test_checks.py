@@ -4,8 +4,8 @@ import json, subprocess, sys
 import pytest
 
 from qwen2vl_nb.checks import quick_findings, slow_findings
-from qwen2vl_nb.recipe import _ask, _trial, _trial_zero
-from qwen2vl_nb.registry import child_env
+from qwen2vl_nb.recipe import _trial, _trial_zero
+from qwen2vl_nb.boot import child_env
 from qwen2vl_nb.run import launch
 from qwen2vl_nb.stack import Finding
 from qwen2vl_nb.zero import zero_config
@@ -66,21 +66,19 @@ def test_llamafactory_fails_where_it_is_called_an_error(said):
     assert {name: bool(why) for name, why in said.items()} == dict.fromkeys(STOPS, True) | dict.fromkeys(TRAINS, False), said
 
 ASK_ALL = '''
-import io, json, os, sys
-code, questions = json.load(sys.stdin)
+import json, os, sys
+from qwen2vl_nb.questions import arguments
 answers = os.fdopen(os.dup(1), "w")
-for name, question in questions.items():
-    sys.stdin, sys.stdout = io.StringIO(question), io.StringIO()
-    exec(code, {"__name__": "asked"})
-    print(json.dumps([name, json.loads(sys.stdout.getvalue())]), file=answers, flush=True)
+os.dup2(2, 1)
+for name, question in json.load(sys.stdin).items(): print(json.dumps([name, list(arguments(*question))]), file=answers, flush=True)
 '''
 
 @pytest.fixture(scope='module')
 def found(recipes, tmp_path_factory):
     "name → the errors of `check_recipe`, whose question to LLaMA-Factory is put for all recipes in one child."
     folder = str(tmp_path_factory.mktemp('asked'))
-    questions = {name: json.dumps([_trial(r, folder), _trial_zero(r)], default=str) for name, r in recipes.items()}
-    done = subprocess.run([sys.executable, '-c', ASK_ALL], input=json.dumps([_ask, questions]), capture_output=True, text=True, env=child_env())
+    questions = {name: [_trial(r, folder), _trial_zero(r)] for name, r in recipes.items()}
+    done = subprocess.run([sys.executable, '-c', ASK_ALL], input=json.dumps(questions, default=str), capture_output=True, text=True, env=child_env())
     asked = {name: [Finding(*f) for f in answers] for name, answers in map(json.loads, done.stdout.splitlines())}
     assert asked.keys() == recipes.keys(), done.stderr[-3000:]
     errors = lambda findings: [f.what for f in findings if f.level == 'error']

@@ -6,7 +6,8 @@ import json, subprocess, sys
 import pytest
 
 from qwen2vl_nb.recipe import data_findings, train_recipe
-from qwen2vl_nb.registry import Registry, child_env
+from qwen2vl_nb.boot import child_env
+from qwen2vl_nb.registry import Registry
 
 STAGES = 'pt', 'sft', 'rm', 'dpo', 'kto', 'ppo'
 TEXT = 'The red car stands in front of the house.'
