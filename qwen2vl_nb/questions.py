@@ -173,7 +173,7 @@ def ask(
     with suppress(ValueError):  # the last line may be incomplete; a program that is no Python may say anything
         for line in done.stdout.splitlines(): answers.append(json.loads(line))
     last = (done.stderr.strip().splitlines() or ['nothing'])[-1]
-    return answers, f'{last} (exit status {done.returncode})' if done.returncode or not answers else ''
+    return answers, f'{last} (exit status {done.returncode})' if done.returncode else ''
 
 def main():
     "Answer the question that the first argument names, about what comes on standard input."

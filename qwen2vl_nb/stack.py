@@ -189,7 +189,7 @@ def installed_versions(
     "Versions of the packages that the work stands on, without importing them."
     names = (*_needed, *_scores, 'nbdev', 'execnb')
     answers, why = ask(versions, *names, python=python)
-    if why: raise ValueError(f'{python} cannot tell its versions: {why}')
+    if why or not answers: raise ValueError(f'{python} cannot tell its versions: {why or "it said nothing"}')
     return answers[0]
 
 # %% ../nbs/00_stack.ipynb #4b1c06f2
