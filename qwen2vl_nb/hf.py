@@ -12,7 +12,7 @@ from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from . import hidden, worker
-from .answers import Answers, Asked
+from .answers import Answers, Asked, without_question
 from .files import read_json, read_text
 
 # %% ../nbs/08c_hf.ipynb #3202c432
@@ -56,14 +56,12 @@ def _put_together(pixels):
         return torch.cat(parts) if torch.is_tensor(parts[0]) else sum(parts, [])
     return {key: column(key) for key in keys}
 
-def _bare(row): return {key: value for key, value in row.items() if key != 'asked'}
-
 def failed_row(
     row:dict, # A row that is asked
     error:Exception, # What happened to it
 )->dict: # The row, as it is written down
     "A row that has no answer."
-    return _bare(row) | {'predict': None, 'finish_reason': None, 'engine': 'hf', 'error': f'{type(error).__name__}: {error}'}
+    return without_question(row) | {'predict': None, 'finish_reason': None, 'engine': 'hf', 'error': f'{type(error).__name__}: {error}'}
 
 def _check_regular(*paths):
     "Raise `ValueError` for a pipe or a device, which would never end."
@@ -148,7 +146,7 @@ def answered_rows(
     "The rows as they are written down."
     def one(row, mask, tokens):
         end = next((i for i, token in enumerate(tokens) if token in ends), None)
-        return _bare(row) | {'predict': decode(tokens[:end]), 'finish_reason': 'length' if end is None else 'stop',
+        return without_question(row) | {'predict': decode(tokens[:end]), 'finish_reason': 'length' if end is None else 'stop',
                              'prompt_tokens': sum(mask), 'tokens': len(tokens) if end is None else end + 1, 'engine': 'hf'}
     return [one(*about) for about in zip(rows, inputs['attention_mask'].tolist(), new.tolist())]
 

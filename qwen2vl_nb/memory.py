@@ -14,11 +14,11 @@ from pathlib import Path
 from filelock import FileLock
 from platformdirs import user_cache_path
 from .boot import child_env, script
-from .data import _limits, count_tokens
+from .data import pixel_limits, count_tokens
 from .engine import Rank, Stage0, Stage2, Stage3, Step
 from .files import whole_file
 from .media import image_tokens
-from .recipe import _dataset_names, read_zero
+from .recipe import dataset_names, read_zero
 from .registry import Registry, dataset_samples
 from .zero import zero_config
 
@@ -66,12 +66,12 @@ def _counted(model, folder, names, media_dir, n, limits, _changed):
 def _from_data(recipe):
     "The longest sample of the recipe's data; `None` where it can't be counted."
     model, folder = Path(recipe['model_name_or_path']), Path(recipe.get('dataset_dir', 'data'))
-    names = tuple(_dataset_names({'dataset': recipe.get('dataset' if recipe.get('do_train') else 'eval_dataset')}))
+    names = tuple(dataset_names({'dataset': recipe.get('dataset' if recipe.get('do_train') else 'eval_dataset')}))
     if not names or not all((model/f).is_file() for f in ('tokenizer.json', 'preprocessor_config.json')): return
     try: files = [folder/Registry(folder)[name]['file_name'] for name in names]
     except (KeyError, ValueError, OSError): return
     changed = tuple((f.stat().st_mtime_ns, f.stat().st_size) for f in files if f.is_file())
-    limits = tuple((k, recipe[k]) for k in _limits if k in recipe)
+    limits = tuple((k, recipe[k]) for k in pixel_limits if k in recipe)
     return _counted(str(model), str(folder), names, recipe.get('media_dir'), recipe.get('max_samples'), limits, changed)
 
 def _eights(n): return -(-n//8)*8 # LLaMA-Factory pads to a multiple of eight

@@ -18,13 +18,13 @@ from .stack import Finding, in_words, text_table
 from .answers import Index, json_line, load_line, missing, parse_row, rows_digest, set_damaged_aside, with_own_keys
 from .served import server_options
 from .files import Damaged, open_regular, read_json, whole_file, whole_lines, write_json, write_text
-from .data import _trained_turns, as_list, sample_turns
+from .data import trained_turns, as_list, sample_turns
 from .registry import Registry, dataset_samples
 from .recipe import absolute_recipe
 from .checks import quick_findings
 from .memory import GiB, model_config, predict_memory
 from .vllm_server import vllm_servers
-from .run import Run, _about, _keep, _refuse, launch, start
+from .run import Run, describe_start, keep_earlier, raise_errors, launch, start
 
 # %% ../nbs/09_predict.ipynb #3259dbb1
 _consumed = {True: ('image', 'video', 'messages', 'system', 'tools'), # of a dialogue
@@ -39,7 +39,7 @@ def _columns(sample):
 
 def _turns(sample):
     "(role, text) of each turn as LLaMA-Factory has it, the system prompt apart."
-    turns = [(role, text or '') for role, text in _trained_turns(sample) if role != 'system']
+    turns = [(role, text or '') for role, text in trained_turns(sample) if role != 'system']
     return [('function' if role == 'function_call' else role, text) for role, text in turns]
 
 def _system(sample):
@@ -222,7 +222,7 @@ class Predictions(Sequence):
         self._is_own = self.path == own
         self._file = open_regular(self.path)
         self._index = Index(self.path) if self._is_own else Index(self.path, _parse_generated)
-        if not answers._is_at(self._file, self.path): return self.__init__(output_dir)  # it was put in order meanwhile
+        if not answers.is_at(self._file, self.path): return self.__init__(output_dir)  # it was put in order meanwhile
         if self._index.damaged:
             wrong = [f'line {line}: {what}' for line, _, what in self._index.damaged]
             warnings.warn(f'{self.path} has {len(wrong)} damaged line(s), which are left out:\n{_listed(wrong)}', stacklevel=2)
@@ -298,14 +298,14 @@ def _budget(recipe, size, memory):
 def _start_workers(recipe, folder, about, workers):
     "Start workers and what looks after them."
     about |= {'unit': 'row', 'workers': workers, 'cwd': str(folder)}
-    return start(recipe, about, _keep, [sys.executable, *script('answers')])
+    return start(recipe, about, keep_earlier, [sys.executable, *script('answers')])
 
 def _begin_hf(recipe, samples, folder, about):
     "Start the workers that hold the model."
     found = quick_findings(recipe, 1, about['versions'], about['given'], about['python'])
     memory = min((g['total'] for g in about['gpus']), default=0)
     size = _weights(recipe) if memory else 0
-    _refuse(found + _fit_findings(size, memory), force=False)
+    raise_errors(found + _fit_findings(size, memory), force=False)
     known = _read_question(folder)
     if type(known.get('budget')) is not int:  # the batches stay the same wherever it goes on
         known['budget'] = _budget(recipe, size, memory)
@@ -345,7 +345,7 @@ def _joined(rows, generated):
         raise ValueError(f'LLaMA-Factory predicted {len(generated)} of {len(rows)} rows: it drops rows that are not '
                          'well formed. Run `check_samples` on the data set. If its generated_predictions.jsonl was truncated, '
                          'delete it: then predict asks all rows again.')
-    return [hf._bare(row) | {'predict': _without_end(g['predict']), 'engine': 'llamafactory'} for row, g in zip(rows, generated)]
+    return [answers.without_question(row) | {'predict': _without_end(g['predict']), 'engine': 'llamafactory'} for row, g in zip(rows, generated)]
 
 def _take_over(folder):
     "LLaMA-Factory's answers to this question as `predictions.jsonl`, once it has written them, whoever waited for it."
@@ -361,7 +361,7 @@ def _take_over(folder):
 
 def _begin_llamafactory(recipe, samples, folder, about):
     "Start LLaMA-Factory's own prediction."
-    _refuse(_cut_findings(recipe, samples), force=False)
+    raise_errors(_cut_findings(recipe, samples), force=False)
     if recipe['eval_dataset'] == _given: recipe = _registered(recipe, samples, folder)
     return launch(recipe, about['nproc'], env=about['given'], python=about['python'])
 
@@ -443,7 +443,7 @@ def predict(
     if engine == 'llamafactory': _take_over(folder)
     if not is_at_work: _set_aside(path, rows)
     if not is_at_work and missing(path, len(rows)):
-        try: _engines[engine](recipe, samples, folder, _about(nproc, python=python, env=env), **options)
+        try: _engines[engine](recipe, samples, folder, describe_start(nproc, python=python, env=env), **options)
         except RuntimeError:
             if not run.is_running: raise  # another call has begun it meanwhile
         is_at_work = True

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['train_recipe', 'find_adapter', 'predict_recipe', 'load_recipe', 'zero_file_name', 'absolute_recipe', 'save_recipe',
-           'model_findings', 'data_findings', 'read_zero', 'recipe_findings', 'ask_llamafactory']
+           'model_findings', 'dataset_names', 'data_findings', 'read_zero', 'recipe_findings', 'ask_llamafactory']
 
 # %% ../nbs/03_recipe.ipynb #0bd906f0
 import json, math, os, re, sys, tempfile
@@ -15,11 +15,11 @@ from pathlib import Path
 import yaml
 from .stack import Finding, gpus
 from .files import json_or, read_text, write_text
-from .data import _limits, _media_of, check_samples, count_tokens, is_dialogue, without_tags
+from .data import pixel_limits, media_paths, check_samples, count_tokens, is_dialogue, without_tags
 from .checkpoint import checkpoints, is_whole_file
 from .boot import child_env
 from .questions import arguments, ask
-from .registry import Registry, _source, dataset_samples, entry_faults
+from .registry import Registry, entry_source, dataset_samples, entry_faults
 
 # %% ../nbs/03_recipe.ipynb #eca681f9
 def _recipe(defaults, changes):
@@ -215,11 +215,11 @@ def _length_findings(name, samples, recipe):
     "Rows with pictures that are not there, or longer than `cutoff_len`."
     model, cutoff = Path(recipe.get('model_name_or_path') or ''), recipe.get('cutoff_len', 2048)
     counts = all((model/file).is_file() for file in ('preprocessor_config.json', 'tokenizer.json'))
-    tokens = count_tokens(samples, model if counts else None, **{k: recipe[k] for k in _limits if k in recipe})
+    tokens = count_tokens(samples, model if counts else None, **{k: recipe[k] for k in pixel_limits if k in recipe})
     lost = tokens.index[tokens.media.isna()]
     if len(lost):
         yield Finding(name, f'{len(lost)} row(s) have pictures or clips that cannot be read, '
-                            f'row {lost[0]} first: {_media_of(samples[lost[0]])}.', _see(name))
+                            f'row {lost[0]} first: {media_paths(samples[lost[0]])}.', _see(name))
     total = tokens.total.dropna()
     if len(total) and total.max() > cutoff:
         row, most = total.idxmax(), total.max()
@@ -245,14 +245,17 @@ def _row_findings(name, samples, recipe, stage):
     if stage != 'pt': yield from _length_findings(name, samples, recipe)
 
 # %% ../nbs/03_recipe.ipynb #f9ad7cb3
-def _dataset_names(recipe):
+def dataset_names(
+    recipe:dict, # The recipe
+)->list:
+    "The data sets that a recipe trains on, evaluates or predicts."
     named = [recipe.get(k) or '' for k in ('dataset', 'eval_dataset')]
     joined = ','.join(n if isinstance(n, str) else ','.join(n) for n in named)  # LLaMA-Factory takes a list too
     return [name.strip() for name in joined.split(',') if name.strip()]
 
 def _stage_of(name, recipe):
     "The stage that a data set of the recipe serves; `'predict'` where it is asked and its answers are not trained."
-    asks_only = recipe.get('predict_with_generate') and name not in _dataset_names({'dataset': recipe.get('dataset')})
+    asks_only = recipe.get('predict_with_generate') and name not in dataset_names({'dataset': recipe.get('dataset')})
     return 'predict' if asks_only else recipe.get('stage') or 'sft'
 
 def _entry_findings(name, registry, recipe):
@@ -261,7 +264,7 @@ def _entry_findings(name, registry, recipe):
     except ValueError as e: return [Finding(name, str(e), 'Mend the entry.')]
     stage = _stage_of(name, recipe)
     found = entry_faults(name, entry, stage)
-    where, source = _source(entry, registry.dataset_dir)
+    where, source = entry_source(entry, registry.dataset_dir)
     if where != 'file' or any(f.level == 'error' for f in found): return found
     file = registry.dataset_dir/source
     if not file.exists():
@@ -294,7 +297,7 @@ def data_findings(
     try: names = list(reg)
     except (ValueError, OSError) as e: return [Finding('dataset_dir', str(e), 'Mend the file at that place.')]
     found = []
-    for name in _dataset_names(recipe):
+    for name in dataset_names(recipe):
         if name in names: found += _entry_findings(name, reg, recipe)
         else: found.append(_unregistered(name, names, reg.path))
     return found

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from . import hidden, worker
-from .answers import Answers, Asked
+from .answers import Answers, Asked, without_question
 from .files import read_json, read_text
 from .hidden import mask
 
@@ -308,7 +308,6 @@ class Server:
         return found
 
 # %% ../nbs/08d_served.ipynb #f3ca0d7a
-def _bare(row): return {key: value for key, value in row.items() if key != 'asked'}
 def _failed(error): return {'predict': None, 'finish_reason': None, 'engine': 'openai', 'error': error}
 
 @dataclass(order=True)
@@ -343,8 +342,8 @@ class Asking:
 
     def _prepared(self, i):
         row = self.rows[i]
-        try: return _Question(i, _bare(row), self.prepare(row))
-        except Exception as error: return _bare(row) | _failed(_writable(f'{type(error).__name__}: {error}'))
+        try: return _Question(i, without_question(row), self.prepare(row))
+        except Exception as error: return without_question(row) | _failed(_writable(f'{type(error).__name__}: {error}'))
 
     def _finish(self, row):
         self.came.append(row)

@@ -13,8 +13,8 @@ from functools import cached_property, lru_cache
 from ipywidgets import HTML, BoundedIntText, Button, Dropdown, HBox, Layout, Text, VBox
 from .data import without_tags
 from .files import whole_file
-from .media import _card_text, _div, _picture_html
-from .score import _checked, is_right
+from .media import card_text, div, picture_html
+from .score import checked_rows, is_right
 from .stack import as_text
 
 # %% ../nbs/10a_show.ipynb #6d3da992
@@ -77,8 +77,8 @@ def _not_a_file(path):
 @lru_cache(maxsize=2000)
 def _kept_picture(path, changed):
     wrong = _not_a_file(path)  # such as an address, a FIFO or a device, which nobody should open only by looking
-    if wrong: return _div('padding:2em 1em;border:1px dashed', html.escape(wrong))
-    return _picture_html(list(path) if isinstance(path, tuple) else path)
+    if wrong: return div('padding:2em 1em;border:1px dashed', html.escape(wrong))
+    return picture_html(list(path) if isinstance(path, tuple) else path)
 
 def _picture(path):
     "A picture or clip as HTML, made once as long as the file is the same."
@@ -87,7 +87,7 @@ def _picture(path):
 
 def _text_html(name, text):
     style = 'white-space:pre-wrap;overflow-wrap:anywhere;max-height:14em;overflow:auto'
-    return _div('margin-top:.35em;line-height:1.4', f'<small style="opacity:.65">{html.escape(name)}</small>'
+    return div('margin-top:.35em;line-height:1.4', f'<small style="opacity:.65">{html.escape(name)}</small>'
                 f'<div class="t" style="{style}">{text}</div>')
 
 def _card_html(row):
@@ -98,7 +98,7 @@ def _card_html(row):
     if row.get('finish_reason') == 'length': shown['answer'] += ' <small style="opacity:.65">[cut off]</small>'
     small = '<small class="t" style="opacity:.65;overflow-wrap:anywhere">'
     head = f'<b style="color:{colour}">{said}</b> {small}{html.escape(str(row.get("id", "")))}</small>'
-    return ''.join([*map(_picture, _media(row)), _div('margin-top:.35em', head),
+    return ''.join([*map(_picture, _media(row)), div('margin-top:.35em', head),
                     *(_text_html(name, text) for name,text in shown.items())])
 
 _frame = 'border:1px solid rgba(128,128,128,.35);border-radius:6px;padding:8px;text-align:left'
@@ -266,7 +266,7 @@ class PredictionView(VBox):
         return f'of {self._page.max:,} · {here}'
 
     def _grid_html(self):
-        return as_text(_div(_grid(self._columns), ''.join(_div(_frame, _card_html(row)) for row in self._seen())))
+        return as_text(div(_grid(self._columns), ''.join(div(_frame, _card_html(row)) for row in self._seen())))
 
     def _draw(self):
         "Make the page that is seen."
@@ -278,7 +278,7 @@ class PredictionView(VBox):
 
     def __repr__(self):
         text = lambda row: [(*line, None) for line in ({'id': row.get('id', '')} | _lines(row)).items()]
-        return '\n'.join([self._headline(), *(_card_text(_media(row), text(row)) for row in self._seen())])
+        return '\n'.join([self._headline(), *(card_text(_media(row), text(row)) for row in self._seen())])
 
     def _repr_mimebundle_(self, **kwargs):
         # a front end without widgets takes the page, one without HTML the text
@@ -322,4 +322,4 @@ def show_predictions(
     columns:int=4, # Cards side by side
 )->PredictionView: # The widget; as the last line of a cell it is shown
     "Look at predictions: pictures with prompt, label and answer, what differs marked."
-    return PredictionView(_checked(predictions), 'wrong' if wrong else 'all', n, columns)
+    return PredictionView(checked_rows(predictions), 'wrong' if wrong else 'all', n, columns)

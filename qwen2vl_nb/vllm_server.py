@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from .questions import ask, versions
 from .files import write_text
-from .data import _limits, as_list, chat_template, count_tokens, is_dialogue
+from .data import pixel_limits, as_list, chat_template, count_tokens, is_dialogue
 from .memory import GiB, model_config, predict_memory
 
 # %% ../nbs/08e_vllm.ipynb #01bb0a9d
@@ -43,7 +43,7 @@ def data_needs(
     samples:list, # What is asked
 )->dict: # At most in a row: tokens of `prompt`, of `media`, in all (`max_model_len`); `images`, `videos`
     "How long the rows are, and how many pictures and clips they have. A row that can't be read has no say."
-    limits = {k: recipe[k] for k in _limits if k in recipe}
+    limits = {k: recipe[k] for k in pixel_limits if k in recipe}
     tokens = count_tokens(list(map(_question, samples)), recipe['model_name_or_path'], **limits).dropna()
     most = lambda key: max((len(as_list(s.get(key))) for s in samples), default=0)
     config = model_config(recipe['model_name_or_path'])

@@ -13,7 +13,7 @@ from threading import Event, Lock, Thread
 from ipywidgets import HTML, Button, HBox, Image, IntProgress, Layout, VBox
 from .files import Damaged
 from .loss import Log, plot_loss
-from .run import Progress, _said, attach
+from .run import Progress, attach
 
 # %% ../nbs/08a_watch.ipynb #f2713f1b
 @dataclass
@@ -51,7 +51,7 @@ def _update(log):
 def _cause(run):
     "What a run failed of and what to do; empty if it did not fail."
     failure = run.failure
-    return _said(failure) if failure else ''
+    return str(failure) if failure else ''
 
 # %% ../nbs/08a_watch.ipynb #105127bd
 def _fullest(used):

@@ -53,3 +53,39 @@ def test_star_import_gives_the_names_that_people_are_told_to_use(path, code):
     names = {}
     exec('from qwen2vl_nb.all import *', names)
     assert not (missing := _unknown(code) - {*names} - {'display', 'get_ipython'}), f'{path.name} uses {missing}'
+
+def _modules():
+    "(name, syntax tree) of each module of the package."
+    for name in sorted(_modidx.d['syms']):
+        module = importlib.import_module(name)
+        with open(module.__file__, encoding='utf-8') as f: yield name.removeprefix('qwen2vl_nb.'), ast.parse(f.read())
+
+def _imports(tree):
+    "(module, name) of what a module imports from its siblings, at its head or in a function; the name is '' for a module as a whole."
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            for a in node.names: yield (node.module, a.name) if node.module else (a.name, '')
+
+def test_no_private_name_crosses_modules():
+    found = []
+    for name, tree in _modules():
+        siblings = {module for module, what in _imports(tree) if not what}
+        found += [(name, module, what) for module, what in _imports(tree) if what.startswith('_')]
+        found += [(name, n.value.id, n.attr) for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr.startswith('_') and not n.attr.startswith('__')
+                  and isinstance(n.value, ast.Name) and n.value.id in siblings]
+    assert not found
+
+def test_imports_go_in_no_circle():
+    needs = {name: {module for module, _ in _imports(tree)} for name, tree in _modules()}
+    while free := [name for name in needs if not needs[name] & needs.keys()]:
+        for name in free: del needs[name]
+    assert not needs
+
+def test_no_module_runs_another_by_its_path_or_code_in_a_string():
+    "Children are modules that `boot` starts, so that ruff and a reader see every line of them."
+    found = []
+    for name, tree in _modules():
+        found += [(name, n.lineno) for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom)) and any(a.name == 'runpy' for a in n.names)]
+        found += [(name, n.lineno) for n in ast.walk(tree) if isinstance(n, ast.Constant) and n.value == '-c']
+        found += [(name, n.lineno) for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr == '__file__']
+    assert not found

@@ -10,7 +10,7 @@ from qwen2vl_nb.answers import Answers
 from qwen2vl_nb.boot import script
 from qwen2vl_nb.predict import Predictions, _start_workers, asked_row
 from qwen2vl_nb.recipe import predict_recipe
-from qwen2vl_nb.run import _about, _marked
+from qwen2vl_nb.run import _marked, describe_start
 from qwen2vl_nb.vllm_server import _free_ports
 
 # Ready when a file is there, with a process of its own below it; ends after so many rows, or answers only so many
@@ -56,7 +56,7 @@ def begin(tiny, tmp_path):
                    for i, (port, how) in enumerate(zip(ports, hows))]
         folder.mkdir()
         Answers(folder/'asked.jsonl').add([asked_row(i, {'instruction': f'Row {i}?'}) for i in range(n)])
-        about = _about(1)
+        about = describe_start(1)
         options = served.server_options([s['url'] for s in servers], concurrency=2)
         about |= {'servers': servers, 'options': options}
         worker = {'command': [about['python'], *script('served')], 'env': {}}
