@@ -397,7 +397,7 @@ def _is_stopped(folder):
 class RowsLeftOut(Exception): "All workers ended well, and there are rows without a line."
 
 def _write_failure(folder, where, error):
-    "What a run failed of, as a rank writes it down."
+    "Write down why a run failed, in the form that ranks use."
     print(error, flush=True)
     failure = {'where': where, 'type': type(error).__name__, 'message': mask(str(error)), 'time': time.time()}
     write_json(folder/f'failure-{where}.json', failure | {'file': '', 'line': 0, 'function': '', 'traceback': ''})
@@ -431,7 +431,7 @@ def _check_asked(folder):
             raise ValueError(f'{folder/"asked.jsonl"} was changed after the rows were asked. Call predict again: it writes the file anew.')
 
 def _look_after(folder):
-    "The same; raises what the run failed of."
+    "The same; raises the reason if the run fails."
     _check_asked(folder)
     answers, n = folder/'predictions.jsonl', len(Asked(folder/'asked.jsonl'))
     run = read_json(folder/'run.json')

@@ -14,19 +14,19 @@ from .files import Damaged, open_regular, parse_json, read_json, read_text
 
 # %% ../nbs/02a_checkpoint.ipynb #0859f1c4
 def _zip_fault(f):
-    "What is wrong with a file of torch's."
+    "What is wrong with a file written by torch."
     with zipfile.ZipFile(f) as z:
         for member in z.infolist():
             if member.compress_type != zipfile.ZIP_STORED: return 'is compressed, which torch never does'
             if not member.CRC: continue
             with z.open(member) as m:
-                while m.read(2**20): pass  # raises where the checksum is another one
+                while m.read(2**20): pass  # raises if the checksum differs
     return ''
 
 def _safetensors_fault(f):
-    "What is wrong with a file of safetensors, as far as its header tells."
+    "What is wrong with a safetensors file, as far as its header shows."
     size = int.from_bytes(f.read(8), 'little')
-    if size > 100_000_000: return 'has a damaged header'  # safetensors allows no longer one
+    if size > 100_000_000: return 'has a damaged header'  # safetensors allows no longer header
     ends = [int(t['data_offsets'][1]) for name, t in parse_json(f.read(size)).items() if name != '__metadata__']
     return '' if f.seek(0, 2) == 8 + size + max(ends, default=0) else 'is cut off'
 
@@ -34,7 +34,7 @@ _checks = {'.pt': _zip_fault, '.pth': _zip_fault, '.bin': _zip_fault, '.safetens
 
 def file_fault(
     path, # File of weights or states; files of other kinds have no fault
-)->str: # Such as 'is cut off'; empty where nothing is wrong
+)->str: # Such as 'is cut off'; empty if nothing is wrong
     "What is wrong with a file of weights or states."
     check = _checks.get(Path(path).suffix)
     if not check: return ''
@@ -46,7 +46,7 @@ def file_fault(
 
 def is_whole_file(
     path, # File of weights or states; files of other kinds are complete
-)->bool: # False where it is cut off or damaged
+)->bool: # False if it is truncated or damaged
     "Whether a file of weights or states is complete."
     return not file_fault(path)
 
@@ -54,7 +54,7 @@ def is_whole_file(
 _values = ('BINUNICODE', 'BININT', 'BININT1', 'BININT2')
 
 def _pickled(path, keys):
-    "Numbers and texts that a file of torch's holds right after some strings, by string. Its pickle is not executed."
+    "The numbers and texts that follow the given strings in a file written by torch, by string. Its pickle is not executed."
     with open_regular(path) as f, zipfile.ZipFile(f) as z:
         pickle = z.read(next(name for name in z.namelist() if name.endswith('/data.pkl')))
     memo, last, found = {}, None, {}
@@ -83,7 +83,7 @@ def _deepspeed(folder):
 
 # %% ../nbs/02a_checkpoint.ipynb #b021d0a4
 def _needed(folder):
-    "The files that a checkpoint must have, by what else it has."
+    "The files that a checkpoint must have, given the other files in it."
     yield folder/'trainer_state.json'
     for index in folder.glob('*.index.json'): yield from (folder/name for name in set(read_json(index)['weight_map'].values()))
     with_states = any(folder.glob('rng_state*.pth'))
@@ -96,7 +96,7 @@ _weights = ('*.safetensors', 'pytorch_model*.bin', 'adapter_model.bin')
 
 def checkpoint_fault(
     folder, # Folder of a checkpoint
-)->str: # Such as 'optimizer.pt is missing'; empty where it is complete
+)->str: # Such as 'optimizer.pt is missing'; empty if it is complete
     "Why a checkpoint is incomplete."
     folder = Path(folder)
     try:
@@ -116,7 +116,7 @@ def checkpoint_fault(
 def why_not(
     folder, # Folder of a checkpoint
     world_size:int=1, # Number of ranks that would load it
-)->str: # A sentence; empty where they can
+)->str: # A sentence; empty if they can
     "Why a run can't be resumed from a checkpoint."
     fault = checkpoint_fault(folder := Path(folder))
     if fault: return f'{folder.name} is incomplete: {fault}.'
@@ -128,7 +128,7 @@ def is_whole(
     folder, # Folder of a checkpoint
     world_size:int=1, # Number of ranks that would load it
 )->bool:
-    "Whether a checkpoint is complete, and so many ranks can load it."
+    "Whether a checkpoint is complete and this number of ranks can load it."
     return not why_not(folder, world_size)
 
 def _number(path): return int(re.search(r'checkpoint-(\d+)', path.name)[1])
@@ -136,13 +136,13 @@ def _number(path): return int(re.search(r'checkpoint-(\d+)', path.name)[1])
 def checkpoints(
     output_dir, # Folder of a run
 )->list: # Folders, complete or not, the earliest first
-    "The checkpoints of a run, with those that an earlier version has renamed to `torn-checkpoint-N`."
+    "The checkpoints of a run, including those that an earlier version renamed to `torn-checkpoint-N`."
     found = [p for p in Path(output_dir).glob('*checkpoint-*') if re.fullmatch(r'checkpoint-\d+|torn-checkpoint-\d+(\.\d+)?', p.name)]
     return sorted(found, key=lambda p: (_number(p), p.name.startswith('checkpoint'), p.name))
 
 def when_written(
     folder, # Folder of a checkpoint
-)->int: # Seconds since 1970; 0 where its last file is missing
+)->int: # Seconds since 1970; 0 if its last file is missing
     "When a checkpoint was completed."
     try: return int(os.stat(Path(folder)/'trainer_state.json').st_mtime)
     except OSError: return 0
@@ -150,9 +150,9 @@ def when_written(
 def newest_complete(
     output_dir, # Folder of a run
     world_size:int=1, # Number of ranks that would load it
-    stale:dict={}, # Checkpoints of other runs, by name: when each was written
-)->tuple: # (its folder, or `None`; a sentence about each newer one that was passed over)
-    "The newest checkpoint from which so many ranks can resume."
+    stale:dict={}, # Checkpoints of other runs: name → when it was written, in seconds since 1970
+)->tuple: # (its folder, or `None`; a sentence about each newer one that was skipped)
+    "The newest checkpoint from which this number of ranks can resume."
     passed = []
     for folder in reversed(checkpoints(output_dir)):
         is_stale = folder.name in stale and stale[folder.name] == when_written(folder)

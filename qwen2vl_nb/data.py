@@ -26,13 +26,13 @@ _all_ = ['image_tokens', 'video_tokens', 'processor_limits', 'PictureGrid', 'rea
 
 # %% ../nbs/01_data.ipynb #2d01f0b0
 def as_list(value):
-    "A list of what a row has under `image` or `video`: a list, one path, or nothing."
+    "Return what a row has under `image` or `video` as a list; the value may be a list, one path or nothing."
     return value if isinstance(value, list) else [] if value in (None, '') else [value]
 
 def media_paths(
     sample:dict, # A sample
 )->list:
-    "Paths of all pictures and clips of a sample, the frames of clips that are given as frames."
+    "Paths of all pictures and clips of a sample, including the frames of clips that are given as frames."
     items = [item for key in ('image', 'video') for item in as_list(sample.get(key))]
     return [p for item in items for p in (item if isinstance(item, list) else [item]) if isinstance(p, str)]
 
@@ -55,7 +55,7 @@ def _question_turns(sample):
 def sample_turns(
     sample:dict, # A question or a dialogue
 )->list: # (field, role, text) for each turn; an `input` is a turn of its own
-    "What is said in a sample, turn by turn."
+    "The turns of a sample, in order."
     system = [('system', 'system', sample['system'])] if sample.get('system') else []
     return system + (_dialogue_turns(sample) if is_dialogue(sample) else _question_turns(sample))
 
@@ -67,14 +67,14 @@ _says = {'user': 'prompt', 'assistant': 'answer', 'system': 'system prompt', 'ob
          'function_call': 'function call'}
 
 def _show(value):
-    "A value in a message, its middle left out where it is long."
+    "The text of a value for a message, with the middle left out if it is long."
     try: text = repr(value)
     except (ValueError, RecursionError): return f'a {type(value).__name__} too large to show'
     return text if len(text) <= 80 else f'{text[:50]} … {text[-20:]}'
 
 def without_tags(
-    text:str, # What is said in a turn
-)->str: # The rest
+    text:str, # Text of a turn
+)->str: # The text that is left
     "The text without the tags of its pictures and clips."
     for tag in _media_tags: text = text.replace(tag, '')
     return text
@@ -92,10 +92,10 @@ def _mark_fault(text, name):
                      'Take it out of the text.')
 
 def _place_fault(role, text, name):
-    "Tags where they don't belong."
+    "Tags in places where they don't belong."
     found = ('<' in text and role != 'user' and role != 'observation'
              and [tag for tag in _media_tags if tag in text])
-    level = 'warning' if role == 'system' else 'error'  # there it stays text
+    level = 'warning' if role == 'system' else 'error'  # in a system prompt, a tag stays text
     if found: return Fault(f'The {name} has {found[0]} in it.', 'Take it out: tags belong in the prompt.', level)
 
 def _stray_fault(text):
@@ -106,7 +106,7 @@ def _stray_fault(text):
     if '\0' in text: return Fault('It has the character NUL in it, as damaged files do.', 'Take it out.', 'warning', 'text')
 
 def _text_faults(role, text):
-    "Faults of one turn's text."
+    "Faults in the text of one turn."
     name = _says.get(role, 'text')
     if not isinstance(text, str):
         is_json = isinstance(text, (dict, list))
@@ -119,8 +119,8 @@ def _text_faults(role, text):
 
 # %% ../nbs/01_data.ipynb #6f53b0d3
 def _tag_fault(sample, turns, tag, key):
-    "Tags against pictures or clips, over all turns, as LLaMA-Factory counts them."
-    # the system prompt is not among LLaMA-Factory's turns: its tags stay text
+    "The fault if the number of tags in all turns, as LLaMA-Factory counts them, differs from the number of pictures or clips."
+    # LLaMA-Factory does not count the system prompt among the turns: its tags stay text
     counts = [(field, text.count(tag)) for field, role, text in turns
               if role != 'system' and isinstance(text, str) and tag in text]
     tags, media = sum(n for _, n in counts), len(as_list(sample.get(key)))
@@ -155,7 +155,7 @@ def _order_faults(turns):
             'Add the answer, or take the turn out.')
 
 def _form_faults(sample):
-    "Turns that are none, roles out of order."
+    "Entries that are not turns, and roles that are out of order."
     turns = sample['messages']
     if not isinstance(turns, list):
         return [('messages', Fault(f'The turns are {_show(turns)}, not a list.',
@@ -166,7 +166,7 @@ def _form_faults(sample):
     return bad or [*_order_faults(turns), *_system_faults(sample), *_weight_faults(turns)]
 
 def _weight_faults(turns):
-    "Weights of turns, which only LLaMA-Factory's newer form has."
+    "Weights of turns, which only LLaMA-Factory's newer form supports."
     for i, turn in enumerate(turns):
         if turn.get('loss_weight') is None or turn['loss_weight'] == (turn.get('role') in _answering): continue
         yield f'messages[{i}]', Fault(
@@ -174,7 +174,7 @@ def _weight_faults(turns):
             'Where only last answers should count, set mask_history: true in the recipe; otherwise take the key out.', 'warning')
 
 def _system_faults(sample):
-    "Two system prompts, of which LLaMA-Factory takes the turn."
+    "The finding if there are two system prompts; LLaMA-Factory uses the one in the turn."
     if sample.get('system') and sample['messages'] and sample['messages'][0].get('role') == 'system':
         yield 'system', Fault('It has a system prompt twice; the one in the first turn counts.',
                               'Take one of them out.', 'warning')
@@ -186,14 +186,14 @@ def _history_faults(sample):
     return [('history', Fault(f'The history is {_show(history)}.', 'Give a list of pairs, [asked, answered].'))]
 
 def _objects(text, *keys):
-    "Whether the text is JSON of an object, or of a list of objects, that have these keys."
+    "Whether the text is the JSON of an object, or of a list of objects, with these keys."
     try: found = json.loads(text)
     except (ValueError, TypeError, RecursionError): return False
     each = found if isinstance(found, list) else [found]
     return all(isinstance(one, dict) and all(k in one for k in keys) for one in each)
 
 def _tool_faults(sample, turns):
-    "LLaMA-Factory parses tools and function calls, and stops where it can't."
+    "Tools and function calls that LLaMA-Factory can't parse, which stops training."
     calls = [(field, text) for field, role, text in turns if role == 'function_call' and isinstance(text, str)]
     for field, text in calls:
         if not _objects(text, 'name', 'arguments'):
@@ -217,7 +217,7 @@ def _json_faults(sample):
     return [(k, Fault(what, 'Take it out.')) for k in nul]
 
 def _has_nul_key(value):
-    "Whether a key in a value, however deep, has NUL in it."
+    "Whether any key in a value, at any depth, contains NUL."
     if isinstance(value, list): return any(map(_has_nul_key, value))
     return isinstance(value, dict) and any('\0' in str(k) or _has_nul_key(v) for k,v in value.items())
 
@@ -235,14 +235,14 @@ def _unwritable(value):
         return Fault(f'It cannot be written as JSON: {e}.', 'Give text, numbers, lists or dicts.')
 
 def _row_faults(sample):
-    "(field, fault) for each fault of one sample, its pictures and clips apart."
+    "(field, fault) for each fault of one sample, except those of its pictures and clips."
     if not isinstance(sample, dict):
         return [('', Fault(f'The row is {_show(sample)}, not a dict.',
                            'Give a dict with image, instruction and output.'))]
     turns = sample_turns(sample)
     form = _form_faults(sample) if is_dialogue(sample) else _history_faults(sample)
     text = [(field, fault) for field, role, text in turns for fault in _text_faults(role, text)]
-    # an empty instruction is none where the input asks
+    # an empty instruction is not a fault if the input asks the question
     if sample.get('input') and not sample.get('instruction'):
         text = [(f, t) for f,t in text if f != 'instruction']
     return (form + text + _tag_faults(sample, turns) + list(_tool_faults(sample, turns))
@@ -260,14 +260,14 @@ _default_system, _two_marks = 'You are a helpful assistant.', '<|vision_start|><
 def trained_turns(
     sample:dict, # A sample
 )->list: # (role, text) of each turn
-    "A sample as LLaMA-Factory trains it: an input under its instruction, a system prompt always."
+    "A sample as LLaMA-Factory trains on it: an input follows its instruction, and there is always a system prompt."
     turns = [(role, text) for _, role, text in sample_turns(sample)]
     if not is_dialogue(sample) and sample.get('input'):
         turns[-3:-1] = [('user', '\n'.join(text for _, text in turns[-3:-1] if isinstance(text, str) and text))]
     return turns if 'system' in dict(turns) else [('system', _default_system), *turns]
 
 def _encoded_strings(sample):
-    "The strings that the tokenizer gets for a sample, pictures and clips as their two marks alone."
+    "The strings that the tokenizer receives for a sample, with only the two marks for each picture or clip."
     def marked(text):
         # half characters can't be encoded
         whole = text if text.isascii() else text.encode('utf-8', 'replace').decode()
@@ -285,7 +285,7 @@ def _load_tokenizer(model):
     return Tokenizer.from_file(str(file))
 
 def _text_tokens(samples, model):
-    "Text tokens of each sample."
+    "The number of text tokens of each sample."
     from tqdm import tqdm
     tokenizer, known, counts = _load_tokenizer(model), {}, []
     with tqdm(total=len(samples), desc='Counting tokens', unit='row', delay=2, file=sys.stdout) as bar:
@@ -327,7 +327,7 @@ pixel_limits = {'image_max_pixels': 768*768, 'image_min_pixels': 32*32,
            'video_fps': 2., 'video_maxlen': 128}
 
 def _known_limits(limits):
-    "LLaMA-Factory's limits on pictures and clips, with those that are given."
+    "LLaMA-Factory's limits on pictures and clips, updated with the given ones."
     unknown = limits.keys() - pixel_limits.keys()
     if unknown: raise TypeError(f"Unknown: {', '.join(unknown)}; the limits are {', '.join(pixel_limits)}.")
     return pixel_limits | limits
@@ -335,7 +335,7 @@ def _known_limits(limits):
 def _sampling(limits): return {k: limits[k] for k in ('video_fps', 'video_maxlen')}
 
 def _look(samples, pictures, clips, workers=None):
-    "Path → `Look`, of the pictures (frames of clips among them) and of the clips of samples."
+    "Path → `Look`, once for the pictures of the samples (including the frames of clips) and once for their clips."
     rows = [s for s in samples if isinstance(s, dict)]
     images, videos = ([item for s in rows for item in as_list(s.get(key))] for key in ('image', 'video'))
     frames = [frame for item in videos if isinstance(item, list) for frame in item]
@@ -344,12 +344,12 @@ def _look(samples, pictures, clips, workers=None):
             look_at_all(clips, text(videos), 'clips', workers))
 
 def _tokens_of(look, kind, limits, processor):
-    "Tokens of a picture, or of one frame of a clip; `None` where it can't be read."
+    "The number of tokens of a picture, or of one frame of a clip; `None` if it can't be read."
     try: return tokens_within(*look.size, limits[f'{kind}_max_pixels'], limits[f'{kind}_min_pixels'], processor)
     except (TypeError, ValueError): return None
 
 def _media_tokens(samples, looks, model, limits):
-    "Tokens of the pictures and clips of each sample; `None` where one can't be read."
+    "The number of tokens of the pictures and clips of each sample; `None` if one can't be read."
     (seen, watched), image, frame = looks, processor_limits(model), processor_limits(model, video=True)
     pictures = {path: _tokens_of(look, 'image', limits, image) for path, look in seen.items()}
     def clip(item):
@@ -371,10 +371,10 @@ def _glance(samples, limits):
 def count_tokens(
     samples:list, # Samples
     model=None, # Model folder, for its tokenizer and processor; `None`: no text is counted
-    looks:tuple=None, # Path → `Look` of the pictures, and of the clips, where they were looked at before
+    looks:tuple=None, # Path → `Look` for the pictures, and the same for the clips, if they were looked at before
     **limits, # `image_max_pixels`, `video_fps`, … as in the recipe
-): # A pandas `DataFrame` with `text`, `media`, `total` for each sample; <NA> where a picture can't be read
-    "Tokens of each sample, as LLaMA-Factory makes them of it."
+): # A pandas `DataFrame` with `text`, `media`, `total` for each sample; <NA> if a picture can't be read
+    "Count the tokens that LLaMA-Factory makes of each sample."
     import pandas as pd
     limits = _known_limits(limits)
     looks = looks or _glance(samples, limits)
@@ -387,7 +387,7 @@ _types = {str: 'text', int: 'a number', float: 'a number', bool: 'true or false'
           list: 'a list', dict: 'an object'}
 
 def _column_faults(rows, told):
-    "Columns not of one type; rows are (number, sample), and of the (row, key) in `told` worse was said."
+    "Columns with more than one type; rows are (number, sample), and each (row, key) in `told` already has a worse finding."
     for key in dict.fromkeys(k for _, s in rows for k in s):
         values = [(i, s[key]) for i, s in rows if s.get(key) is not None and (i, key) not in told]
         if {type(v) for _, v in values} <= {str} or not (error := _arrow_error(values)): continue
@@ -396,7 +396,7 @@ def _column_faults(rows, told):
         yield values[n][0], key, _mixed(key, values[:n+1], error)
 
 def _arrow_error(values):
-    "Why pyarrow can't make a column of them."
+    "Why pyarrow can't make a column from the values."
     import pyarrow as pa
     try: pa.array([v for _, v in values])
     except (pa.ArrowException, OverflowError, UnicodeError, TypeError) as e: return str(e) or type(e).__name__
@@ -409,7 +409,7 @@ def _mixed(key, values, error):
                  'Give it one type, or take it out of the samples.')
 
 def _late_faults(rows):
-    "Columns that begin with so many empty rows that LLaMA-Factory takes them to be empty."
+    "Columns that start with so many empty rows that LLaMA-Factory considers them empty."
     for key in ('image', 'video', 'system', 'tools'):
         first = next((n for n, (_, s) in enumerate(rows) if s.get(key)), 0)
         if first < 1000: continue
@@ -425,7 +425,7 @@ def _id_faults(rows):
                                  'Give each row an id of its own.', 'warning')
 
 def _said_in(sample):
-    "Pictures and turns of a sample as one text; `None` where it is too deep or long for that."
+    "Pictures and turns of a sample as one text; `None` if it is too long or too deeply nested."
     try: return repr((sample.get('image'), sample.get('video'), sample_turns(sample)))
     except (ValueError, RecursionError): return None
 
@@ -438,10 +438,10 @@ def _same_faults(rows):
             yield i, '', Fault(f'The row says the same as row {first[what]}.',
                                'Drop one of them, unless it is to count twice.', 'note')
 
-_rare = 10  # times as frequent is noted as imbalance
+_rare = 10  # an answer that is this many times as frequent as the rarest one is noted as imbalance
 
 def _balance_faults(rows):
-    "The rarest answer, where there are classes and one is much more frequent."
+    "The rarest answer, if the answers are classes and one of them is much more frequent."
     last = [(i, turns[-1][2]) for i, s in rows if (turns := sample_turns(s))]
     answers = [(i, text) for i, text in last if isinstance(text, str)]
     counts = Counter(answer for _, answer in answers).most_common()
@@ -476,12 +476,12 @@ def _leaks(looks, others, against, key):
 
 # %% ../nbs/01_data.ipynb #579decbe
 def _named(path, fault):
-    "The fault with the name of its file, where it doesn't say it."
+    "The fault, with the name of its file added if the text doesn't contain it."
     name = os.path.basename(path)
     return fault if name in fault.what else fault._replace(what=f'{name}: {fault.what}')
 
 def _item_faults(key, item, looks, leaks, copies):
-    "Faults of one picture or clip; of those that were mended, with the copy for a cure."
+    "Faults of one picture or clip; for those that were mended, the cure names the copy."
     if isinstance(item, str):
         faults = [*looks[key == 'video'][item].faults, *leaks.get(item, [])]
         mended = lambda f: f._replace(cure=f'Mended in the copy {copies[item]}', level='mended')
@@ -513,25 +513,25 @@ def _mend_pictures(seen):
     if not faulty: return {}
     folders = [os.path.dirname(os.path.abspath(p)) for p, look in seen.items() if look.size]
     common = Path(os.path.commonpath(folders))
-    # on several disks there is no common folder
+    # pictures on several disks have no common folder
     beside = common.parent/f'{common.name}_mended' if common.name else Path('mended').absolute()
     copies = {p: _mended_copy(p, look, beside/Path(os.path.abspath(p)).relative_to(common)) for p, look in faulty.items()}
     return {p: copy for p, copy in copies.items() if copy}
 
 def _mended_copy(path, look, to):
-    "Path of the mended copy; `None`, and a finding, where it can't be made."
+    "The path of the mended copy; `None`, with a finding added, if it can't be made."
     try: return mend_picture(path, look.faults, to)
     except Exception as e:
         look.faults.append(Fault(f'It could not be mended: {e}.', 'Make sure that the folder of the copies can be written, or save the picture again yourself.', 'warning'))
 
 def _mended_text(value):
-    "The value with no byte-order marks or NULs in its text."
+    "The value without the byte-order marks and NULs in its text."
     if isinstance(value, str): return value.replace('\ufeff', '').replace('\0', '')
     if isinstance(value, list): return [_mended_text(v) for v in value]
     return {k: _mended_text(v) for k,v in value.items()} if isinstance(value, dict) else value
 
 def _map_media(sample, change):
-    "The sample with its pictures and clips changed."
+    "The sample with `change` applied to the path of each picture and clip."
     def each(item):
         if isinstance(item, list): return [each(i) for i in item]
         return change(item) if isinstance(item, str) else item
@@ -545,14 +545,14 @@ def _mended_sample(sample, copies):
 
 # %% ../nbs/01_data.ipynb #13ecf34d
 def _leaks_of(looks, against, pictures, clips, workers):
-    "Path → faults, of what also stands in the samples `against`."
+    "Path → faults, for pictures and clips that the samples `against` also contain."
     others, leaks = _look(against, pictures, clips, workers), {}
     for key, mine, theirs in zip(('image', 'video'), looks, others):
         for path, fault in _leaks(mine, theirs, against, key): leaks.setdefault(path, []).append(fault)
     return leaks
 
 def _look_around(samples, against, fix, workers, limits):
-    "What was seen of pictures and clips, which of them the other split has, and copies of those mended."
+    "What was seen in the pictures and clips, which of them the other split also contains, and copies of those that were mended."
     sizes = {k: limits[k] for k in ('image_max_pixels', 'image_min_pixels')}
     about = (partial(look_at_picture, hashes=bool(against), **sizes),
              partial(look_at_video, **_sampling(limits)), workers)
@@ -561,7 +561,7 @@ def _look_around(samples, against, fix, workers, limits):
     return looks, leaks, _mend_pictures(looks[0]) if fix else {}
 
 def _said_before(rows, against):
-    "Rows without pictures that the other split has, too."
+    "Rows without pictures that the other split also contains."
     key = lambda s: _said_in(s) if isinstance(s, dict) and not media_paths(s) else None
     others = {said: i for i, s in enumerate(against) if (said := key(s))}
     for i, s in rows if others else []:
@@ -570,7 +570,7 @@ def _said_before(rows, against):
                                'Keep them in one split: `split_samples` does.', 'warning')
 
 def _between_rows(rows, told):
-    "Faults between rows; `told` are the (row, field) of which something worse was said."
+    "Faults between rows; each (row, field) in `told` already has a worse finding."
     return [*_column_faults(rows, told), *_late_faults(rows), *_id_faults(rows), *_same_faults(rows), *_balance_faults(rows)]
 
 def _rows_table(found):
@@ -582,14 +582,14 @@ def _rows_table(found):
 def check_samples(
     samples:list, # Samples, as `read_samples` gives them
     against:list=None, # Samples of another split, which should share no picture with these
-    model=None, # Model folder: text is counted by its tokenizer; `None`: pictures and clips alone are counted
-    cutoff_len:int=2048, # Tokens that LLaMA-Factory keeps of a row, as in the recipe
-    media:bool=True, # Also look at pictures and clips; `False`: leave them aside, and their tokens
-    fix:bool=False, # Mend what needs no guess, into copies
-    workers:int=None, # Threads that look at pictures; `None`: one for each core
+    model=None, # Model folder, whose tokenizer counts the text; `None`: only pictures and clips are counted
+    cutoff_len:int=2048, # Number of tokens that LLaMA-Factory keeps of a row, as in the recipe
+    media:bool=True, # Also look at pictures and clips; `False`: ignore them and their tokens
+    fix:bool=False, # Mend what can be mended without guessing, in copies
+    workers:int=None, # Number of threads that look at pictures; `None`: one per core
     **limits, # `image_max_pixels`, `image_min_pixels`, `video_fps`, `video_maxlen`, …, as in the recipe
 ): # Findings as a `DataFrame`: row, field, what, cure, level; with `fix`, (mended samples, findings)
-    "Every fault of the samples, before training trips over it; never raises on bad data."
+    "Find every fault of the samples before training runs into it; never raises on bad data."
     from tqdm import tqdm
     if isinstance(samples, (str, os.PathLike)):
         raise TypeError('Samples are checked, not files: check_samples(read_samples(…)).')
@@ -612,14 +612,14 @@ def check_samples(
 
 # %% ../nbs/01_data.ipynb #234b2bd6
 def _same_files(paths):
-    "Path → one path of all those whose files are equal."
+    "Path → one path that represents all paths with equal files."
     sizes = {p: os.path.getsize(p) for p in paths if os.path.isfile(p)}
     often = Counter(sizes.values())
     first = {}
     return {p: first.setdefault(file_digest(p), p) for p, size in sizes.items() if often[size] > 1}
 
 def _ties(samples, group):
-    "What ties each row to others: its pictures and clips, what it says if it has none, its value of `group`."
+    "What ties each row to others: its pictures and clips, or its text if it has none, and its value of `group`."
     same = _same_files({p for s in samples for p in media_paths(s)})
     shown = lambda s: [same.get(p, p) for p in media_paths(s)] or [('the same text', repr(sample_turns(s)))]
     return [shown(s) + ([(group, s[group])] if group and s[group] not in ('', None) else []) for s in samples]
@@ -638,7 +638,7 @@ def _groups(ties):
 
 # %% ../nbs/01_data.ipynb #1dcf62a2
 def _in_strata(groups, strata, random):
-    "The groups in random order, those of each stratum spread evenly."
+    "The groups in random order, with those of each stratum spread evenly."
     random.shuffle(groups)
     by_stratum = {}
     for rows in groups: by_stratum.setdefault(strata[rows[0]], []).append(rows)
@@ -647,7 +647,7 @@ def _in_strata(groups, strata, random):
     return [rows for _, rows in sorted(placed)]
 
 def _draw(groups, want):
-    "Rows of whole groups, from the first, as many as `want` has room for."
+    "The rows of complete groups, starting with the first, up to `want` rows in all."
     held = set()
     for rows in groups:
         if len(held) + len(rows) <= want: held.update(rows)
@@ -662,9 +662,9 @@ def _check_keys(samples, **keys):
 
 def split_samples(
     samples:list, # Samples
-    test:float=.1, # Share of the samples that go into the test half, or their number if it is an integer
-    group:str=None, # Key whose equal values stay together; rows that share a picture always do
-    stratify:str=None, # Key whose values have their share of both halves, as `'output'`
+    test:float=.1, # Share of the samples that goes into the test half, or their number if it is an integer
+    group:str=None, # Key; rows with the same value stay together, as rows that share a picture always do
+    stratify:str=None, # Key whose values are represented in proportion in both halves, such as `'output'`
     seed:int=0, # The same seed gives the same split
 )->tuple: # (train, test), each in the order of `samples`
     "Split samples into a training and a test half that share no picture."
@@ -681,7 +681,7 @@ def split_samples(
     return [s for i, s in enumerate(samples) if i not in held], [s for i, s in enumerate(samples) if i in held]
 
 def _too_large(groups, ties, want):
-    "The error for groups that don't fit, with what ties most rows together."
+    "The error for groups that don't fit; it names what ties the most rows together."
     tie, n = Counter(tie for row in ties for tie in set(row)).most_common(1)[0]
     name = os.path.basename(tie) if isinstance(tie, str) else ' '.join(map(str, tie))
     return ValueError(f'Rows that belong together come to {min(map(len, groups))} and more, '
@@ -692,7 +692,7 @@ def _too_large(groups, ties, want):
 def as_dialogue(
     sample:dict, # A question or a dialogue
 )->dict: # A dialogue
-    "A sample as a dialogue; a data set has one form."
+    "Return a sample as a dialogue, because all samples of a data set must have the same form."
     if is_dialogue(sample): return sample
     turns = [{'role': role, 'content': text} for role, text in trained_turns(sample)[1:]]
     others = {k: v for k,v in sample.items() if k not in ('instruction', 'input', 'output', 'history')}
@@ -701,13 +701,13 @@ def as_dialogue(
 def in_one_form(
     samples:list, # Samples of either form
 )->list: # Samples
-    "Samples of both forms as dialogues; of one form as they are."
+    "Return samples of mixed forms as dialogues, and samples of a single form as they are."
     bad = [i for i, s in enumerate(samples) if not isinstance(s, dict)]
     if bad: raise ValueError(f'Rows {bad[:10]} are no samples, which are dicts; see `check_samples`.')
     return [as_dialogue(s) for s in samples] if len({is_dialogue(s) for s in samples}) > 1 else samples
 
 def _written_path(path, media_dir):
-    "A path as it is written: relative inside `media_dir`, else absolute; one that leads nowhere as it is."
+    "The path to write: relative inside `media_dir`, otherwise absolute; a relative path that leads nowhere stays as it is."
     if not os.path.isabs(path) and not os.path.isfile(path): return path
     path = os.path.abspath(path)
     return os.path.relpath(path, media_dir) if media_dir and Path(path).is_relative_to(media_dir) else path
@@ -723,11 +723,11 @@ def _names_beside(paths, folder):
     return {p: os.path.join(folder, name(p)) for p in paths}
 
 def _copy(source, target):
-    "A copy of a file, at the target or, where another file is there, beside it."
+    "Copy a file to the target, or next to it if another file is there."
     with open_regular(source) as f: return str(write_new(target, f))
 
 def _link(source, target):
-    "A link to a file, at the target or, where something else is there, beside it."
+    "Create a link to a file at the target, or next to it if something else is there."
     source, target = os.path.abspath(source), Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     for name in (target, other_name(target, hashlib.sha1(source.encode()).hexdigest()[:8])):
@@ -751,13 +751,13 @@ def _bring_all(samples, folder, how):
 
 # %% ../nbs/01_data.ipynb #84976748
 def write_samples(
-    samples:list, # Samples; of both forms, they become dialogues
+    samples:list, # Samples; if both forms occur, all become dialogues
     path, # JSON file to write
     media_dir=None, # Paths inside this folder are written relative to it; `None`: all absolute
-    media:str='refer', # `'refer'` to pictures and clips, `'link'` or `'copy'` them to a folder beside the file
+    media:str='refer', # `'refer'` to pictures and clips, `'link'` or `'copy'` them to a folder next to the file
     overwrite:bool=False, # Replace a file that this package did not write, or that has changed since
 ):
-    "Write samples as the JSON file that LLaMA-Factory reads; raises `FileExistsError` where another file would be lost."
+    "Write samples as the JSON file that LLaMA-Factory reads; raises `FileExistsError` if another file would be lost."
     from tqdm import tqdm
     if media not in ('refer', 'link', 'copy'):
         raise ValueError(f"media={media!r}: choose 'refer', 'link' or 'copy'.")
@@ -787,10 +787,10 @@ def _card(sample):
 
 def show_samples(
     samples:list, # Samples
-    n:int=8, # How many to show, from the first
+    n:int=8, # How many to show, starting with the first
     columns:int=4, # Pictures side by side
 )->PictureGrid: # Shows itself in a notebook
-    "Look at samples: a grid of pictures with prompt and answer, or with the turns of a dialogue."
+    "Show samples as a grid of pictures with prompt and answer, or with the turns of a dialogue."
     return PictureGrid([_card(s) for s in samples[:n] if isinstance(s, dict)], columns)
 
 # %% ../nbs/01_data.ipynb #76ba32d0
@@ -801,7 +801,7 @@ def plain_axes(
     xlabel:str, # Label of the horizontal axis
     ylabel:str='', # Label of the vertical axis
 ):
-    "Axes that read well on a light and on a dark ground."
+    "Style axes so that they are easy to read on a light and on a dark background."
     ax.set_facecolor('none')
     for side in ('top', 'right'): ax.spines[side].set_visible(False)
     for side in ('left', 'bottom'): ax.spines[side].set_color(_grey)
@@ -831,7 +831,7 @@ def _draw_sizes(ax, looks, max_pixels):
     areas = [8 + 40*n/max(most, 1) for n in sizes.values()]
     ax.scatter(widths, heights, s=areas, color=_blue, alpha=.5, linewidth=0, rasterized=True)
     ax.set(xlim=(0, 1.08*max(widths) or 1), ylim=(0, 1.08*max(heights) or 1))
-    if any(w*h > max_pixels for w, h in sizes):  # beyond the curve LLaMA-Factory scales down
+    if any(w*h > max_pixels for w, h in sizes):  # LLaMA-Factory scales down the pictures above this curve
         x = [max(widths)*i/100 for i in range(1, 109)]
         ax.plot(x, [max_pixels/w for w in x], color=_grey, linestyle='--', linewidth=1)
     scaled = sum(n for (w, h), n in sizes.items() if w*h > max_pixels)
@@ -852,25 +852,25 @@ def _draw_answers(ax, answers):
 
 # %% ../nbs/01_data.ipynb #bc0cfdab
 class Plots:
-    "A figure that shows itself as SVG with its text as text, so that the browser's fonts draw every script."
+    "A figure that is displayed as SVG in which text stays text, so the browser's fonts can draw every script."
     def __init__(self, figure): self.figure = figure # matplotlib's `Figure`
     def _repr_svg_(self):
         import io, matplotlib
         out = io.StringIO()
         settings = {'svg.fonttype': 'none', 'svg.hashsalt': 'plots'}
         with warnings.catch_warnings(), matplotlib.rc_context(settings):
-            warnings.simplefilter('ignore')  # of letters that matplotlib's own font doesn't have
+            warnings.simplefilter('ignore')  # warnings about characters that matplotlib's own font doesn't have
             self.figure.savefig(out, format='svg', transparent=True, dpi=150, bbox_inches='tight',
                                 metadata={'Date': None})
         return out.getvalue()
 
 def describe_samples(
     samples:list, # Samples
-    model=None, # Model folder: text is counted by its tokenizer; `None`: pictures and clips alone are counted
-    cutoff_len:int=2048, # Tokens that LLaMA-Factory keeps of a row, as in the recipe
+    model=None, # Model folder, whose tokenizer counts the text; `None`: only pictures and clips are counted
+    cutoff_len:int=2048, # Number of tokens that LLaMA-Factory keeps of a row, as in the recipe
     **limits, # `image_max_pixels`, `video_fps`, … as in the recipe
 )->Plots: # Shows itself in a notebook; its `figure` can be saved
-    "What a data set looks like: lengths, picture sizes, answers."
+    "Plot what a data set looks like: lengths, picture sizes and answers."
     from matplotlib.figure import Figure
     samples = [s for s in samples if isinstance(s, dict)]
     looks = _glance(samples, _known_limits(limits))

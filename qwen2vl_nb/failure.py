@@ -213,7 +213,7 @@ _gone = Finding('run', 'The run and its waiter are gone without a word: a restar
 def find_failure(
     folder, # Folder of a run that has failed
 )->Finding: # `where`: the rank and the frame; `what`: in words, with the exception; `cure`
-    "What a run failed of: the first cause, not the loudest."
+    "Why a run failed: the first cause, not the loudest."
     folder = Path(folder)
     try: refused, ended = (read_state(folder, name) for name in ('refused.json', 'ended.json'))
     except Damaged as e: return _damaged(e)

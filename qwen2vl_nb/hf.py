@@ -154,7 +154,7 @@ def answered_rows(
 def is_memory_error(
     error:Exception, # What was raised
 )->bool:
-    "Whether it says that memory does not suffice, the GPU's or the machine's."
+    "Whether it says that there is not enough memory, on the GPU or on the machine."
     signs = "can't allocate memory", 'CUDA error: out of memory', 'CUBLAS_STATUS_ALLOC_FAILED'
     return type(error).__name__ == 'OutOfMemoryError' or any(sign in str(error) for sign in signs)
 

@@ -397,7 +397,7 @@ def _kept(folder, n):
     return f'{done} of {n} rows are done and kept; call predict again to go on.'
 
 def _wait(run, n):
-    "Wait for the end of the work. What it failed of is raised."
+    "Wait for the end of the work. Raises the reason if it failed."
     try: ended = run.wait().status
     except RuntimeError as error: raise RuntimeError(f'{error}\n{_kept(run.output_dir, n)}') from None
     if ended == 'stopped': raise RuntimeError(f'The prediction in {run.output_dir} was stopped. {_kept(run.output_dir, n)}')

@@ -23,7 +23,7 @@ from .registry import Registry, entry_source, dataset_samples, entry_faults
 
 # %% ../nbs/03_recipe.ipynb #eca681f9
 def _recipe(defaults, changes):
-    "The defaults with the changes; what is `None` is left out."
+    "The defaults updated with the changes; keys with the value `None` are left out."
     recipe = {k:v for k,v in (defaults | changes).items() if v is not None}
     if recipe.get('per_device_eval_batch_size', 1) < 1:
         raise ValueError('per_device_eval_batch_size must be at least 1: a batch of 0 rows evaluates '
@@ -32,7 +32,7 @@ def _recipe(defaults, changes):
 
 def train_recipe(
     model, # Model folder, or a name that LLaMA-Factory can download
-    dataset:str, # Registered data set, or several with commas between
+    dataset:str, # Registered data set, or several separated by commas
     output_dir=None, # Folder for the run; `None`: `saves/<model>/<finetuning_type>/<dataset>`
     **changes, # Any other argument of LLaMA-Factory; `None` removes a default
 )->dict: # The recipe
@@ -64,7 +64,7 @@ def _best_checkpoint(folder):
 def find_adapter(
     run, # A run, its folder, or the folder of an adapter
 )->Path: # Folder of the adapter
-    "The adapter of a run: its best checkpoint where it kept one, else its last. Incomplete weights are passed over."
+    "The adapter of a run: its best checkpoint if it kept one, otherwise its last. Incomplete weights are skipped."
     folder = Path(run).absolute()
     for found in (*_best_checkpoint(folder), folder, *reversed(checkpoints(folder))):
         if _is_adapter(found): return found
@@ -75,8 +75,8 @@ def find_adapter(
 # %% ../nbs/03_recipe.ipynb #bb0cf879
 def predict_recipe(
     model, # Model folder, or a name that LLaMA-Factory can download
-    dataset:str=None, # Registered data set to predict; `None`: samples will be given
-    output_dir=None, # Folder for the predictions; `None`: beside the adapter, or under `saves/<model>`
+    dataset:str=None, # Registered data set to predict; `None`: samples are given later
+    output_dir=None, # Folder for the predictions; `None`: next to the adapter, or under `saves/<model>`
     adapter=None, # A training run, its folder, or an adapter's folder; `None`: the model as it is
     **changes, # Any other argument of LLaMA-Factory; `None` removes a default
 )->dict: # The recipe
@@ -85,7 +85,7 @@ def predict_recipe(
     beside = f'{adapter}-predict-{dataset or "samples"}' if adapter else f'saves/{Path(model).name}/predict/{dataset or "samples"}'
     defaults = {'model_name_or_path': os.fspath(model), 'adapter_name_or_path': adapter and str(adapter),
         'stage': 'sft', 'do_train': False, 'do_predict': True, 'predict_with_generate': True,
-        'finetuning_type': 'lora' if adapter or changes.get('quantization_bit') else 'full',  # LLaMA-Factory quantises with no other
+        'finetuning_type': 'lora' if adapter or changes.get('quantization_bit') else 'full',  # LLaMA-Factory quantises with no other type
         'eval_dataset': dataset, 'template': 'qwen2_vl', 'cutoff_len': 2048, 'overwrite_cache': True,
         'preprocessing_num_workers': 4, 'output_dir': os.fspath(output_dir or beside), 'report_to': 'none',
         'per_device_eval_batch_size': 4, 'max_new_tokens': 128, 'do_sample': False}
@@ -100,7 +100,7 @@ for _yaml in (_Loader, _Dumper):
     _yaml.add_implicit_resolver('tag:yaml.org,2002:float', _power_of_ten, list('-+0123456789'))
 
 def _size(node, known):
-    "How many values a YAML node has, with its aliases written out; it may contain itself."
+    "The number of values that a YAML node has with its aliases expanded; a node may contain itself."
     if id(node) not in known:
         known[id(node)] = math.inf
         parts = [part for pair in node.value for part in (pair if isinstance(pair, tuple) else [pair])] if isinstance(node.value, list) else []
@@ -110,7 +110,7 @@ def _size(node, known):
 def load_recipe(
     path, # YAML file
 )->dict: # The recipe
-    "Read a recipe from YAML. Raises `ValueError` for what is no recipe."
+    "Read a recipe from YAML; raises `ValueError` if the file is not a recipe."
     path = Path(path)
     text = read_text(path, 2**20)
     try:
@@ -126,7 +126,7 @@ def load_recipe(
 def zero_file_name(
     config:dict, # A DeepSpeed config
 )->str: # File name like LLaMA-Factory's own: `ds_z3_offload_config.json`
-    "What a ZeRO config is called on disk."
+    "The file name of a ZeRO config."
     zero = config.get('zero_optimization', {})
     offload = '_offload' if 'offload_optimizer' in zero else ''
     return f"ds_z{zero.get('stage', 0)}{offload}_config.json"
@@ -136,19 +136,19 @@ _paths = ('model_name_or_path', 'adapter_name_or_path', 'dataset_dir', 'media_di
           'tokenized_path', 'resume_from_checkpoint')
 
 def _absolute(key, value):
-    "A value of the recipe; a path as it holds from any folder. A name on a hub stays as it is."
+    "A value of the recipe, made absolute if it is a path. A name on a hub stays as it is."
     if key not in _paths or isinstance(value, bool) or key == 'model_name_or_path' and not Path(value).is_dir(): return value
     if key == 'adapter_name_or_path': return ','.join(str(Path(p).absolute()) for p in value.split(','))
     return str(Path(value).absolute())
 
 def absolute_recipe(
     recipe:dict, # The recipe
-)->dict: # The same with its paths as they hold from any folder
-    "A recipe as it runs from any working folder."
+)->dict: # The same recipe with absolute paths
+    "Make the paths of a recipe absolute, so that it runs from any working directory."
     return {k: _absolute(k, v) for k,v in ({'dataset_dir': 'data'} | recipe).items()}
 
 def _zero_file(folder, config):
-    "The file for a ZeRO config; one that holds another config stays as it is."
+    "The file for a ZeRO config; a file that contains another config is left as it is."
     name = Path(zero_file_name(config))
     names = chain([name.name], (f'{name.stem}-{n}.json' for n in count(2)))
     return next(folder/n for n in names if not os.path.lexists(folder/n) or json_or({}, folder/n) == config)
@@ -156,7 +156,7 @@ def _zero_file(folder, config):
 def save_recipe(
     recipe:dict, # The recipe
     path, # YAML file to write
-    private:bool=False, # Readable by its owner only (0600)
+    private:bool=False, # Make the file readable only by its owner (0600)
 )->Path: # The file
     "Write a recipe as the YAML that `llamafactory-cli train` reads."
     path = Path(path).absolute()
@@ -179,7 +179,7 @@ def _weight_files(folder):
     return sorted(set(json.loads(index.read_text(encoding='utf-8'))['weight_map'].values()))
 
 def _model_kind(folder):
-    "The `model_type` of a model folder; without a config there is nothing to say against it."
+    "The `model_type` of a model folder; `qwen2_vl` if it has no config, because only the missing file is then reported."
     if not (folder/'config.json').is_file(): return 'qwen2_vl'
     return json.loads((folder/'config.json').read_text(encoding='utf-8')).get('model_type')
 
@@ -187,7 +187,7 @@ def _model_kind(folder):
 def model_findings(
     model, # Model folder
 )->list: # `Finding`s
-    "Whether a folder holds a whole Qwen2-VL: config, every shard, tokenizer and processor."
+    "Check whether a folder contains a complete Qwen2-VL: config, every shard, tokenizer and processor."
     folder = Path(model)
     is_there = lambda name: (folder/name).is_file()
     try: weights, kind = _weight_files(folder), _model_kind(folder)
@@ -199,7 +199,7 @@ def model_findings(
     torn = [w for w in weights if is_there(w) and not is_whole_file(folder/w)]
     faults = dict.fromkeys(missing, 'This file is missing from the model folder.')
     faults |= dict.fromkeys(torn, 'These weights are cut off or damaged.')
-    # without tokenizer_config.json the tokenizer is made of what the other files say
+    # without tokenizer_config.json, the tokenizer is built from what the other files say
     level = lambda name: 'warning' if name == 'tokenizer_config.json' else 'error'
     found = [Finding(str(folder/name), what, 'Download it again.', level(name)) for name, what in faults.items()]
     if kind != 'qwen2_vl':
@@ -212,7 +212,7 @@ def model_findings(
 def _see(name): return f'See `check_samples(dataset_samples(registry, {name!r}))` for each of them.'
 
 def _length_findings(name, samples, recipe):
-    "Rows with pictures that are not there, or longer than `cutoff_len`."
+    "Rows with pictures that can't be read, and rows that are longer than `cutoff_len`."
     model, cutoff = Path(recipe.get('model_name_or_path') or ''), recipe.get('cutoff_len', 2048)
     counts = all((model/file).is_file() for file in ('preprocessor_config.json', 'tokenizer.json'))
     tokens = count_tokens(samples, model if counts else None, **{k: recipe[k] for k in pixel_limits if k in recipe})
@@ -231,9 +231,9 @@ def _length_findings(name, samples, recipe):
             'error' if tokens.media[row] else 'warning')
 
 def _row_findings(name, samples, recipe, stage):
-    "What is wrong with the text of rows, the first of each kind; and their lengths."
+    "What is wrong with the text of the rows, with the first fault of each kind; and with their lengths."
     answered = lambda s: s if is_dialogue(s) or s.get('output') else s | {'output': '?'}
-    # of a text of stage pt LLaMA-Factory reads the words only, and an answer is needed only where it is trained
+    # at stage pt LLaMA-Factory reads only the words of a text, and an answer is needed only if it is trained on
     asked = [s if stage in ('sft', 'kto') else answered(s) for s in samples]
     if stage == 'pt': asked = [s | {'image': [], 'video': [], 'instruction': without_tags(str(s['instruction']))} for s in asked if not is_dialogue(s)]
     found = check_samples(asked, media=False)
@@ -250,11 +250,11 @@ def dataset_names(
 )->list:
     "The data sets that a recipe trains on, evaluates or predicts."
     named = [recipe.get(k) or '' for k in ('dataset', 'eval_dataset')]
-    joined = ','.join(n if isinstance(n, str) else ','.join(n) for n in named)  # LLaMA-Factory takes a list too
+    joined = ','.join(n if isinstance(n, str) else ','.join(n) for n in named)  # LLaMA-Factory also accepts a list
     return [name.strip() for name in joined.split(',') if name.strip()]
 
 def _stage_of(name, recipe):
-    "The stage that a data set of the recipe serves; `'predict'` where it is asked and its answers are not trained."
+    "The stage that the recipe uses a data set for; `'predict'` if its prompts are predicted and its answers are not trained on."
     asks_only = recipe.get('predict_with_generate') and name not in dataset_names({'dataset': recipe.get('dataset')})
     return 'predict' if asks_only else recipe.get('stage') or 'sft'
 
@@ -287,7 +287,7 @@ def _unregistered(name, names, path):
 def data_findings(
     recipe:dict, # The recipe
 )->list: # `Finding`s
-    "Data sets that are not registered or have no file, and pictures longer than the cutoff."
+    "Find data sets that are not registered or have no file, and rows that are faulty or longer than the cutoff length."
     reg = Registry(recipe.get('dataset_dir', 'data'))
     if not os.path.lexists(reg.path):
         return [Finding('dataset_dir',
@@ -383,7 +383,7 @@ def _argument_findings(recipe):
 
 # %% ../nbs/03_recipe.ipynb #ad8a5285
 def _is_finished(folder):
-    "Whether a training has ended well here."
+    "Whether a training run has finished successfully in this folder."
     saved = _is_adapter(folder) or (folder/'model.safetensors').is_file()
     return (folder/'train_results.json').is_file() or saved and not checkpoints(folder)
 
@@ -407,9 +407,9 @@ def _model_path_findings(recipe):
 
 def recipe_findings(
     recipe:dict, # The recipe
-    nproc:int=1, # Number of processes that it will run on
+    nproc:int=1, # Number of processes that will run it
 )->list: # `Finding`s
-    "All that can be said of a recipe at once, its data apart, without LLaMA-Factory."
+    "Everything that can be said about a recipe immediately and without LLaMA-Factory, apart from its data."
     return [*_model_path_findings(recipe), *_adapter_findings(recipe), *_argument_findings(recipe),
             *_output_findings(recipe), *_zero_findings(recipe, nproc)]
 
@@ -419,12 +419,12 @@ def _known(value):
     return {k: _known(v) for k,v in value.items() if v != 'auto'} if isinstance(value, dict) else value
 
 def _trial(recipe, folder):
-    "The recipe as it can be asked about without a GPU and without other ranks. What asks for a GPU is not asked where there is one."
+    "The recipe in a form that can be checked without a GPU and without other ranks. Arguments that require a GPU are left out if there is one."
     apart = ('deepspeed', *('pure_bf16', 'tf32')*bool(gpus()))
     return {k:v for k,v in recipe.items() if k not in apart} | {'use_cpu': True, 'output_dir': folder}
 
 def _trial_zero(recipe):
-    "Its ZeRO config, likewise; empty if there is none, or none that can be read."
+    "The ZeRO config of the recipe in a form that can be checked; empty if there is none, or if it can't be read."
     try: zero = _known(read_zero(recipe.get('deepspeed')))
     except (OSError, ValueError): return {}
     return zero and {'train_micro_batch_size_per_gpu': 1} | zero
@@ -433,7 +433,7 @@ def ask_llamafactory(
     recipe:dict, # The recipe
     python=sys.executable, # Interpreter of the environment that has LLaMA-Factory
 )->list: # `Finding`s
-    "What LLaMA-Factory's parser and DeepSpeed's config class say of a recipe; takes some ten seconds."
+    "What LLaMA-Factory's parser and DeepSpeed's config class say about a recipe; takes about ten seconds."
     with tempfile.TemporaryDirectory() as folder:
         answers, why = ask(arguments, _trial(recipe, folder), _trial_zero(recipe), python=python, env=child_env(), cwd=folder)
     found = [Finding(*answer) for answer in answers]

@@ -26,7 +26,7 @@ _dialogue_tags = {'role_tag': 'role', 'content_tag': 'content', 'user_tag': 'use
 
 def sample_entry(
     samples:list, # Samples
-    file_name:str, # JSON file that holds them, relative to the registry's folder
+    file_name:str, # JSON file that contains them, relative to the registry's folder
 )->dict: # The entry
     "The registry entry for samples; one dialogue among them makes it sharegpt."
     def named(**columns): return {k: key for k,key in columns.items() if any(key in s for s in samples)}
@@ -43,7 +43,7 @@ def _broken(path, what, text, at):
     return ValueError(f'{path}, line {line}, column {column}: {what}. It was left as it is; mend it there.')
 
 def _read_text(path):
-    "The text of a registry file, its line ends as they are."
+    "The text of a registry file, with its line endings unchanged."
     raw = read_bytes(path)
     try: return raw.decode('utf-8-sig')
     except UnicodeDecodeError as e:
@@ -53,7 +53,7 @@ def _read_text(path):
 
 # %% ../nbs/02_registry.ipynb #f8724580
 def _placed(text):
-    "(place, name, entry) of each entry in the text of a JSON object."
+    "(position, name, entry) of each entry in the text of a JSON object."
     read, gap = json.JSONDecoder().raw_decode, re.compile(r'[\s,:]*')
     at = gap.match(text, text.index('{') + 1).end()
     while text[at] != '}':
@@ -79,22 +79,22 @@ def _read_registry(path):
 
 # %% ../nbs/02_registry.ipynb #91023861
 def _as_before(entries, text):
-    "The entries as text, in the manner of the text before."
+    "The entries as text, in the format of the previous text."
     indent = re.search(r'\n([ \t]+)"', text)
     new = json.dumps(entries, ensure_ascii=False, indent=indent[1] if indent else 2)
     if not text or text.endswith('\n'): new += '\n'
     return new.replace('\n', '\r\n') if '\r\n' in text else new
 
 def _write_registry(path, entries, text):
-    "Write the entries in place of the text."
-    write_text(path, _as_before(entries, text).encode(errors='backslashreplace').decode())  # JSON writes half a surrogate that way
+    "Write the entries to the file, in the format of its previous text."
+    write_text(path, _as_before(entries, text).encode(errors='backslashreplace').decode())  # JSON writes a lone surrogate that way
 
 # %% ../nbs/02_registry.ipynb #909cdc53
 _hubs = {'hf': 'hf_hub_url', 'ms': 'ms_hub_url', 'om': 'om_hub_url'}
 _media = {'images': 'image', 'videos': 'video', 'audios': 'audio'}
 
 def _part(entry, key):
-    "The `columns` or `tags` of an entry; empty if they are no object."
+    "The `columns` or `tags` of an entry; empty if they are not an object."
     return entry[key] if isinstance(entry, dict) and isinstance(entry.get(key), dict) else {}
 
 def entry_source(
@@ -112,7 +112,7 @@ def entry_source(
     return '', ''
 
 def _described(name, entry, folder):
-    "A row of the table of entries."
+    "The row of an entry in the table of entries."
     (where, source), kept = entry_source(entry, folder), entry if isinstance(entry, dict) else {}
     media = [word for k,word in _media.items() if _part(entry, 'columns').get(k)]
     return {'name': name, 'modality': '+'.join(media) or 'text', 'where': where, 'source': source,
@@ -127,7 +127,7 @@ _known = {'columns': ('prompt', 'query', 'response', 'history', 'messages', 'sys
 def entry_stage(
     entry:dict, # An entry of the registry
 )->str: # `'rm'`, `'kto'`, `'pt'` or `'sft'`
-    "The training stage that an entry is made for, by its columns; `_stages` has the others that take it."
+    "The training stage that an entry is made for, judging by its columns; `_stages` lists the other stages that accept it."
     columns = _part(entry, 'columns')
     if entry.get('ranking'): return 'rm'
     if columns.get('kto_tag'): return 'kto'
@@ -135,7 +135,7 @@ def entry_stage(
     return 'pt' if entry.get('formatting', 'alpaca') == 'alpaca' and asks and not columns.get('response') else 'sft'
 
 def _needed(entry, stage):
-    "(part, key) of what the entry has to name."
+    "(part, key) for everything that the entry must name."
     is_alpaca = entry.get('formatting', 'alpaca') == 'alpaca'
     asks = 'messages' if not is_alpaca else 'prompt' if not _part(entry, 'columns').get('query') else 'query'
     needed = [('columns', asks)] if 'columns' in entry else []
@@ -146,7 +146,7 @@ def _needed(entry, stage):
 
 # %% ../nbs/02_registry.ipynb #05c238a6
 def _shape_faults(entry):
-    "What LLaMA-Factory could not even read, as (what, cure)."
+    "What LLaMA-Factory could not read at all, as (what, cure)."
     if not any(k in entry for k in _sources):
         yield 'It does not say where its rows are.', 'Give it a file_name, or an hf_hub_url.'
     for k in _sources:
@@ -170,7 +170,7 @@ def _name_faults(entry, stage):
                f'Add {k!r} to its {part} in dataset_info.json.')
 
 def _remarks(entry):
-    "What LLaMA-Factory takes, though hardly as it was meant, as (what, cure)."
+    "What LLaMA-Factory accepts, though probably not as it was meant, as (what, cure)."
     for part, known in _known.items():
         for k in _part(entry, part):
             if k in known: continue
@@ -190,16 +190,16 @@ _holds = {'sft': 'answers', 'rm': 'preference pairs (ranking: true)', 'kto': 'an
 
 def _stage_faults(entry, stage):
     made = entry_stage(entry)
-    if stage in _stages[made] or (made, stage) == ('pt', 'sft'): return  # that it names no response says as much
+    if stage in _stages[made] or (made, stage) == ('pt', 'sft'): return  # the finding that the entry names no response already says this
     yield (f'It has {_holds[made]}, and LLaMA-Factory takes those for {", ".join(_stages[made])}, not for stage {stage}.',
            'Take another data set, or correct its entry.')
 
 def entry_faults(
     name:str, # Name of the data set
     entry:dict, # Its entry
-    stage:str=None, # Training stage that it is to serve, or `'predict'`; `None`: the one that it is made for
+    stage:str=None, # Training stage that it will be used for, or `'predict'`; `None`: the stage that it is made for
 )->list: # `Finding`s
-    "What is wrong with an entry, its rows apart."
+    "What is wrong with an entry, apart from its rows."
     if not isinstance(entry, dict):
         what = f'Its entry is a {type(entry).__name__}, not an object.'
         return [Finding(name, what, 'Write it as {"file_name": "…"}.')]
@@ -209,11 +209,11 @@ def entry_faults(
 
 # %% ../nbs/02_registry.ipynb #e92ce91c
 def _offline_env(folder):
-    "No network either, and caches in the folder."
+    "The environment of the child process: no network access either, and caches in the folder."
     return child_env() | {'HF_HUB_OFFLINE': '1', 'HF_HOME': folder, 'HF_DATASETS_CACHE': folder}
 
 def _load_all(entries, dataset_dir):
-    "What the loader says of each entry with a local file; takes some ten seconds."
+    "What the loader says about each entry with a local file; takes about ten seconds."
     if not entries: return {}
     with tempfile.TemporaryDirectory() as folder:
         answers, why = ask(loaded, entries, str(dataset_dir), env=_offline_env(folder), cwd=folder)
@@ -250,7 +250,7 @@ def _is_here(entry, folder):
 def _row_faults(name, entry, folder, answer):
     "All faults of an entry and its rows."
     found, (where, source) = entry_faults(name, entry), entry_source(entry, folder)
-    if any(f.level == 'error' for f in found): return found  # the loader's own words add nothing to these
+    if any(f.level == 'error' for f in found): return found  # the loader's own message adds nothing to these
     if where in ('file', 'folder') and not _is_here(entry, folder):
         cure = 'Write it, or correct file_name in dataset_info.json.'
         found.append(Finding(name, f'There is no file {folder/source}.', cure))
@@ -287,7 +287,7 @@ def _checked(name, entry, folder, answer, marked):
 def _entries_class():
     import pandas as pd
     class EntriesTable(findings_class()):
-        "A `DataFrame` with a row for each entry, none left out when it is shown."
+        "A `DataFrame` with a row for each entry; no row is left out when it is displayed."
         _constructor = property(lambda self: EntriesTable)
         def _repr_html_(self):
             with pd.option_context('display.max_rows', None): return super()._repr_html_()
@@ -302,7 +302,7 @@ def _check_name(name):
                          'and they must not be empty.')
 
 def _check_free(name, file_name, entries):
-    "Neither the name nor the file may be that of something else."
+    "Raise `ValueError` if the name or the file belongs to something else."
     files = {n: os.path.normpath(str(_part(entries, n).get('file_name'))) for n in entries}
     if name in entries and files[name] != file_name:
         raise ValueError(f'{name!r} is taken: {json.dumps(entries[name])}. '
@@ -312,7 +312,7 @@ def _check_free(name, file_name, entries):
     if owners: raise ValueError(f'The file {file_name} is that of {owners[0]}; give another file_name.')
 
 def _stamp(path):
-    "What differs once a file has been written to; `None` where it was so lately that the next write might not show."
+    "A value that changes when the file is written to; `None` if the last write is so recent that the next one might not change it."
     try: s = os.stat(path)
     except OSError: return None
     is_settled = time.time_ns() - max(s.st_mtime_ns, s.st_ctime_ns) > 50_000_000
@@ -332,14 +332,14 @@ class Registry(MutableMapping):
         self._last = None, {}, ''
 
     def _read(self):
-        "The entries and their text; the file is read again only if it has changed. Not to be changed."
+        "The entries and their text; the file is read again only if it has changed. Callers must not change them."
         stamp = _stamp(self.path)
         if not stamp or stamp != self._last[0]: self._last = stamp, *_read_registry(self.path)
         return self._last[1:]
 
     @contextmanager
     def _lock(self, *folders):
-        "One writer at a time; what killed ones left in these folders, or beside the registry, is removed."
+        "Allow one writer at a time; files that killed writers left in these folders, or next to the registry, are removed."
         beside = self.path.resolve().parent
         beside.mkdir(parents=True, exist_ok=True)
         with FileLock(beside/'.dataset_info.lock'):
@@ -348,7 +348,7 @@ class Registry(MutableMapping):
 
     @contextmanager
     def _changing(self):
-        "The entries as they are now, to change; written back when the block ends well. Only under the lock."
+        "Yield the current entries to be changed, and write them back if the block ends without an error. Only under the lock."
         entries, text = _read_registry(self.path)
         yield entries
         _write_registry(self.path, entries, text)
@@ -368,7 +368,7 @@ class Registry(MutableMapping):
     def __getitem__(self, name): return self._entry(name, *self._read())
 
     def items(self):
-        "Names and entries as they are at this moment, whoever writes meanwhile."
+        "Names and entries as they are at this moment, even if somebody writes in the meantime."
         entries, text = self._read()
         return {name: self._entry(name, entries, text) for name in entries}.items()
 
@@ -382,7 +382,7 @@ class Registry(MutableMapping):
         with self._lock(), self._changing() as entries: entries[name] = entry
 
     def __delitem__(self, name):
-        self._asked(name, self._read()[0])  # no lock file for a name that is not there
+        self._asked(name, self._read()[0])  # so a name that is not there creates no lock file
         with self._lock(), self._changing() as entries: entries.pop(name, None)
 
     def __iter__(self): return iter(self._read()[0])
@@ -395,10 +395,10 @@ class Registry(MutableMapping):
         name:str, # Name of the data set, as recipes call it
         samples:list, # Its samples
         file_name:str=None, # JSON file to write, relative to the folder; `None`: the name with `.json`
-        media:str='refer', # Pictures and clips: `'refer'` to them where they are, or `'link'` or `'copy'` them into a folder beside the file
-        overwrite:bool=False, # Replace a file that was not written here, or that was changed since
+        media:str='refer', # Pictures and clips: `'refer'` to them where they are, or `'link'` or `'copy'` them into a folder next to the file
+        overwrite:bool=False, # Replace a file that `add` did not write, or that has changed since
     )->dict: # The new entry
-        "Write samples into the folder and register them; the same name with the same file replaces both, if it was written so."
+        "Write samples into the folder and register them; the same name with the same file replaces both, if `add` wrote them."
         _check_name(name)
         file_name = os.path.normpath(file_name or f'{name}.json')
         if not samples: raise ValueError(f'{name}: there are no samples to add.')
@@ -416,10 +416,10 @@ class Registry(MutableMapping):
 
     def find(self,
         modality:str=None, # `'text'`, `'image'`, `'video'` or `'audio'`
-        hub=None, # `'hf'`, `'ms'` or `'om'`: what this hub has; `False`: what is on none of them
-        ranking:bool=None, # Only rankings, or only others
-    ): # A pandas `DataFrame`, one row an entry
-        "The entries of which all that is asked holds."
+        hub=None, # `'hf'`, `'ms'` or `'om'`: data sets on this hub; `False`: data sets on none of them
+        ranking:bool=None, # `True`: only rankings; `False`: only others
+    ): # A pandas `DataFrame`, one row per entry
+        "The entries that meet all the given conditions."
         _check_choice('modality', modality, (None, 'text', *_media.values()))
         _check_choice('hub', hub, (None, *_hubs, False))
         _check_choice('ranking', ranking, (None, True, False))
@@ -433,7 +433,7 @@ class Registry(MutableMapping):
 
     def check(self,
         names=None, # A data set, or several; `None`: all
-    ): # A pandas `DataFrame`, one row an entry: name, what, loads, why, cure
+    ): # A pandas `DataFrame`, one row per entry: name, what, loads, why, cure
         "What each entry is, and whether LLaMA-Factory would load it; local files are loaded, nothing is fetched."
         if not self.path.exists(): raise FileNotFoundError(f'There is no {self.path}: nothing is registered here.')
         entries, text = self._read()
@@ -452,7 +452,7 @@ _default_tags = {'role_tag': 'from', 'content_tag': 'value', 'user_tag': 'human'
 def dataset_samples(
     registry:Registry, # The registry
     name:str, # A data set that has its rows in a local file
-    n:int=None, # The first so many rows, LLaMA-Factory's `max_samples`; `None`: all
+    n:int=None, # Number of rows, counted from the first, like LLaMA-Factory's `max_samples`; `None`: all
     media_dir=None, # Folder of the pictures; `None`: the registry's
 )->list: # Samples
     "The samples of a registered data set, in their order."
@@ -469,10 +469,10 @@ def dataset_samples(
 def dataset_rows(
     registry:Registry, # The registry
     name:str, # A data set that has its rows in a local file
-    n:int=None, # The first so many rows; `None`: all
+    n:int=None, # Number of rows, counted from the first; `None`: all
     media_dir=None, # Folder of the pictures; `None`: the registry's
-)->list: # Dicts with `id`, `images` (paths that hold from anywhere), `prompt`, `label`; and `videos` where there are any
-    "What the rows of a registered data set ask, and their labels, in their order."
+)->list: # Dicts with `id`, `images` (paths that are valid from any working directory), `prompt`, `label`; and `videos` if there are any
+    "The prompts of a registered data set and their labels, in the order of its rows."
     def described(i, s):
         *said, label = [str(text or '') for _, role, text in sample_turns(s) if role != 'system'] or ['']
         videos = {'videos': s['video']} if 'video' in s else {}

@@ -148,7 +148,7 @@ def _trees(pen, rng, horizon, haze):
         pen.disc(x - r*.25, horizon+r+3, r*.6, _mix(green, haze, .15))
 
 def _sky(pen, rng, horizon, zenith, haze):
-    "A sky that pales to the horizon, with a sun and some clouds."
+    "A sky that gets paler towards the horizon, with a sun and some clouds."
     for y in range(SIZE[1]):
         pen.box(0, y, SIZE[0], 1, _mix(haze, zenith, max(0, y-horizon) / (SIZE[1]-horizon)))
     pen.disc(rng.uniform(12, 100), rng.uniform(66, 76), rng.uniform(4, 6), _mix(haze, (255,244,190), .8))
@@ -157,7 +157,7 @@ def _sky(pen, rng, horizon, zenith, haze):
         for dx,part in (-1.4,.7), (0,1), (1.4,.75): pen.disc(x + dx*r, y, part*r, _mix(haze, (255,255,255), .75), .8)
 
 def _road(pen, rng, horizon, haze):
-    "A meadow up to the horizon and in front of it the road."
+    "A meadow up to the horizon, with the road in front of it."
     edge,start = rng.uniform(25, 29),rng.uniform(-14, 0)
     pen.box(0, 0, SIZE[0], horizon, _mix(rng.choice(MEADOWS), haze, .15))
     pen.box(0, 0, SIZE[0], edge, (124,126,134))
@@ -165,7 +165,7 @@ def _road(pen, rng, horizon, haze):
     for i in range(8): pen.box(start + 18*i, 4, 10, 1.6, (236,232,214))
 
 # %% ../nbs/20_tiny.ipynb #f9d3a44e
-DRAWN = dict(car=(_car,23), truck=(_truck,31), bus=(_bus,34)) # What draws a vehicle, and half its length
+DRAWN = dict(car=(_car,23), truck=(_truck,31), bus=(_bus,34)) # Function that draws a vehicle, and half its length
 
 def _place(
     image:Image.Image, # Picture of `SIZE` times `ZOOM` pixels
@@ -190,7 +190,7 @@ def _vehicle(image, rng, item, color):
 def draw_vehicle(
     item:str,          # One of `ITEMS`
     color:str,         # One of `COLORS`
-    rng:random.Random, # Decides place, size, facing and scenery
+    rng:random.Random, # Decides position, size, direction and scenery
 )->Image.Image: # Picture of 112 x 84 pixels with a palette of 64 colours
     "Draw a vehicle on a road."
     image = Image.new('RGB', (SIZE[0]*ZOOM, SIZE[1]*ZOOM))
@@ -205,7 +205,7 @@ def draw_vehicle(
 
 # %% ../nbs/20_tiny.ipynb #16130410
 FPS,SECONDS = 8,2     # Frames per second of a clip, and its length
-WAYS = 'left','right' # Where a vehicle drives
+WAYS = 'left','right' # Direction in which a vehicle drives
 
 def draw_drive(
     item:str,          # One of `ITEMS`
@@ -265,14 +265,14 @@ def _write_labels(
     columns:tuple, # Names of its two columns
     labels:list,   # (path of picture or clip, answer) of each sample
 ):
-    "Samples as the spreadsheet that a person would have made."
+    "Write samples as the spreadsheet that a person would have made."
     with open(path, 'w', newline='', encoding='utf-8') as f:
         rows = csv.writer(f, lineterminator='\n')
         rows.writerow(columns)
         rows.writerows([str(Path(*Path(p).parts[1:])), answer] for p,answer in labels)
 
 def make_car_item(
-    folder:str|Path,  # Where it goes: `images/`, `train.json` and `test.json`, and `labels.csv`, the training half as a spreadsheet
+    folder:str|Path,  # Folder to write to: `images/`, `train.json` and `test.json`, and `labels.csv`, the training half as a spreadsheet
     n_train:int=300,  # Number of samples to train on
     n_test:int=100,   # Number of samples to test on
     seed:int=0,       # The same seed draws the same pictures
@@ -285,11 +285,11 @@ def make_car_item(
     return train,test
 
 def pretraining_samples(
-    folder:str|Path, # Where it goes: `images/` and `train.json`
+    folder:str|Path, # Folder to write to: `images/` and `train.json`
     n:int=8000,      # Number of samples
-    seed:int=1,      # Another one than that of `make_car_item`: the pictures must differ
+    seed:int=1,      # A different seed from that of `make_car_item`, because the pictures must differ
 )->list: # Samples that ask for the same facts as the item card, never in its form
-    "Draw what the embedded model is trained on before anybody fine-tunes it."
+    "Draw the data that the embedded model is trained on before anybody fine-tunes it."
     return _draw_samples(Path(folder), 'train', FORMS, 1, n, random.Random(seed))
 
 # %% ../nbs/20_tiny.ipynb #57fa8c70
@@ -312,12 +312,12 @@ DRIVES = [(color, *[(i,w) for i in ITEMS for w in WAYS][(turn+k) % 6]) for turn 
 
 def _drive_samples(
     folder:Path,       # Clips go to its `videos`; their paths are written relative to its parent
-    name:str,          # The samples go to `name`.json, when their clips are there
+    name:str,          # The samples go to `name`.json, once their clips are written
     drives:list,       # (colour, item, way) of each clip
     first:int,         # Number of the first clip
     rng:random.Random, # Decides the order and the scenery
 )->list: # Samples in LLaMA-Factory's sharegpt form
-    "Draw and write samples of vehicles that drive."
+    "Draw and write samples of moving vehicles."
     (folder/'videos').mkdir(parents=True, exist_ok=True)
     samples = []
     for k,(color,item,way) in enumerate(rng.sample(drives, len(drives)), first):
@@ -330,7 +330,7 @@ def _drive_samples(
     return samples
 
 def make_car_video(
-    folder:str|Path='data/car_video', # Where it goes: `videos/`, `train.json`, `test.json`, and the training half as `labels.csv`
+    folder:str|Path='data/car_video', # Folder to write to: `videos/`, `train.json`, `test.json`, and the training half as `labels.csv`
     n_train:int=24,                   # Number of samples to train on
     n_test:int=8,                     # Number of samples to test on
     seed:int=0,                       # The same seed draws the same clips
@@ -350,13 +350,13 @@ SPECIAL = [f'<|{o}|>' for o in ('endoftext', 'im_start', 'im_end', 'object_ref_s
            'box_end', 'quad_start', 'quad_end', 'vision_start', 'vision_end', 'vision_pad', 'image_pad', 'video_pad')]
 
 def _task_texts()->list: # Texts
-    "Every word that the tasks put before the model, each in its place."
+    "Every word that the tasks show to the model, each in its context."
     answers = [string.Template(o).substitute(item=i, color=c) for o in [*FORMS.values(), *CARD.values()]
                for i in ITEMS for c in COLORS]
     return [SYSTEM, 'system\n', 'user\n', 'assistant\n', *FORMS, *CARD, *answers]
 
 def _tokenizer(
-    folder:Path, # Gets `vocab.json` and `merges.txt`
+    folder:Path, # Folder that receives `vocab.json` and `merges.txt`
 ): # A `Qwen2TokenizerFast`
     "A byte-level tokenizer: whole words for the task's texts, and bytes for any other text."
     from tokenizers.pre_tokenizers import ByteLevel
@@ -375,9 +375,9 @@ def _tokenizer(
 
 # %% ../nbs/20_tiny.ipynb #39b65192
 def _processor(
-    folder:Path, # Gets the tokenizer's files on the way
+    folder:Path, # Folder that also receives the tokenizer's files
 ): # A `Qwen2VLProcessor`
-    "A processor with the picture limits of the published folders."
+    "A processor with the picture limits of the published model folders."
     from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
     low,high = 56*56,28*28*16384 # Pixels
     limits = dict(min_pixels=low, max_pixels=high, size=dict(shortest_edge=low, longest_edge=high))
@@ -387,7 +387,7 @@ def _processor(
 def _config(
     ids, # Function from a special token's name to its id
 ): # A `Qwen2VLConfig`
-    "Qwen2-VL in small: 1.1 million parameters, tied embeddings as in the 2B, wider random weights as it is narrow."
+    "A small Qwen2-VL: 1.1 million parameters, tied embeddings as in the 2B model, and a wider range of random weights because it is narrow."
     from transformers import Qwen2VLConfig
     text = dict(vocab_size=VOCAB, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
                 num_key_value_heads=2, max_position_embeddings=CONTEXT, rope_theta=1e6, tie_word_embeddings=True,
@@ -402,7 +402,7 @@ def _config(
 def _say_tied(
     path:Path, # The model's `config.json`
 ):
-    "Write at its top level that the embeddings are tied: 4.57 leaves it out as a default, and transformers 5 then unties them."
+    "Write at the top level of the config that the embeddings are tied: transformers 4.57 leaves this out because it is the default, and transformers 5 then unties them."
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {'tie_word_embeddings': True}, indent=2, sort_keys=True) + '\n')
 

@@ -66,7 +66,7 @@ def _has_vision(adapter):
 def adapter_options(
     adapter, # Folder of an adapter
 )->list: # Arguments
-    "How a server is told of an adapter. Raises `ValueError` for a rank that vLLM does not take."
+    "How the adapter is passed to the server. Raises `ValueError` for a rank that vLLM does not take."
     adapter = os.path.abspath(adapter)
     config = json.loads((Path(adapter)/'adapter_config.json').read_text(encoding='utf-8'))
     rank = max([config['r'], *(config.get('rank_pattern') or {}).values()])

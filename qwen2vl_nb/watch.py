@@ -49,7 +49,7 @@ def _update(log):
     return ''
 
 def _cause(run):
-    "What a run failed of and what to do; empty if it did not fail."
+    "Why a run failed and what to do; empty if it did not fail."
     failure = run.failure
     return str(failure) if failure else ''
 
