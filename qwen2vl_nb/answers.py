@@ -28,31 +28,32 @@ _decode, _white = json.JSONDecoder().raw_decode, ' \t\r\n'
 def load_line(
     line:bytes, # A line of JSON in UTF-8
 )->dict:
-    "The object that a line holds; half a surrogate in it becomes a question mark. Raises `ValueError`."
+    "The object that a line contains; a lone surrogate in it becomes a question mark. Raises `ValueError`."
     try:
         text = line.decode()
-        if text.startswith('{"'): value, end = _decode(text)  # as `json_line` writes it: in less time than by `loads`
+        if text.startswith('{"'): value, end = _decode(text)  # as `json_line` writes it: faster than `loads`
         else: value, end = json.loads(text), len(text)
         if text[end:].strip(_white): raise ValueError
     except UnicodeDecodeError: raise ValueError('it is not text in UTF-8') from None
     except (ValueError, RecursionError):
         if not line.strip(f'{_white}\0'.encode()): raise ValueError('it is empty') from None
-        return parse_json(line)  # which says what is wrong
+        return parse_json(line)  # its error says what is wrong
     if type(value) is not dict: raise ValueError('it is no JSON object')
-    if b'\\ud' not in line and b'\\uD' not in line: return value  # no half a surrogate
+    if b'\\ud' not in line and b'\\uD' not in line: return value  # no lone surrogate
     try: return json.loads(json.dumps(value, ensure_ascii=False).encode(errors='replace'))
     except RecursionError: raise ValueError('it is nested too deeply') from None
 
 def with_own_keys(row):
-    "A row as it is called now: an answered row once had the data set's column `error` under this name."
+    "A row with its current keys: earlier versions kept the data set's column `error` under that name in an answered row."
     if row['predict'] is not None and row.get('error') is not None: row['column.error'] = row.pop('error')
     return row
 
 def parse_row(
     line:bytes, # A line of `predictions.jsonl`
+    load=load_line, # Returns the object that a line contains
 )->dict:
-    "The row that a line holds. Raises `ValueError` with what is wrong."
-    row = load_line(line)
+    "The row that a line contains. Raises a `ValueError` that says what is wrong."
+    row = load(line)
     number = row.get('row')
     if type(number) is not int or not 0 <= number < 2**48: raise ValueError(f'its `row` is {str(number)[:40]}, which is no number of a row')
     if 'predict' not in row: raise ValueError('it has no `predict`')
@@ -65,10 +66,10 @@ def parse_row(
 
 # %% ../nbs/08b_answers.ipynb #4744a946
 def json_line(
-    value, # What JSON can hold
+    value, # A value that JSON can represent
 )->bytes: # UTF-8, with `\n` at its end
     "A value as a line of a file of JSON lines."
-    return json.dumps(value, ensure_ascii=False, default=str).encode(errors='backslashreplace') + b'\n'  # of a half surrogate: its escape
+    return json.dumps(value, ensure_ascii=False, default=str).encode(errors='backslashreplace') + b'\n'  # a lone surrogate becomes its escape
 
 def _whole_end(f):
     "Where the last complete line of a file ends."
@@ -81,7 +82,7 @@ def _whole_end(f):
         at = start
     return 0
 
-_patience = 120 # Seconds to wait for others that write to the same file
+_patience = 120 # Seconds to wait for other processes that write to the same file
 
 def _lock(f):
     "Wait for the lock on a file. Raises `TimeoutError`."
@@ -92,11 +93,11 @@ def _lock(f):
         if time.monotonic() > end: raise TimeoutError(f'Another process has kept {f.name} locked for {_patience} s: is one suspended?')
 
 _how = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC
-_most_of_tail = 2**26 # Bytes of a line at most
+_most_of_tail = 2**26 # Maximum length of a line in bytes
 
 def is_at(
     f, # An open file
-    path, # Where it was opened
+    path, # The path at which it was opened
 )->bool:
     "Whether a file is still the one at its path; another may have taken its place."
     try: return os.path.samestat(os.stat(path), os.fstat(f.fileno()))
@@ -104,7 +105,7 @@ def is_at(
 
 @contextmanager
 def _locked(path):
-    "A file of lines, opened to read and append, that nobody else writes to meanwhile. Raises `Damaged` for anything but a regular file."
+    "Open a file of lines for reading and appending while no other process writes to it. Raises `Damaged` for anything but a regular file."
     while True:
         with suppress(FileNotFoundError): open_regular(path).close()
         with open(path, 'rb+', buffering=0, opener=lambda path, _: os.open(path, _how, 0o666)) as f:
@@ -114,7 +115,7 @@ def _locked(path):
                 return
 
 def _mend_end(f):
-    "Cut off an incomplete line at the end of a file, or end it if nothing else is missing; gives where the file ends then."
+    "Remove an incomplete line at the end of a file, or add its newline if only that is missing; returns the new end of the file."
     end = _whole_end(f)
     f.seek(end)
     last = f.read(_most_of_tail)
@@ -124,16 +125,16 @@ def _mend_end(f):
     return end
 
 class Answers:
-    "Adds rows to a file of JSON lines that other processes add to as well."
+    "Appends rows to a file of JSON lines to which other processes also append."
     def __init__(self,
-        path, # The file; it need not be there yet
-        pause:float=2, # Seconds between two times that the disk is waited for
+        path, # The file; it need not exist yet
+        pause:float=2, # Minimum time in seconds between two flushes to disk
     ): self.path, self.pause, self.synced = Path(path), pause, 0
 
     def add(self,
         rows:list, # Dicts
     ):
-        "Write rows, all or none. Raises `OSError` where the disk is full, `Damaged` for anything but a regular file."
+        "Write either all rows or none. Raises `OSError` if the disk is full, and `Damaged` for anything but a regular file."
         text = b''.join(map(json_line, rows))
         with _locked(self.path) as f:
             end = _mend_end(f)
@@ -149,13 +150,13 @@ class Answers:
         self.synced = time.monotonic()
 
     def close(self):
-        "See to it that all rows are on disk."
+        "Make sure that all rows are on disk."
         if self.path.exists():
             with _locked(self.path) as f: self._sync(f)
 
 # %% ../nbs/08b_answers.ipynb #c6a2b077
 def _lines(path):
-    "(byte at which it begins, line) of each line of a file, the last one too if only its end is missing."
+    "Yield (byte at which it begins, line) for each line of a file, including the last one if only its newline is missing."
     end = 0
     for at, line in whole_lines(path):
         yield at, line
@@ -168,7 +169,7 @@ def _lines(path):
             yield end, last
 
 def _that_count(numbers, failed):
-    "Which lines count, in the order of their rows."
+    "The indices of the lines that count, in the order of their rows."
     if all(a < b for a, b in pairwise(numbers)): return range(len(numbers))
     best = {}
     for k, number in enumerate(numbers):
@@ -176,13 +177,13 @@ def _that_count(numbers, failed):
     return [best[number] for number in sorted(best)]
 
 class Index:
-    "The rows of a file of answers: their `numbers`, where their lines begin (`starts`) and end (`ends`), whether they `failed`; what is `damaged`."
+    "The rows of a file of answers: their `numbers`, the bytes at which their lines begin (`starts`) and end (`ends`), whether they `failed`; and the lines that are `damaged`."
     def __init__(self,
         path, # The file; a missing one has no rows
-        parse=lambda i, line: parse_row(line), # From the number of a line, from 0, and the line to its row; raises `ValueError`
+        parse=lambda i, line: parse_row(line), # Returns the row for the number of a line, counted from 0, and the line; raises `ValueError`
     ):
         numbers, starts, ends, failed = array('q'), array('Q'), array('Q'), array('B')
-        self.damaged = []  # (line from 1, byte at which it begins, what is wrong with it)
+        self.damaged = []  # (number of the line, counted from 1; byte at which it begins; what is wrong with it)
         for i, (at, line) in enumerate(_lines(path)):
             try: row = parse(i, line)
             except ValueError as error: self.damaged.append((i + 1, at, str(error)))
@@ -198,7 +199,7 @@ class Index:
 
 def missing(
     path, # The file of answers
-    n:int, # How many rows were asked, numbered from 0
+    n:int, # Number of rows that were asked; they are numbered from 0
 )->list: # Their numbers
     "The rows without an answer: those that have no line, and those that failed."
     index, done = Index(path), bytearray(n)
@@ -208,7 +209,7 @@ def missing(
 
 # %% ../nbs/08b_answers.ipynb #f6de5824
 def _rewrite(path, source, starts):
-    "Put the lines of a file that begin at some bytes in its place."
+    "Replace a file with those of its lines that begin at the given bytes."
     with whole_file(path, 'wb') as f:
         for at in starts:
             source.seek(at)
@@ -216,13 +217,13 @@ def _rewrite(path, source, starts):
 
 @contextmanager
 def _to_read(path):
-    "A file of lines that nobody writes to meanwhile, read with a buffer; a missing one is `None`."
+    "Open a file of lines for buffered reading while no other process writes to it; yields `None` if the file is missing."
     if not os.path.lexists(path): yield None
     else:
         with _locked(path) as f, open(os.dup(f.fileno()), 'rb') as source: yield source
 
 def put_in_order(
-    path, # The file of answers, with nobody at work on it
+    path, # The file of answers, while no process works on it
 ):
     "Give each row one line, in the order of the data set; damaged lines are kept after them."
     with _to_read(path) as source:
@@ -232,10 +233,10 @@ def put_in_order(
         if [at for at, _ in _lines(path)] != wanted: _rewrite(path, source, wanted)
 
 def set_damaged_aside(
-    path, # The file of answers, with nobody at work on it
+    path, # The file of answers, while no process works on it
     parse, # As for `Index`
 )->list: # What is wrong with each line, in words
-    "Move damaged lines to the end of the file beside that ends in `.damaged`."
+    "Append the damaged lines to the file next to it whose name ends in `.damaged`, and remove them from this one."
     with _to_read(path) as source:
         index = Index(path, parse) if source else None
         if not index or not index.damaged: return []
@@ -249,7 +250,7 @@ def set_damaged_aside(
 
 # %% ../nbs/08b_answers.ipynb #2f639ca5
 class Asked:
-    "The rows of a file of JSON lines, read when they are asked for."
+    "The rows of a file of JSON lines; each row is read when it is accessed."
     def __init__(self,
         path, # The file
     ): self.path, self.starts = Path(path), array('Q', (at for at, _ in whole_lines(path)))
@@ -265,31 +266,31 @@ class Asked:
 def without_question(
     row:dict, # A row of `asked.jsonl`
 )->dict:
-    "A row as it is written down with its answer."
+    "A row as it is written with its answer, that is, without `asked`."
     return {key: value for key, value in row.items() if key != 'asked'}
 
 def rows_digest(
     path, # `asked.jsonl`
 )->str:
-    "What `question.json` calls the rows that were asked: SHA-256 of the file."
+    "The SHA-256 of the file, by which `question.json` identifies the rows that were asked."
     with open_regular(path) as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
 # %% ../nbs/08b_answers.ipynb #2ab7d30d
-class ServerFailed(Exception): "A server is not there."
+class ServerFailed(Exception): "A server is not available."
 
 _raised = re.compile(r'^(?:\([^)]*\) )?(?:.*?\] +)?((?:\w+\.)*[A-Z]\w*(?:Error|Exception)(?::.*)?)$', re.M)
 
 def _last_words(log):
-    "The first and the last exception of a log; its last lines where there is none."
+    "The first and the last exception in a log; its last lines if there is none."
     with open_regular(log) as f: text = f.read(2**22).decode(errors='replace')
     if log.stat().st_size > 2**22: text += '\n' + read_tail(log)
     raised, lines = _raised.findall(text), [line.strip() for line in text.splitlines() if line.strip()]
     return ' / '.join(dict.fromkeys([raised[0], raised[-1]] if raised else lines[-3:])) or 'nothing'
 
-_look = 5 # Seconds that a server has to say whether it is there
+_look = 5 # Seconds within which a server must answer
 
 def _names_models(url):
-    "Whether a server answers in time, however slowly it does."
+    "Whether a server lists its models in time; the limit holds even if the answer arrives byte by byte."
     from http.client import HTTPConnection, HTTPException
     from threading import Timer
     from urllib.parse import urlsplit
@@ -312,10 +313,10 @@ def _ended(process):
     return f'ended with exit status {code}' if code >= 0 else f'was ended by {signal.Signals(-code).name}'
 
 class Servers:
-    "The servers that a run has for itself."
+    "The servers that belong to one run."
     def __init__(self,
         folder, # The run's folder
-        told:list, # Dicts: `command`, `env`, `url`, `log` (file name), and `seconds` to be ready, if not 1800
+        told:list, # Dicts: `command`, `env`, `url`, `log` (file name), and optionally `seconds` within which it must be ready, 1800 by default
     ): self.folder, self.told, self.running, self.waited_for = Path(folder), told, [], list(told)
 
     def start(self):
@@ -334,7 +335,7 @@ class Servers:
     def _over(self): return [(s, p) for s, p in zip(self.told, self.running) if p.poll() is not None]
 
     def are_ready(self):
-        "Whether all of them answer. Raises `ServerFailed` where one has ended or takes too long."
+        "Whether all of them answer. Raises `ServerFailed` if one has ended or takes too long."
         self.waited_for = [server for server in self.waited_for if not _names_models(server['url'])]
         for server, process in self._over(): self._fail(server, f'{_ended(process)} before the work began')
         for server in self.waited_for:
@@ -344,7 +345,7 @@ class Servers:
         return not self.waited_for
 
     def check(self):
-        "Raise `ServerFailed` where none is left."
+        "Raise `ServerFailed` if no server is left."
         over = self._over()
         if not over or len(over) < len(self.told): return
         server, process = over[-1]
@@ -352,7 +353,7 @@ class Servers:
 
 # %% ../nbs/08b_answers.ipynb #cbfae5eb
 def _end(processes, grace=20):
-    "End processes and what is below them; `grace` is in seconds."
+    "End processes and their descendants; `grace` is in seconds."
     there = [p for p in processes if p.poll() is None]
     below = {pid: created(pid) for p in there for pid in (p.pid, *descendants(p.pid))}
     for p in there: p.terminate()
@@ -363,11 +364,11 @@ def _end(processes, grace=20):
         with suppress(ProcessLookupError):
             if born and created(pid) == born: os.kill(pid, signal.SIGKILL)
     for p in there:
-        with suppress(subprocess.TimeoutExpired): p.wait(grace)  # one that hangs in the kernel is left to it
+        with suppress(subprocess.TimeoutExpired): p.wait(grace)  # a process that hangs in the kernel is left alone
 
 # %% ../nbs/08b_answers.ipynb #6fc2eb11
 class Count:
-    "How many rows are done, kept up with a file that grows."
+    "Counts the rows that are done in a file that grows."
     def __init__(self,
         path, # The file of answers
         n:int, # How many rows were asked
@@ -378,44 +379,44 @@ class Count:
     def _size(self, path): return os.path.getsize(path) if os.path.exists(path) else 0
 
     def look(self):
-        "The number of rows that are done by now; reads only what is new."
+        "The number of rows that are done so far; reads only the new lines."
         for at, line in whole_lines(self.path, self.at): self.at, self.done = at + len(line), self.done + 1
         return self.done
 
 def _tell(folder, count, n, began):
-    "Write down how far the rows are."
+    "Write the number of rows that are done to `progress.json`."
     now = {'step': count.look(), 'steps': n, 'time': time.time(), 'began': began,
            'from_step': count.before}
-    with suppress(OSError): write_json(folder/'progress.json', now)  # a disk that is full for a moment ends nothing
+    with suppress(OSError): write_json(folder/'progress.json', now)  # a disk that is full for a moment must not end the run
 
 def _is_stopped(folder):
-    "Whether the run was asked to stop since the last look."
+    "Whether the run was asked to stop since the last check."
     if not (folder/'stop').exists(): return False
     os.replace(folder/'stop', folder/'stopping')
     return True
 
-class RowsLeftOut(Exception): "All workers ended well, and there are rows without a line."
+class RowsLeftOut(Exception): "All workers ended successfully, but some rows have no line."
 
 def _write_failure(folder, where, error):
-    "Write down why a run failed, in the form that ranks use."
+    "Write a file that says why a run failed, in the form that ranks use."
     print(error, flush=True)
     failure = {'where': where, 'type': type(error).__name__, 'message': mask(str(error)), 'time': time.time()}
     write_json(folder/f'failure-{where}.json', failure | {'file': '', 'line': 0, 'function': '', 'traceback': ''})
 
 def _ended_as(workers):
-    "The exit status of a run; where a signal ended a worker, the signal as a negative number."
+    "The exit status of a run; if a signal ended a worker, the signal as a negative number."
     codes = [p.returncode for p in workers]
     return min(codes) if min(codes) < 0 else max(codes)
 
 def _check_whole(path, n):
-    "Raise `RowsLeftOut` where a row has no line."
+    "Raise `RowsLeftOut` if a row has no line."
     left = n - len(Index(path))
     if left: raise RowsLeftOut(f'{left} of {n} rows were left out: were their pictures changed meanwhile?')
 
 def look_after(
-    folder, # The run's folder: `asked.jsonl`, and in `run.json` `workers`, each `command` and `env`, and `servers`
-)->int: # Exit status; the signal that ended a worker as a negative number
-    "Start the servers and workers of a run and wait for the workers' end."
+    folder, # The run's folder, with `asked.jsonl` and with `run.json`, which lists `workers` (each with `command` and `env`) and `servers`
+)->int: # Exit status; if a signal ended a worker, the signal as a negative number
+    "Start the servers and workers of a run and wait until the workers have ended."
     folder = Path(folder)
     try: return _look_after(folder)
     except ServerFailed as error: _write_failure(folder, 'server', error)
@@ -424,14 +425,14 @@ def look_after(
     return 1
 
 def _check_asked(folder):
-    "Raise `ValueError` where the rows are not those that were asked."
+    "Raise `ValueError` if the rows are not those that were asked."
     with suppress(FileNotFoundError):
         rows = read_json(folder/'question.json').get('rows')
         if rows != rows_digest(folder/'asked.jsonl'):
             raise ValueError(f'{folder/"asked.jsonl"} was changed after the rows were asked. Call predict again: it writes the file anew.')
 
 def _look_after(folder):
-    "The same; raises the reason if the run fails."
+    "Do the work of `look_after`; raises the reason if the run fails."
     _check_asked(folder)
     answers, n = folder/'predictions.jsonl', len(Asked(folder/'asked.jsonl'))
     run = read_json(folder/'run.json')
@@ -444,7 +445,7 @@ def _look_after(folder):
             if _is_stopped(folder): return signal.SIGTERM
             time.sleep(.5)
         began = time.time()
-        write_json(folder/'missing.json', missing(answers, n))  # the same for all workers, however late one begins
+        write_json(folder/'missing.json', missing(answers, n))  # the same for all workers, even if one starts late
         workers += [subprocess.Popen(w['command'], env=os.environ | w['env']) for w in run['workers']]
         while any([p.poll() is None for p in workers]):
             _tell(folder, count, n, began)
@@ -458,11 +459,11 @@ def _look_after(folder):
         for processes in workers, servers.running: _end(processes)
         with suppress(OSError): (folder/'missing.json').unlink(missing_ok=True)
         _tell(folder, count, n, began)
-        with suppress(OSError): put_in_order(answers)  # on a full disk they are read in order all the same
+        with suppress(OSError): put_in_order(answers)  # if the disk is full, the rows are still read in order
 
 # %% ../nbs/08b_answers.ipynb #9e66880c
 def main():
     "Look after the run in this folder."
     ended = look_after(Path.cwd())
-    if ended < 0: os.kill(os.getpid(), -ended)  # so the waiter knows it, too
+    if ended < 0: os.kill(os.getpid(), -ended)  # so the waiter knows about it too
     sys.exit(ended)

@@ -17,7 +17,7 @@ from .files import read_json, read_text
 
 # %% ../nbs/08c_hf.ipynb #3202c432
 def _picture_tokens(path, most):
-    "About how many tokens a picture has; `most` is the limit in pixels. What can't be opened fails later, in its row."
+    "Approximate number of tokens of a picture; `most` is the limit in pixels. A picture that can't be opened fails later, as an error of its row."
     from PIL import Image
     if not os.path.isfile(path): return 0
     try:
@@ -25,10 +25,10 @@ def _picture_tokens(path, most):
     except Exception: return 0
 
 def prompt_tokens(
-    row:dict, # A row that is asked
+    row:dict, # A row of `asked.jsonl`
     recipe:dict, # The recipe: `image_max_pixels`, `video_max_pixels`, `video_maxlen`
-)->int: # Tokens, about
-    "An estimate of the length of a prompt."
+)->int: # Approximate number of tokens
+    "Estimate the length of a prompt."
     said = sum(len(text.encode()) for _, text in row['asked']['turns'])//3
     pictures = sum(_picture_tokens(p, recipe.get('image_max_pixels', 768*768)) for p in row['images'])
     clip = recipe.get('video_maxlen', 128)//2*recipe.get('video_max_pixels', 256*256)//784
@@ -36,10 +36,10 @@ def prompt_tokens(
 
 def batches(
     lengths:dict, # Row → estimated tokens of its prompt
-    new_tokens:int, # Tokens of an answer at most
-    budget:int, # Tokens of a batch at most, padding and answers included
-)->list: # Lists of rows, the longest first
-    "Rows of like length together, as many as fit; a row that is longer than the budget has a batch of its own."
+    new_tokens:int, # Maximum number of tokens in an answer
+    budget:int, # Maximum number of tokens in a batch, including padding and answers
+)->list: # Lists of rows, with the longest rows first
+    "Group rows of similar length, as many as fit into a batch; a row that is longer than the budget gets a batch of its own."
     found = []
     for row in sorted(lengths, key=lengths.get, reverse=True):
         if not found or (len(found[-1]) + 1)*(lengths[found[-1][0]] + new_tokens) > budget: found.append([])
@@ -48,7 +48,7 @@ def batches(
 
 # %% ../nbs/08c_hf.ipynb #21bd350b
 def _put_together(pixels):
-    "Pixels and grids of rows as those of a batch."
+    "Combine the pixels and grids of rows into those of a batch."
     import torch
     keys = {key for row in pixels for key in row}
     def column(key):
@@ -57,21 +57,21 @@ def _put_together(pixels):
     return {key: column(key) for key in keys}
 
 def failed_row(
-    row:dict, # A row that is asked
-    error:Exception, # What happened to it
-)->dict: # The row, as it is written down
-    "A row that has no answer."
+    row:dict, # A row of `asked.jsonl`
+    error:Exception, # The reason why it failed
+)->dict: # The row as it is written
+    "A row that has an error instead of an answer."
     return without_question(row) | {'predict': None, 'finish_reason': None, 'engine': 'hf', 'error': f'{type(error).__name__}: {error}'}
 
 def _check_regular(*paths):
-    "Raise `ValueError` for a pipe or a device, which would never end."
+    "Raise `ValueError` for a pipe or a device, because reading it would never end."
     strange = [p for p in sum(paths, []) if os.path.exists(p) and not os.path.isfile(p)]
     if strange: raise ValueError(f'{strange[0]} is not a regular file.')
 
 class Prompts:
-    "The prompts of batches, made where they are asked for: in the processes that read ahead, or in this one."
+    "The prompts of batches, made in the process that asks for them: in one of those that read ahead, or in this one."
     def __init__(self,
-        rows, # `Asked`: the rows
+        rows, # The rows, an `Asked`
         encoder, # LLaMA-Factory's `UnsupervisedDatasetProcessor`
         collate, # Its collator
     ):
@@ -82,7 +82,7 @@ class Prompts:
         plugin._get_mm_inputs = lambda *media: self.pixels or self.make_pixels(*media)
 
     def _encoded(self, row):
-        "Tokens and pixels of a row."
+        "The tokens and pixels of a row."
         asked, images, videos = row['asked'], row['images'], row.get('videos', [])
         _check_regular(images, *[v if isinstance(v, list) else [v] for v in videos])
         turns = [{'role': role, 'content': text} for role, text in asked['turns']]
@@ -93,7 +93,7 @@ class Prompts:
         return features, self.pixels
 
     def __getitem__(self, batch):
-        "The rows that could be made, what the model gets for them, and the rows that failed."
+        "The rows whose prompts could be made, the model's inputs for them, and the rows that failed."
         rows, made, failed = [], [], []
         for row in map(self.rows.__getitem__, batch):
             try: made.append(self._encoded(row))
@@ -108,9 +108,9 @@ class Prompts:
 # %% ../nbs/08c_hf.ipynb #540bd0db
 def load_prompts(
     recipe:dict, # A prediction recipe
-    rows, # `Asked`: the rows
+    rows, # The rows, an `Asked`
 )->tuple: # `Prompts`, LLaMA-Factory's arguments as five objects, and its tokenizer
-    "What makes the prompts of a recipe, as LLaMA-Factory's own prediction does."
+    "Load what is needed to make the prompts of a recipe in the same way as LLaMA-Factory's own prediction."
     from llamafactory.data import SFTDataCollatorWith4DAttentionMask, get_template_and_fix_tokenizer
     from llamafactory.data.processor import UnsupervisedDatasetProcessor
     from llamafactory.hparams import get_train_args
@@ -118,7 +118,7 @@ def load_prompts(
     args = model_args, data_args, *_ = get_train_args(recipe)
     module = load_tokenizer(model_args)
     template = get_template_and_fix_tokenizer(module['tokenizer'], data_args)
-    template = replace(template, mm_plugin=copy(template.mm_plugin))  # the one of LLaMA-Factory's table stays as it is
+    template = replace(template, mm_plugin=copy(template.mm_plugin))  # the template in LLaMA-Factory's table must not change
     module['tokenizer'].padding_side = 'left'
     collate = SFTDataCollatorWith4DAttentionMask(template=template, **module)
     encoder = UnsupervisedDatasetProcessor(template=template, data_args=data_args, **module)
@@ -131,19 +131,19 @@ def answer_settings(
     template, # Its template
     own, # The model's `GenerationConfig`
 )->dict: # Arguments for the model's `generate`
-    "LLaMA-Factory's settings, with the end tokens of the template and of the model."
+    "LLaMA-Factory's settings with the end tokens of the template and of the model."
     ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     ends = {*template.get_stop_token_ids(tokenizer), *ends} - {None}
     return args[-1].to_dict(obey_generation_config=True) | {'eos_token_id': sorted(ends), 'pad_token_id': tokenizer.pad_token_id}
 
 def answered_rows(
     rows:list, # Rows that were asked
-    inputs:dict, # What the model got for them
-    new, # Tokens that it gave, a tensor of (rows, tokens)
+    inputs:dict, # The model's inputs for them
+    new, # The tokens that it generated, a tensor of shape (rows, tokens)
     ends:list, # Tokens that end an answer
-    decode, # From tokens to text
+    decode, # Function that turns tokens into text
 )->list: # Rows with their answers
-    "The rows as they are written down."
+    "The rows as they are written."
     def one(row, mask, tokens):
         end = next((i for i, token in enumerate(tokens) if token in ends), None)
         return without_question(row) | {'predict': decode(tokens[:end]), 'finish_reason': 'length' if end is None else 'stop',
@@ -152,27 +152,27 @@ def answered_rows(
 
 # %% ../nbs/08c_hf.ipynb #0de55234
 def is_memory_error(
-    error:Exception, # What was raised
+    error:Exception, # The exception that was raised
 )->bool:
     "Whether it says that there is not enough memory, on the GPU or on the machine."
     signs = "can't allocate memory", 'CUDA error: out of memory', 'CUBLAS_STATUS_ALLOC_FAILED'
     return type(error).__name__ == 'OutOfMemoryError' or any(sign in str(error) for sign in signs)
 
 class Halving:
-    "Answers batches, halved where they do not fit, or where one of their rows fails."
+    "Answers batches, and halves those that do not fit or in which a row fails."
     def __init__(self,
-        answer, # From a made batch to rows
-        make, # From row numbers to a made batch
+        answer, # Function that returns the answered rows of a prepared batch
+        make, # Function that prepares the batch of the given row numbers
     ): self.answer, self.make, self.most, self.spared = answer, make, float('inf'), 10
 
     def _failed(self, row, error):
-        "A row that failed by itself. Raises the error where no row is answered."
+        "A row that failed on its own. Raises the error if no row is being answered."
         if not is_memory_error(error): self.spared -= 1
         if self.spared <= 0: raise error
         return [failed_row(row, error)]
 
     def _tried(self, rows, inputs):
-        "The rows, answered; `None` if they are to be halved."
+        "The answered rows; `None` if the batch must be halved."
         try: done = self.answer(rows, inputs)
         except Exception as error:
             if 'CUDA error' in str(error) and not is_memory_error(error): raise  # this process can't use the GPU any more
@@ -183,7 +183,7 @@ class Halving:
             return done
 
     def __call__(self, rows, inputs, failed):
-        "All rows of a made batch, answered or failed."
+        "All rows of a prepared batch, answered or failed."
         if not rows: return failed
         if len(rows) == 1 or inputs['attention_mask'].numel() < self.most:
             done = self._tried(rows, inputs)
@@ -199,14 +199,14 @@ def _free_memory():
     if torch.cuda.is_available(): torch.cuda.empty_cache()
 
 # %% ../nbs/08c_hf.ipynb #da571d74
-_on_cpu = 4096 # Tokens of a batch
+_on_cpu = 4096 # Tokens in a batch
 
 def token_budget(
-    config:dict, # A Qwen2-VL's `config.json`
+    config:dict, # The `config.json` of a Qwen2-VL model
     weights:int, # Bytes of the weights
     memory:int, # Bytes of the GPU; 0: no GPU
 )->int: # Tokens
-    "How many tokens a batch may have."
+    "The number of tokens that a batch may have."
     if not memory: return _on_cpu
     text, vision = config.get('text_config', config), config['vision_config']
     hidden, layers, heads = text['hidden_size'], text['num_hidden_layers'], text['num_attention_heads']
@@ -218,14 +218,14 @@ def token_budget(
 _window = 1024 # Rows that are sorted together
 
 def wanted_batches(
-    rows, # `Asked`: the rows
+    rows, # The rows, an `Asked`
     todo:set, # Numbers of those that have no answer
     recipe:dict, # The recipe
-    budget:int, # Tokens of a batch at most
+    budget:int, # Maximum number of tokens in a batch
     worker:int=0, # Number of this worker
-    workers:int=1, # How many there are
+    workers:int=1, # Number of workers
 ): # Yields lists of row numbers
-    "The batches in which a row is missing, this worker's share of them."
+    "This worker's share of the batches in which a row is missing."
     for start in range(0, len(rows), _window):
         some = range(start, min(start + _window, len(rows)))
         if todo.isdisjoint(some): continue
@@ -233,18 +233,18 @@ def wanted_batches(
         yield from [batch for batch in found if not todo.isdisjoint(batch)][worker::workers]
 
 def _readers(workers, budget):
-    "How many processes read ahead: a core each, where the shared memory takes what they hand over."
+    "How many processes read ahead: one for each core, as far as the shared memory can hold what they pass on."
     n, room = max(1, len(os.sched_getaffinity(0))//workers), os.statvfs('/dev/shm')
-    batch = budget*4*1176*4  # bytes: four patches a token, 1,176 numbers a patch
+    batch = budget*4*1176*4  # bytes: four patches per token, 1,176 numbers per patch
     return min(n, 8, room.f_bavail*room.f_frsize//(4*batch*workers))
 
 # %% ../nbs/08c_hf.ipynb #23d14547
 def work(
     folder:Path, # The run's folder
     worker:int, # Number of this worker
-    workers:int, # How many there are
+    workers:int, # Number of workers
 ):
-    "Answer this worker's share of what is missing in a folder."
+    "Answer this worker's share of the missing rows in a folder."
     gc.disable()
     import torch, yaml
     from llamafactory.model import load_model
@@ -263,7 +263,7 @@ def work(
     ahead = {'num_workers': readers, 'prefetch_factor': 2 if readers else None}
     ready = iter(torch.utils.data.DataLoader(prompts, batch_size=None, sampler=wanted, **ahead))
     model = load_model(tokenizer, args[0], args[3])
-    # of a prompt only the last place is asked what comes next; the scores of all would be most of the memory
+    # the next token is only predicted at the last position of a prompt; the scores of all positions would take most of the memory
     model.get_output_embeddings().register_forward_pre_hook(lambda module, given: (given[0][:, -1:],))
     settings = answer_settings(args, tokenizer, prompts.encoder.template, model.generation_config)
 
@@ -280,5 +280,5 @@ def work(
 
 # %% ../nbs/08c_hf.ipynb #1ae8b29e
 def main():
-    "What is started as each worker; its number and that of all are the arguments."
+    "The entry point of each worker; the arguments are its number and the number of workers."
     worker.main(lambda folder: work(folder, *map(int, sys.argv[1:])), int(sys.argv[1]))

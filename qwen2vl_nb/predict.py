@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
+import orjson
 from filelock import FileLock
 from . import answers, hf, hidden
 from .boot import script
@@ -33,17 +34,17 @@ _own = 'row|images|videos|prompt|label|asked|predict|finish_reason|prompt_tokens
 _taken = re.compile(rf'(column\.)*({_own})')
 
 def _columns(sample):
-    "The other columns of a sample; where one has the name of a key of ours, or one that we would give, it gets `column.` before it."
+    "The other columns of a sample; a column is prefixed with `column.` if its name is one of the row's own keys, or such a key that is already prefixed."
     others = {str(k): v for k, v in sample.items() if k not in _consumed['messages' in sample]}
     return {f'column.{k}' if _taken.fullmatch(k) else k: v for k, v in others.items()}
 
 def _turns(sample):
-    "(role, text) of each turn as LLaMA-Factory has it, the system prompt apart."
+    "(role, text) of each turn as LLaMA-Factory sees it, without the system prompt."
     turns = [(role, text or '') for role, text in trained_turns(sample) if role != 'system']
     return [('function' if role == 'function_call' else role, text) for role, text in turns]
 
 def _system(sample):
-    "The system prompt: that of the dialogue itself before that of its column."
+    "The system prompt; one in the dialogue itself takes precedence over one in the column."
     said = [text for _, role, text in sample_turns(sample) if role == 'system']
     return (said[-1] if said else '') or ''
 
@@ -52,8 +53,8 @@ def _full(paths): return [_full(p) if isinstance(p, list) else os.path.abspath(p
 def asked_row(
     i:int, # Number of the row
     sample:dict, # A sample, with or without an answer
-)->dict: # `row`, `id`, `images`, `prompt`, `label`, `asked`; `videos` where there are any, and the sample's other columns
-    "What a sample asks."
+)->dict: # `row`, `id`, `images`, `prompt`, `label`, `asked`; `videos` if there are any, and the sample's other columns
+    "Return the row that asks the question of a sample."
     turns = _turns(sample)
     label = turns.pop()[1] if turns and turns[-1][0] in ('assistant', 'function') else None
     videos = {'videos': _full(as_list(sample['video']))} if sample.get('video') else {}
@@ -63,14 +64,14 @@ def asked_row(
         'asked': {'system': _system(sample), 'tools': sample.get('tools') or '', 'turns': turns}}
 
 # %% ../nbs/09_predict.ipynb #5e0a7b13
-_ends = {'<|im_end|>', '<|endoftext|>'} # They end an answer
-_looks_special = r'<\|(?!(?:im_end|endoftext)\|>)\w+\|>' # Where there is no tokenizer to ask
+_ends = {'<|im_end|>', '<|endoftext|>'} # Tokens that end an answer
+_looks_special = r'<\|(?!(?:im_end|endoftext)\|>)\w+\|>' # Used if there is no tokenizer to ask
 
 def _special_tokens(recipe):
-    "A pattern that finds the special tokens which an answer can have: the tokenizer's, and those that the recipe adds to it."
+    "A pattern that finds the special tokens that an answer can contain: those of the tokenizer and those that the recipe adds to it."
     from tokenizers import Tokenizer
     file, found = Path(recipe['model_name_or_path'])/'tokenizer.json', []
-    with suppress(Exception):  # what is wrong with the file is said before the start
+    with suppress(Exception):  # a faulty file is reported before the start
         if file.is_file(): found = [token.content for token in Tokenizer.from_file(str(file)).get_added_tokens_decoder().values() if token.special]
     names = {name.strip() for name in found + str(recipe.get('add_special_tokens') or '').split(',')} - _ends - {''}
     return re.compile('|'.join([*map(re.escape, sorted(names, key=len, reverse=True)), *[_looks_special]*(not found)]))
@@ -78,7 +79,7 @@ def _special_tokens(recipe):
 def _label(row): return row['label'] if isinstance(row['label'], str) else ''
 
 def _treated_alike(recipe, asked):
-    "The recipe and the rows, with special tokens kept or removed in answers and labels alike."
+    "The recipe and the rows, with special tokens either kept or removed in both answers and labels."
     special = _special_tokens(recipe)
     if recipe.get('skip_special_tokens'):
         return recipe, [row | {'label': special.sub('', row['label']) or None} if _label(row) else row for row in asked]
@@ -86,7 +87,7 @@ def _treated_alike(recipe, asked):
     return recipe | ({'skip_special_tokens': False} if is_marked else {}), asked
 
 def _cut_findings(recipe, samples):
-    "What LLaMA-Factory's own prediction does to answers with special tokens, where labels have some."
+    "A warning of what LLaMA-Factory's own prediction does to answers with special tokens, if labels contain any."
     special = _special_tokens(recipe)
     found = [special.search(_label(asked_row(i, s))) for i, s in enumerate(samples)]
     found = [mark[0] for mark in found if mark]
@@ -97,10 +98,10 @@ def _cut_findings(recipe, samples):
 # %% ../nbs/09_predict.ipynb #22603d82
 _may_change = ('output_dir', 'overwrite_output_dir', 'dataset_dir', 'eval_dataset', 'media_dir', 'max_samples', 'overwrite_cache', 'report_to',
                'preprocessing_num_workers', 'preprocessing_batch_size', 'dataloader_num_workers', 'per_device_eval_batch_size', 'logging_steps')
-_read_whole = 2**26 # Bytes; of a larger file samples are read
+_read_whole = 2**26 # Bytes; a larger file is only sampled
 
 def _digest(path):
-    "A short name for what a file holds; of a large one, sixteen samples and its length."
+    "A short name for the content of a file; for a large file, it is made from sixteen samples and the length."
     size, found = path.stat().st_size, hashlib.sha256()
     with open(path, 'rb') as f:
         for at in [0] if size <= _read_whole else range(0, size, size//16):
@@ -109,16 +110,16 @@ def _digest(path):
     return f'{found.hexdigest()[:16]} {size}'
 
 def _held(folder, *names):
-    "What the files of a folder hold, by name; a name on a hub holds what it holds."
+    "The digests of the files in a folder, by name; none for a name on a hub, whose content is taken as unchanged."
     return {p.name: _digest(p) for name in names for p in sorted(Path(folder).glob(name))}
 
 def question(
     recipe:dict, # A prediction recipe
     rows:list, # The rows as lines of text
     engine:str, # What answers
-    model:str=None, # What a server calls the model
-)->dict: # For JSON
-    "All that the answers depend on."
+    model:str=None, # Name of the model on a server
+)->dict: # To be saved as JSON
+    "Return everything that the answers depend on."
     full = absolute_recipe(recipe)
     adapters = full.get('adapter_name_or_path', '').split(',') if full.get('adapter_name_or_path') else []
     return {'engine': f'{engine} ({model})' if model else engine, 'recipe': {k: v for k, v in hidden.apart(full)[1].items() if k not in _may_change},
@@ -132,14 +133,14 @@ def _changed_values(what, before, now):
     return [f'{what}{key}: {before.get(key)!r} before, {now.get(key)!r} now' for key in other]
 
 def _as_before(lines):
-    "Lines of rows as earlier versions wrote them, which gave all columns their own names."
+    "Lines of rows as earlier versions wrote them; these versions kept the original names of all columns."
     parts = set(_consumed[True] + _consumed[False])
     return [json_line({k.removeprefix('column.'): v for k, v in json.loads(line).items() if k not in parts}).decode() for line in lines]
 
 def _rows_hash(lines): return hashlib.sha256(''.join(lines).encode()).hexdigest()
 
 def _changed_rows(path, rows):
-    "How the rows differ from those of before, in words."
+    "How the rows differ from the earlier ones, in words."
     before = [line.decode(errors='replace') for _, line in whole_lines(path)]
     other = [i for i, (a, b) in enumerate(zip(before, rows)) if a != b]
     count = [f'{len(before)} rows before, {len(rows)} now'] if len(before) != len(rows) else []
@@ -147,7 +148,7 @@ def _changed_rows(path, rows):
     return count + ([f'row {other[0]} is another than before{more}'] if other else []) or ['the rows are others than before']
 
 def _read_question(folder):
-    "The question that a folder answers; `None` if it has none yet. Raises `ValueError` for one that is damaged."
+    "The question that the answers in a folder belong to; `None` if there is none yet. Raises `ValueError` if it is damaged."
     path = folder/'question.json'
     try: found = read_json(path)
     except FileNotFoundError: return None
@@ -160,7 +161,7 @@ def _read_question(folder):
                      'Restore the file, choose another output_dir, or delete this one.')
 
 def _changes(folder, before, asked, rows):
-    "What differs from the question that a folder answers, in words; empty if it has none yet."
+    "What differs from the question that the answers in a folder belong to, in words; empty if there is none yet."
     if not before:
         if os.path.lexists(folder/'predictions.jsonl'): return ['nobody knows which question its predictions.jsonl answers']
         return _changed_rows(folder/'asked.jsonl', rows) if os.path.lexists(folder/'asked.jsonl') and rows_digest(folder/'asked.jsonl') != asked['rows'] else []
@@ -170,7 +171,7 @@ def _changes(folder, before, asked, rows):
     return engine + sum(parts, []) + ([] if same else _changed_rows(folder/'asked.jsonl', rows))
 
 def _ask(folder, asked, rows):
-    "Write down what is asked, where nothing was; refuse what is another question."
+    "Write the question and its rows to the folder if it has none yet; raise `ValueError` for a different question."
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder/'.asked.lock', timeout=120):
         before = _read_question(folder)
@@ -208,10 +209,18 @@ def _parse_generated(i, line):
         if not isinstance(row.get(key), str): raise ValueError(f'its `{key}` is no text')
     return _generated_row(i, row)
 
+def _load_quickly(line):
+    "What `load_line` returns, in a third of the time; numbers of more than 64 bits lose digits."
+    try: value = orjson.loads(line)
+    except ValueError: return load_line(line)
+    return value if type(value) is dict else load_line(line)
+
+def _parse_own(i, line): return parse_row(line, _load_quickly)
+
 def _listed(damaged): return '\n'.join(f'- {what}' for what in damaged[:5]) + (f'\n- and {len(damaged) - 5} more' if damaged[5:] else '')
 
 class Predictions(Sequence):
-    "The predictions in a folder: a sequence of dicts, in the order of the data set, each read from the file when it is asked for."
+    "The predictions in a folder: a sequence of dicts, in the order of the data set, each of which is read from the file when it is accessed."
     def __init__(self,
         output_dir, # Folder with `predictions.jsonl`, or with LLaMA-Factory's `generated_predictions.jsonl`
     ):
@@ -221,8 +230,8 @@ class Predictions(Sequence):
         if not os.path.lexists(self.path): raise FileNotFoundError(f'There is no {own.name} in {self.output_dir}: nothing was predicted here.')
         self._is_own = self.path == own
         self._file = open_regular(self.path)
-        self._index = Index(self.path) if self._is_own else Index(self.path, _parse_generated)
-        if not answers.is_at(self._file, self.path): return self.__init__(output_dir)  # it was put in order meanwhile
+        self._index = Index(self.path, _parse_own if self._is_own else _parse_generated)
+        if not answers.is_at(self._file, self.path): return self.__init__(output_dir)  # the file was put in order in the meantime
         if self._index.damaged:
             wrong = [f'line {line}: {what}' for line, _, what in self._index.damaged]
             warnings.warn(f'{self.path} has {len(wrong)} damaged line(s), which are left out:\n{_listed(wrong)}', stacklevel=2)
@@ -233,7 +242,7 @@ class Predictions(Sequence):
     def _left(self):
         "How many of the rows that were asked have no line."
         try: return max(0, sum(1 for _ in whole_lines(self.output_dir/'asked.jsonl')) - len(self)) if self._is_own else 0
-        except (OSError, Damaged): return 0  # it is missing or damaged, which `predict` mends
+        except (OSError, Damaged): return 0  # the file is missing or damaged, and `predict` will repair it
 
     def __reduce__(self): return Predictions, (self.output_dir,)
     def __fspath__(self): return str(self.output_dir)
@@ -273,47 +282,47 @@ class Predictions(Sequence):
 
 # %% ../nbs/09_predict.ipynb #6a8b2104
 def _weights(recipe):
-    "Bytes of the weights on a GPU: those of the files; predicted where they are quantised, or not here yet."
+    "Bytes of the weights on a GPU: the size of the files, or an estimate if the weights are quantised or not on this machine yet."
     files = list(Path(recipe['model_name_or_path']).glob('*.safetensors'))
     if files and not recipe.get('quantization_bit'): return sum(p.stat().st_size for p in files)
     return predict_memory(recipe, sample={'tokens': 8, 'pictures': []}).parts['weights']
 
 def _fit_findings(size, memory):
-    "Whether the whole model fits each GPU; both in bytes, 0 without a GPU."
+    "The finding if the whole model does not fit on each GPU; both arguments are in bytes, and 0 without a GPU."
     if not memory or size < .8*memory: return []
     return [Finding('model_name_or_path', f'The weights take {size/GiB:.1f} GiB, and a GPU has {memory/GiB:.1f} GiB.',
                     'Quantise the model, or use a server that spreads it over several GPUs.')]
 
 def _workers(about):
-    "The command of each worker, a GPU each where there are any."
+    "The command of each worker; each worker has a GPU of its own if there are any."
     n, cards = about['nproc'], about['gpus']
     if cards and n > len(cards): raise ValueError(f'nproc={n}: each worker needs a GPU of its own, and there are {len(cards)}.')
     of = lambda k: {'CUDA_VISIBLE_DEVICES': cards[k]['device']} if cards else {}
     return [{'command': [about['python'], *script('hf', k, n)], 'env': of(k)} for k in range(n)]
 
 def _budget(recipe, size, memory):
-    "Tokens of a batch."
+    "The number of tokens that a batch may have."
     return hf.token_budget(model_config(recipe['model_name_or_path']), size, memory)//recipe.get('num_beams', 1)
 
 def _start_workers(recipe, folder, about, workers):
-    "Start workers and what looks after them."
+    "Start the workers and the process that looks after them."
     about |= {'unit': 'row', 'workers': workers, 'cwd': str(folder)}
     return start(recipe, about, keep_earlier, [sys.executable, *script('answers')])
 
 def _begin_hf(recipe, samples, folder, about):
-    "Start the workers that hold the model."
+    "Start the workers that load the model."
     found = quick_findings(recipe, 1, about['versions'], about['given'], about['python'])
     memory = min((g['total'] for g in about['gpus']), default=0)
     size = _weights(recipe) if memory else 0
     raise_errors(found + _fit_findings(size, memory), force=False)
     known = _read_question(folder)
-    if type(known.get('budget')) is not int:  # the batches stay the same wherever it goes on
+    if type(known.get('budget')) is not int:  # the batches stay the same wherever the prediction is resumed
         known['budget'] = _budget(recipe, size, memory)
         write_json(folder/'question.json', known, private=True)
     return _start_workers(recipe, folder, about | {'budget': known['budget']}, _workers(about))
 
 def _asking(about, options):
-    "What a worker that asks servers gets, and the worker."
+    "The description of the run with the options for a worker that asks servers, and the command of this worker."
     return about | {'options': options}, [{'command': [sys.executable, *script('served')], 'env': {}}]
 
 def _begin_openai(recipe, samples, folder, about, **options):
@@ -321,13 +330,13 @@ def _begin_openai(recipe, samples, folder, about, **options):
     return _start_workers(recipe, folder, *_asking(about, server_options(**options)))
 
 def _begin_vllm(recipe, samples, folder, about, **options):
-    "Start servers of our own, and the worker that asks them."
+    "Start servers for this prediction, and the worker that asks them."
     servers = vllm_servers(recipe, samples, about['python'], about['gpus'], **options)
     options = server_options([s['url'] for s in servers], servers[0]['model'], **{'concurrency': 16} | options)
     return _start_workers(recipe, folder, *_asking(about | {'engine': 'vllm', 'servers': servers}, options))
 
 # %% ../nbs/09_predict.ipynb #058cbfed
-_given = 'samples_that_were_given' # What their data set is called
+_given = 'samples_that_were_given' # Name of the data set of samples that were passed to `predict`
 
 def _registered(recipe, samples, folder):
     "The recipe with given samples as a registered data set."
@@ -340,7 +349,7 @@ def _registered(recipe, samples, folder):
     return recipe | {'dataset_dir': str(folder/'data')}
 
 def _joined(rows, generated):
-    "LLaMA-Factory's predictions put together with the rows that they are about."
+    "Combine LLaMA-Factory's predictions with the rows that they answer."
     if len(rows) != len(generated):
         raise ValueError(f'LLaMA-Factory predicted {len(generated)} of {len(rows)} rows: it drops rows that are not '
                          'well formed. Run `check_samples` on the data set. If its generated_predictions.jsonl was truncated, '
@@ -348,10 +357,10 @@ def _joined(rows, generated):
     return [answers.without_question(row) | {'predict': _without_end(g['predict']), 'engine': 'llamafactory'} for row, g in zip(rows, generated)]
 
 def _take_over(folder):
-    "LLaMA-Factory's answers to this question as `predictions.jsonl`, once it has written them, whoever waited for it."
+    "Write LLaMA-Factory's answers to this question as `predictions.jsonl` once LLaMA-Factory has written them, no matter which call waited for it."
     names = 'asked.jsonl', 'generated_predictions.jsonl'
     if (folder/'predictions.jsonl').exists() or not (folder/names[1]).exists() or Run(folder).status != 'done': return
-    if (folder/names[1]).stat().st_mtime < (folder/'question.json').stat().st_mtime: return  # of a run before it was asked
+    if (folder/names[1]).stat().st_mtime < (folder/'question.json').stat().st_mtime: return  # from a run before the question was asked
     index = Index(folder/names[1], _parse_generated)
     if index.damaged:
         line, _, what = index.damaged[0]
@@ -369,14 +378,14 @@ def _begin_llamafactory(recipe, samples, folder, about):
 _engines = {'hf': _begin_hf, 'vllm': _begin_vllm, 'openai': _begin_openai, 'llamafactory': _begin_llamafactory}
 
 def _asked_samples(recipe):
-    "The samples of the recipe's data set."
+    "The samples of the data set that the recipe names."
     if not recipe.get('eval_dataset'):
         raise ValueError('The recipe names no eval_dataset: name a registered data set, or give samples.')
     registry = Registry(recipe.get('dataset_dir', 'data'))
     return dataset_samples(registry, recipe['eval_dataset'], recipe.get('max_samples'), recipe.get('media_dir'))
 
 def _checked_against(rows):
-    "What parses a line of answers, and finds out whether it answers one of these rows."
+    "Return a function that parses a line of answers and checks whether it answers one of these rows."
     def parse(i, line):
         row = parse_row(line)
         if row['row'] >= len(rows): raise ValueError(f"its `row` is {row['row']}, and there are {len(rows)} rows")
@@ -387,7 +396,7 @@ def _checked_against(rows):
     return parse
 
 def _set_aside(path, rows):
-    "Move damaged answers, and those to other questions, out of the way, with a warning."
+    "Move damaged answers and answers to other questions to another file, with a warning."
     wrong = set_damaged_aside(path, _checked_against(rows))
     if wrong: warnings.warn(f'{len(wrong)} line(s) of {path} hold no answer to a row of this question, and were moved to {path.name}.damaged:\n'
                             f'{_listed(wrong)}\nWhere their rows have no other answer, they are asked again.', stacklevel=4)
@@ -411,7 +420,7 @@ def _warn_of_failed(predictions):
                   f'\n{said}{more}', stacklevel=4)
 
 def _check_options(engine, options):
-    "Raise `TypeError` or `ValueError` for what the engine doesn't know."
+    "Raise `TypeError` or `ValueError` for options that the engine doesn't support."
     if engine == 'openai': server_options(**options)
     unknown = options.keys() - {'openai': options, 'vllm': ('concurrency', 'media')}.get(engine, ())
     if unknown: raise TypeError(f"The engine {engine!r} has no {', '.join(sorted(unknown))}.")
@@ -419,14 +428,14 @@ def _check_options(engine, options):
 @in_words
 def predict(
     recipe:dict, # A prediction recipe
-    samples:list=None, # What to ask, with or without answers; `None`: the recipe's data set
+    samples:list=None, # Samples to ask, with or without answers; `None`: those of the recipe's data set
     engine:str='hf', # What answers: `'hf'`, `'vllm'`, `'openai'` or `'llamafactory'`
-    nproc:int=None, # Number of workers; `None`: one for each GPU here, one without
+    nproc:int=None, # Number of workers; `None`: one for each GPU on this machine, or one if there is no GPU
     env:dict=None, # Environment variables for the workers
-    python=None, # Interpreter of another environment, with LLaMA-Factory, or for `'vllm'` with vLLM; `None`: this one
-    **options, # For `'openai'` what `server_options` takes, `base_url` first; for `'vllm'` its `concurrency` and `media`
+    python=None, # Interpreter of another environment that has LLaMA-Factory, or vLLM for `'vllm'`; `None`: this interpreter
+    **options, # For `'openai'`, the parameters of `server_options`, at least `base_url`; for `'vllm'`, its `concurrency` and `media`
 )->Predictions:
-    "Predict and wait for it, with progress. Interrupting leaves the work going; calling again attaches to it or goes on."
+    "Predict, and wait with progress until the rows are done. Interrupting does not stop the work; calling again attaches to it or resumes it."
     if engine not in _engines: raise ValueError(f"There is no engine {engine!r}; there are {', '.join(_engines)}.")
     _check_options(engine, options)
     folder, given = Path(recipe['output_dir']).absolute(), samples is not None
@@ -445,11 +454,11 @@ def predict(
     if not is_at_work and missing(path, len(rows)):
         try: _engines[engine](recipe, samples, folder, describe_start(nproc, python=python, env=env), **options)
         except RuntimeError:
-            if not run.is_running: raise  # another call has begun it meanwhile
+            if not run.is_running: raise  # another call has started it in the meantime
         is_at_work = True
     if is_at_work: _wait(run, len(rows))
     if engine == 'llamafactory': _take_over(folder)
-    with suppress(OSError): answers.put_in_order(path)  # on a full disk they are read in order all the same
+    with suppress(OSError): answers.put_in_order(path)  # if the disk is full, the rows are still read in order
     found = Predictions(folder)
     _warn_of_failed(found)
     return found

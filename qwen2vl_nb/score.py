@@ -20,7 +20,7 @@ from .stack import as_text, text_table
 _text = str, type(None)
 
 def _check_row(i, row):
-    "Raise `ValueError` where a row has not what is needed of it."
+    "Raise `ValueError` if a row lacks what is needed."
     if not isinstance(row, dict) or 'predict' not in row:
         raise ValueError(f'Row {i} is no prediction: it must be a dict with `predict`, `label`, `id`; '
                          'give what `predict` returns.')
@@ -31,9 +31,9 @@ def _check_row(i, row):
 def _sequence(predictions): return predictions if isinstance(predictions, Sequence) and not isinstance(predictions, str) else list(predictions)
 
 def checked_rows(
-    predictions, # Rows, as `predict` gives them
+    predictions, # Rows, as returned by `predict`
 ): # A sequence of dicts
-    "Rows of which each has what is needed of it. Raises `ValueError` where one has not."
+    "Return the rows after checking that each has what is needed. Raises `ValueError` if one does not."
     rows = _sequence(predictions)
     for i,row in enumerate(rows): _check_row(i, row)
     return rows
@@ -41,12 +41,12 @@ def checked_rows(
 def is_right(
     row:dict, # A prediction: `label` and `predict` are compared
 )->bool: # `False` for a row that failed
-    "Whether a prediction is its label, white space around it apart."
+    "Whether a prediction equals its label, ignoring white space around both."
     return row['predict'] is not None and row['predict'].strip() == row['label'].strip()
 
 # %% ../nbs/10_score.ipynb #87a405d6
 def _as_factory(label):
-    "A label as LLaMA-Factory compares with it."
+    "A label in the form in which LLaMA-Factory compares it."
     return unicodedata.normalize('NFC', label) + '\n'
 
 @lru_cache(2**14)
@@ -70,12 +70,12 @@ def _bleu(predict, label):
     return round(bleu*100, 4)
 
 def _likeness(label, predict):
-    "BLEU-4 and ROUGE of an answer; one that failed has none of either."
+    "BLEU-4 and ROUGE of an answer; both are 0 for one that failed."
     pair = predict or '', _as_factory(label)
     return {'bleu-4': _bleu(*pair)} | _rouge(*pair)
 
 # %% ../nbs/10_score.ipynb #ce9d047c
-# Exact where a float isn't; what is beyond all floats raises
+# Exact where a float isn't; a number beyond the range of floats raises an error
 _number = Context(prec=500, Emax=400, Emin=-400).create_decimal
 
 def _refuse(name): raise ValueError(f'{name} is not JSON')
@@ -86,7 +86,7 @@ def _unfenced(text):
     return text
 
 def _parsed(text):
-    "What a text says as JSON, with numbers as `Decimal`s; `None` where it is none."
+    "A text parsed as JSON, with numbers as `Decimal`s; `None` if it is not JSON."
     try:
         return json.loads(_unfenced(text), parse_float=_number, parse_int=_number, parse_constant=_refuse)
     except (ValueError, ArithmeticError, RecursionError): return None
@@ -101,7 +101,7 @@ def _same(a, b, tolerance):
 
 # %% ../nbs/10_score.ipynb #a5854617
 def _outcomes(label, answer, tolerance):
-    "What is true of each field of a label and an answer; `None` is a malformed answer."
+    "The outcome of each field of a label and an answer; `None` means a malformed answer."
     answer = answer or {}
     verdict = lambda k: 'right' if _same(label[k], answer[k], tolerance) else 'wrong'
     found = {k: verdict(k) if k in answer else 'missing' for k in label}
@@ -110,7 +110,7 @@ def _outcomes(label, answer, tolerance):
 def _is_whole(outcomes, malformed): return not malformed and all(what == 'right' for what in outcomes.values())
 
 def _line_of_field(count, accuracy):
-    "A line of the table from the numbers of right, wrong, missing and unwanted ones."
+    "A line of the table, from the numbers of right, wrong, missing and unwanted fields."
     right, wrong, missing, unwanted = (count[what] for what in ('right', 'wrong', 'missing', 'unwanted'))
     share = lambda of: 100*right/of if of else math.nan
     return dict(support=right + wrong + missing, accuracy=100*accuracy,
@@ -118,7 +118,7 @@ def _line_of_field(count, accuracy):
                 f1=share(right + wrong + (missing + unwanted)/2))
 
 def _field_table(outcomes, malformed, times=None):
-    "The fields of the labels, one a line, and all of them together; `times`: how many rows have each of the outcomes."
+    "A table with one line for each field of the labels, and one for all fields together; `times`: how many rows have each of the outcomes."
     import pandas as pd
     times = times or [1]*len(outcomes)
     counts, bad, n, n_bad = {}, Counter(), sum(times), sum(k for is_bad,k in zip(malformed, times) if is_bad)
@@ -126,7 +126,7 @@ def _field_table(outcomes, malformed, times=None):
         if is_bad: bad.update(dict.fromkeys(found, k))
         for field,what in found.items(): counts.setdefault(field, Counter())[what] += k
     def fine(field):
-        # left out is right, unless there is no readable answer at all
+        # leaving the field out is right, unless there is no readable answer at all
         count = counts[field]
         return (n - n_bad + bad[field] - count['wrong'] - count['missing'] - count['unwanted'])/n
     lines = {f: _line_of_field(c, fine(f)) for f,c in counts.items() if c.total() > c['unwanted']}
@@ -135,10 +135,10 @@ def _field_table(outcomes, malformed, times=None):
     return text_table(pd.DataFrame.from_dict(lines, orient='index').rename_axis('field'))
 
 # %% ../nbs/10_score.ipynb #d0b3889c
-_most_fields = 20 # That have a column of their own among the measures
+_most_fields = 20 # Maximum number of fields that get columns of their own among the measures
 
 def _field_columns(outcomes, malformed):
-    "The share of right objects, of malformed ones, and of each field, where they are not too many."
+    "In percent for each row: whether the object is right, whether it is malformed, and, if there are not too many fields, whether each field is right."
     columns = {'json': [100.*_is_whole(*row) for row in zip(outcomes, malformed)],
                'malformed': [100.*is_bad for is_bad in malformed]}
     fields = {k: None for found in outcomes for k,what in found.items() if what != 'unwanted'}
@@ -147,7 +147,7 @@ def _field_columns(outcomes, malformed):
     return columns | {f'field.{f}': [100.*fine(f, *row) for row in zip(outcomes, malformed)] for f in fields}
 
 def _own(name, f, row):
-    "What a function of the user's says of a row."
+    "The value of a user's function for a row."
     about = f'Measure {name!r}, row {row["id"]}'
     try: value = f(row)
     except Exception as e: raise ValueError(f'{about}: {type(e).__name__}: {e}') from e
@@ -165,10 +165,10 @@ def _check_names(measures, taken):
 _resamples = 1000
 
 _many_rows = 20_000
-_many_values = 4096 # Whose numbers in all resamples take 32 MB
+_many_values = 4096 # Their counts in all resamples take 32 MB
 
 def _interval_of_many(values):
-    "The same interval of the mean of many rows, which scipy would take minutes for."
+    "The same interval for the mean of many rows, for which scipy would take minutes."
     import numpy as np
     n, (there, times) = len(values), np.unique(values, return_counts=True)
     if len(there) > _many_values: return values.mean() + np.array([-1.96, 1.96])*values.std()/math.sqrt(n)
@@ -176,7 +176,7 @@ def _interval_of_many(values):
     return np.percentile(means, [2.5, 97.5])
 
 def _summary(columns):
-    "Mean of each column of a table, and its 95 % interval."
+    "The mean of each column of a table, and its 95 % interval."
     import numpy as np, pandas as pd
     from scipy.stats import bootstrap
     found = pd.DataFrame({'value': columns.mean(), 'low': math.nan, 'high': math.nan}).rename_axis('measure')
@@ -184,14 +184,14 @@ def _summary(columns):
     if len(columns) > _many_rows:
         found[['low', 'high']] = [_interval_of_many(columns[name].to_numpy(float)) for name in columns]
         return found
-    # a batch is as large as the memory that it may take: some 80 MB
+    # the size of a batch is limited by the memory that it may take, about 80 MB
     rng, batch = np.random.default_rng(0), max(1, 10_000_000//columns.size)
     sampled = bootstrap((columns.to_numpy().T,), np.mean, axis=-1, n_resamples=_resamples, batch=batch,
                         method='percentile', rng=rng).confidence_interval
     return found.assign(low=sampled.low, high=sampled.high)
 
 def _shares(columns):
-    "The same where each column is a share of rows or a likeness, 0 to 100."
+    "The same for columns that contain a share of rows or a similarity, 0 to 100."
     from scipy.stats import binomtest
     found, n = _summary(columns), len(columns)
     for name in found.index[(columns.nunique() == 1) & found.value.isin([0, 100])] if n > 1 else []:
@@ -201,20 +201,20 @@ def _shares(columns):
 
 # %% ../nbs/10_score.ipynb #e3a56460
 def _plain(value):
-    "A value of a column as it can be a key: lists and dicts as text, what is not a number as `None`."
+    "A value of a column in a form that can be a key: lists and dicts as text, NaN as `None`."
     if isinstance(value, (list, dict)): return json.dumps(value, ensure_ascii=False)
     return value if value == value else None
 
 _special = re.compile(r'<\|\w+\|>')
 
 def _lost_tokens(marked, token):
-    "What to say where so many labels have special tokens, such as `token`, and none of their answers has any."
+    "The note that `marked` labels have special tokens, such as `token`, and none of their answers has any."
     return (f'{marked} labels have special tokens such as {token}, and none of their answers has any. '
             "The engine 'llamafactory' ends answers at them, and a server removes them unless it is told to keep them: "
             "predict with engine 'hf', or see skip_special_tokens.")
 
 def _column_of(dicts, key):
-    "The value of a key in each of some dicts, and all keys."
+    "The value of a key in each dict, and the keys of all dicts."
     values, there = [], {}
     for value in dicts:
         values.append(value.get(key))
@@ -224,14 +224,14 @@ def _column_of(dicts, key):
 class Scores(dict):
     "Figures by name: `rows`, `failed`, and each measure in percent; `.rows`, `.overall`, `.fields`, `.by(…)`."
     def __init__(self,
-        given, # All rows as a sequence, those without a label too
-        rows, # A `DataFrame`: `id` and measures of each row with a label; its index is the place in `given`
+        given, # All rows as a sequence, including those without a label
+        rows, # A `DataFrame`: `id` and measures of each row with a label; its index is the position in `given`
         failed:int, # How many of these rows failed
-        judged=None, # Where labels are JSON objects: the different outcomes of the fields, what is malformed, and how many rows have each
+        judged=None, # If the labels are JSON objects: the distinct outcomes of the fields, whether each is malformed, and how many rows have each
         note:str='', # A sentence that is shown below the figures
     ):
         self.rows, self._given, self._judged, self._note = text_table(rows), given, judged, note
-        self._measures = type(rows)({name: rows[name] for name in rows.columns[1:]}, copy=False)  # of the same memory, unlike a slice
+        self._measures = type(rows)({name: rows[name] for name in rows.columns[1:]}, copy=False)  # shares the memory of `rows`, unlike a slice
         super().__init__({'rows': len(rows), 'failed': failed} | self._measures.mean().to_dict())
 
     @cached_property
@@ -248,7 +248,7 @@ class Scores(dict):
                          f'{self.rows.id[other[0]]}: {self._given[other[0]]["label"]!r}.')
 
     def _values(self, column):
-        "The value for each row that a column of the data, a field of the labels, or a function gives."
+        "For each row, the value of a column of the data, of a field of the labels, or of a function."
         rows = lambda: (self._given[i] for i in self.rows.index)
         if callable(column): return [column(row) for row in rows()]
         if not isinstance(column, str):
@@ -263,8 +263,8 @@ class Scores(dict):
         raise ValueError(f'There is no column {column!r}; there are {", ".join([*there, *fields])}.')
 
     def by(self,
-        column, # Of the data; a field of JSON labels, as `'label.color'`; a function of a row; or all values
-    ): # A pandas `DataFrame`, worst first: rows, and each measure with its interval
+        column, # A column of the data; a field of JSON labels, such as `'label.color'`; a function of a row; or the values themselves
+    ): # A pandas `DataFrame` with the worst values first: number of rows, and each measure with its interval
         "The figures for each value of a column."
         import pandas as pd
         name = column if isinstance(column, str) else getattr(column, '__name__', getattr(column, 'name', None))
@@ -290,20 +290,20 @@ class Scores(dict):
 
 # %% ../nbs/10_score.ipynb #66fa6ffb
 _alike = 'bleu-4', 'rouge-1', 'rouge-2', 'rouge-l'
-_shared = 'exact', *_alike, 'number', 'outcome' # What a label and an answer give, as numbers
+_shared = 'exact', *_alike, 'number', 'outcome' # Results for a label and an answer, as numbers
 _block = 2**16 # Rows
 
 class _Measured:
     "The measures of rows that are added one by one; none of the rows is kept."
     def __init__(self, tolerance, measures):
-        self.tolerance, self.measures, self.known = tolerance, measures, {}  # `known`: number of each different outcome
+        self.tolerance, self.measures, self.known = tolerance, measures, {}  # `known`: the number assigned to each distinct outcome
         self.compared = lru_cache(2**14)(self._compared)
         self.places, self.ids, self.failed, self.block, self.blocks = array('q'), [], 0, [], []
         self.own = {name: array('d') for name in measures}
         self.marked, self.token, self.are_kept = 0, '', False # Answered rows whose labels have special tokens; the first token; whether any answer has one
 
     def _compared(self, label, predict):
-        "The numbers of `_shared`; the last two are -1 where the label is no number, and where it is no JSON object."
+        "The numbers of `_shared`; the last two are -1 if the label is not a number or not a JSON object, respectively."
         likeness, wanted, answer = _likeness(label, predict), _parsed(label), _parsed(predict or '')
         number, outcome, is_bad = -1, -1, not isinstance(answer, dict)
         if isinstance(wanted, Decimal): number = 100*_same(wanted, answer, self.tolerance)
@@ -313,7 +313,7 @@ class _Measured:
         return 100*is_right({'label': label, 'predict': predict}), *likeness.values(), number, outcome
 
     def add(self, i, row):
-        "The row at a place. Raises `ValueError` where a measure of the user's fails."
+        "Add the row at a position. Raises `ValueError` if a user's measure fails."
         self.block.append(self.compared(row['label'], row['predict']))
         self.places.append(i)
         self.ids.append(row.get('id', i))
@@ -327,7 +327,7 @@ class _Measured:
         if len(self.block) == _block: self._pack()
 
     def _pack(self):
-        "Keep of a block its different results, and which of them each row has."
+        "Replace a block with its distinct results, and with which of them each row has."
         import numpy as np
         known = {}
         each = np.array([known.setdefault(result, len(known)) for result in self.block], np.uint16)
@@ -335,7 +335,7 @@ class _Measured:
         self.block = []
 
     def _column(self, name):
-        "The values of one of `_shared`, a number for each row."
+        "The values of one of `_shared`, one number for each row."
         import numpy as np
         k = _shared.index(name)
         return np.concatenate([results[each, k] for results,each in self.blocks])
@@ -343,10 +343,10 @@ class _Measured:
     def _all_have(self, name): return all(results[:, _shared.index(name)].min() >= 0 for results,_ in self.blocks if len(results))
 
     def scores(self, given):
-        "The `Scores` of all that were added."
+        "The `Scores` of all rows that were added."
         import numpy as np, pandas as pd
         self._pack()
-        ids, self.ids = pd.Series(self.ids).array, []  # not kept twice while the columns are made
+        ids, self.ids = pd.Series(self.ids).array, []  # so they are not kept twice while the columns are made
         judged, columns = None, {'exact': self._column('exact')}
         if self._all_have('outcome'):
             outcome = self._column('outcome').astype('uint32')
@@ -363,8 +363,8 @@ class _Measured:
 
 def score(
     predictions, # `Predictions`, or any sequence of their rows
-    tolerance:float=0, # By how much a number may be off, in JSON fields and where the labels are numbers
-    measures:dict=None, # Functions of your own by name: of a row, giving a number
+    tolerance:float=0, # By how much a number may be off, in JSON fields and in labels that are numbers
+    measures:dict=None, # Your own functions by name; each takes a row and returns a number
 )->Scores:
     "How good predictions are: overall, row by row, by field and by column."
     given = _sequence(predictions)
@@ -379,7 +379,7 @@ def score(
 
 # %% ../nbs/10_score.ipynb #3544ca7c
 def _key_of(first, second):
-    "The key that tells rows apart in both."
+    "The key that identifies rows uniquely in both."
     for key in ('id', 'row'):
         known = [[_plain(row.get(key)) for row in rows] for rows in (first, second)]
         if all(None not in ids and len(set(ids)) == len(ids) for ids in known): return key
@@ -407,35 +407,35 @@ def _matched(first, second):
 
 # %% ../nbs/10_score.ipynb #18fd7a57
 def _chance(change, is_sharp):
-    "How likely such changes are by chance, and by which test."
+    "How likely such changes are by chance, and the test that says so."
     import numpy as np
     from scipy.stats import binomtest, permutation_test
     name, change = 'exact McNemar' if is_sharp else 'paired permutation', change[change != 0]
     if not len(change): return 1., name
     if is_sharp: return float(binomtest(int((change > 0).sum()), len(change)).pvalue), name
     total = lambda x, axis: np.sum(x, axis=axis)
-    n = max(999, min(9999, 100_000_000//len(change)))  # fewer where there are many rows, or it takes minutes
+    n = max(999, min(9999, 100_000_000//len(change)))  # fewer if there are many rows, otherwise it takes minutes
     found = permutation_test((change,), total, permutation_type='samples', n_resamples=n, vectorized=True,
                              batch=max(1, 10_000_000//len(change)), rng=np.random.default_rng(0))
     return float(found.pvalue), name
 
 def _what(one, two, is_sharp):
-    "What has become of a row whose answer is another."
+    "What has become of a row whose answer has changed."
     if one != two: return 'better' if two > one else 'worse'
     return 'other' if not is_sharp else 'other right' if two == 100 else 'other wrong'
 
 @dataclass(repr=False)
 class Comparison:
     "What has changed between two predictions of the same rows."
-    measure:str # What was compared
+    measure:str # The measure that was compared
     before:float # Its mean, in percent
-    after:float # The same of the second
+    after:float # The mean in the second prediction, in percent
     difference:dict # `value`, `low`, `high`: their difference in points, with its 95 % bootstrap interval
-    p:float # How likely such a difference is where there is none
-    test:str # Where that is from: 'exact McNemar' or 'paired permutation'
-    table:object # A `DataFrame`: how many from right or wrong to right or wrong; or worse, same, better
-    changed:object # A `DataFrame`: a line per row with another answer
-    worse:list # The rows that got worse, as in the second, for `show_predictions`
+    p:float # How likely such a difference is if there is no real difference
+    test:str # The test that gives `p`: 'exact McNemar' or 'paired permutation'
+    table:object # A `DataFrame`: how many rows changed from right or wrong to right or wrong; or how many are worse, the same or better
+    changed:object # A `DataFrame`: one line for each row whose answer has changed
+    worse:list # The rows that got worse, as they are in the second prediction, for `show_predictions`
 
     def __repr__(self):
         d, shape = self.difference, self.table.shape
@@ -460,12 +460,12 @@ def _table(one, two, is_sharp):
 
 def compare(
     before, # `Predictions`, or any sequence of their rows
-    after, # Others of the same rows
-    measure:str='exact', # One of those that `score` gives, of which more is better
+    after, # Other predictions of the same rows
+    measure:str='exact', # A measure of `score` for which higher is better
     tolerance:float=0, # As in `score`
     measures:dict=None, # As in `score`
 )->Comparison:
-    "What has changed from one prediction to another, row by row, and whether it may be chance."
+    "What has changed from one prediction to another, row by row, and whether the change may be due to chance."
     import pandas as pd
     first = checked_rows(before)
     second = _matched(first, checked_rows(after))

@@ -18,15 +18,15 @@ from .hidden import mask
 
 # %% ../nbs/08d_served.ipynb #e0df0b5f
 def server_options(
-    base_url, # Address of a server, up to its `/v1`; a list where there are several
-    model:str=None, # What the servers call the model; `None`: the first that they name
-    concurrency:int=16, # Requests at a time, for each server
+    base_url, # Address of a server, up to and including `/v1`; a list for several servers
+    model:str=None, # Name of the model on the servers; `None`: the first model that they list
+    concurrency:int=16, # Number of requests at a time for each server
     timeout:float=600, # Seconds for a request
-    media:str='data', # `'data'`: pictures travel in the request; `'file'`: the servers read the same files
-    patience:float=600, # Seconds to wait where there is no server at all
-    tries:int=5, # How often a row is asked that a server fails to answer
+    media:str='data', # `'data'`: pictures are sent in the request; `'file'`: the servers read the same files
+    patience:float=600, # Seconds to wait if no server is there
+    tries:int=5, # How often a row is asked if servers fail to answer it
 )->dict: # For `run.json`
-    "What the worker needs to know of the servers."
+    "Return what the worker needs to know about the servers."
     urls = [base_url] if isinstance(base_url, str) else list(base_url)
     strange = [url for url in urls if not re.match(r'https?://[^/]', str(url))]
     if strange or not urls:
@@ -43,7 +43,7 @@ def answer_settings(
     recipe:dict, # The recipe
     row:int, # Number of the row, for its seed
 )->dict: # Part of a request
-    "How the model is to answer. Raises `ValueError` for what servers can't do."
+    "The settings for the model's answers. Raises `ValueError` for settings that servers don't support."
     if recipe.get('num_beams', 1) != 1:
         raise ValueError("Servers have no beam search: set num_beams to 1, or take engine 'hf'.")
     temperature, top_k = recipe.get('temperature', .95), recipe.get('top_k', 50)
@@ -65,7 +65,7 @@ def seen_picture(
     most:int=768*768, # `image_max_pixels`
     least:int=32*32, # `image_min_pixels`
 ): # A Pillow picture in RGB
-    "The picture as LLaMA-Factory hands it to the model's processor."
+    "The picture as LLaMA-Factory passes it to the model's processor."
     if im.width*im.height > most: im = _of_area(im, most)
     if im.width*im.height < least: im = _of_area(im, least)
     im = im.convert('RGB')
@@ -81,7 +81,7 @@ def _file_uri(path, kind, media):
     return Path(path).as_uri() if media == 'file' else _data_uri(kind, Path(path).read_bytes())
 
 def _is_plain(im):
-    "Whether any server sees in the file what Pillow sees in it."
+    "Whether every server sees the same picture in the file as Pillow."
     is_turned = im.getexif().get(0x0112, 1) not in (0, 1)  # its orientation
     return im.format in ('PNG', 'JPEG') and im.mode == 'RGB' and not is_turned
 
@@ -90,7 +90,7 @@ def picture_uri(
     recipe:dict, # The recipe: `image_max_pixels`, `image_min_pixels`
     media:str='data', # `'data'` or `'file'`
 )->str: # A `data:` or `file:` URI
-    "A picture as it goes into a request. Raises `FileNotFoundError`; `ValueError` for one that is broken."
+    "The URI of a picture for a request. Raises `FileNotFoundError`, and `ValueError` for a broken picture."
     from PIL import Image
     limits = recipe.get('image_max_pixels', 768*768), recipe.get('image_min_pixels', 32*32)
     if os.path.exists(path) and not os.path.isfile(path): raise ValueError(f'{path} is not a regular file.')
@@ -102,7 +102,7 @@ def picture_uri(
     except Exception as error: raise ValueError(f'{path} is no sound picture: {error}') from error
     if as_it_is: return _file_uri(path, f'image/{kind}', media)
     png, seen.info = io.BytesIO(), {}
-    seen.save(png, 'PNG', compress_level=1)  # the network is faster than a higher level
+    seen.save(png, 'PNG', compress_level=1)  # the network is faster than compressing at a higher level
     return _data_uri('image/png', png.getvalue())
 
 # %% ../nbs/08d_served.ipynb #53db096c
@@ -110,7 +110,7 @@ def clip_uri(
     path, # The clip, an absolute path
     media:str='data', # `'data'` or `'file'`
 )->str: # A `data:` or `file:` URI
-    "A clip as it goes into a request. Raises `ValueError` for a kind that servers don't take."
+    "The URI of a clip for a request. Raises `ValueError` for a kind of file that servers don't accept."
     if isinstance(path, list):
         raise ValueError("Frames can't be sent to a server as a clip: give a video file, or take engine 'hf'.")
     kind = Path(path).suffix.lower()[1:]
@@ -124,7 +124,7 @@ _system = 'You are a helpful assistant.'
 _tag = re.compile('(<image>|<video>)')
 
 def _content(text, pictures, clips):
-    "What a user says: its parts, or the text itself where it has no pictures."
+    "The content of a user's turn: its parts, or the text itself if it has no pictures."
     def part(piece):
         if piece == '<image>': return {'type': 'image_url', 'image_url': {'url': next(pictures)}}
         if piece == '<video>': return {'type': 'video_url', 'video_url': {'url': next(clips)}}
@@ -132,7 +132,7 @@ def _content(text, pictures, clips):
     return [part(piece) for piece in _tag.split(text) if piece] if _tag.search(text) else text
 
 def _check(row):
-    "Raise `ValueError` where a row can't be asked of a server."
+    "Raise `ValueError` if a row can't be sent to a server."
     turns = row['asked']['turns']
     if row['asked']['tools'] or any(role not in ('user', 'assistant') for role, _ in turns):
         raise ValueError("It has tools, which each server puts into the prompt in its own way: "
@@ -143,12 +143,12 @@ def _check(row):
         if n != m: raise ValueError(f'The user says {tag} {n} times, and the row has {m} of them.')
 
 def request(
-    row:dict, # A row that is asked
+    row:dict, # A row of `asked.jsonl`
     recipe:dict, # The recipe
-    model:str, # What the server calls the model
+    model:str, # Name of the model on the server
     media:str='data', # `'data'` or `'file'`
-)->dict: # For JSON
-    "A row as the server gets it. Raises what is wrong with the row or its pictures."
+)->dict: # To be sent as JSON
+    "The request that the server gets for a row. Raises an error if something is wrong with the row or its pictures."
     _check(row)
     pictures = (picture_uri(path, recipe, media) for path in row['images'])
     clips = (clip_uri(path, media) for path in row.get('videos', []))
@@ -159,11 +159,11 @@ def request(
     return {'model': model, 'messages': messages} | answer_settings(recipe, row['row'])
 
 # %% ../nbs/08d_served.ipynb #86746ee2
-class _Again(Exception): "A failure that may be over later: in so many seconds, says the second argument."
+class _Again(Exception): "A failure that may be over later; the second argument says in how many seconds."
 class _Away(Exception): "There is no server."
-class _AllFail(RuntimeError): "A failure that any row would meet with."
+class _AllFail(RuntimeError): "A failure that would occur for every row."
 
-_of_all_rows = (301, 302, 307, 308, 401, 403, 404, 405) # What a server says that would say it to any row
+_of_all_rows = (301, 302, 307, 308, 401, 403, 404, 405) # Status codes that a server would return for every row
 _cures = {401: 'Set the environment variable OPENAI_API_KEY to a key of this server.',
           403: 'Set the environment variable OPENAI_API_KEY to a key that may use this model.',
           404: "See that base_url is right (most end in /v1), and that model is a name that the server knows.",
@@ -172,7 +172,7 @@ _cures = {401: 'Set the environment variable OPENAI_API_KEY to a key of this ser
 _most_answer = 2**24 # Bytes
 
 async def _content_of(answer):
-    "The bytes of an answer that comes in, unpacked. Raises `ValueError` where it is too large."
+    "The unpacked bytes of an incoming answer. Raises `ValueError` if it is too large."
     packed, coding = bytearray(), answer.headers.get('content-encoding', 'identity').lower()
     too_large = ValueError(f'The answer is larger than {_most_answer:,} bytes.')
     async for part in answer.aiter_raw():
@@ -188,7 +188,7 @@ async def _content_of(answer):
     return found
 
 def _as_json(content):
-    "What an answer says, as JSON; `None` where it is none."
+    "The content of an answer, parsed as JSON; `None` if it is not JSON."
     try: return json.loads(content.decode())
     except (ValueError, RecursionError): return None
 
@@ -197,7 +197,7 @@ def _writable(text): return text.encode(errors='replace').decode()
 def _in_a_line(text): return ''.join(c if c.isprintable() else '�' for c in ' '.join(text.split()))
 
 def _told(answer, content):
-    "What a server says of a failure, in a line, without the key."
+    "What a server says about a failure, in one line and without the key."
     said = _as_json(content)
     for key in ('error', 'detail', 'message'):
         if isinstance(said, dict): said = said.get(key, said)
@@ -209,14 +209,14 @@ def _told(answer, content):
     return _in_a_line(f'{answer.status_code} {answer.reason_phrase[:100]}: {line[:300]} {cure}')
 
 def _seconds(answer):
-    "How long a server asks to be left alone, a minute at most."
+    "How many seconds the server asks to wait, at most a minute."
     try: return min(60., max(0., float(answer.headers.get('retry-after', 0)))) or 0.
     except ValueError: return 0.  # a date
 
 def _count(value): return value if type(value) is int and 0 <= value < 2**48 else None
 
 def _read(answer, content):
-    "The answer that a response holds, as it is written down."
+    "The answer that a response contains, as it is written."
     try:
         said = _as_json(content)
         choice, usage = said['choices'][0], said.get('usage')
@@ -225,7 +225,7 @@ def _read(answer, content):
         raise _Again(f'The answer is no chat completion: {_told(answer, content)}', 0) from None
     reason = _in_a_line(reason[:100]) if isinstance(reason, str) else None
     if not isinstance(text, str): raise ValueError(f'The answer has no text (finish_reason {reason!r}).')
-    if reason == 'stop': text = text.removesuffix('<|im_end|>')  # LLaMA-Factory's server, where it keeps special tokens
+    if reason == 'stop': text = text.removesuffix('<|im_end|>')  # from LLaMA-Factory's server, if it keeps special tokens
     usage = usage if isinstance(usage, dict) else {}
     counts = {'prompt_tokens': _count(usage.get('prompt_tokens')), 'tokens': _count(usage.get('completion_tokens'))}
     return {'predict': _writable(text), 'finish_reason': reason} | counts | {'engine': 'openai'}
@@ -235,14 +235,14 @@ def _read(answer, content):
 def pause(
     n:int, # How often it has failed
 )->float: # Seconds
-    "How long to wait: twice as long each time, ten seconds at most."
+    "How long to wait: twice as long each time, at most ten seconds."
     return min(10, 2**n/2)*random.uniform(.5, 1)
 
 # %% ../nbs/08d_served.ipynb #5a1da695
 _to_connect = 10 # Seconds
 
 def _client(url):
-    "A client of a server."
+    "An HTTP client for a server."
     import httpx
     key, here = os.environ.get('OPENAI_API_KEY', '').strip(), ('127.0.0.1', 'localhost', '[::1]')
     headers = {'Content-Type': 'application/json', 'Accept-Encoding': 'identity'} | ({'Authorization': f'Bearer {key}'} if key else {})
@@ -265,22 +265,22 @@ class Server:
     def _is_gone(self, error):
         now = time.monotonic()
         if not self.error: print(f'{self.url} is not there: {error}', file=sys.stderr, flush=True)
-        if not self.error or self.is_probed:  # not for each of those who were on their way
+        if not self.error or self.is_probed:  # counts once, not for each request that was on its way
             self.failures += 1
             self.until = now + pause(self.failures)
         self.error, self.since, self.is_probed = error, self.since or now, False
 
     def away(self)->float: # Seconds
-        "How long it has not been there."
+        "How long the server has not been there."
         return time.monotonic() - self.since if self.error else 0.
 
     async def is_due(self):
-        "Wait until it may be asked."
+        "Wait until the server may be asked."
         while (left := self.until - time.monotonic()) > 0: await asyncio.sleep(min(left, .5))
         if self.error: self.is_probed, self.until = True, time.monotonic() + _to_connect + 1
 
     async def send(self, *request, **content):
-        "A request: response and content. Raises `_Again`, `_Away`, `ValueError` for it alone, `_AllFail` where all would fail."
+        "Send a request; returns the response and its content. Raises `_Again`, `_Away`, `ValueError` if only this request fails, and `_AllFail` if all would fail."
         import httpx
         late = f'No answer within {self.timeout:g} s. Lower concurrency, or raise timeout.'
         try:
@@ -300,9 +300,9 @@ class Server:
         raise ValueError(told)
 
     async def ask(self,
-        body:bytes, # Of the request
+        body:bytes, # Body of the request
     )->dict: # `predict`, `finish_reason`, `prompt_tokens`, `tokens`, `engine`
-        "The answer to a row; raises what `send` does."
+        "The answer to a row. Raises the same exceptions as `send`."
         found = _read(*await self.send('POST', 'chat/completions', content=body))
         self.is_good = True
         return found
@@ -312,7 +312,7 @@ def _failed(error): return {'predict': None, 'finish_reason': None, 'engine': 'o
 
 @dataclass(order=True)
 class _Question:
-    "A row that waits for a server; those before it in the data set come first."
+    "A row that waits for a server; rows that come earlier in the data set are asked first."
     row:int
     told:dict = field(compare=False)
     body:bytes = field(compare=False)
@@ -328,12 +328,12 @@ _most_lost = 50 # Rows that may be given up before one is answered
 class Asking:
     "The rows on their way to the servers and back."
     def __init__(self,
-        rows, # `Asked`: the rows
-        todo, # Numbers of those that have no answer
-        prepare, # From a row to the body of its request
+        rows, # The rows, an `Asked`
+        todo, # Numbers of the rows without an answer
+        prepare, # Function that returns the body of the request for a row
         servers:list, # `Server`s
-        options:dict, # As `server_options` gives them
-        write, # What writes a list of rows down
+        options:dict, # As returned by `server_options`
+        write, # Function that writes a list of rows
     ):
         self.rows, self.todo, self.left, self.prepare = rows, iter(todo), len(todo), prepare
         self.servers, self.options, self.write, self.came, self.lost = servers, options, write, [], 0
@@ -359,7 +359,7 @@ class Asking:
             else: self._finish(made)
 
     def _again(self, question, error, seconds):
-        "Put a row back into the queue, later; or let it be."
+        "Put a row back into the queue after a while, or give it up."
         question.tries += 1
         if question.tries < self.options['tries']:
             later = max(seconds, pause(question.tries))
@@ -367,20 +367,20 @@ class Asking:
         else: self._let_be(question, f'{error} (asked {question.tries} times)')
 
     def _let_be(self, question, error):
-        "Give a row up. Raises `RuntimeError` where all rows are given up."
+        "Give up a row. Raises `RuntimeError` if too many rows were given up and none was answered."
         self._finish(question.told | _failed(error))
         self.lost += 1
         if self.lost >= _most_lost and not any(server.is_good for server in self.servers):
             raise RuntimeError(f'{self.lost} rows were given up and none was answered, the last for this: {error}')
 
     def _later(self, question):
-        "Put a row back for which there is no server; raise `RuntimeError` where there was none for too long."
+        "Put back a row for which there is no server. Raises `RuntimeError` if there was no server for too long."
         self.queue.put_nowait(question)
         if all(server.away() > self.options['patience'] for server in self.servers):
             _give_up({server.url: server.error for server in self.servers}, self.options['patience'])
 
     async def _carry(self, server):
-        "Take requests to a server, one after the other."
+        "Send requests to a server, one after the other."
         failures = 0
         while True:
             await server.is_due()
@@ -394,7 +394,7 @@ class Asking:
                 await asyncio.sleep(max(error.args[1], pause(failures)))
                 continue
             except ValueError as error: self._finish(question.told | _failed(str(error)))
-            except Exception as error:  # whatever an answer brings about is its row's fault alone
+            except Exception as error:  # an error that an answer causes only concerns its row
                 self._let_be(question, f'{type(error).__name__} at the answer: {_in_a_line(str(error)[:300])}')
             failures = 0
 
@@ -403,7 +403,7 @@ class Asking:
         self.came.clear()
 
     async def run(self):
-        "Ask until every row has its answer or its error. What came in is written, whatever ends it."
+        "Ask until every row has an answer or an error. The answers that have arrived are written even if an exception ends the work."
         makers = [self._make() for _ in range(min(8, len(os.sched_getaffinity(0))))]
         carriers = [self._carry(server) for server in self.servers for _ in range(self.options['concurrency'])]
         tasks = [asyncio.create_task(task) for task in makers + carriers]
@@ -418,7 +418,7 @@ class Asking:
 
 # %% ../nbs/08d_served.ipynb #61817524
 def _first_name(content, url):
-    "The first model of a list. Raises `RuntimeError` where it names none."
+    "The first model in a list. Raises `RuntimeError` if it names none."
     with suppress(LookupError, TypeError):
         name = _as_json(content)['data'][0]['id']
         if isinstance(name, str) and name == _writable(name): return name
@@ -426,9 +426,9 @@ def _first_name(content, url):
 
 async def model_name(
     servers:list, # `Server`s
-    patience:float, # Seconds to wait where none is there
-)->str: # What they call the model
-    "The first model that the first server names which is there."
+    patience:float, # Seconds to wait if no server is there
+)->str: # Name of the model on the servers
+    "The first model that is listed by the first server that is there."
     began, said = time.monotonic(), {}
     while True:
         for server in servers:
@@ -443,13 +443,13 @@ async def model_name(
 def work(
     folder:Path, # The run's folder
 ):
-    "Answer what is missing in a folder."
+    "Answer the missing rows in a folder."
     import yaml
     recipe, run = yaml.safe_load(read_text(folder/'recipe.yaml')), read_json(folder/'run.json')
     options, engine = server_options(**run['options'] | hidden.given('options')), {'engine': run.get('engine', 'openai')}
     if recipe.get('template') != 'qwen2_vl':
         raise ValueError(f"The template is {recipe.get('template')!r}; servers are asked as qwen2_vl has it.")
-    answer_settings(recipe, 0)  # what no server can do is no row's fault
+    answer_settings(recipe, 0)  # a setting that no server supports is not an error of a row
     rows, file = Asked(folder/'asked.jsonl'), Answers(folder/'predictions.jsonl')
     todo = read_json(folder/'missing.json', list)
 
@@ -467,5 +467,5 @@ def work(
 
 # %% ../nbs/08d_served.ipynb #4a93d825
 def main():
-    "What is started as the worker that asks servers."
+    "The entry point of the worker that asks servers."
     worker.main(work, 0)

@@ -20,14 +20,14 @@ from .stack import as_text
 # %% ../nbs/10a_show.ipynb #6d3da992
 _cjk = '\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af'
 _pieces = re.compile(f'[^\\W_{_cjk}]+|.', re.DOTALL)
-_most_pairs = 160_000 # Of pieces; comparing more may take seconds a page
+_most_pairs = 160_000 # Pairs of pieces; comparing more may take seconds per page
 
 _marks = {'missing': ('background:rgba(86,180,233,.25);border-bottom:2px dashed #2b8cc4', 'not in the answer'),
           'extra': ('background:rgba(230,120,0,.25);border-bottom:2px solid #d9730d;font-weight:bold',
                     'not in the label')}
 
 def _differences(a, b):
-    "Where two lists differ, as `difflib` says it."
+    "Where two lists differ, as opcodes of `difflib`."
     if len(a)*len(b) <= _most_pairs: return SequenceMatcher(str.isspace, a, b, autojunk=False).get_opcodes()
     same = len(os.path.commonprefix([a, b]))
     return [('equal', 0, same, 0, same), ('replace', same, len(a), same, len(b))]
@@ -39,7 +39,7 @@ def _escaped(pieces, mark=None):
     return f'<mark title="{title}" style="color:inherit;{style}">{text}</mark>'
 
 def _marked_texts(label, answer):
-    "Label and answer as HTML, what differs marked in each."
+    "Label and answer as HTML, with the differences marked in each."
     a, b = _pieces.findall(label), _pieces.findall(answer)
     found = [(how != 'equal', a[i:j], b[k:l]) for how,i,j,k,l in _differences(a, b)]
     return (''.join(_escaped(part, 'missing' if differs else None) for differs,part,_ in found),
@@ -56,7 +56,7 @@ def _kind(row):
     return 'right' if is_right(row) else 'wrong'
 
 def _lines(row):
-    "What is said of a row: names and texts."
+    "The texts that are shown for a row, by name."
     lines = {'prompt': without_tags(row.get('prompt') or '').strip(), 'label': row.get('label'),
              'answer': row['predict'], 'error': row.get('error')}
     return {name: text.strip() for name,text in lines.items() if text is not None}
@@ -64,24 +64,24 @@ def _lines(row):
 def _media(row): return (row.get('images') or []) + (row.get('videos') or [])
 
 def _changed(path):
-    "When a file was changed, or the newest of several."
+    "When a file, or the newest of several files, was last changed."
     try: return max(os.stat(p).st_mtime_ns for p in ([path] if isinstance(path, str) else path))
     except (OSError, ValueError): return None
 
 def _not_a_file(path):
-    "Which of some paths is no regular file of this machine, in words; empty if all are."
+    "Which of the paths is not a regular file on this machine, in words; empty if all are."
     other = next((p for p in ([path] if isinstance(path, str) else path) if not os.path.isfile(p)), None)
     if other is None: return ''
     return f'{other}: {"not a regular file" if os.path.exists(other) else "FileNotFoundError"}'
 
 @lru_cache(maxsize=2000)
 def _kept_picture(path, changed):
-    wrong = _not_a_file(path)  # such as an address, a FIFO or a device, which nobody should open only by looking
+    wrong = _not_a_file(path)  # such as an address, a FIFO or a device, which must not be opened just by viewing a card
     if wrong: return div('padding:2em 1em;border:1px dashed', html.escape(wrong))
     return picture_html(list(path) if isinstance(path, tuple) else path)
 
 def _picture(path):
-    "A picture or clip as HTML, made once as long as the file is the same."
+    "A picture or clip as HTML, made only once as long as the file does not change."
     path = tuple(path) if isinstance(path, list) else str(path)
     return _kept_picture(path, _changed(path))
 
@@ -91,7 +91,7 @@ def _text_html(name, text):
                 f'<div class="t" style="{style}">{text}</div>')
 
 def _card_html(row):
-    "A row as HTML: pictures, what became of it, and what was said."
+    "A row as HTML: its pictures, what became of it, and its texts."
     lines, (said, colour) = _lines(row), _says[_kind(row)]
     shown = {name: html.escape(text) for name,text in lines.items()}
     if _kind(row) == 'wrong': shown['label'], shown['answer'] = _marked_texts(lines['label'], lines['answer'])
@@ -108,7 +108,7 @@ def _grid(columns):
             f'max-width:{columns*250}px')
 
 # %% ../nbs/10a_show.ipynb #21451071
-_most_in_file = 5000 # Rows; a browser opens no larger file with pleasure
+_most_in_file = 5000 # Rows; browsers are slow to open larger files
 
 _file_head = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -170,7 +170,7 @@ def _in_file(row):
 _formula = re.compile(r'[=@＝＠\t\r]|[+＋\-－](?![\d.]+$)')
 
 def _cell(value):
-    "A value of a row as one cell: lists of paths one a line, what else is nested as JSON."
+    "A value of a row as one cell: lists of paths with one path per line, other nested values as JSON."
     if isinstance(value, float) and not math.isfinite(value): return None
     if isinstance(value, list) and all(isinstance(v, str) for v in value): return '\n'.join(value)
     if isinstance(value, (list, dict)): return json.dumps(value, ensure_ascii=False)
@@ -178,7 +178,7 @@ def _cell(value):
     return value if value is None or isinstance(value, (str, int, float)) else str(value)
 
 def _cells(rows):
-    "The rows as a table: names of the columns, then a list for each row."
+    "The rows as a table: first the names of the columns, then a list for each row."
     rows = [{'id': row.get('id'), 'result': _kind(row)} | {k: _cell(v) for k,v in row.items()} for row in rows]
     columns = list(dict.fromkeys(k for row in rows for k in row))
     return [columns, *([row.get(c) for c in columns] for row in rows)]
@@ -186,7 +186,7 @@ def _cells(rows):
 def _harmless(value): return "'" + value if isinstance(value, str) and _formula.match(value) else value
 
 def _write_excel(file, table):
-    "Write a workbook, texts as texts, whatever they begin with."
+    "Write a workbook; texts are stored as text, whatever they begin with."
     from openpyxl import Workbook
     from openpyxl.cell import WriteOnlyCell
     from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
@@ -212,10 +212,10 @@ def _title(kinds):
     return ', '.join([f'{kinds["wrong"] + kinds["failed"]} of {kinds.total()} wrong', *more])
 
 class PredictionView(VBox):
-    "Predictions to page through, filter and search; `.rows` are those that filter and search have left."
+    "Predictions to page through, filter and search; `.rows` are those that match filter and search."
     def __init__(self,
         rows:list, # Predictions
-        show:str='all', # Filter to begin with: `'all'`, `'wrong'`, `'right'`, `'failed'` or `'no label'`
+        show:str='all', # Initial filter: `'all'`, `'wrong'`, `'right'`, `'failed'` or `'no label'`
         n:int=8, # Cards on a page
         columns:int=4, # Cards side by side
     ):
@@ -244,13 +244,13 @@ class PredictionView(VBox):
 
     @cached_property
     def _texts(self):
-        "What is searched, in small letters."
+        "The texts that are searched, in lower case."
         keys = ('id', 'prompt', 'label', 'predict')
         said = lambda row: (str(row[k]) for k in keys if row.get(k) is not None)
         return ['\n'.join(said(row)).lower() for row in self._given]
 
     def _select(self):
-        "Find the rows that filter and search leave, and show the first of them."
+        "Find the rows that match filter and search, and show the first of them."
         kinds, text = _choices[self._filter.value], self._search.value.strip().lower()
         found = [text in said for said in self._texts] if text else [True]*len(self._given)
         self.rows = [row for row,kind,has in zip(self._given, self._kinds, found) if has and kind in kinds]
@@ -269,7 +269,7 @@ class PredictionView(VBox):
         return as_text(div(_grid(self._columns), ''.join(div(_frame, _card_html(row)) for row in self._seen())))
 
     def _draw(self):
-        "Make the page that is seen."
+        "Render the visible page."
         self._at.value, self._cards.value = html.escape(self._where()), self._grid_html()
         self._back.disabled, self._next.disabled = self._page.value == 1, self._page.value == self._page.max
 
@@ -281,13 +281,13 @@ class PredictionView(VBox):
         return '\n'.join([self._headline(), *(card_text(_media(row), text(row)) for row in self._seen())])
 
     def _repr_mimebundle_(self, **kwargs):
-        # a front end without widgets takes the page, one without HTML the text
+        # a front end without widgets shows the page, and one without HTML shows the text
         return super()._repr_mimebundle_(**kwargs) | {'text/html': self._repr_html_(), 'text/plain': repr(self)}
 
     def to_html(self,
         path, # File to write
     ):
-        "Write the rows that are left as one HTML file, thumbnails and all; some 5 to 15 kB a picture."
+        "Write the rows that match filter and search as one HTML file, including thumbnails; about 5 to 15 kB per picture."
         if len(self.rows) > _most_in_file:
             raise ValueError(f'{len(self.rows):,} rows are too many for one file, which a browser must open: '
                              f'filter, search, or show a part, at most {_most_in_file:,}.')
@@ -303,7 +303,7 @@ class PredictionView(VBox):
     def to_csv(self,
         path, # File to write
     ):
-        "Write the rows that are left as CSV that Excel opens, Chinese too."
+        "Write the rows that match filter and search as CSV that Excel opens correctly, including Chinese text."
         with whole_file(path) as f:
             f.write('\ufeff')
             writer = csv.writer(f, lineterminator='\n')
@@ -312,14 +312,14 @@ class PredictionView(VBox):
     def to_excel(self,
         path, # File to write, .xlsx
     ):
-        "Write the rows that are left as a workbook."
+        "Write the rows that match filter and search as a workbook."
         with whole_file(path, 'wb') as f: _write_excel(f, _cells(self.rows))
 
 def show_predictions(
     predictions, # `Predictions`, or any sequence of their rows
-    wrong:bool=False, # Begin with those that are not exactly right
+    wrong:bool=False, # Start with the rows that are not exactly right
     n:int=8, # Cards on a page
     columns:int=4, # Cards side by side
-)->PredictionView: # The widget; as the last line of a cell it is shown
-    "Look at predictions: pictures with prompt, label and answer, what differs marked."
+)->PredictionView: # The widget; it is shown if it is the last line of a cell
+    "Show predictions: pictures with prompt, label and answer, with the differences marked."
     return PredictionView(checked_rows(predictions), 'wrong' if wrong else 'all', n, columns)

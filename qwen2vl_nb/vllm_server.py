@@ -19,7 +19,7 @@ from .memory import GiB, model_config, predict_memory
 def vllm_version(
     python, # Interpreter of the environment with vLLM
 )->str: # Its version
-    "The vLLM of an environment. Raises `ValueError` where there is none."
+    "The version of vLLM in an environment. Raises `ValueError` if there is none."
     if not shutil.which(python):
         raise ValueError(f'python={os.fspath(python)!r} is no interpreter: '
                          'give that of an environment with vLLM, such as /env/bin/python.')
@@ -41,8 +41,8 @@ def _question(sample):
 def data_needs(
     recipe:dict, # A prediction recipe
     samples:list, # What is asked
-)->dict: # At most in a row: tokens of `prompt`, of `media`, in all (`max_model_len`); `images`, `videos`
-    "How long the rows are, and how many pictures and clips they have. A row that can't be read has no say."
+)->dict: # Maximum for a row: tokens of the `prompt`, of its `media`, and of prompt and answer (`max_model_len`); numbers of `images` and `videos`
+    "How long the rows are, and how many pictures and clips they have. A row that can't be read does not count towards the length."
     limits = {k: recipe[k] for k in pixel_limits if k in recipe}
     tokens = count_tokens(list(map(_question, samples)), recipe['model_name_or_path'], **limits).dropna()
     most = lambda key: max((len(as_list(s.get(key))) for s in samples), default=0)
@@ -66,7 +66,7 @@ def _has_vision(adapter):
 def adapter_options(
     adapter, # Folder of an adapter
 )->list: # Arguments
-    "How the adapter is passed to the server. Raises `ValueError` for a rank that vLLM does not take."
+    "How the adapter is passed to the server. Raises `ValueError` for a rank that vLLM does not support."
     adapter = os.path.abspath(adapter)
     config = json.loads((Path(adapter)/'adapter_config.json').read_text(encoding='utf-8'))
     rank = max([config['r'], *(config.get('rank_pattern') or {}).values()])
@@ -79,13 +79,13 @@ def adapter_options(
             *['--enable-tower-connector-lora']*_has_vision(adapter)]
 
 # %% ../nbs/08e_vllm.ipynb #ed7f6093
-_context, _trial = 1.5*GiB, 4*GiB # what each GPU needs beside the model: at least, and for all that vLLM tries
+_context, _trial = 1.5*GiB, 4*GiB # what each GPU needs in addition to the model: the minimum, and the amount for everything that vLLM tries
 
 def _is_float32(config): return (config.get('dtype') or config.get('torch_dtype')) == 'float32'
 
 def cache_size(
-    config:dict, # A Qwen2-VL's `config.json`
-    tokens:int, # How many tokens it is to hold
+    config:dict, # The `config.json` of a Qwen2-VL model
+    tokens:int, # Number of tokens that the cache must hold
 )->int: # Bytes
     "The size of the keys and values of tokens."
     text = config.get('text_config', config)
@@ -94,10 +94,10 @@ def cache_size(
 
 def memory_needs(
     recipe:dict, # A prediction recipe
-    needs:dict, # As `data_needs` gives it
+    needs:dict, # As returned by `data_needs`
     concurrency:int=16, # Rows that are asked at a time
-)->tuple: # Bytes: the least, and what is of use
-    "What a server needs of its GPUs together, what each needs beside it apart."
+)->tuple: # Bytes: the minimum, and the amount that is useful
+    "What a server needs on all of its GPUs together, without what each GPU needs in addition."
     sample = {'tokens': max(needs['prompt'], 8), 'pictures': [needs['media']]*bool(needs['media'])}
     alone = {k: v for k, v in recipe.items() if k != 'deepspeed'} | {'per_device_eval_batch_size': 1}
     one, config = predict_memory(alone, sample=sample).tensors, model_config(recipe['model_name_or_path'])
@@ -106,10 +106,10 @@ def memory_needs(
 
 def gpus_per_server(
     recipe:dict, # A prediction recipe
-    least:int, # Bytes that a server needs, as `memory_needs` gives them
+    least:int, # Bytes that a server needs, as returned by `memory_needs`
     gpus:list, # GPUs as dicts: `total` and `free` bytes
 )->int:
-    "Over how many GPUs the model must be spread. Raises `ValueError` where all of them are too small."
+    "The number of GPUs over which the model must be spread. Raises `ValueError` if they are too small."
     config = model_config(recipe['model_name_or_path'])
     text, free = config.get('text_config', config), min(g['free'] for g in gpus)
     heads, keys = text['num_attention_heads'], text['num_key_value_heads']
@@ -120,10 +120,10 @@ def gpus_per_server(
                      f'that divides its {heads} heads; {free/GiB:.1f} GiB are free on each of {len(gpus)}.')
 
 # %% ../nbs/08e_vllm.ipynb #fed70063
-_template = 'chat_template.jinja' # in the run's folder, where servers are started
+_template = 'chat_template.jinja' # in the run's folder, in which the servers are started
 
 def _check(recipe):
-    "Raise `ValueError` for what vLLM would do in another way, or not at all."
+    "Raise `ValueError` for settings that vLLM would handle differently or not at all."
     if recipe.get('quantization_bit'):
         raise ValueError('vLLM does not quantise as LLaMA-Factory does: '
                          "take quantization_bit out, or take engine 'hf'.")
@@ -133,14 +133,14 @@ def _check(recipe):
 def vllm_command(
     python, # Interpreter of the environment with vLLM
     recipe:dict, # A prediction recipe
-    needs:dict, # As `data_needs` gives it
+    needs:dict, # As returned by `data_needs`
     port:int, # Port on this machine
-    gpus:int=0, # GPUs of this server; 0: the CPU build
+    gpus:int=0, # Number of GPUs of this server; 0: the CPU build
     share:float=None, # Share of each GPU's memory
-    media:str='data', # `'file'`: it may read the same files
+    media:str='data', # `'file'`: the server may read the same files
     concurrency:int=16, # Rows that are asked at a time
 )->list:
-    "The command of a server. Raises `ValueError` for what vLLM can't do."
+    "The command that starts a server. Raises `ValueError` for settings that vLLM does not support."
     _check(recipe)
     model, adapter = os.path.abspath(recipe['model_name_or_path']), recipe.get('adapter_name_or_path')
     options = {
@@ -158,22 +158,22 @@ def vllm_command(
             *(adapter_options(adapter) if adapter else [])]
 
 # %% ../nbs/08e_vllm.ipynb #b84033d0
-# The last: its sums over GPUs can't share memory in segments (vLLM's issue 42609), which a run of several ranks asks for
+# The last variable: vLLM's sums over GPUs can't share memory in expandable segments (vLLM's issue 42609), which a run with several ranks asks for
 _own = {'HF_HUB_OFFLINE': '1', 'VLLM_NO_USAGE_STATS': '1', 'DO_NOT_TRACK': '1', 'VLLM_API_KEY': '',
         'PYTORCH_CUDA_ALLOC_CONF': 'expandable_segments:False'}
 
 def _free_ports(n):
-    "Ports on which nobody listens."
+    "Ports on which nothing listens."
     with ExitStack() as stack:
         return [stack.enter_context(socket.create_server(('127.0.0.1', 0))).getsockname()[1] for _ in range(n)]
 
 def _on_cpu(recipe, needs, concurrency):
-    "The server where there is no GPU: its environment, and arguments for `vllm_command`."
+    "The server if there is no GPU: its environment, and arguments for `vllm_command`."
     cache = cache_size(model_config(recipe['model_name_or_path']), needs['max_model_len']*concurrency)
     return [({'VLLM_CPU_KVCACHE_SPACE': str(math.ceil(cache/GiB))}, {})]
 
 def _on_gpus(recipe, needs, gpus, concurrency):
-    "Servers on GPUs, likewise."
+    "The servers on GPUs, in the same form."
     least, useful = memory_needs(recipe, needs, concurrency)
     n = gpus_per_server(recipe, least, gpus)
     def one(start):
@@ -183,14 +183,14 @@ def _on_gpus(recipe, needs, gpus, concurrency):
     return [one(start) for start in range(0, len(gpus) - n + 1, n)]
 
 def vllm_servers(
-    recipe:dict, # A prediction recipe; in its `output_dir` the template is written
+    recipe:dict, # A prediction recipe; the template is written to its `output_dir`
     samples:list, # What is asked
     python, # Interpreter of the environment with vLLM
-    gpus:list, # GPUs as dicts, as in `run.json`; none: the CPU build
+    gpus:list, # GPUs as dicts, as in `run.json`; if there are none, the CPU build is used
     media:str='data', # `'file'`: the servers may read the same files
-    concurrency:int=16, # Rows that each is asked at a time
-)->list: # For `servers` in `run.json`: dicts; what `model` says is what each is to be asked for
-    "The servers of a prediction. Raises `ValueError` for what can't be started."
+    concurrency:int=16, # Number of rows that each server is asked at a time
+)->list: # Dicts for `servers` in `run.json`; `model` is the name of the model that requests to the server must give
+    "Describe the servers of a prediction. Raises `ValueError` for servers that can't be started."
     vllm_version(python)
     needs = data_needs(recipe, samples)
     servers = _on_gpus(recipe, needs, gpus, concurrency) if gpus else _on_cpu(recipe, needs, concurrency)

@@ -7,7 +7,7 @@ __all__ = ['follow_schedule', 'step_callback', 'describe_failure', 'blocking', '
            'locking_until_its_end', 'renaming_weights', 'go_on', 'work', 'main']
 
 # %% ../nbs/07b_worker.ipynb #c7dec335
-import gc, os, re, time, traceback
+import gc, importlib, logging, os, re, time, traceback
 from contextlib import suppress
 from pathlib import Path
 from .agent import listen_locally
@@ -271,6 +271,11 @@ def _clean(told):
     "What was raised, as it may be written down: without passwords in addresses, and in UTF-8, which a file's name need not be."
     return {k: mask(v.encode(errors='backslashreplace').decode()) if isinstance(v, str) else v for k,v in told.items()}
 
+def _show_downloads():
+    "Have huggingface_hub write the progress of a download to the log; by itself it shows it in a terminal only."
+    bars = importlib.import_module('huggingface_hub.utils.tqdm')
+    bars.is_tqdm_disabled = lambda log_level: log_level == logging.NOTSET  # HF_HUB_DISABLE_PROGRESS_BARS still counts
+
 def main(
     work=work, # What is to be done, given the run's folder
     rank:int=None, # Number of this process among those of the run; `None`: torchrun's
@@ -280,7 +285,9 @@ def main(
     told = folder/f'failure-{rank}.json'
     told.unlink(missing_ok=True)  # of ranks that were started before these
     room = reserve(told, _room)
-    try: work(folder)
+    try:
+        _show_downloads()
+        work(folder)
     except BaseException as error:
         with suppress(OSError):  # the folder may be gone
             room.unlink()

@@ -2,10 +2,11 @@
 import hashlib, json
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 
 import pytest
 
+from conftest import PATIENCE, until
 from qwen2vl_nb.checks import hub_findings
 from qwen2vl_nb.run import launch
 
@@ -13,8 +14,9 @@ COMMIT = '0123456789abcdef0123456789abcdef01234567'
 
 @pytest.fixture
 def hub(tiny, tmp_path):
-    "A hub with one model, `me/tiny`: its address, what it was asked, and how to end it."
-    asked = []
+    "A hub with one model, `me/tiny`: its address, what it was asked, how to end it, and the event after which it sends the weights."
+    asked, sent = [], Event()
+    sent.set()
     class Hub(BaseHTTPRequestHandler):
         protocol_version = 'HTTP/1.1'
         def log_message(self, *args): pass
@@ -22,7 +24,9 @@ def hub(tiny, tmp_path):
             self.send_response(status)
             for name, value in {'Content-Length': len(body), 'X-Repo-Commit': COMMIT, **headers}.items(): self.send_header(name.replace('_', '-'), str(value))
             self.end_headers()
-            if self.command == 'GET': self.wfile.write(body)
+            if self.command != 'GET': return
+            if self.path.endswith('.safetensors'): sent.wait(PATIENCE)
+            self.wfile.write(body)
         def do_GET(self):
             asked.append(f'{self.command} {self.path}')
             parts = self.path.partition('?')[0].strip('/').split('/')
@@ -43,13 +47,18 @@ def hub(tiny, tmp_path):
     def close():
         server.shutdown()
         server.server_close()
-    yield {'HF_ENDPOINT': f'http://127.0.0.1:{server.server_port}', 'HF_HOME': str(tmp_path/'hf'), 'HF_HUB_OFFLINE': '0', 'HF_HUB_DISABLE_XET': '1'}, asked, close
+    yield {'HF_ENDPOINT': f'http://127.0.0.1:{server.server_port}', 'HF_HOME': str(tmp_path/'hf'), 'HF_HUB_OFFLINE': '0', 'HF_HUB_DISABLE_XET': '1'}, asked, close, sent
     close()
 
 def test_a_model_is_trained_from_the_hub_and_later_from_its_cache(hub, few_steps):
-    env, asked, close = hub
+    env, asked, close, sent = hub
+    sent.clear()
     recipe = few_steps(model_name_or_path='me/tiny', max_steps=1, save_strategy='no')
-    assert launch(recipe, env=env).wait().status == 'done'
+    run = launch(recipe, env=env)
+    until(lambda: 'model.safetensors: 0 %' in str(run.progress) or not run.is_running)
+    assert run.is_running, run.failure
+    sent.set()
+    assert run.wait().status == 'done'
     assert 'GET /me/tiny/resolve/main/model.safetensors' in ' '.join(asked) or f'GET /me/tiny/resolve/{COMMIT}/model.safetensors' in ' '.join(asked)
     before = len(asked)
     close()

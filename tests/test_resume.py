@@ -18,7 +18,9 @@ KINDS = {'lora': {}, 'full': {}, 'freeze': dict(freeze_trainable_layers=1)}
 
 @pytest.fixture(scope='module')
 def in_fp32(tiny, tmp_path_factory):
-    "The model with its weights in fp32: LLaMA-Factory leaves what is frozen in bf16, and without autocast that fits nothing in fp32."
+    """The model with its weights in fp32. With `freeze`, LLaMA-Factory leaves what is frozen in bf16, and without autocast that fits nothing in fp32.
+    With offload, DeepSpeed's CPU Adam keeps the powers of its betas as a running product, which a resumed run computes by `pow`: their last bits
+    differ, and in bf16 that grows to 0.01 of loss within ten steps."""
     from safetensors.torch import load_file, save_file
     model = Path(shutil.copytree(tiny, tmp_path_factory.mktemp('model')/'fp32'))
     save_file({k: v.float() for k, v in load_file(model/'model.safetensors').items()}, model/'model.safetensors', {'format': 'pt'})
@@ -30,7 +32,7 @@ def recipe(tiny, in_fp32, data):
     from qwen2vl_nb.recipe import train_recipe
     def make(output_dir, zero=None, kind='lora', **changes):
         where = dict(deepspeed=zero_config(zero)) if zero else dict(use_cpu=True)
-        return train_recipe(in_fp32 if kind == 'freeze' else tiny, 'car_item', output_dir, **dict(dataset_dir=str(data), finetuning_type=kind, max_steps=STEPS, max_samples=16, logging_steps=1, save_steps=3,
+        return train_recipe(in_fp32 if kind == 'freeze' or zero and 'offload' in zero else tiny, 'car_item', output_dir, **dict(dataset_dir=str(data), finetuning_type=kind, max_steps=STEPS, max_samples=16, logging_steps=1, save_steps=3,
             save_total_limit=3, bf16=None, gradient_accumulation_steps=1, preprocessing_num_workers=None, learning_rate=1e-3, plot_loss=None) | KINDS[kind] | where | changes)
     return make
 
@@ -94,13 +96,13 @@ def test_each_config_once(zero, ranks, kind, recipe, tmp_path):
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('ranks', [1, 2])
 @pytest.mark.parametrize('zero', [None, 'z0', 'z2', 'z2_offload', 'z3', 'z3_offload'])
-def test_every_config_stopped_and_killed(zero, ranks, kind, recipe, reference, tiny, data, tmp_path):
+def test_every_config_stopped_and_killed(zero, ranks, kind, recipe, reference, data, tmp_path):
     expected = reference(zero, ranks, kind)
     run = launch(recipe(tmp_path/'run', zero, kind), nproc=ranks)
     _through(run, ranks, expected, ['stop', 'kill'])
-    _used(run, kind, tiny, data, tmp_path)
+    _used(run, kind, data, tmp_path)
 
-def _used(run, kind, tiny, data, tmp_path):
+def _used(run, kind, data, tmp_path):
     "What the README does with a run that has ended: it is looked at, predicts, and becomes a model."
     from qwen2vl_nb.predict import predict
     from qwen2vl_nb.recipe import predict_recipe
@@ -108,7 +110,7 @@ def _used(run, kind, tiny, data, tmp_path):
     watch_loss(run)
     asking = dict(dataset_dir=str(data), use_cpu=True, preprocessing_num_workers=None, max_samples=4, max_new_tokens=8)
     def answers(name, model, **given): return [row['predict'] for row in predict(predict_recipe(model, 'car_item_test', tmp_path/name, **asking | given))]
-    if kind == 'lora': assert answers('adapter', tiny, adapter=run) == answers('merged', export(run, tmp_path/'merged'))
+    if kind == 'lora': assert answers('adapter', run.recipe['model_name_or_path'], adapter=run) == answers('merged', export(run, tmp_path/'merged'))
     else:
         assert len(answers('whole', run)) == 4
         with pytest.raises(FileNotFoundError, match='give its folder as the model'): export(run, tmp_path/'merged')
