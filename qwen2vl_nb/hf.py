@@ -255,6 +255,7 @@ def work(
     if run['gpus'] and not torch.cuda.is_available():
         raise RuntimeError(f'The driver shows {len(run["gpus"])} GPU(s), and torch {torch.__version__} can use none: '
                            'install its build for the CUDA version of this driver.')
+    worker.show_downloads()
     prompts, args, tokenizer = load_prompts(recipe, rows)
     gc.freeze()
     gc.enable()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['follow_schedule', 'step_callback', 'describe_failure', 'blocking', 'saving_bf16', 'keeping_epoch',
-           'locking_until_its_end', 'renaming_weights', 'go_on', 'work', 'main']
+           'locking_until_its_end', 'renaming_weights', 'show_downloads', 'go_on', 'work', 'main']
 
 # %% ../nbs/07b_worker.ipynb #c7dec335
 import gc, importlib, logging, os, re, time, traceback
@@ -215,6 +215,11 @@ def _load_renamed():
     for name in ('_load_from_checkpoint', '_load_best_model'): setattr(Trainer, name, renaming_weights(getattr(Trainer, name)))
 
 # %% ../nbs/07b_worker.ipynb #8d85b261
+def show_downloads():
+    "Have huggingface_hub write the progress of a download to the log; by itself it shows it in a terminal only."
+    bars = importlib.import_module('huggingface_hub.utils.tqdm')
+    bars.is_tqdm_disabled = lambda log_level: log_level == logging.NOTSET  # HF_HUB_DISABLE_PROGRESS_BARS still counts
+
 def _agree(recipe, choose):
     "What the first rank chooses, on all ranks. LLaMA-Factory's parser lets them meet."
     from llamafactory.hparams.parser import get_train_args
@@ -254,6 +259,7 @@ def work(
     gc.freeze()
     gc.enable()
     if os.environ.get('MASTER_ADDR') == '127.0.0.1': listen_locally()
+    show_downloads()
     recipe = go_on(read_args() | given('recipe'))
     _skip_in_epoch()
     _load_renamed()
@@ -271,11 +277,6 @@ def _clean(told):
     "What was raised, as it may be written down: without passwords in addresses, and in UTF-8, which a file's name need not be."
     return {k: mask(v.encode(errors='backslashreplace').decode()) if isinstance(v, str) else v for k,v in told.items()}
 
-def _show_downloads():
-    "Have huggingface_hub write the progress of a download to the log; by itself it shows it in a terminal only."
-    bars = importlib.import_module('huggingface_hub.utils.tqdm')
-    bars.is_tqdm_disabled = lambda log_level: log_level == logging.NOTSET  # HF_HUB_DISABLE_PROGRESS_BARS still counts
-
 def main(
     work=work, # What is to be done, given the run's folder
     rank:int=None, # Number of this process among those of the run; `None`: torchrun's
@@ -285,9 +286,7 @@ def main(
     told = folder/f'failure-{rank}.json'
     told.unlink(missing_ok=True)  # of ranks that were started before these
     room = reserve(told, _room)
-    try:
-        _show_downloads()
-        work(folder)
+    try: work(folder)
     except BaseException as error:
         with suppress(OSError):  # the folder may be gone
             room.unlink()
