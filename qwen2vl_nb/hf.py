@@ -12,6 +12,7 @@ from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from . import hidden, worker
+from .worker import show_downloads
 from .answers import Answers, Asked, without_question
 from .files import read_json, read_text
 
@@ -255,7 +256,7 @@ def work(
     if run['gpus'] and not torch.cuda.is_available():
         raise RuntimeError(f'The driver shows {len(run["gpus"])} GPU(s), and torch {torch.__version__} can use none: '
                            'install its build for the CUDA version of this driver.')
-    worker.show_downloads()
+    show_downloads()
     prompts, args, tokenizer = load_prompts(recipe, rows)
     gc.freeze()
     gc.enable()
