@@ -6,12 +6,12 @@
 __all__ = ['script', 'child_env', 'main']
 
 # %% ../nbs/00_boot.ipynb #078180a0
-import importlib, importlib.util, os, sys
+import importlib.util, os, sys
 from pathlib import Path
 
 # %% ../nbs/00_boot.ipynb #25013857
 def script(
-    module:str, # Name of a module of this package that has a `main`, such as `'worker'`
+    module:str, # Name of a module of this package that has a `main`, such as `'run.rank'`
     *arguments, # Its arguments
 )->list: # Strings, to be put after an interpreter
     "What an interpreter is to run."

@@ -3,7 +3,9 @@ import random
 
 from PIL import Image
 
-from qwen2vl_nb.all import Registry, launch, train_recipe
+from qwen2vl_nb.recipe import train_recipe
+from qwen2vl_nb.data.registry import Registry
+from qwen2vl_nb.run.start import launch
 from qwen2vl_nb.tiny import SIZE, draw_vehicle
 
 COLORS = {'car': 'red', 'truck': 'yellow', 'bus': 'blue'}

@@ -6,7 +6,8 @@ import json, os, random, struct, zipfile, zlib
 import av, datasets, pandas as pd, pytest
 from PIL import Image, ImageOps
 
-from qwen2vl_nb.data import check_samples, read_samples
+from qwen2vl_nb.data.check import check_samples, mend_samples
+from qwen2vl_nb.data.sources import read_samples
 
 # --- what the kinds are made of
 
@@ -114,7 +115,7 @@ PICTURES = { # name → what makes it, its level, words
     'a path with a NUL': (lambda f: f'{f}/a\0b.png', 'error', 'There is no file'),
     'a path of 5000 letters': (lambda f: f'{f}/{"a"*5000}.png', 'error', 'There is no file'),
     'a web address': (lambda f: 'https://example.com/car.png', 'error', 'is a web address'),
-    'a picture in the row': (lambda f: 'data:image/png;base64,####', 'error', 'stands in the row itself'),
+    'a picture in the row': (lambda f: 'data:image/png;base64,####', 'error', 'The picture is in the row itself'),
     'zero bytes': (lambda f: _bytes(f/'a.png', b''), 'error', 'has no bytes in it'),
     'PNG, cut off': (lambda f: _cut(_save(f/'a.png')), 'error', 'cannot be read'),
     'PNG, cut off in its last bytes': (lambda f: _cut(_save(f/'a.png'), .9), 'error', 'truncated'),
@@ -361,7 +362,7 @@ CLIPS = { # name → what makes it, findings
     'MP4, cut off after its header': (lambda f: _cut_after(_clip(f/'a.mp4', movflags='faststart'), 0), ('error', 'No frame of it can be decoded')),
     'MP4 without its header at the end': (lambda f: _cut(_clip(f/'a.mp4'), .9), ('error', 'cannot be decoded')),
     'MP4 without its beginning': (lambda f: _cut(_clip(f/'a.mp4'), .5, front=True), ('error', 'cannot be decoded')),
-    'sound alone': (lambda f: _sound(f/'a.mp4'), ('error', 'There are no pictures in it')),
+    'sound alone': (lambda f: _sound(f/'a.mp4'), ('error', 'It contains no pictures')),
     'text under the ending .mp4': (lambda f: _bytes(f/'a.mp4', 'not a clip'), ('error', 'cannot be decoded')),
     'random bytes for a clip': (lambda f: _bytes(f/'a.mp4', random.Random(0).randbytes(5000)), ('error', 'cannot be decoded')),
     'MKV': (lambda f: _clip(f/'a.mkv'), ('warning', 'It does not say how many frames it has')),
@@ -445,9 +446,9 @@ READING = { # name → the source, keywords, words of the error
     'the wrong encoding named': (lambda f: _table(f, 'image,output\na,红\n', encoding='gb18030'), dict(encoding='utf-8'), 'is not utf-8: .* at byte 15'),
     'UTF-16 named where it is not': (lambda f: _table(f, 'image,output\na,b\n'), dict(encoding='utf-16'), 'is not utf-16'),
     'UTF-16 with half a character at its end': (lambda f: _bytes(f/'a.csv', 'image,output\na,红\n'.encode('utf-16')[:-1]), {}, 'is not utf-16.*truncated data'),
-    'a workbook that is none': (lambda f: _table(f, 'image,output\na,b\n', 'a.xlsx'), {}, 'is no Excel workbook'),
-    'a zip archive as a workbook': (lambda f: _zip(f/'a.xlsx'), {}, 'is no Excel workbook'),
-    'a workbook, cut off': (lambda f: _cut(_excel(f/'a.xlsx', one=pd.DataFrame([ROW]*99))), {}, 'is no Excel workbook'),
+    'a workbook that is none': (lambda f: _table(f, 'image,output\na,b\n', 'a.xlsx'), {}, 'is not an Excel workbook'),
+    'a zip archive as a workbook': (lambda f: _zip(f/'a.xlsx'), {}, 'is not an Excel workbook'),
+    'a workbook, cut off': (lambda f: _cut(_excel(f/'a.xlsx', one=pd.DataFrame([ROW]*99))), {}, 'is not an Excel workbook'),
     'a sheet without rows': (lambda f: _excel(f/'a.xlsx', one=pd.DataFrame(columns=['image', 'output'])), {}, 'has no rows'),
     'an old workbook': (lambda f: _bytes(f/'a.xls', b'\xd0\xcf\x11\xe0'), {}, 'cannot read .xls'),
     'Parquet, cut off': (lambda f: _cut(_parquet(f/'a.parquet')), {}, 'is not Parquet'),
@@ -460,9 +461,9 @@ READING = { # name → the source, keywords, words of the error
     'a folder of classes without pictures': (lambda f: _table(_save(f/'d'/'a.png').parent, 'x', 'b.txt').parent, {}, 'has no subfolders with pictures'),
     'a folder of splits': (_split_folders, {}, r"holds splits, not classes: read each, as in read_samples\('.*/d/test', …\)"),
     'a saved data set of splits': (lambda f: _saved_splits(f/'d'), {}, r"holds the splits train, test: read each"),
-    'a saved data set with a torn file': (lambda f: _torn(f/'d'), {}, 'is no data set that datasets can load'),
-    'a saved data set without its file': (lambda f: next(_saved(f/'d').glob('*.arrow')).unlink() or f/'d', {}, 'is no data set that datasets can load'),
-    'a saved data set with a torn state': (lambda f: _cut(_saved(f/'d')/'state.json').parent, {}, 'is no data set that datasets can load'),
+    'a saved data set with a torn file': (lambda f: _torn(f/'d'), {}, 'is not a data set that datasets can load'),
+    'a saved data set without its file': (lambda f: next(_saved(f/'d').glob('*.arrow')).unlink() or f/'d', {}, 'is not a data set that datasets can load'),
+    'a saved data set with a torn state': (lambda f: _cut(_saved(f/'d')/'state.json').parent, {}, 'is not a data set that datasets can load'),
     'COCO with boxes': (lambda f: _json(f/'a.json', COCO | {'annotations': [{'id': 7, 'image_id': 1, 'bbox': [0, 0, 9, 9], 'category_id': 3}]}), {}, 'annotations without a caption'),
     'COCO of unknown pictures': (lambda f: _json(f/'a.json', COCO | {'annotations': [{'id': i, 'image_id': i, 'caption': 'x'} for i in (1, 8, 9)]}), {}, r'2 annotation\(s\) are not among its images: annotation 8, 9'),
     'COCO without annotations': (lambda f: _json(f/'a.json', COCO | {'annotations': []}), {}, 'has no rows'),
@@ -549,7 +550,7 @@ def test_mending(make, words, picture, tmp_path):
     before = _files(home)
     rows = [_with(p, n=i) for i, p in enumerate(paths)]
     told = json.dumps(rows)
-    mended, found = check_samples(rows, fix=True)
+    mended, found = mend_samples(rows)
     assert _files(home) == before and json.dumps(rows) == told, 'the originals stay as they are'
     assert found.row.tolist() == [1]*len(words) and set(found.level) == {'mended'}, found.to_string()
     assert all(w in what for w, what in zip(words, found.what))
@@ -569,15 +570,15 @@ TEXTS = { # name → a sample with byte-order marks, the same without
 @pytest.mark.parametrize('bad,good', TEXTS.values(), ids=TEXTS.keys())
 def test_mending_text(bad, good):
     told = json.dumps(bad)
-    (mended,), found = check_samples([bad], fix=True)
+    (mended,), found = mend_samples([bad])
     assert mended == good and json.dumps(bad) == told and check_samples([mended]).empty
-    assert len(found) and set(found.level) == {'mended'} and all(found.cure == 'Mended: taken out.')
+    assert len(found) and set(found.level) == {'mended'} and all(found.cure == 'Mended: removed.')
 
 def test_what_cannot_be_mended_stays(tmp_path):
     "Errors stay errors beside what is mended; copies of equal names don't meet."
     one, two = _turned(tmp_path/'d'/'one'/'a.jpg', 3), _save(tmp_path/'d'/'two'/'a.jpg', _noise(1, mode='CMYK'))
     rows = [_with(one, n=0), _with(tmp_path/'gone.png', n=1), _with(_cut(_save(tmp_path/'d'/'cut.png')), n=2), _with(_frames(tmp_path/'d'/'b.gif'), n=3), _with(two, n=4), _with(one, n=5), None]
-    mended, found = check_samples(rows, fix=True)
+    mended, found = mend_samples(rows)
     assert found.level.tolist() == ['mended', 'error', 'error', 'warning', 'mended', 'mended', 'error']
     assert mended[0]['image'] == mended[5]['image'] != mended[4]['image'] and mended[1:4] == rows[1:4] and mended[6] is None
     assert check_samples(mended).row.tolist() == [1, 2, 3, 6]
@@ -611,7 +612,7 @@ def test_whatever(tiny, tmp_path):
         table = check_samples(rows, **how)
         assert list(table.columns) == ['row', 'field', 'what', 'cure', 'level'] and len(table) >= 200
         assert set(table.level) <= {'error', 'warning', 'note'} and table.cure.str.strip().all() and table.what.str.strip().all()
-    mended, table = check_samples(rows, fix=True)
+    mended, table = mend_samples(rows)
     assert len(mended) == len(rows) and 'mended' in set(table.level)
     for row in rows[:60]: check_samples([row], model=tiny, against=[row])
 

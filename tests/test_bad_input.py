@@ -3,8 +3,19 @@ import json, shutil
 
 import pytest
 
-from qwen2vl_nb.all import (Predictions, Registry, attach, check_samples, launch, load_recipe, pick_zero, plot_loss, predict, predict_memory, predict_recipe, read_samples,
-                            save_recipe, score, split_samples, train_recipe, zero_config, zero_table)
+from qwen2vl_nb.recipe import load_recipe, predict_recipe, save_recipe, train_recipe
+from qwen2vl_nb.zero import zero_config
+from qwen2vl_nb.data.check import check_samples
+from qwen2vl_nb.data.registry import Registry
+from qwen2vl_nb.data.sources import read_samples
+from qwen2vl_nb.data.split import split_samples
+from qwen2vl_nb.memory.estimate import predict_memory
+from qwen2vl_nb.memory.plan import pick_zero, zero_table
+from qwen2vl_nb.prediction.engines import predict
+from qwen2vl_nb.prediction.predictions import Predictions
+from qwen2vl_nb.prediction.scores import score
+from qwen2vl_nb.run.loss import plot_loss
+from qwen2vl_nb.run.start import attach, launch
 
 def _recipe(tiny, data, tmp_path, **changes):
     return train_recipe(tiny, 'car_item', tmp_path/'run', dataset_dir=str(data), bf16=None, use_cpu=True) | changes
@@ -54,7 +65,7 @@ def test_several_faults_come_together(tiny, data, tmp_path):
 def test_a_finished_run_is_not_written_over(tiny, data, tmp_path):
     (tmp_path/'run').mkdir()
     (tmp_path/'run'/'train_results.json').write_text('{}')
-    with pytest.raises(ValueError, match='holds a finished run'): launch(_recipe(tiny, data, tmp_path))
+    with pytest.raises(ValueError, match='contains a finished run'): launch(_recipe(tiny, data, tmp_path))
 
 def test_a_torn_model_is_seen(tiny, data, tmp_path):
     model = shutil.copytree(tiny, tmp_path/'model')
@@ -87,7 +98,7 @@ OTHERS = {
     'a model of unknown size': (lambda t: zero_table(train_recipe('my_model', 'd'), gpus=1, gpu_gib=80), 'none of the sizes 2B, 7B, 72B'),
     'a prediction with ZeRO': (lambda t: pick_zero(predict_recipe('model_7b', 'd', t/'out'), gpus=1, gpu_gib=8), 'Only training takes'),
     'nothing to score': (lambda t: score([]), 'no predictions'),
-    'a file to register': (lambda t: Registry(t).add('x', 'labels.csv'), 'are no samples'),
+    'a file to register': (lambda t: Registry(t).add('x', 'labels.csv'), 'are not samples'),
     'a row that JSON has no words for': (lambda t: Registry(t).add('x', [{'image': [], 'instruction': 'a', 'output': 'b', 'n': float('nan')}]), 'Row 0 cannot be written'),
     'a file to check': (lambda t: check_samples('labels.csv'), 'Samples are checked, not files'),
     'nothing to split': (lambda t: split_samples([{'image': ['a']}]), 'both halves need some'),

@@ -10,9 +10,10 @@ import psutil
 import pytest
 
 from conftest import KEPT, ROOT, free_ports, until
-from qwen2vl_nb.loss import plot_loss
+from qwen2vl_nb.run.folder import state_or_empty
+from qwen2vl_nb.run.loss import plot_loss
 from qwen2vl_nb.recipe import save_recipe
-from qwen2vl_nb.run import attach
+from qwen2vl_nb.run.start import attach
 
 _until = until
 
@@ -95,7 +96,7 @@ def _keep(page, name):
 @contextmanager
 def _held(run):
     "A run that is at work, and stands still meanwhile."
-    processes = psutil.Process(run._json('waiter.json')['pid']).children(recursive=True)
+    processes = psutil.Process(state_or_empty(run, 'waiter.json')['pid']).children(recursive=True)
     for p in processes: p.suspend()
     yield
     assert run.is_running
@@ -217,7 +218,7 @@ def test_buttons_and_failure(lab, page, few_steps):
     _menu(page, 'Settings', 'Theme', 'JupyterLab Dark')
     page.locator('body[data-jp-theme-light=false]').wait_for(state='attached')
     _keep(page, 'dark')
-    os.kill(run._json('waiter.json')['child'], signal.SIGKILL)
+    os.kill(state_or_empty(run, 'waiter.json')['child'], signal.SIGKILL)
     _says(page, 'SIGKILL')
     red = page.locator('.widget-vbox span', has_text='SIGKILL').first
     assert red.evaluate('e => getComputedStyle(e).color') == 'rgb(214, 69, 69)'

@@ -3,8 +3,18 @@ import json, shutil
 
 import pytest
 
-from qwen2vl_nb.all import (Predictions, Registry, check_recipe, check_samples, launch, plot_loss, predict, predict_recipe, read_log, read_samples, score,
-                            show_predictions, split_samples, train_recipe)
+from qwen2vl_nb.checks import check_recipe
+from qwen2vl_nb.recipe import predict_recipe, train_recipe
+from qwen2vl_nb.data.check import check_samples
+from qwen2vl_nb.data.registry import Registry
+from qwen2vl_nb.data.sources import read_samples
+from qwen2vl_nb.data.split import split_samples
+from qwen2vl_nb.prediction.engines import predict
+from qwen2vl_nb.prediction.predictions import Predictions
+from qwen2vl_nb.prediction.scores import score
+from qwen2vl_nb.prediction.show import show_predictions
+from qwen2vl_nb.run.loss import plot_loss, read_log
+from qwen2vl_nb.run.start import launch
 
 @pytest.fixture(scope='module')
 def chain(tmp_path_factory, tiny, data):

@@ -4,10 +4,11 @@ import json, subprocess, sys
 import pytest
 
 from qwen2vl_nb.checks import quick_findings, slow_findings
-from qwen2vl_nb.recipe import _trial, _trial_zero
+from qwen2vl_nb.checks import _trial_zero
+from qwen2vl_nb.checks import _trial
 from qwen2vl_nb.boot import child_env
-from qwen2vl_nb.run import launch
-from qwen2vl_nb.stack import Finding
+from qwen2vl_nb.run.start import launch
+from qwen2vl_nb.findings import Finding
 from qwen2vl_nb.zero import zero_config
 
 TRAIN = '''

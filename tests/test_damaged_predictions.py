@@ -3,13 +3,14 @@ import json, os, re, shutil, subprocess, sys, warnings
 
 import pytest
 
-from qwen2vl_nb.answers import missing, parse_row, put_in_order, set_damaged_aside
+from qwen2vl_nb.prediction.rows import missing, parse_row, put_in_order, set_damaged_aside
 from qwen2vl_nb.boot import script
 from qwen2vl_nb.files import Damaged
-from qwen2vl_nb.predict import Predictions, predict
+from qwen2vl_nb.prediction.engines import predict
+from qwen2vl_nb.prediction.predictions import Predictions
 from qwen2vl_nb.recipe import predict_recipe
-from qwen2vl_nb.score import compare, score
-from qwen2vl_nb.show import show_predictions
+from qwen2vl_nb.prediction.scores import compare, score
+from qwen2vl_nb.prediction.show import show_predictions
 from test_served import loopback # noqa: F401, a fixture
 
 N = 6
@@ -130,11 +131,11 @@ def test_a_shortened_list_of_rows_gives_all_rows(answered, tmp_path):
     own = folder/'predictions.jsonl'
     own.write_text(''.join(own.read_text().splitlines(keepends=True)[:1]))
     found, warned, _ = _said(lambda: answered[3](folder))
-    assert list(found) == answered[2] and 'asked.jsonl was changed or truncated: it is written anew' in warned
+    assert list(found) == answered[2] and 'asked.jsonl was changed or truncated: it is rewritten' in warned
 
 def test_who_looks_after_the_workers_starts_none_on_rows_that_were_changed(answered, tmp_path):
     folder, _ = _damaged(answered, tmp_path, 'asked.jsonl', 'in another order')
-    assert subprocess.run([sys.executable, *script('answers')], cwd=folder, stdout=subprocess.DEVNULL).returncode == 1
+    assert subprocess.run([sys.executable, *script('prediction.coordinator')], cwd=folder, stdout=subprocess.DEVNULL).returncode == 1
     assert 'asked.jsonl was changed' in json.loads((folder/'failure-files.json').read_text())['message']
 
 @pytest.mark.parametrize('damage', OF_ANY_FILE)

@@ -4,9 +4,12 @@ from types import SimpleNamespace
 
 from PIL import Image
 
-from qwen2vl_nb.data import check_samples, count_tokens, image_tokens, read_samples, video_tokens
-from qwen2vl_nb.media import sampled_frames
-from qwen2vl_nb.registry import Registry
+from qwen2vl_nb.model import image_tokens, video_tokens
+from qwen2vl_nb.data.check import check_samples
+from qwen2vl_nb.data.sources import read_samples
+from qwen2vl_nb.data.tokens import count_tokens
+from qwen2vl_nb.model import sampled_frames
+from qwen2vl_nb.data.registry import Registry
 
 def _true_tokens(plugin, processor, size, **limits):
     "Tokens by LLaMA-Factory's own picture steps and the real processor."

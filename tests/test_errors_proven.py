@@ -14,10 +14,10 @@ import pytest
 
 import qwen2vl_nb
 from conftest import PATIENCE
-from qwen2vl_nb import media
-from qwen2vl_nb.data import check_samples
-from qwen2vl_nb.recipe import data_findings, recipe_findings
-from qwen2vl_nb.registry import sample_entry
+from qwen2vl_nb.data import media
+from qwen2vl_nb.data.check import check_samples
+from qwen2vl_nb.checks import data_findings, recipe_findings
+from qwen2vl_nb.data.registry import sample_entry
 from test_bad_data import CLIPS, DIALOGUES, PICTURES, QUESTIONS, ROWS, _clip, _dialogue, _noise, _question, _said, _save
 
 LEVELS = 'warning', 'note', 'mended'
@@ -33,13 +33,15 @@ def _is_error(call):
 def _error_lines():
     "(module, line) → the function and the words, of all that can say error."
     found = {}
-    for path in Path(qwen2vl_nb.__path__[0]).glob('*.py'):
+    package = Path(qwen2vl_nb.__path__[0])
+    for path in package.rglob('*.py'):
+        module = '.'.join(path.relative_to(package).with_suffix('').parts)
         tree = ast.parse(source := path.read_text(encoding='utf-8'))
         functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
         for call in ast.walk(tree):
             if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in ('Fault', 'Finding') and _is_error(call)): continue
             inside = [f.name for f in functions if f.lineno <= call.lineno <= f.end_lineno]
-            found[path.stem, call.lineno] = f'{path.stem}.{inside[-1] if inside else ""}: {ast.get_source_segment(source, call)}'
+            found[module, call.lineno] = f'{path.stem}.{inside[-1] if inside else ""}: {ast.get_source_segment(source, call)}'
     return found
 
 @pytest.fixture(scope='module')
@@ -315,17 +317,17 @@ def test_the_sound_recipe_runs(rooms, answers, tmp_path): assert answers['sound'
 # --- all of them
 
 ELSEWHERE = { # function, or more of the line → the test in which it is proven, or why it is not
-    'recipe.ask_llamafactory': 'these are the words of LLaMA-Factory and DeepSpeed themselves',
-    "recipe._output_findings: Finding('output_dir', 'There is no": 'a run is a folder: without one there is nothing that could be started',
+    'checks.ask_llamafactory': 'these are the words of LLaMA-Factory and DeepSpeed themselves',
+    "checks._output_findings: Finding('output_dir', 'There is no": 'a run is a folder: without one there is nothing that could be started',
     "media._file_fault: Fault(f'The path is {path!r}, not text": 'check_samples says it before, in words of its own that are proven',
-    "recipe._config_findings: Finding('deepspeed'": 'test_failures.py::zero3_generates',
-    "recipe._config_findings: Finding('use_cpu'": 'test_failures.py::use_cpu_with_zero3',
-    "recipe._argument_findings: Finding(key, f'LLaMA-Factory needs a number": 'test_checks.py::test_llamafactory_fails_where_it_is_called_an_error',
+    "checks._config_findings: Finding('deepspeed'": 'test_failures.py::zero3_generates',
+    "checks._config_findings: Finding('use_cpu'": 'test_failures.py::use_cpu_with_zero3',
+    "checks._argument_findings: Finding(key, f'LLaMA-Factory needs a number": 'test_checks.py::test_llamafactory_fails_where_it_is_called_an_error',
     "checks.hub_findings: Finding('model_name_or_path', f'There is no folder": 'test_hub.py::test_a_hub_that_cannot_be_reached_is_said_before_the_start',
     "checks.hub_findings: Finding('model_name_or_path', f'{address} gives no": 'test_hub.py::test_a_name_that_the_hub_does_not_have_is_said_before_the_start',
-    'run.failure': 'it is said of a run that has ended',
+    'start.failure': 'it is said of a run that has ended',
     'checks.half_findings': 'test_failures.py::bf16_on_the_cpu',
-    'run._port_findings': 'test_failures.py::port_taken',
+    'command.port_findings': 'test_failures.py::port_taken',
     'checks.disk_findings': 'test_failures.py::disk_full',
     'plan.memory_findings': 'test_memory.py::test_real_runs',
     'registry.entry_faults': 'test_registry.py::test_what_is_called_an_error_stops_the_loader_too',
@@ -338,7 +340,7 @@ ELSEWHERE = { # function, or more of the line → the test in which it is proven
 }
 
 # What is said when a run has failed, or before a prediction; it refuses no training
-AFTERWARDS = 'failure', 'predict'
+AFTERWARDS = 'run.failure', 'prediction.engines'
 
 def test_what_is_proven_elsewhere_is_there():
     for about in ELSEWHERE.values():

@@ -11,13 +11,14 @@ import pytest
 from PIL import Image
 
 from conftest import free_ports, small_disk, until
-from qwen2vl_nb import run as run_module
+from qwen2vl_nb.run import start as run_module
 from qwen2vl_nb.checkpoint import checkpoints, is_whole
-from qwen2vl_nb.failure import find_failure
-from qwen2vl_nb.memory import GiB
+from qwen2vl_nb.run.folder import state_or_empty
+from qwen2vl_nb.run.failure import find_failure
+from qwen2vl_nb.stack import GiB
 from qwen2vl_nb.recipe import predict_recipe, save_recipe, train_recipe
-from qwen2vl_nb.run import attach, launch
-from qwen2vl_nb.stack import Finding
+from qwen2vl_nb.run.start import attach, launch
+from qwen2vl_nb.findings import Finding
 from qwen2vl_nb.zero import zero_config
 
 def over(run):
@@ -40,8 +41,8 @@ def rank(run, number=0):
     "The process of a rank, as soon as it is there."
     found = []
     def look():
-        for p in psutil.Process(run._json('waiter.json')['pid']).children(recursive=True):
-            try: is_rank = p.environ().get('RANK', '0') == str(number) and p.cmdline()[-2] == 'worker' and '--nproc-per-node' not in p.cmdline()
+        for p in psutil.Process(state_or_empty(run, 'waiter.json')['pid']).children(recursive=True):
+            try: is_rank = p.environ().get('RANK', '0') == str(number) and p.cmdline()[-2] == 'run.rank' and '--nproc-per-node' not in p.cmdline()
             except (psutil.Error, IndexError): continue
             if is_rank: found.append(p)
         return found
@@ -113,7 +114,7 @@ def killed_torchrun(room):
     "Nothing is left of its ranks."
     run = room.start(2, deepspeed=zero_config('z0'))
     orphan = rank(run, 1)
-    psutil.Process(run._json('waiter.json')['child']).kill()
+    psutil.Process(state_or_empty(run, 'waiter.json')['child']).kill()
     found = failure_of(run)
     assert not orphan.is_running()
     return found
@@ -128,7 +129,7 @@ def terminated(room):
 def terminated_torchrun(room):
     run = room.start(2, deepspeed=zero_config('z0'))
     rank(run, 1)
-    psutil.Process(run._json('waiter.json')['child']).terminate()
+    psutil.Process(state_or_empty(run, 'waiter.json')['child']).terminate()
     return failure_of(run)
 
 # Recipes
@@ -154,7 +155,7 @@ def use_cpu_with_zero3(room): return room.fail(2, deepspeed=zero_config('z3'), u
 @case(r'^rank 0, deepspeed.py:\d+ in __init__', 'no such ZeRO config. ValueError: .*ds_z9.json', cure='zero_config', soak=True)
 def zero_file_missing(room): return room.fail(deepspeed='ds_z9.json')
 
-@case(r'^rank 0, parser.py:\d+ in ', 'ZeRO-3 cannot generate. ValueError: ', cure='deepspeed key out')
+@case(r'^rank 0, parser.py:\d+ in ', 'ZeRO-3 cannot generate. ValueError: ', cure='Remove the deepspeed key')
 def zero3_generates(room):
     recipe = predict_recipe(room.tiny, 'car_item', room.folder/'run', dataset_dir=str(room.data), max_samples=4, deepspeed=zero_config('z3'))
     return failure_of(launch(recipe, nproc=1, force=True))
@@ -277,7 +278,7 @@ def torch_2_9(room): return other_version(room, 'torch', '2.9.1')
 @case(r'^rank 0, versions.py:\d+ in ', 'do not work together. ImportError: transformers.* but found transformers==4.40.0', cure='check_stack')
 def old_transformers(room): return other_version(room, 'transformers', '4.40.0')
 
-@case(r'^rank 0, worker.py:\d+ in work', "not there. ModuleNotFoundError: No module named 'torch'", cure='python=')
+@case(r'^rank 0, rank.py:\d+ in work', "not there. ModuleNotFoundError: No module named 'torch'", cure='python=')
 def no_llamafactory(room):
     venv.create(room.folder/'bare', symlinks=True)
     return room.fail(python=str(room.folder/'bare'/'bin'/'python'))
@@ -418,13 +419,14 @@ def test_data_found_bad_beside_the_start(tmp_path, tiny, data, monkeypatch):
     room.picture(7).unlink()
     run = launch(train_recipe(tiny, output_dir=tmp_path/'run', bf16=None, use_cpu=True, **changes))
     found = failure_of(run)
-    assert found.where == 'rows' and '1 row(s) have pictures or clips that cannot be read, row 6 first' in found.what and 'check_samples' in found.cure
+    assert found.where == 'rows' and '1 row(s) have pictures or clips that cannot be read; the first is row 6' in found.what and 'check_samples' in found.cure
 
 def test_two_launches_at_the_same_moment(tmp_path, few_steps):
     "From two processes into one folder: exactly one starts."
     save_recipe(few_steps(max_steps=100_000), tmp_path/'recipe.yaml')
     code = f"""import os, time
-from qwen2vl_nb.run import launch, load_recipe
+from qwen2vl_nb.recipe import load_recipe
+from qwen2vl_nb.run.start import launch
 recipe = load_recipe({str(tmp_path/"recipe.yaml")!r})
 open({str(tmp_path)!r} + f"/ready-{{os.getpid()}}", "w").close()
 while not os.path.exists({str(tmp_path/"go")!r}): time.sleep(.001)

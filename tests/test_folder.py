@@ -11,11 +11,13 @@ import psutil
 import pytest
 
 from conftest import until
-from qwen2vl_nb import run as run_module
-from qwen2vl_nb.failure import find_failure
+from qwen2vl_nb.run import life, waiter
+from qwen2vl_nb.run.folder import state_or_empty
+from qwen2vl_nb.run.failure import find_failure
 from qwen2vl_nb.recipe import save_recipe
-from qwen2vl_nb.run import Run, _clear, _marked, attach, launch, runs, start
-from qwen2vl_nb.watch import watch_loss
+from qwen2vl_nb.processes import marked
+from qwen2vl_nb.run.start import Run, _clear, attach, launch, runs, start
+from qwen2vl_nb.run.watch import watch_loss
 from qwen2vl_nb.zero import zero_config
 
 ABOUT = dict(id='0'*32, python='/no/python', nproc=2, nnodes=1, node_rank=0, master=None, given={}, force=False, host=socket.gethostname(), versions={'torch': '2.8.0'},
@@ -128,8 +130,8 @@ class KeptPath(type(Path())):
 @pytest.fixture
 def beside(tmp_path, monkeypatch):
     "The folder of a run, beside that of another."
-    monkeypatch.setattr(run_module.waiter, 'GRACE', 1)
-    monkeypatch.setattr(run_module, '_marked', lambda run_id: [])  # no process has this run's mark, and to look for it a thousand times takes minutes
+    monkeypatch.setattr(waiter, 'GRACE', 1)
+    monkeypatch.setattr(life, 'marked', lambda run_id: [])  # no process has this run's mark, and to look for it a thousand times takes minutes
     make(tmp_path/'good')
     return make(KeptPath(tmp_path/'bad'))
 
@@ -180,7 +182,7 @@ def test_a_start_clears_only_what_a_start_has_made(tmp_path):
 
 def test_a_run_with_a_suspended_waiter_is_stopped(tmp_path):
     run = begin(tmp_path)
-    w = psutil.Process(run._json('waiter.json')['pid'])
+    w = psutil.Process(state_or_empty(run, 'waiter.json')['pid'])
     below = w.children()
     w.suspend()
     with in_time('stop', 60): assert run.stop(patience=0).status == 'stopped'
@@ -188,13 +190,13 @@ def test_a_run_with_a_suspended_waiter_is_stopped(tmp_path):
 
 def test_a_run_in_a_folder_that_cannot_be_written_is_stopped(tmp_path):
     run = begin(tmp_path)
-    below = psutil.Process(run._json('waiter.json')['pid']).children()
+    below = psutil.Process(state_or_empty(run, 'waiter.json')['pid']).children()
     (tmp_path/'stop').mkdir()  # no file can take this name, whoever asks
     with in_time('stop', 60): run.stop(patience=0)
     assert below and not psutil.wait_procs(below, timeout=30)[1]
 
 def test_a_dead_run_of_a_machine_whose_clock_was_ahead_is_over(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_module.waiter, 'BEAT', .2)
+    monkeypatch.setattr(waiter, 'BEAT', .2)
     run = Run(make(tmp_path, run={'host': 'elsewhere'}))
     (tmp_path/'ended.json').unlink()
     os.utime(tmp_path/'waiter.json', (time.time() + 10**6,)*2)
@@ -210,12 +212,12 @@ def test_two_ranks_listen_on_this_machine_only_and_nothing_secret_is_written(few
         run.stop(patience=0)
         raise
     assert run.is_running, run.failure
-    ranks = _marked(run._json('run.json')['id'])
+    ranks = marked(state_or_empty(run, 'run.json')['id'])
     assert {c.laddr.ip for p in ranks for c in p.net_connections() if c.status == psutil.CONN_LISTEN} == {'127.0.0.1'}
     assert all('pat_secret' in str(p.environ()) and 'hf_secret' in str(p.environ()) for p in ranks)
     assert not [p for p in run.output_dir.rglob('*') if p.is_file() and b'_secret' in p.read_bytes()]
     assert [(run.output_dir/name).stat().st_mode & 0o777 for name in ('run.json', 'recipe.yaml')] == [0o600]*2
-    w = psutil.Process(run._json('waiter.json')['pid'])
+    w = psutil.Process(state_or_empty(run, 'waiter.json')['pid'])
     below = [w, *w.children(recursive=True)]
     shutil.rmtree(run.output_dir, ignore_errors=True)
     assert not psutil.wait_procs(below, timeout=120)[1] and not run.output_dir.exists()

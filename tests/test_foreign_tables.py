@@ -4,8 +4,9 @@ import datetime, decimal, io, json, zipfile
 import openpyxl, pyarrow as pa, pyarrow.parquet as pq, pytest
 from PIL import Image
 
-from qwen2vl_nb.data import check_samples, read_samples
-from qwen2vl_nb.registry import Registry
+from qwen2vl_nb.data.check import check_samples
+from qwen2vl_nb.data.sources import read_samples
+from qwen2vl_nb.data.registry import Registry
 
 def _picture(seed=0):
     out = io.BytesIO()

@@ -4,7 +4,7 @@ import json, os, random
 import pytest
 
 from qwen2vl_nb.files import Damaged
-from qwen2vl_nb.loss import best_evaluation, plot_loss, read_log
+from qwen2vl_nb.run.loss import best_evaluation, plot_loss, read_log
 
 GOOD = [dict(current_steps=n, total_steps=9, loss=1/n, lr=1e-4, elapsed_time=f'0:00:0{n}') for n in range(1, 6)]
 TEXT = ''.join(json.dumps(row) + '\n' for row in GOOD).encode()

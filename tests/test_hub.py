@@ -8,7 +8,7 @@ import pytest
 
 from conftest import PATIENCE, until
 from qwen2vl_nb.checks import hub_findings
-from qwen2vl_nb.run import launch
+from qwen2vl_nb.run.start import launch
 
 COMMIT = '0123456789abcdef0123456789abcdef01234567'
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 from conftest import until
-from qwen2vl_nb.loss import Log, plot_loss, read_log
+from qwen2vl_nb.run.loss import Log, plot_loss, read_log
 from qwen2vl_nb.recipe import save_recipe
 
 def row(step, **more):
@@ -279,7 +279,7 @@ def test_it_draws_from_threads_without_pyplot(tmp_path):
 
 def test_it_asks_for_no_window(tmp_path):
     run = run_with(tmp_path/'run', text(ROWS))
-    code = 'import sys; from qwen2vl_nb.loss import plot_loss; plot_loss("run")._repr_png_(); print("matplotlib.pyplot" in sys.modules)'
+    code = 'import sys; from qwen2vl_nb.run.loss import plot_loss; plot_loss("run")._repr_png_(); print("matplotlib.pyplot" in sys.modules)'
     done = subprocess.run([sys.executable, '-c', code], cwd=run.parent, capture_output=True, text=True, env=os.environ | {'MPLBACKEND': 'qtagg'})
     assert done.stdout.strip() == 'False', done.stderr
 

@@ -9,9 +9,11 @@ import pytest
 
 from conftest import AS_ROOT, PATIENCE, until
 from qwen2vl_nb.checkpoint import is_whole
-from qwen2vl_nb.loss import read_log
+from qwen2vl_nb.run.folder import state_or_empty
+from qwen2vl_nb.run.loss import read_log
 from qwen2vl_nb.recipe import save_recipe
-from qwen2vl_nb.run import _marked, attach, launch
+from qwen2vl_nb.processes import marked
+from qwen2vl_nb.run.start import attach, launch
 from qwen2vl_nb.zero import zero_config
 
 STEPS = 12
@@ -128,12 +130,12 @@ def test_a_lost_rank_is_started_again_and_all_go_on(machines, three, losses, tmp
     def env(m): return dict(RDZV_ID='cars', MAX_RESTARTS='2')
     first, second = runs = _launched(machines, three(overwrite_output_dir=True, save_steps=3), tmp_path, env)
     _until(lambda: (first.output_dir/'checkpoint-3').exists() and second.progress.step >= 4 or not second.is_running)
-    [rank] = psutil.Process(second._json('waiter.json')['child']).children()
+    [rank] = psutil.Process(state_or_empty(second, 'waiter.json')['child']).children()
     rank.kill()
     assert _await_end(runs) == [('done', None)]*2
     _logged(first, losses)
     assert (first.output_dir/'trainer_log.jsonl').read_text().count('"current_steps": 1,') == 1, 'it has not started over'
-    assert all(r._json('progress.json')['from_step'] >= 3 for r in runs)
+    assert all(state_or_empty(r, 'progress.json')['from_step'] >= 3 for r in runs)
     assert [*second.output_dir.glob('ranks/*/attempt_1')], 'its rank was started again; the other machine may first see the new meeting, or its own rank fail'
 
 def _at_step(runs, step): _until(lambda: all(r.progress.step >= step or not r.is_running for r in runs))
@@ -143,10 +145,10 @@ def _ended_together(runs, ids):
     assert _await_end(runs) == [('stopped', None)]*2
     first, second = (r.progress.step for r in runs)
     assert first == second and _two_wrote(runs[0].output_dir/f'checkpoint-{first}')
-    _until(lambda: not any(map(_marked, ids)))
+    _until(lambda: not any(map(marked, ids)))
     return first
 
-def _ids(runs): return [r._json('run.json')['id'] for r in runs]
+def _ids(runs): return [state_or_empty(r, 'run.json')['id'] for r in runs]
 
 @pytest.mark.soak
 @pytest.mark.parametrize('asked', [0, 1])

@@ -6,8 +6,11 @@ import httpx
 import pytest
 import yaml
 
-from qwen2vl_nb.all import load_recipe, predict, predict_recipe, score, show_predictions
-from qwen2vl_nb.vllm_server import _free_ports
+from qwen2vl_nb.recipe import load_recipe, predict_recipe
+from qwen2vl_nb.prediction.engines import predict
+from qwen2vl_nb.prediction.scores import score
+from qwen2vl_nb.prediction.show import show_predictions
+from qwen2vl_nb.prediction.vllm import _free_ports
 from boxes import draw_boxes, teach_boxes
 from conftest import until
 

@@ -7,9 +7,10 @@ from itertools import accumulate
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from qwen2vl_nb.memory import model_config, predict_memory
+from qwen2vl_nb.model import model_config
+from qwen2vl_nb.memory.estimate import predict_memory
 from qwen2vl_nb.recipe import predict_recipe, train_recipe
-from qwen2vl_nb.registry import Registry
+from qwen2vl_nb.data.registry import Registry
 from qwen2vl_nb.zero import zero_config
 
 SMALL = {'z0': dict(reduce_bucket_size=200_000, allgather_bucket_size=200_000), # else buckets of 2 GB drown all else
@@ -115,7 +116,7 @@ def test_counted_as_by_torchs_profiler(medium):
     "The counter itself: a model is made and trained for a step, and the allocator is watched."
     import torch
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
-    from qwen2vl_nb.simulate import LiveBytes
+    from qwen2vl_nb.memory.simulate import LiveBytes
     config = Qwen2VLConfig.from_pretrained(medium)
     def step():
         model = Qwen2VLForConditionalGeneration(config)
@@ -130,7 +131,7 @@ def test_counted_as_by_torchs_profiler(medium):
 
 @pytest.mark.parametrize('size,count', [('2B', 2.21e9), ('7B', 8.29e9), ('72B', 73.4e9)])
 def test_parameters_of_the_published_sizes(size, count):
-    from qwen2vl_nb.simulate import build_model
+    from qwen2vl_nb.memory.simulate import build_model
     recipe = {'model_name_or_path': '-', 'do_train': True, 'finetuning_type': 'full', 'flash_attn': 'disabled'}
     model = build_model({'config': model_config(f'Qwen2-VL-{size}'), 'recipe': recipe, 'dtype': 'bfloat16', 'cast': None})
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(count, rel=.003)
@@ -186,7 +187,7 @@ def _model(folder, text):
     return dict(model_name_or_path=str(folder))
 
 FAULTS = {
-    'a name without a size': (lambda f: dict(model_name_or_path='Qwen/Qwen2-VL'), {}, 'Qwen/Qwen2-VL is no model folder, and its name has none of the sizes 2B, 7B, 72B'),
+    'a name without a size': (lambda f: dict(model_name_or_path='Qwen/Qwen2-VL'), {}, 'Qwen/Qwen2-VL is not a model folder, and its name has none of the sizes 2B, 7B, 72B'),
     'a size that is not published': (lambda f: dict(model_name_or_path='Qwen/Qwen2-VL-3B'), {}, 'none of the sizes 2B, 7B, 72B'),
     'a model of another kind': (lambda f: _model(f, '{"model_type": "llama"}'), {}, 'is of a llama model; predicted are Qwen2-VL models'),
     'a config of no kind': (lambda f: _model(f, '{}'), {}, 'predicted are Qwen2-VL models'),

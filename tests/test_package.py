@@ -1,5 +1,5 @@
 "The package as it was installed: what it holds, and what importing it costs."
-import ast, builtins, importlib, json, pkgutil, re, subprocess, sys
+import ast, builtins, importlib, inspect, json, pkgutil, re, subprocess, sys
 from configparser import ConfigParser
 from importlib.metadata import distribution, packages_distributions
 
@@ -12,7 +12,7 @@ from qwen2vl_nb import _modidx
 def test_it_is_the_wheel_that_is_tested(): assert qwen2vl_nb.__file__.startswith(SITE)
 
 def test_every_module_is_there_and_imports():
-    names = {f'qwen2vl_nb.{m.name}' for m in pkgutil.iter_modules(qwen2vl_nb.__path__)}
+    names = {m.name for m in pkgutil.walk_packages(qwen2vl_nb.__path__, 'qwen2vl_nb.') if not m.ispkg}
     assert names == {*_modidx.d['syms'], 'qwen2vl_nb._modidx'}
     for name in names: importlib.import_module(name)
 
@@ -60,26 +60,31 @@ def _modules():
         module = importlib.import_module(name)
         with open(module.__file__, encoding='utf-8') as f: yield name.removeprefix('qwen2vl_nb.'), ast.parse(f.read())
 
-def _imports(tree):
-    "(module, name) of what a module imports from its siblings, at its head or in a function; the name is '' for a module as a whole."
+def _imports(name, tree):
+    "(module, name) of what a module of the package imports from the others, at its head or in a function; the name is '' for a module as a whole."
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            for a in node.names: yield (node.module, a.name) if node.module else (a.name, '')
+        if not isinstance(node, ast.ImportFrom) or not node.level: continue
+        package = '.'.join(filter(None, [*name.split('.')[:-node.level], node.module]))
+        for a in node.names:
+            whole = f'{package}.{a.name}'.lstrip('.')
+            yield (whole, '') if f'qwen2vl_nb.{whole}' in _modidx.d['syms'] else (package, a.name)
 
 def test_no_private_name_crosses_modules():
     found = []
     for name, tree in _modules():
-        siblings = {module for module, what in _imports(tree) if not what}
-        found += [(name, module, what) for module, what in _imports(tree) if what.startswith('_')]
+        siblings = {module.split('.')[-1] for module, what in _imports(name, tree) if not what}
+        found += [(name, module, what) for module, what in _imports(name, tree) if what.startswith('_') and not what.startswith('__')]
         found += [(name, n.value.id, n.attr) for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr.startswith('_') and not n.attr.startswith('__')
                   and isinstance(n.value, ast.Name) and n.value.id in siblings]
     assert not found
 
-def test_imports_go_in_no_circle():
-    needs = {name: {module for module, _ in _imports(tree)} for name, tree in _modules()}
+def test_imports_go_downwards_in_no_circle_and_eight_floors():
+    needs, floors = {name: {module for module, _ in _imports(name, tree)} for name, tree in _modules()}, 0
+    del needs['all']
     while free := [name for name in needs if not needs[name] & needs.keys()]:
         for name in free: del needs[name]
-    assert not needs
+        floors += 1
+    assert not needs and floors <= 8
 
 def test_no_module_runs_another_by_its_path_or_code_in_a_string():
     "Children are modules that `boot` starts, so that ruff and a reader see every line of them."
@@ -89,3 +94,24 @@ def test_no_module_runs_another_by_its_path_or_code_in_a_string():
         found += [(name, n.lineno) for n in ast.walk(tree) if isinstance(n, ast.Constant) and n.value == '-c']
         found += [(name, n.lineno) for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr == '__file__']
     assert not found
+
+def test_names_of_a_runs_files_are_written_in_one_place():
+    "The protocol of a run's folder is `run.folder`: elsewhere its files are constants."
+    from qwen2vl_nb.run import folder
+    names = {value for name, value in vars(folder).items() if name.isupper() and isinstance(value, str)}
+    words = {folder.STOP, folder.STOPPING, folder.RANKS, folder.EARLIER}  # as file names they come after a slash
+    found = []
+    for name, tree in _modules():
+        if name == 'run.folder': continue
+        found += [(name, n.lineno, n.value) for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str) and n.value in names - words]
+        found += [(name, n.lineno, n.right.value) for n in ast.walk(tree) if isinstance(n, ast.BinOp) and isinstance(n.right, ast.Constant) and n.right.value in words]
+    assert not found
+
+@pytest.mark.parametrize('name', [name for name in qwen2vl_nb.__all__ if callable(getattr(qwen2vl_nb, name))])
+def test_help_explains_every_parameter(name):
+    thing = getattr(qwen2vl_nb, name)
+    methods = [f for k, f in vars(thing).items() if inspect.isfunction(f) and not k.startswith('_')] if inspect.isclass(thing) else []
+    for f in (thing, *methods):
+        said = inspect.getdoc(f)
+        assert len(said) > 15
+        for parameter in inspect.signature(f).parameters: assert parameter == 'self' or re.search(rf'^\**{parameter}( : .*)?\n    \S', said, re.M), f'{f.__qualname__}({parameter})'

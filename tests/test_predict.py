@@ -6,13 +6,17 @@ from pathlib import Path
 import pytest
 
 from conftest import PATIENCE, small_disk, until
-from qwen2vl_nb import hf
-from qwen2vl_nb.answers import Answers, Asked
-from qwen2vl_nb import predict as predicting
-from qwen2vl_nb.predict import Predictions, asked_row, predict
+from qwen2vl_nb.prediction import hf
+from qwen2vl_nb.prediction.rows import Answers, Asked
+from qwen2vl_nb.prediction import engines as predicting
+from qwen2vl_nb.prediction.engines import predict
+from qwen2vl_nb.prediction.predictions import Predictions
+from qwen2vl_nb.prediction.question import asked_row
 from qwen2vl_nb.recipe import predict_recipe, save_recipe
-from qwen2vl_nb.registry import Registry, dataset_samples
-from qwen2vl_nb.run import _marked, attach
+from qwen2vl_nb.data.registry import Registry, dataset_samples
+from qwen2vl_nb.processes import marked
+from qwen2vl_nb.run.folder import state_or_empty
+from qwen2vl_nb.run.start import attach
 
 def _answers(predictions): return [row['predict'] for row in predictions]
 
@@ -139,7 +143,7 @@ def _call(recipe, samples, folder):
 
 def _worker(run):
     "The process that holds the model."
-    return next((p for p in _marked(run._json('run.json')['id']) if 'hf' in p.cmdline() and 'hf' not in p.parent().cmdline()), None)
+    return next((p for p in marked(state_or_empty(run, 'run.json')['id']) if 'prediction.hf' in p.cmdline() and 'prediction.hf' not in p.parent().cmdline()), None)
 
 @contextmanager
 def _held(run):
@@ -226,10 +230,10 @@ def test_it_stops_and_goes_on(ask, many, uninterrupted, tmp_path):
     caller, run = _begun(_call(recipe, many, tmp_path), tmp_path/'out')
     until(lambda: run.progress.step or not run.is_running)
     run.stop()
-    assert 'was stopped' in caller.communicate(timeout=PATIENCE)[0] and run.status == 'stopped' and not _marked(run._json('run.json')['id'])
+    assert 'was stopped' in caller.communicate(timeout=PATIENCE)[0] and run.status == 'stopped' and not marked(state_or_empty(run, 'run.json')['id'])
     before = list(Predictions(tmp_path/'out'))
     assert 0 < len(before) < len(many)
-    with pytest.raises(RuntimeError, match='called again as before, goes on'): run.resume()
+    with pytest.raises(RuntimeError, match='called again as before, continues'): run.resume()
     p = predict(recipe, many)
     assert _answers(p) == _answers(uninterrupted) and all(p[row['row']] == row for row in before)
 

@@ -6,8 +6,10 @@ import pytest
 from hypothesis import HealthCheck, assume, event, given, settings, strategies as st
 from PIL import Image
 
-from qwen2vl_nb.data import check_samples, read_samples, write_samples
-from qwen2vl_nb.registry import Registry
+from qwen2vl_nb.data.check import check_samples
+from qwen2vl_nb.data.sources import read_samples
+from qwen2vl_nb.data.write import write_samples
+from qwen2vl_nb.data.registry import Registry
 
 @pytest.fixture(scope='module')
 def pictures(tmp_path_factory):

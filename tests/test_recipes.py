@@ -4,7 +4,9 @@ import json
 import pytest
 
 from qwen2vl_nb.checks import check_recipe
-from qwen2vl_nb.recipe import _known, _trial, ask_llamafactory, load_recipe, predict_recipe, save_recipe, train_recipe
+from qwen2vl_nb.checks import ask_llamafactory
+from qwen2vl_nb.checks import _known, _trial
+from qwen2vl_nb.recipe import load_recipe, predict_recipe, save_recipe, train_recipe
 from qwen2vl_nb.zero import zero_config, zero_names
 
 SEED_72B = dict(trust_remote_code=True, max_samples=1000, preprocessing_num_workers=16, report_to=None, overwrite_output_dir=True, gradient_accumulation_steps=1,
@@ -57,3 +59,10 @@ def test_zero_dict_becomes_a_file_beside(tmp_path):
     recipe = save_recipe(train_recipe('m', 'd', deepspeed=zero_config('z3_offload')), tmp_path/'run 运行'/'r.yaml')
     file = load_recipe(recipe)['deepspeed']
     assert file == str(tmp_path/'run 运行'/'ds_z3_offload_config.json') and json.load(open(file)) == zero_config('z3_offload')
+
+def test_tab_offers_the_arguments_that_the_parser_knows():
+    from dataclasses import fields
+    from llamafactory import hparams
+    from qwen2vl_nb.recipe import argument_names
+    kinds = [getattr(hparams, f'{kind}Arguments') for kind in ('Model', 'Data', 'Training', 'Finetuning', 'Generating')]
+    assert {*argument_names()} == {f.name for kind in kinds for f in fields(kind) if f.init}

@@ -4,10 +4,11 @@ from io import StringIO
 import os, warnings
 
 import pytest
+from IPython.core.completer import provisionalcompleter
 from IPython.core.interactiveshell import InteractiveShell
 
-import qwen2vl_nb.run
-from qwen2vl_nb.recipe import save_recipe
+import qwen2vl_nb.run.start
+from qwen2vl_nb.recipe import complete_arguments, save_recipe
 
 @pytest.fixture(scope='module')
 def shell():
@@ -22,7 +23,7 @@ def shown(shell, cell):
 REFUSED = {  # Cell → a part of the message
     'launch(recipe | {"dataset": "car_itme"}, nproc=1)': "did you mean 'car_item'",
     'launch(recipe, nproc=2, nnodes=2)': 'master=None',
-    'launch(recipe, python="/no/python")': 'is no interpreter',
+    'launch(recipe, python="/no/python")': 'is not an interpreter',
     'launch(recipe | {"output_dir": folder})': 'no run of this package made',
     'attach(folder)': 'No run was launched',
     'Run(folder).resume()': 'There is nothing to resume',
@@ -63,3 +64,11 @@ def test_a_warning_names_the_line_that_was_typed(ready):
         warnings.simplefilter('always')
         ready.run_cell('launch(recipe | {"dataset": "car_itme"}, nproc=1, force=True).stop(patience=0)')
     assert {w.filename.startswith('/tmp/ipykernel') or '<ipython-input' in w.filename for w in found if 'car_itme' in str(w.message)} == {True}, found
+
+COMPLETED = {"train_recipe('m', 'd', lora_r": ['lora_rank='], "r = train_recipe('m',\n    dict(a=1),\n    cutoff": ['cutoff_len='], 'predict_recipe(m, d, o, num_b': ['num_beams='],
+             'print(lora_r': [], "train_recipe('m', 'd').get(lora_r": []}
+
+@pytest.mark.parametrize('code', COMPLETED)
+def test_tab_completes_the_arguments_of_recipes(shell, code):
+    complete_arguments(shell)  # as importing the package in a notebook does
+    with provisionalcompleter(): assert [c.text for c in shell.Completer.completions(code, len(code))] == COMPLETED[code]

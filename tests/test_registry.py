@@ -5,9 +5,9 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
-from qwen2vl_nb import registry
-from qwen2vl_nb.recipe import data_findings
-from qwen2vl_nb.registry import Registry, entry_faults, sample_entry
+from qwen2vl_nb.data import registry
+from qwen2vl_nb.checks import data_findings
+from qwen2vl_nb.data.registry import Registry, entry_faults, sample_entry
 
 QUESTION = {'image': [], 'instruction': 'What has four wheels?', 'input': '', 'output': 'A car.'}
 TURNS = [{'role': 'user', 'content': 'What is this?'}, {'role': 'assistant', 'content': 'A car.'}]
@@ -28,7 +28,7 @@ def test_the_registry_s_own_faults_are_the_two_that_it_has(data):
 
 WRITER = '''
 import sys
-from qwen2vl_nb.registry import Registry
+from qwen2vl_nb.data.registry import Registry
 folder, number, entries = sys.argv[1:]
 for i in range(int(entries)): Registry(folder)[f"{number}-{i}"] = {"file_name": "x.json"}
 '''
@@ -41,7 +41,7 @@ def test_processes_adding_at_once_lose_nothing(processes, entries, tmp_path):
 
 ADDER = '''
 import random, sys
-from qwen2vl_nb.registry import Registry
+from qwen2vl_nb.data.registry import Registry
 folder, rows = sys.argv[1], int(sys.argv[2])
 sample = {"image": [], "instruction": "What has four wheels?", "input": "", "output": "A car."}
 def add():
@@ -161,8 +161,8 @@ def test_a_writer_that_is_killed_leaves_its_files_replaceable(tmp_path):
     for end in ('before', 'after'):
         code = f'''
 import os, sys
-from qwen2vl_nb import registry
-from qwen2vl_nb.recipe import data_findings
+from qwen2vl_nb.data import registry
+from qwen2vl_nb.checks import data_findings
 write = registry.write_samples
 def killed(*args, **kwargs):
     if "{end}" == "after": write(*args, **kwargs)
@@ -276,9 +276,9 @@ def test_check_says_what_the_loader_says(tmp_path, monkeypatch):
         put('renamed', [{'instruction': 'a', 'input': '', 'outputs': 'b'}]): ('local file, alpaca', 'no', "no 'output', which the entry takes for its response; did you mean 'outputs'?"),
         put('no tags', [{'messages': TURNS}], formatting='sharegpt', columns={'messages': 'messages'}): ('local file, sharegpt', 'no', "has no 'from'"),
         put('odd', [dialogue, dialogue | {'messages': TURNS[:1]}], **{k: v for k, v in reg['dialogues'].items() if k != 'file_name'}):
-            ('local file, sharegpt, 2 rows', 'in part', 'drops 1 of 2 rows, row 1 first'),
+            ('local file, sharegpt, 2 rows', 'in part', 'drops 1 of 2 rows; the first is row 1'),
         put('no answers', [QUESTION | {'output': None}]): ('local file, alpaca, 1 row', 'no', 'drops 1 of 1 rows'),
-        put('lost', [QUESTION | {'image': ['a.png', 'b.png']}], columns=reg['questions']['columns']): ('local file, alpaca, 1 row', 'no', '1 of its pictures or videos are not there, b.png'),
+        put('lost', [QUESTION | {'image': ['a.png', 'b.png']}], columns=reg['questions']['columns']): ('local file, alpaca, 1 row', 'no', '1 of its pictures or videos are not there; the first is b.png'),
         put('split', [QUESTION], split='test'): ('local file, alpaca', 'no', 'split "test"'),
         put('misspelt', [QUESTION], columns={'prompt': 'instruction', 'response': 'output', 'image': 'image'}): ('local file, alpaca, 1 row', 'yes', "did you mean 'images'?"),
     }

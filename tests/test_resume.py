@@ -1,5 +1,6 @@
 "Stopped, killed and resumed: under every ZeRO config, on one rank and two, the joined curve is that of a run that nothing interrupted."
 import json, os, shutil, signal, subprocess, sys, warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -9,8 +10,11 @@ import pytest
 
 from conftest import PATIENCE, until
 from qwen2vl_nb.checkpoint import checkpoints, is_whole, why_not
-from qwen2vl_nb.loss import read_log
-from qwen2vl_nb.run import _note, attach, export, launch
+from qwen2vl_nb.run.folder import state_or_empty
+from qwen2vl_nb.run.loss import read_log
+from qwen2vl_nb.run.merge import export
+from qwen2vl_nb.run.owner import _note
+from qwen2vl_nb.run.start import attach, launch
 from qwen2vl_nb.zero import zero_config
 
 STEPS = 40
@@ -48,12 +52,12 @@ def reference(recipe, tmp_path_factory):
 
 def _kill(run):
     "kill -9 of a rank."
-    below = psutil.Process(run._json('waiter.json')['pid']).children(recursive=True)
-    max((p for p in below if 'worker' in p.cmdline() and 'agent' not in p.cmdline()), key=lambda p: p.pid).kill()
+    below = psutil.Process(state_or_empty(run, 'waiter.json')['pid']).children(recursive=True)
+    max((p for p in below if 'run.rank' in p.cmdline() and 'run.agent' not in p.cmdline()), key=lambda p: p.pid).kill()
 
 def _interrupt(run, how):
     "Stop or kill a run once it has a checkpoint from this start and is a step further."
-    first = run._json('progress.json').get('from_step', 0)
+    first = state_or_empty(run, 'progress.json').get('from_step', 0)
     until(lambda: run.progress.step > first + 3 and any(is_whole(c) or is_whole(c, 2) for c in checkpoints(run)) or not run.is_running)
     assert run.is_running, run.failure
     run.stop() if how == 'stop' else _kill(run)
@@ -76,19 +80,36 @@ def _through(run, ranks, reference, hows):
     _joined(run, reference)
     assert len(checkpoints(run)) <= 3 and is_whole(checkpoints(run)[-1], ranks)
 
-@pytest.mark.parametrize('zero, ranks, kind', [('z0', 1, 'lora'), ('z2_offload', 1, 'lora'), ('z3', 1, 'lora'), ('z3_offload', 1, 'lora'), (None, 2, 'full')])
-def test_each_config_once(zero, ranks, kind, recipe, tmp_path):
-    "Killed in its third epoch, resumed in the middle of its second: the steps that are done twice have the same losses. `make soak` has the whole product."
-    run = launch(recipe(tmp_path/'run', zero, kind, max_steps=24, max_samples=4*ranks, save_steps=6, save_total_limit=None), nproc=ranks)
+ONCE = {'z0-1-lora': ('z0', 1, 'lora'), 'z2_offload-1-lora': ('z2_offload', 1, 'lora'), 'z3-1-lora': ('z3', 1, 'lora'),
+        'z3_offload-1-lora': ('z3_offload', 1, 'lora'), 'None-2-full': (None, 2, 'full')}
+
+def _killed_and_resumed(recipe, ranks):
+    "A run that is killed in its third epoch and resumed in the middle of its second; and the losses that it had when it was killed."
+    run = launch(recipe, nproc=ranks)
     until(lambda: run.progress.step >= 10 and is_whole(run.output_dir/'checkpoint-6', ranks) or not run.is_running)
     _kill(run)
     until(lambda: not run.is_running)
     killed = _losses(run)
     for later in checkpoints(run)[1:]: shutil.rmtree(later)  # it may have come as far as 12 and 18
-    run.resume()
-    assert run.wait().status == 'done' and run.progress.begin == 6
+    return run.resume().wait(), killed
+
+@pytest.fixture(scope='module')
+def once(request, recipe, tmp_path_factory):
+    "The runs that were asked for, by config, two at a time: each is there, or will be."
+    pool, found = ThreadPoolExecutor(2), {}
+    for name in [item.callspec.params['name'] for item in request.session.items if item.originalname == 'test_each_config_once']:
+        zero, ranks, kind = ONCE[name]
+        steps = dict(max_steps=24, max_samples=4*ranks, save_steps=6, save_total_limit=None)
+        found[name] = pool.submit(_killed_and_resumed, recipe(tmp_path_factory.mktemp('once')/'run', zero, kind, **steps), ranks)
+    yield found
+    pool.shutdown(cancel_futures=True)
+
+@pytest.mark.parametrize('name', ONCE)
+def test_each_config_once(name, once):
+    "The steps that are done twice have the same losses. `make soak` has the whole product."
+    (run, killed), ranks = once[name].result(), ONCE[name][1]
     losses = _losses(run)
-    assert len(killed) >= 8 and list(losses.index) == list(range(1, 25))
+    assert run.status == 'done' and run.progress.begin == 6 and len(killed) >= 8 and list(losses.index) == list(range(1, 25))
     assert (losses - killed).abs().max() <= 2e-4, losses - killed
     assert is_whole(checkpoints(run)[-1], ranks)
 
@@ -104,9 +125,9 @@ def test_every_config_stopped_and_killed(zero, ranks, kind, recipe, reference, d
 
 def _used(run, kind, data, tmp_path):
     "What the README does with a run that has ended: it is looked at, predicts, and becomes a model."
-    from qwen2vl_nb.predict import predict
+    from qwen2vl_nb.prediction.engines import predict
     from qwen2vl_nb.recipe import predict_recipe
-    from qwen2vl_nb.watch import watch_loss
+    from qwen2vl_nb.run.watch import watch_loss
     watch_loss(run)
     asking = dict(dataset_dir=str(data), use_cpu=True, preprocessing_num_workers=None, max_samples=4, max_new_tokens=8)
     def answers(name, model, **given): return [row['predict'] for row in predict(predict_recipe(model, 'car_item_test', tmp_path/name, **asking | given))]
@@ -119,7 +140,7 @@ def _used(run, kind, data, tmp_path):
 
 _bf16 = '''
 import os, sys, torch, deepspeed
-from qwen2vl_nb import worker
+from qwen2vl_nb.run import rank as worker
 folder, stage = sys.argv[1], int(sys.argv[2])
 config = dict(train_micro_batch_size_per_gpu=1, zero_optimization=dict(stage=stage), zero_allow_untested_optimizer=True, bf16=dict(enabled=True))
 
@@ -182,7 +203,7 @@ def _states_fault(folder, stage):
 _compile = """
 import sys
 from torch.utils.cpp_extension import load
-from qwen2vl_nb import worker
+from qwen2vl_nb.run import rank as worker
 worker._compile_under_lock()
 load('two', ['two.cpp'], build_directory='.', is_python_module=False)
 """
@@ -215,7 +236,7 @@ def stopped(recipe, tmp_path_factory):
 @pytest.fixture
 def resumed(stopped, tmp_path, monkeypatch):
     "`resumed(change)`: what a resume of a copy, changed, starts, as (its command, its warnings). It starts nothing."
-    from qwen2vl_nb import run as module
+    from qwen2vl_nb.run import start as module
     shutil.copytree(stopped.output_dir, tmp_path/'run')
     for name in ('run.json', 'recipe.yaml'):
         text = (tmp_path/'run'/name).read_text(encoding='utf-8').replace(str(stopped.output_dir), str(tmp_path/'run'))
@@ -260,10 +281,10 @@ def test_without_a_complete_checkpoint_it_says_what_is_wrong_with_each(resumed, 
 
 def test_checkpoints_of_an_earlier_run_in_the_folder_are_passed_over(resumed, recipe, stopped):
     "They may have higher numbers than those of a run that has begun again with overwrite_output_dir."
-    from qwen2vl_nb.run import _stale
+    from qwen2vl_nb.run.start import _stale
     before, last = checkpoints(stopped)[-2:]
     def begin_again(run):
-        about = run._json('run.json') | {'stale': _stale(recipe(run.output_dir, overwrite_output_dir=True))}
+        about = state_or_empty(run, 'run.json') | {'stale': _stale(recipe(run.output_dir, overwrite_output_dir=True))}
         (run.output_dir/'run.json').write_text(json.dumps(about))
         os.utime(run.output_dir/before.name/'trainer_state.json', (1, 1))  # as if it had been written since
     assert resumed(begin_again) == (f'resume_from_checkpoint={before.name}', [f'Resuming from {before.name}. {last.name} was written by an earlier run in this folder.'])
@@ -272,7 +293,7 @@ def test_checkpoints_of_an_earlier_run_in_the_folder_are_passed_over(resumed, re
                                             (dict(resume_from_checkpoint='1', overwrite_output_dir=True), 2)])
 def test_which_checkpoints_a_run_builds_on(changes, first, recipe, stopped):
     "As LLaMA-Factory takes them: without overwrite_output_dir it resumes by itself from the last one."
-    from qwen2vl_nb.run import _stale
+    from qwen2vl_nb.run.start import _stale
     found = checkpoints(stopped)
     if isinstance(start := changes.get('resume_from_checkpoint'), str): changes = changes | {'resume_from_checkpoint': str(found[int(start)])}
     assert list(_stale(recipe(stopped.output_dir, **changes))) == [c.name for c in found[len(found) if first is None else first:]]
@@ -307,16 +328,16 @@ def test_a_run_that_nobody_here_started_is_resumed_only_with_trust(resumed, tmp_
     resumed(trust=True)
 
 def test_a_run_json_that_was_changed_is_resumed_only_with_trust(resumed, tmp_path):
-    from qwen2vl_nb.run import _note_start
-    _note_start(tmp_path/'run')
+    from qwen2vl_nb.run.owner import note_start
+    note_start(tmp_path/'run')
     resumed(trust=False)
     def change(run): (run.output_dir/'run.json').write_text((run.output_dir/'run.json').read_text().replace('"python": "', '"python": "/elsewhere'))
     with pytest.raises(RuntimeError, match='run.json was changed(?s:.*)would execute /elsewhere'): resumed(change, trust=False)
 
 @pytest.mark.parametrize('name', ['run.json', 'recipe.yaml', '.'])
 def test_a_run_of_another_user_is_resumed_only_with_trust(name, resumed, tmp_path, monkeypatch):
-    from qwen2vl_nb.run import _note_start
-    _note_start(tmp_path/'run')
+    from qwen2vl_nb.run.owner import note_start
+    note_start(tmp_path/'run')
     stat, path = Path.stat, tmp_path/'run'/name
     def of_another(self, **kwargs):
         found = stat(self, **kwargs)
@@ -325,18 +346,18 @@ def test_a_run_of_another_user_is_resumed_only_with_trust(name, resumed, tmp_pat
     with pytest.raises(RuntimeError, match='belongs to the user'): resumed(trust=False)
 
 def test_notes_of_starts_are_private_and_forgotten_with_their_folders(tmp_path):
-    from qwen2vl_nb.run import _note_start
+    from qwen2vl_nb.run.owner import note_start
     folders = [tmp_path/'a', tmp_path/'b']
     for folder in folders:
         folder.mkdir()
         (folder/'run.json').write_text('{}')
-        _note_start(folder)
+        note_start(folder)
     assert all(_note(f).stat().st_mode & 0o777 == 0o600 for f in folders)
     shutil.rmtree(folders[0])
-    _note_start(folders[1])
+    note_start(folders[1])
     assert [_note(f).exists() for f in folders] == [False, True]
     (_note(folders[1]).parent/'broken.json').write_text('no JSON')
-    _note_start(folders[1])
+    note_start(folders[1])
     assert json.loads(_note(folders[1]).read_text())['folder'] == str(folders[1])
 
 # torchrun starts the ranks again
@@ -347,7 +368,7 @@ def test_ranks_that_were_started_again_pass_over_a_damaged_checkpoint(recipe, re
     shutil.copytree(checkpoints(stopped)[-1], tmp_path/'run'/'checkpoint-99')
     run = launch(recipe(tmp_path/'run', max_steps=24, save_total_limit=None, overwrite_output_dir=True), nproc=2, env={'MAX_RESTARTS': '1'})
     until(lambda: len([c for c in checkpoints(run) if is_whole(c, 2)]) >= 3 or not run.is_running)
-    below = [p for p in psutil.Process(run._json('waiter.json')['pid']).children(recursive=True) if 'worker' in p.cmdline() and 'RANK' in p.environ()]
+    below = [p for p in psutil.Process(state_or_empty(run, 'waiter.json')['pid']).children(recursive=True) if 'run.rank' in p.cmdline() and 'RANK' in p.environ()]
     for p in below: p.suspend()
     last = [c for c in checkpoints(run) if (c/'trainer_state.json').exists()][-2]
     _damage(last/'optimizer.pt')
@@ -364,7 +385,7 @@ def test_batches_are_skipped_in_the_order_of_their_epoch(ranks):
     "accelerate alone takes the rest of the rows from the order of the first epoch, on one rank."
     from accelerate.data_loader import prepare_data_loader, skip_first_batches
     from torch.utils.data import DataLoader
-    from qwen2vl_nb.worker import keeping_epoch
+    from qwen2vl_nb.run.rank import keeping_epoch
     def rows(loader): return [row for batch in loader for row in batch.tolist()]
     def loader():
         made = prepare_data_loader(DataLoader(range(32), shuffle=True), num_processes=ranks, process_index=0, use_seedable_sampler=True, data_seed=1, put_on_device=False)
@@ -379,7 +400,7 @@ def test_weights_are_loaded_under_the_names_that_they_are_saved_under(method, ti
     "transformers alone loads none of them."
     import torch
     from transformers import Qwen2VLForConditionalGeneration, Trainer, TrainingArguments
-    from qwen2vl_nb.worker import renaming_weights
+    from qwen2vl_nb.run.rank import renaming_weights
     trained = Qwen2VLForConditionalGeneration.from_pretrained(tiny)
     with torch.no_grad(): [p.add_(1) for p in trained.parameters()]
     trained.save_pretrained(tmp_path/'checkpoint-1')

@@ -8,14 +8,17 @@ import pytest
 from conftest import PATIENCE, free_ports, until
 from qwen2vl_nb.boot import script
 from qwen2vl_nb.checkpoint import checkpoints, is_whole
-from qwen2vl_nb.loss import read_log
+from qwen2vl_nb.run.folder import state_or_empty
+from qwen2vl_nb.run.loss import read_log
 from qwen2vl_nb.recipe import save_recipe
-from qwen2vl_nb.run import _marked, attach, export, launch, runs
+from qwen2vl_nb.processes import marked
+from qwen2vl_nb.run.merge import export
+from qwen2vl_nb.run.start import attach, launch, runs
 from qwen2vl_nb.zero import zero_config
 
 def _processes(run):
     "The waiter of a run and all below it."
-    w = psutil.Process(run._json('waiter.json')['pid'])
+    w = psutil.Process(state_or_empty(run, 'waiter.json')['pid'])
     return [w, *w.children(recursive=True)]
 
 _until = until
@@ -35,7 +38,7 @@ def _sessions(processes):
 def _left(run, sessions):
     "Processes that a run has left, by its mark and by the sessions that it had."
     of_session = [p.pid for p in psutil.process_iter(['status']) if p.info['status'] != psutil.STATUS_ZOMBIE and _sid(p.pid) in sessions]
-    return _marked(run._json('run.json')['id']), of_session
+    return marked(state_or_empty(run, 'run.json')['id']), of_session
 
 def _sid(pid):
     try: return os.getsid(pid)
@@ -125,7 +128,7 @@ def test_a_killed_rank_is_made_up_for(whole, tmp_path):
     _until(lambda: is_whole(run.output_dir/'checkpoint-8', 2) and run.progress.step >= 17 or not run.is_running)
     next(p for p in _processes(run) if p.environ().get('RANK') == '1').kill()
     with pytest.raises(RuntimeError, match='rank 1.*SIGKILL'): run.wait()
-    assert run.status == 'failed' and not _marked(run._json('run.json')['id'])
+    assert run.status == 'failed' and not marked(state_or_empty(run, 'run.json')['id'])
     torn = checkpoints(run)[-1]
     (torn/'trainer_state.json').write_text('{"half of it')
     with pytest.warns(match=f'{torn.name} is incomplete: trainer_state.json'): run.resume()
@@ -157,7 +160,7 @@ def test_several_machines_go_on_at_another_address(few_steps):
     for run in ranks: run.stop(patience=0)
     again = [run.resume(master=second) for run in ranks]
     assert [run.wait().status for run in again] == ['done', 'done']
-    assert all(second.split(':')[1] in run._json('run.json')['command'] for run in again)
+    assert all(second.split(':')[1] in state_or_empty(run, 'run.json')['command'] for run in again)
 
 def test_there_must_be_something_to_go_on_from(few_steps):
     run = launch(few_steps(max_steps=100_000, save_steps=100_000))
@@ -169,7 +172,7 @@ def test_a_run_and_its_waiter_killed_is_no_running_run(few_steps):
     run = launch(few_steps(max_steps=100_000))
     for p in _processes(run): p.kill()
     _until(lambda: run.status != 'running')
-    assert run.status == 'failed' and 'without a word' in run.failure.what
+    assert run.status == 'failed' and 'without leaving a reason' in run.failure.what
 
 def test_a_run_whose_waiter_was_killed_is_stopped_all_the_same(few_steps):
     run = launch(few_steps(max_steps=100_000, deepspeed=zero_config('z0'), use_cpu=None), nproc=2)
@@ -190,11 +193,11 @@ def test_another_environment_does_the_work(few_steps, tmp_path):
     recipe = few_steps(deepspeed=zero_config('z0'), use_cpu=None, max_steps=2)
     run = launch(recipe, nproc=2, python=python, env={'PYTHONPATH': ''})
     _until(lambda: len(_processes(run)) >= 4 or not run.is_running)
-    assert {Path(p.cmdline()[0]) for p in _processes(run)[1:] if 'worker' in p.cmdline()} == {python}
+    assert {Path(p.cmdline()[0]) for p in _processes(run)[1:] if 'run.rank' in p.cmdline()} == {python}
     assert run.wait().status == 'done' and len(_losses(run)) == 2
 
 def test_a_merged_model_answers_as_base_and_adapter_did(few_steps, tiny, data, tmp_path):
-    from qwen2vl_nb.predict import predict
+    from qwen2vl_nb.prediction.engines import predict
     from qwen2vl_nb.recipe import predict_recipe
     run = launch(few_steps(max_steps=60, max_samples=100, learning_rate=2e-3, per_device_train_batch_size=8)).wait()
     asking = dict(dataset_dir=str(data), use_cpu=True, preprocessing_num_workers=None, max_samples=25, per_device_eval_batch_size=25, max_new_tokens=32)
@@ -206,5 +209,5 @@ def test_a_merged_model_answers_as_base_and_adapter_did(few_steps, tiny, data, t
     assert sorted(p.name for p in tmp_path.glob('.merged*')) == []
 
 def test_the_waiter_needs_the_standard_library_only(tmp_path):
-    done = subprocess.run([sys.executable, '-I', '-S', *script('waiter', tmp_path)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-I', '-S', *script('run.waiter', tmp_path)], capture_output=True, text=True)
     assert "'run.json'" in done.stderr.splitlines()[-1], 'it came to its work without any package'

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from qwen2vl_nb.score import compare, is_right, score
+from qwen2vl_nb.prediction.scores import compare, is_right, score
 
 def rows_of(pairs):
     "Rows of (label, prediction) pairs."
@@ -74,8 +74,8 @@ def test_rows_that_failed_are_wrong_and_rows_without_a_label_are_left_out():
 
 @pytest.mark.parametrize('rows, said', [
     ([], 'no predictions'),
-    ([dict(label='a')], 'Row 0 is no prediction'),
-    (['text'], 'Row 0 is no prediction'),
+    ([dict(label='a')], 'Row 0 is not a prediction'),
+    (['text'], 'Row 0 is not a prediction'),
     ([dict(id='x', label=3, predict='3')], 'Row x: its label is 3, not text'),
     (rows_of([(None, 'a')]*3), 'None of the 3 rows has a label')])
 def test_what_cannot_be_scored_is_said(rows, said):
@@ -152,7 +152,7 @@ def test_fields_that_are_too_many_have_no_columns_but_lines():
 
 def test_labels_that_are_not_all_objects_are_named():
     s = score(rows_of([('{"a": 1}', ''), ('red', '')]))
-    said = "1 of 2 labels are no JSON objects, the first that of row 1: 'red'"
+    said = "1 of 2 labels are not JSON objects, the first that of row 1: 'red'"
     with pytest.raises(ValueError, match=said): s.fields
 
 # Intervals and columns
@@ -209,7 +209,7 @@ def test_by_takes_functions_and_values(cards):
     s, cameras = score(cards), [r['camera'] for r in cards]
     for same in (lambda r: r['camera'], cameras, pd.Series(cameras)):
         assert s.by(same).to_numpy() == pytest.approx(s.by('camera').to_numpy(), nan_ok=True)
-    for column, said in (('colour', "no column 'colour'; there are id, row"),
+    for column, said in (('colour', "no column 'colour'; available: id, row"),
                          ('label.item', 'tags, label.color'), ([1], '1 values for 80 rows')):
         with pytest.raises(ValueError, match=re.escape(said)): s.by(column)
 

@@ -5,7 +5,7 @@ import pytest
 
 from conftest import free_ports
 from qwen2vl_nb.hidden import apart, is_secret
-from qwen2vl_nb.predict import predict
+from qwen2vl_nb.prediction.engines import predict
 from qwen2vl_nb.recipe import predict_recipe
 from test_served import loopback # noqa: F401, a fixture
 

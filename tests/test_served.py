@@ -13,13 +13,15 @@ import yaml
 from PIL import Image
 
 from conftest import PATIENCE, free_ports, until
-from qwen2vl_nb.answers import Answers
+from qwen2vl_nb.prediction.rows import Answers
 from qwen2vl_nb.boot import script
 from qwen2vl_nb.files import whole_lines
-from qwen2vl_nb.predict import Predictions, asked_row, predict
+from qwen2vl_nb.prediction.engines import predict
+from qwen2vl_nb.prediction.predictions import Predictions
+from qwen2vl_nb.prediction.question import asked_row
 from qwen2vl_nb.recipe import predict_recipe
-from qwen2vl_nb.score import score
-from qwen2vl_nb.show import show_predictions
+from qwen2vl_nb.prediction.scores import score
+from qwen2vl_nb.prediction.show import show_predictions
 
 GREEDY = {'template': 'qwen2_vl', 'do_sample': False, 'max_new_tokens': 8}
 
@@ -31,9 +33,9 @@ def _begin(folder, rows, base_url, recipe=GREEDY, env={}, **options):
     folder.mkdir(exist_ok=True)
     if not (folder/'asked.jsonl').exists(): Answers(folder/'asked.jsonl').add(rows)
     (folder/'recipe.yaml').write_text(yaml.safe_dump(recipe))
-    workers = [{'command': [sys.executable, *script('served')], 'env': {}}]
+    workers = [{'command': [sys.executable, *script('prediction.openai')], 'env': {}}]
     (folder/'run.json').write_text(json.dumps({'workers': workers, 'options': {'base_url': base_url} | options}))
-    return subprocess.Popen([sys.executable, *script('answers')], cwd=folder, env=os.environ | env)
+    return subprocess.Popen([sys.executable, *script('prediction.coordinator')], cwd=folder, env=os.environ | env)
 
 def _run(*args, **kwargs): return _begin(*args, **kwargs).wait(timeout=PATIENCE)
 
@@ -516,7 +518,7 @@ def test_answers_that_are_bombs_take_little_memory(loopback, tmp_path):
     server = loopback(behave)
     server.folder = run
     _begin(run, [_row(i, f'{i}') for i in range(17)], server.url, concurrency=4, tries=1).kill()
-    said = subprocess.run([sys.executable, '-c', MEASURED, sys.executable, *script('answers')], cwd=run, capture_output=True, text=True)
+    said = subprocess.run([sys.executable, '-c', MEASURED, sys.executable, *script('prediction.coordinator')], cwd=run, capture_output=True, text=True)
     first, *rows = _rows(run, 17)
     assert not first.get('error') and all('larger than 16,777,216 bytes' in row['error'] for row in rows), rows
     assert int(said.stdout.splitlines()[-1]) < 400_000, 'KiB'

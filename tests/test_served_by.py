@@ -5,13 +5,17 @@ import psutil
 import pytest
 
 from conftest import PATIENCE, until
-from qwen2vl_nb import answers, served
-from qwen2vl_nb.answers import Answers
+from qwen2vl_nb.prediction import openai as served, servers
+from qwen2vl_nb.prediction.rows import Answers
 from qwen2vl_nb.boot import script
-from qwen2vl_nb.predict import Predictions, _start_workers, asked_row
+from qwen2vl_nb.prediction.engines import _start_workers
+from qwen2vl_nb.prediction.predictions import Predictions
+from qwen2vl_nb.prediction.question import asked_row
 from qwen2vl_nb.recipe import predict_recipe
-from qwen2vl_nb.run import _marked, describe_start
-from qwen2vl_nb.vllm_server import _free_ports
+from qwen2vl_nb.processes import end_children, marked
+from qwen2vl_nb.run.folder import state_or_empty
+from qwen2vl_nb.run.start import describe_start
+from qwen2vl_nb.prediction.vllm import _free_ports
 
 # Ready when a file is there, with a process of its own below it; ends after so many rows, or answers only so many
 SERVER = '''
@@ -59,7 +63,7 @@ def begin(tiny, tmp_path):
         about = describe_start(1)
         options = served.server_options([s['url'] for s in servers], concurrency=2)
         about |= {'servers': servers, 'options': options}
-        worker = {'command': [about['python'], *script('served')], 'env': {}}
+        worker = {'command': [about['python'], *script('prediction.openai')], 'env': {}}
         runs.append(_start_workers(predict_recipe(tiny, None, folder), folder, about, [worker]))
         return runs[-1]
     yield start
@@ -70,7 +74,7 @@ _until = until
 def _ended(run):
     "Wait for the end; nothing of the run may be left."
     _until(lambda: not run.is_running)
-    assert not _marked(run._json('run.json')['id'])
+    assert not marked(state_or_empty(run, 'run.json')['id'])
     return run.status
 
 def _answers(run): return [row['predict'] for row in Predictions(run)]
@@ -91,7 +95,7 @@ def test_one_that_ends_before_it_is_ready_ends_the_run_with_the_first_cause(begi
     run = begin({}, {'says': log})
     assert _ended(run) == 'failed'
     said = run.failure.what
-    url = run._json('run.json')['servers'][1]['url']
+    url = state_or_empty(run, 'run.json')['servers'][1]['url']
     assert f'The server {url} ended with exit status 1 before the work began' in said
     assert 'It said: ValueError: too few heads / RuntimeError: Engine failed.' in said
     assert str(run.output_dir/'server-1.log') in said and not (run.output_dir/'predictions.jsonl').exists()
@@ -129,7 +133,7 @@ def test_one_that_does_not_go_is_ended_by_force_with_what_is_below_it():
                 'print(subprocess.Popen(["sleep", "99"]).pid, flush=True); time.sleep(99)')
     process = subprocess.Popen([sys.executable, '-c', stubborn], stdout=subprocess.PIPE, text=True)
     below = int(process.stdout.readline())
-    answers._end([process], grace=.5)
+    end_children([process], grace=.5)
     assert process.returncode == -signal.SIGKILL
     _until(lambda: not psutil.pid_exists(below) or psutil.Process(below).status() == psutil.STATUS_ZOMBIE)
 
@@ -139,5 +143,5 @@ def test_no_proxy_is_asked_for_them(monkeypatch):
     port, = _free_ports(1)
     command = [sys.executable, '-c', SERVER, str(port), '{}']
     server = subprocess.Popen(command, env=os.environ | {'SERVER_NAME': 'x'})
-    try: _until(lambda: answers._names_models(f'http://127.0.0.1:{port}/v1'))
-    finally: answers._end([server])
+    try: _until(lambda: servers._names_models(f'http://127.0.0.1:{port}/v1'))
+    finally: end_children([server])

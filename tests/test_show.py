@@ -7,7 +7,7 @@ import pytest
 from openpyxl import load_workbook
 from PIL import Image
 
-from qwen2vl_nb.show import show_predictions
+from qwen2vl_nb.prediction.show import show_predictions
 
 HOSTILE = '<script>alert(1)</script><img src=x onerror=alert(2)>"\'</script><!-- </article>'
 

@@ -2,7 +2,10 @@
 import pytest
 
 from conftest import PATIENCE, until
-from qwen2vl_nb.all import launch, predict, predict_recipe, score, train_recipe
+from qwen2vl_nb.recipe import predict_recipe, train_recipe
+from qwen2vl_nb.prediction.engines import predict
+from qwen2vl_nb.prediction.scores import score
+from qwen2vl_nb.run.start import launch
 
 @pytest.mark.soak
 @pytest.mark.parametrize('seed', [1, 2, 3])
@@ -20,10 +23,10 @@ def test_the_item_card_is_learnt_with_any_seed(seed, tiny, data, tmp_path):
 def test_what_does_not_end_is_ended(tmp_path):
     "A run that ignores SIGTERM is ended by force when the grace is over."
     import json, signal, subprocess, sys
-    from qwen2vl_nb import waiter
+    from qwen2vl_nb.run import waiter
     from qwen2vl_nb.boot import script
     (tmp_path/'run.json').write_text(json.dumps({'command': ['sh', '-c', 'trap "" TERM; sleep 300 & wait'], 'cwd': str(tmp_path), 'env': {}}))
-    process = subprocess.Popen([sys.executable, '-I', *script('waiter', tmp_path)], start_new_session=True)
+    process = subprocess.Popen([sys.executable, '-I', *script('run.waiter', tmp_path)], start_new_session=True)
     below = until(lambda: len(found := waiter.descendants(process.pid)) == 2 and (tmp_path/'waiter.json').exists() and found)
     process.send_signal(signal.SIGTERM)
     process.wait(waiter.GRACE + PATIENCE)

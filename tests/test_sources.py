@@ -4,8 +4,10 @@ import base64, json, os, shutil
 import pytest
 from PIL import Image
 
-from qwen2vl_nb.data import as_list, check_samples, is_dialogue, read_samples
-from qwen2vl_nb.registry import Registry
+from qwen2vl_nb.data.check import check_samples
+from qwen2vl_nb.data.samples import as_list, is_dialogue
+from qwen2vl_nb.data.sources import read_samples
+from qwen2vl_nb.data.registry import Registry
 
 WORDS = ['A red car, nearly new', '一辆蓝色的车', '007', 'NA']
 ASKED = 'What is this?'

@@ -5,9 +5,10 @@ import json, subprocess, sys
 
 import pytest
 
-from qwen2vl_nb.recipe import data_findings, train_recipe
+from qwen2vl_nb.checks import data_findings
+from qwen2vl_nb.recipe import train_recipe
 from qwen2vl_nb.boot import child_env
-from qwen2vl_nb.registry import Registry
+from qwen2vl_nb.data.registry import Registry
 
 STAGES = 'pt', 'sft', 'rm', 'dpo', 'kto', 'ppo'
 TEXT = 'The red car stands in front of the house.'
@@ -93,13 +94,13 @@ def test_the_stage_table_is_llamafactory_s_own(tiny, registry, verdicts):
 
 def test_dpo_on_a_ranking_trains(tiny, registry):
     "The way of a user: launched as it is, with nothing in the way, and the loss of DPO in the log."
-    from qwen2vl_nb.run import launch
+    from qwen2vl_nb.run.start import launch
     run = launch(_recipe(tiny, registry, 'dpo', 'sharegpt ranking', cutoff_len=256, max_steps=2, logging_steps=1)).wait()
     assert run.status == 'done' and 'rewards/accuracies' in run.log() and (run.output_dir/'adapter_model.safetensors').is_file()
 
 @pytest.mark.soak
 @pytest.mark.parametrize('stage, name', [('pt', 'text'), ('sft', 'sharegpt with roles'), ('rm', 'alpaca ranking'), ('dpo', 'alpaca ranking'), ('kto', 'alpaca kto'), ('kto', 'sharegpt kto')])
 def test_a_stage_trains_on_data_that_its_workflow_takes(stage, name, tiny, registry):
-    from qwen2vl_nb.run import launch
+    from qwen2vl_nb.run.start import launch
     out = registry.dataset_dir/f'out-{stage}-{name}'
     assert launch(_recipe(tiny, registry, stage, name, cutoff_len=32 if stage == 'pt' else 256, max_steps=2, output_dir=str(out))).wait().status == 'done'

@@ -5,8 +5,11 @@ from pathlib import Path
 import pytest
 from PIL import EpsImagePlugin, Image
 
-from qwen2vl_nb.data import check_samples, describe_samples, read_samples, show_samples, write_samples
-from qwen2vl_nb.registry import Registry
+from qwen2vl_nb.data.check import check_samples, mend_samples
+from qwen2vl_nb.data.describe import describe_samples, show_samples
+from qwen2vl_nb.data.sources import read_samples
+from qwen2vl_nb.data.write import write_samples
+from qwen2vl_nb.data.registry import Registry
 
 QUESTION = {'instruction': '<image>What?', 'input': '', 'output': 'A car.'}
 
@@ -22,7 +25,7 @@ def _files(folder): return {p: p.read_bytes() for p in Path(folder).rglob('*') i
 
 def _fix(*paths):
     samples = [QUESTION | {'image': [str(p)]} for p in paths]
-    mended, found = check_samples(samples, fix=True)
+    mended, found = mend_samples(samples)
     return [s['image'][0] for s in mended], found
 
 # --- mending
@@ -77,10 +80,10 @@ def test_what_cannot_be_mended_is_said(tmp_path, monkeypatch):
     (kept,), found = _fix(photo)
     assert kept == str(photo) and found.level.tolist() == ['warning']*2 and 'could not be mended' in found.what[1]
     (tmp_path/'images_mended').unlink()
-    from qwen2vl_nb import data
-    look = data._look
+    from qwen2vl_nb.data import check
+    look = check.look_at_samples
     def and_gone(*about): return look(*about), photo.unlink()
-    monkeypatch.setattr(data, '_look', lambda *about: and_gone(*about)[0])
+    monkeypatch.setattr(check, 'look_at_samples', lambda *about: and_gone(*about)[0])
     (kept,), found = _fix(photo)
     assert kept == str(photo) and found.level.tolist() == ['warning']*2 and 'could not be mended' in found.what[1]
 
@@ -147,7 +150,7 @@ def server():
 
 def _look_in_every_way(samples, **how):
     table = check_samples(samples, against=samples, **how)
-    check_samples(samples, fix=True, **how)
+    mend_samples(samples, **how)
     return table, show_samples(samples)._repr_html_(), describe_samples(samples)._repr_svg_()
 
 def test_looking_asks_nobody(server, tmp_path):

@@ -4,12 +4,12 @@ import json, math
 import av
 import pytest
 
-from qwen2vl_nb.media import sampled_frames, video_tokens
-from qwen2vl_nb.predict import predict
+from qwen2vl_nb.model import sampled_frames, video_tokens
+from qwen2vl_nb.prediction.engines import predict
 from qwen2vl_nb.recipe import predict_recipe, train_recipe
-from qwen2vl_nb.registry import Registry
-from qwen2vl_nb.loss import read_log
-from qwen2vl_nb.run import launch
+from qwen2vl_nb.data.registry import Registry
+from qwen2vl_nb.run.loss import read_log
+from qwen2vl_nb.run.start import launch
 from qwen2vl_nb.tiny import FPS, SECONDS, SIZE, make_car_video
 
 @pytest.fixture(scope='module')

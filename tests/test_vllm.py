@@ -5,17 +5,19 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from qwen2vl_nb.predict import predict
+from qwen2vl_nb.prediction.engines import predict
 from qwen2vl_nb.recipe import predict_recipe
-from qwen2vl_nb.registry import Registry, dataset_samples
-from qwen2vl_nb.run import _marked, attach, launch
+from qwen2vl_nb.data.registry import Registry, dataset_samples
+from qwen2vl_nb.processes import marked
+from qwen2vl_nb.run.folder import state_or_empty
+from qwen2vl_nb.run.start import launch
 from boxes import draw_boxes, teach_boxes
 
 __test__ = 'VLLM_PYTHON' in os.environ  # without the other environment there is nothing to collect
 
 def _by_vllm(recipe, samples, media='data'):
     p = predict(recipe, samples, engine='vllm', python=os.environ['VLLM_PYTHON'], media=media)
-    assert not _marked(attach(p)._json('run.json')['id']), 'nothing is left of it'
+    assert not marked(state_or_empty(p, 'run.json')['id']), 'nothing is left of it'
     assert {row['engine'] for row in p} == {'vllm'}
     return p
 
@@ -101,4 +103,4 @@ def test_one_that_cannot_start_says_why_and_leaves_nothing(ask, samples, tiny, t
     os.truncate(broken/'model.safetensors', 100_000)
     said = 'ended with exit status 1 before the work began.*SafetensorError'
     with pytest.raises(RuntimeError, match=said): _by_vllm(ask(tmp_path/'vllm', broken), samples)
-    assert not _marked(attach(tmp_path/'vllm')._json('run.json')['id'])
+    assert not marked(state_or_empty(tmp_path/'vllm', 'run.json')['id'])

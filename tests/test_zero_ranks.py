@@ -1,9 +1,9 @@
 "The real DeepSpeed engine on two CPU ranks, for each config that a run may choose."
 import pytest
 
-from qwen2vl_nb.loss import read_log
+from qwen2vl_nb.run.loss import read_log
 from qwen2vl_nb.recipe import find_adapter
-from qwen2vl_nb.run import launch
+from qwen2vl_nb.run.start import launch
 from qwen2vl_nb.zero import zero_config
 
 @pytest.mark.parametrize('name', ['z0', 'z2', 'z2_offload', 'z3', 'z3_offload'])

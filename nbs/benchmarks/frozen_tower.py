@@ -5,9 +5,9 @@ each stack: lines of other versions stay in OUT.csv. As `frozen_tower.py --count
 import csv, importlib.metadata, json, os, shutil, subprocess, sys, tempfile
 from pathlib import Path
 
-from qwen2vl_nb.memory import predict_memory
+from qwen2vl_nb.memory.estimate import predict_memory
 from qwen2vl_nb.recipe import predict_recipe, train_recipe
-from qwen2vl_nb.registry import Registry
+from qwen2vl_nb.data.registry import Registry
 from qwen2vl_nb.zero import zero_config
 
 DATA = Path(__file__).resolve().parents[2]/'data'

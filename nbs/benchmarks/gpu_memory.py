@@ -11,10 +11,10 @@ import argparse, csv, importlib.metadata, json, os, shutil, subprocess, sys, tem
 from contextlib import nullcontext
 from pathlib import Path
 
-from qwen2vl_nb.data import count_tokens
-from qwen2vl_nb.media import image_tokens
+from qwen2vl_nb.data.tokens import count_tokens
+from qwen2vl_nb.model import image_tokens
 from qwen2vl_nb.recipe import load_recipe, save_recipe, train_recipe
-from qwen2vl_nb.registry import Registry
+from qwen2vl_nb.data.registry import Registry
 from qwen2vl_nb.stack import gpus
 from qwen2vl_nb.zero import zero_config
 
@@ -186,7 +186,7 @@ def train(run):
     from llamafactory.train import callbacks, tuner
     from transformers import Trainer, TrainerCallback
     Trainer.save_model = lambda *args, **kwargs: None  # up to 16 GB that nobody reads, after the last figure
-    from qwen2vl_nb.simulate import LiveBytes
+    from qwen2vl_nb.memory.simulate import LiveBytes
     counter, read = LiveBytes('cpu') if asked['cpu'] else None, callbacks.get_peak_memory
     def noted():
         found = dict(allocated=sum(counter.peak.values()), reserved='', context='') if counter else on_card(read, asked['before'])
@@ -226,7 +226,7 @@ def measure(case, recipe, run, cpu):
 
 def predicted(case, recipe, cpu):
     "What `predict_memory` says of a case."
-    from qwen2vl_nb.memory import predict_memory
+    from qwen2vl_nb.memory.estimate import predict_memory
     return predict_memory(recipe, None, case['ranks'], not cpu,
                           {'tokens': case['tokens'], 'pictures': [case['image_tokens']], 'padded': case['tokens'] % 8 > 0})
 

@@ -12,8 +12,8 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from qwen2vl_nb.worker import blocking
-from qwen2vl_nb.simulate import LiveBytes
+from qwen2vl_nb.run.rank import blocking
+from qwen2vl_nb.memory.simulate import LiveBytes
 
 PACKAGES = ['torch', 'transformers', 'peft', 'deepspeed', 'llamafactory']
 

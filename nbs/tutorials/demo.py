@@ -8,7 +8,8 @@ sys.path.insert(0, str(HERE.parent))
 from execute import execute  # noqa: E402
 
 def main():
-    from qwen2vl_nb.all import Predictions, score
+    from qwen2vl_nb.prediction.predictions import Predictions
+    from qwen2vl_nb.prediction.scores import score
     began = time.time()
     folder = ROOT/'runs'/f"car_item-{time.strftime('%Y%m%d-%H%M%S')}"
     folder.mkdir(parents=True)

@@ -1,0 +1,4 @@
+"""Predictions: made in bulk, scored, compared and shown"""
+from qwen2vl_nb.names import lazily
+
+__all__, __getattr__, __dir__ = lazily(__name__, __file__)

@@ -1,0 +1,5 @@
+from .predictions import Predictions as Predictions
+from .engines import predict as predict
+from .scores import compare as compare
+from .scores import score as score
+from .show import show_predictions as show_predictions

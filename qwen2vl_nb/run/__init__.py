@@ -1,0 +1,4 @@
+"""Training runs: started, watched, stopped, resumed and exported"""
+from qwen2vl_nb.names import lazily
+
+__all__, __getattr__, __dir__ = lazily(__name__, __file__)

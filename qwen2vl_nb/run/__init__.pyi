@@ -1,0 +1,10 @@
+from .loss import Log as Log
+from .loss import plot_loss as plot_loss
+from .loss import read_log as read_log
+from .start import Progress as Progress
+from .start import Run as Run
+from .start import attach as attach
+from .merge import export as export
+from .start import launch as launch
+from .start import runs as runs
+from .watch import watch_loss as watch_loss
