@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 import psutil
 from .boot import child_env
-from .model import pixel_limits
+from .model import recipe_limits
 from .findings import Finding, findings_table
 from .questions import arguments, ask, hub
 from .stack import GiB, gpus, installed_versions, version_findings
@@ -141,7 +141,7 @@ def _length_findings(name, samples, recipe):
     "Rows with pictures that can't be read, and rows that are longer than `cutoff_len`."
     model, cutoff = Path(recipe.get('model_name_or_path') or ''), recipe.get('cutoff_len', 2048)
     counts = all((model/file).is_file() for file in ('preprocessor_config.json', 'tokenizer.json'))
-    tokens = count_tokens(samples, model if counts else None, **{k: recipe[k] for k in pixel_limits if k in recipe})
+    tokens = count_tokens(samples, model if counts else None, **recipe_limits(recipe))
     lost = tokens.index[tokens.media.isna()]
     if len(lost):
         yield Finding(name, f'{len(lost)} row(s) have pictures or clips that cannot be read; '

@@ -125,7 +125,9 @@ def in_words(
 
 
 # %% ../nbs/04_findings.ipynb #find0060
-def show_value(value):
+def show_value(
+    value, # Of the user, of any type
+)->str: # At most about 80 characters
     "The text of a value for a message, with the middle left out if it is long."
     try: text = repr(value)
     except (ValueError, RecursionError): return f'a {type(value).__name__} too large to show'

@@ -12,8 +12,13 @@ import json, math, re
 from pathlib import Path
 
 # %% ../nbs/03_model.ipynb #39be7d3e
-def trainer_size(width, height, max_pixels, min_pixels):
-    "Size after LLaMA-Factory's own steps, in pixels."
+def trainer_size(
+    width:int, # In pixels
+    height:int, # In pixels
+    max_pixels:int, # A picture of a larger area is scaled down
+    min_pixels:int, # and one of a smaller area up
+)->tuple: # (width, height) in pixels
+    "Size after LLaMA-Factory's own steps. Raises `ValueError` if no width or no height is left."
     def scaled(area):
         factor = math.sqrt(area/(width*height))
         return int(width*factor), int(height*factor)

@@ -63,8 +63,10 @@ def _modules():
 def _imports(name, tree):
     "(module, name) of what a module of the package imports from the others, at its head or in a function; the name is '' for a module as a whole."
     for node in ast.walk(tree):
-        if not isinstance(node, ast.ImportFrom) or not node.level: continue
-        package = '.'.join(filter(None, [*name.split('.')[:-node.level], node.module]))
+        if not isinstance(node, ast.ImportFrom): continue
+        if node.level: package = '.'.join(filter(None, [*name.split('.')[:-node.level], node.module]))
+        elif node.module.partition('.')[0] == 'qwen2vl_nb': package = node.module.partition('.')[2]
+        else: continue
         for a in node.names:
             whole = f'{package}.{a.name}'.lstrip('.')
             yield (whole, '') if f'qwen2vl_nb.{whole}' in _modidx.d['syms'] else (package, a.name)

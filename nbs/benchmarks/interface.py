@@ -42,4 +42,4 @@ def main(before, after='HEAD'):
     print(f'messages: {old["messages"]} before, {new["messages"]} now')
     print(f'import qwen2vl_nb.all: {old["seconds"]:.2f} s before, {new["seconds"]:.2f} s now, of the processor')
 
-if __name__ == '__main__': main(*map(str, sys.argv[1:]))
+if __name__ == '__main__': main(*sys.argv[1:])

@@ -91,8 +91,11 @@ def in_one_form(
     return [as_dialogue(s) for s in samples] if len({is_dialogue(s) for s in samples}) > 1 else samples
 
 # %% ../../nbs/data/00_samples.ipynb #samp0060
-def map_media(sample, change):
-    "The sample with `change` applied to the path of each picture and clip."
+def map_media(
+    sample:dict, # A sample
+    change, # Returns the new path, given a path
+)->dict: # A new sample
+    "The sample with other paths of its pictures and clips."
     def each(item):
         if isinstance(item, list): return [each(i) for i in item]
         return change(item) if isinstance(item, str) else item

@@ -41,8 +41,11 @@ def _load_tokenizer(model):
                                 'text tokens are counted with the tokenizer of the model folder.')
     return Tokenizer.from_file(str(file))
 
-def text_tokens(samples, model):
-    "The number of text tokens of each sample."
+def text_tokens(
+    samples:list, # Samples
+    model, # Model folder, whose tokenizer counts
+)->list: # A number for each sample
+    "The number of text tokens of each sample. Raises `FileNotFoundError` without a tokenizer."
     from tqdm import tqdm
     tokenizer, known, counts = _load_tokenizer(model), {}, []
     with tqdm(total=len(samples), desc='Counting tokens', unit='row', delay=2, file=sys.stdout) as bar:
@@ -56,16 +59,27 @@ def text_tokens(samples, model):
     return counts
 
 # %% ../../nbs/data/30_tokens.ipynb #ab1110e0
-def known_limits(limits):
-    "LLaMA-Factory's limits on pictures and clips, updated with the given ones."
+def known_limits(
+    limits:dict, # Some of the keys of `pixel_limits`
+)->dict: # All of them
+    "LLaMA-Factory's limits on pictures and clips, updated with the given ones. Raises `TypeError` for an unknown key."
     unknown = limits.keys() - pixel_limits.keys()
     if unknown: raise TypeError(f"Unknown: {', '.join(unknown)}; the limits are {', '.join(pixel_limits)}.")
     return pixel_limits | limits
 
-def clip_sampling(limits): return {k: limits[k] for k in ('video_fps', 'video_maxlen')}
+def clip_sampling(
+    limits:dict, # As from `known_limits`
+)->dict:
+    "Those of the limits that say which frames of a clip are taken."
+    return {k: limits[k] for k in ('video_fps', 'video_maxlen')}
 
-def look_at_samples(samples, pictures, clips, workers=None):
-    "Path → `Look`, once for the pictures of the samples (including the frames of clips) and once for their clips."
+def look_at_samples(
+    samples:list, # Samples
+    pictures, # Returns the `Look` of a picture, given its path
+    clips, # The same for a clip
+    workers:int=None, # Number of threads; `None`: one per core
+)->tuple: # Path → `Look`, for the pictures (including the frames of clips) and for the clips
+    "Look once at each picture and clip, however many samples show it."
     rows = [s for s in samples if isinstance(s, dict)]
     images, videos = ([item for s in rows for item in as_list(s.get(key))] for key in ('image', 'video'))
     frames = [frame for item in videos if isinstance(item, list) for frame in item]
@@ -78,8 +92,13 @@ def _tokens_of(look, kind, limits, processor):
     try: return tokens_within(*look.size, limits[f'{kind}_max_pixels'], limits[f'{kind}_min_pixels'], processor)
     except (TypeError, ValueError): return None
 
-def media_tokens(samples, looks, model, limits):
-    "The number of tokens of the pictures and clips of each sample; `None` if one can't be read."
+def media_tokens(
+    samples:list, # Samples
+    looks:tuple, # As from `look_at_samples`
+    model, # Model folder, for the processor's own limits; `None`: the published ones
+    limits:dict, # As from `known_limits`
+)->list: # A number for each sample; `None` if one of its pictures or clips can't be read
+    "The number of tokens of the pictures and clips of each sample."
     (seen, watched), image, frame = looks, processor_limits(model), processor_limits(model, video=True)
     pictures = {path: _tokens_of(look, 'image', limits, image) for path, look in seen.items()}
     def clip(item):
@@ -96,7 +115,11 @@ def media_tokens(samples, looks, model, limits):
     return [media(s) if isinstance(s, dict) else None for s in samples]
 
 # %% ../../nbs/data/30_tokens.ipynb #bf0fe3ce
-def glance_at_samples(samples, limits):
+def glance_at_samples(
+    samples:list, # Samples
+    limits:dict, # As from `known_limits`
+)->tuple: # As from `look_at_samples`
+    "Look at the headers of pictures and clips, which is all that counting tokens needs."
     return look_at_samples(samples, glance_at_picture, partial(glance_at_video, **clip_sampling(limits)))
 
 def count_tokens(

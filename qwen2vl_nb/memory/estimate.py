@@ -15,7 +15,7 @@ from filelock import FileLock
 from platformdirs import user_cache_path
 from ..boot import child_env, script
 from ..files import whole_file
-from ..model import image_tokens, model_config, pixel_limits, recipe_limits
+from ..model import image_tokens, model_config, recipe_limits
 from ..stack import GiB
 from ..recipe import dataset_names, read_zero
 from ..zero import zero_config
@@ -38,7 +38,7 @@ def _from_data(recipe):
     try: files = [folder/Registry(folder)[name]['file_name'] for name in names]
     except (KeyError, ValueError, OSError): return
     changed = tuple((f.stat().st_mtime_ns, f.stat().st_size) for f in files if f.is_file())
-    limits = tuple((k, recipe[k]) for k in pixel_limits if k in recipe)
+    limits = tuple(recipe_limits(recipe).items())
     return _counted(str(model), str(folder), names, recipe.get('media_dir'), recipe.get('max_samples'), limits, changed)
 
 def _eights(n): return -(-n//8)*8 # LLaMA-Factory pads to a multiple of eight

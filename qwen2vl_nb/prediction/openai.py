@@ -10,7 +10,6 @@ __all__ = ['server_options', 'answer_settings', 'seen_picture', 'picture_uri', '
 import asyncio, base64, io, json, math, os, random, re, signal, sys, time, zlib
 from contextlib import suppress
 from dataclasses import dataclass, field
-from operator import itemgetter
 from pathlib import Path
 from fastcore.basics import patch
 from .. import hidden
@@ -97,11 +96,11 @@ def picture_uri(
 )->str: # A `data:` or `file:` URI
     "The URI of a picture for a request. Raises `FileNotFoundError`, and `ValueError` for a broken picture."
     from PIL import Image
-    limits = itemgetter('image_max_pixels', 'image_min_pixels')(recipe_limits(recipe))
+    limits = recipe_limits(recipe)
     if os.path.exists(path) and not os.path.isfile(path): raise ValueError(f'{path} is not a regular file.')
     try:
         with Image.open(path) as im:
-            seen, kind = seen_picture(im, *limits), im.format.lower()
+            seen, kind = seen_picture(im, limits['image_max_pixels'], limits['image_min_pixels']), im.format.lower()
             as_it_is = _is_plain(im) and seen.size == im.size
     except FileNotFoundError: raise
     except Exception as error: raise ValueError(f'{path} is not an intact picture: {error}') from error

@@ -24,7 +24,9 @@ _said = re.compile(r'<\|im_start\|>user\n(.*?)<\|im_end\|>', re.S)
 
 _padding = re.compile(r'\A(?:<\|endoftext\|>)+|(?:<\|im_end\|>\n?)?(?:<\|endoftext\|>)*\Z')
 
-def without_end(text):
+def without_end(
+    text:str, # An answer or a label
+)->str:
     "A text of LLaMA-Factory's predictions without the end token and the padding that `skip_special_tokens: false` leaves in it."
     return _padding.sub('', text)
 
@@ -34,7 +36,11 @@ def _generated_row(i, row):
     return {'row': i, 'id': i, 'images': [], 'prompt': '\n'.join(_said.findall(prompt)) or prompt,
             'label': without_end(row['label']).removesuffix('\n') or None, 'predict': without_end(row['predict']), 'engine': 'llamafactory'}
 
-def parse_generated(i, line):
+def parse_generated(
+    i:int, # Number of the line, from 0
+    line:bytes, # A line of `generated_predictions.jsonl`
+)->dict: # A row
+    "The row that a line of LLaMA-Factory's own predictions contains. Raises a `ValueError` that says what is wrong."
     row = load_line(line)
     for key in ('prompt', 'label', 'predict'):
         if not isinstance(row.get(key), str): raise ValueError(f'its `{key}` is not text')
@@ -48,7 +54,11 @@ def _load_quickly(line):
 
 def _parse_own(i, line): return parse_row(line, _load_quickly)
 
-def list_damaged(damaged): return '\n'.join(f'- {what}' for what in damaged[:5]) + (f'\n- and {len(damaged) - 5} more' if damaged[5:] else '')
+def list_damaged(
+    damaged:list, # What is wrong with each line, in words
+)->str:
+    "The first five of them, and how many more there are."
+    return '\n'.join(f'- {what}' for what in damaged[:5]) + (f'\n- and {len(damaged) - 5} more' if damaged[5:] else '')
 
 # %% ../../nbs/prediction/40_predictions.ipynb #17c5656b
 class Predictions(Sequence):

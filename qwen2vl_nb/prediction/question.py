@@ -69,7 +69,10 @@ def _special_tokens(recipe):
 
 def _label(row): return row['label'] if isinstance(row['label'], str) else ''
 
-def treated_alike(recipe, asked):
+def treated_alike(
+    recipe:dict, # A prediction recipe
+    asked:list, # Rows, as from `asked_row`
+)->tuple: # (recipe, rows)
     "The recipe and the rows, with special tokens either kept or removed in both answers and labels."
     special = _special_tokens(recipe)
     if recipe.get('skip_special_tokens'):
@@ -77,7 +80,10 @@ def treated_alike(recipe, asked):
     is_marked = any(special.search(_label(row)) for row in asked)
     return recipe | ({'skip_special_tokens': False} if is_marked else {}), asked
 
-def special_token_findings(recipe, samples):
+def special_token_findings(
+    recipe:dict, # A prediction recipe
+    samples:list, # What is asked
+)->list: # At most one `Finding`
     "A warning of what LLaMA-Factory's own prediction does to answers with special tokens, if labels contain any."
     special = _special_tokens(recipe)
     found = [special.search(_label(asked_row(i, s))) for i, s in enumerate(samples)]
@@ -140,7 +146,9 @@ def _changed_rows(path, rows):
     return count + ([f'row {other[0]} is another than before{more}'] if other else []) or ['the rows are others than before']
 
 # %% ../../nbs/prediction/35_question.ipynb #22603d84
-def read_question(folder):
+def read_question(
+    folder:Path, # Folder of a prediction
+)->dict: # As from `question`
     "The question that the answers in a folder belong to; `None` if there is none yet. Raises `ValueError` if it is damaged."
     path = folder/QUESTION
     try: found = read_json(path)
@@ -163,7 +171,11 @@ def _changes(folder, before, asked, rows):
     same = before['rows'] == asked['rows'] or before['rows'] == _rows_hash(_as_before(rows))
     return engine + sum(parts, []) + ([] if same else _changed_rows(folder/ASKED, rows))
 
-def ask_question(folder, asked, rows):
+def ask_question(
+    folder:Path, # Folder of a prediction
+    asked:dict, # As from `question`
+    rows:list, # The rows as lines of text
+):
     "Write the question and its rows to the folder if it has none yet; raise `ValueError` for a different question."
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder/'.asked.lock', timeout=120):

@@ -11,7 +11,7 @@ import json, math, os, shutil, socket
 from contextlib import ExitStack
 from pathlib import Path
 from ..files import write_text
-from ..model import chat_template, model_config, pixel_limits
+from ..model import chat_template, model_config, recipe_limits
 from ..questions import ask, versions
 from ..stack import GiB
 from ..data.samples import as_list, is_dialogue
@@ -46,8 +46,7 @@ def data_needs(
     samples:list, # What is asked
 )->dict: # Maximum for a row: tokens of the `prompt`, of its `media`, and of prompt and answer (`max_model_len`); numbers of `images` and `videos`
     "How long the rows are, and how many pictures and clips they have. A row that can't be read does not count towards the length."
-    limits = {k: recipe[k] for k in pixel_limits if k in recipe}
-    tokens = count_tokens(list(map(_question, samples)), recipe['model_name_or_path'], **limits).dropna()
+    tokens = count_tokens(list(map(_question, samples)), recipe['model_name_or_path'], **recipe_limits(recipe)).dropna()
     most = lambda key: max((len(as_list(s.get(key))) for s in samples), default=0)
     config = model_config(recipe['model_name_or_path'])
     longest = config.get('text_config', config)['max_position_embeddings']

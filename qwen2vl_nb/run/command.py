@@ -23,7 +23,9 @@ def _address(master):
     if not host or not port.isdigit(): raise ValueError(f"master={master!r}: with several machines, give the first one's address and a free port, such as '10.0.0.1:29500'.")
     return host, int(port)
 
-def port_findings(about):
+def port_findings(
+    about:dict, # The fields of `RunStart` that are known before the start
+)->list: # At most one `Finding`
     "Whether the port at which the machines meet is free, on the machine that opens it."
     if about['nnodes'] == 1 or about['node_rank']: return []
     port = _address(about['master'])[1]
@@ -51,7 +53,10 @@ def _meeting(about):
     return ['--nnodes', spread, '--rdzv-id', env['RDZV_ID'], '--rdzv-backend', 'c10d', '--rdzv-endpoint', f'{host}:{port}', *restarts,
             '--rdzv-conf', ','.join(filter(None, [env.get('PET_RDZV_CONF'), f"is_host={int(not about['node_rank'])}"])), '--local-addr', _own_address(host, port)]
 
-def run_command(recipe, about):
+def run_command(
+    recipe:dict, # The recipe
+    about:dict, # The fields of `RunStart` that are known before the start
+)->list: # Strings
     "The command of a run, to be run with its folder as the working directory."
     rank = script('run.rank', RECIPE)
     if about['nproc']*about['nnodes'] == 1 and not recipe.get('deepspeed'): return [about['python'], *rank]
@@ -60,18 +65,25 @@ def run_command(recipe, about):
     return list(map(str, [about['python'], *torchrun, *_meeting(about), *ranks, *rank]))
 
 # %% ../../nbs/run/30_command.ipynb #runcomm50
-def visible_gpus(env):
+def visible_gpus(
+    env:dict, # Environment variables that the user gives to the run
+)->str:
     "The value of `CUDA_VISIBLE_DEVICES` for a run, given its own variables; `None` if it is not set."
     return env.get('CUDA_VISIBLE_DEVICES', os.environ.get('CUDA_VISIBLE_DEVICES'))
 
-def gpus_for(env):
+def gpus_for(
+    env:dict, # Environment variables that the user gives to the run
+)->list:
     "The GPUs that a run may use, as dicts; `device` is what `CUDA_VISIBLE_DEVICES` calls each."
     named = visible_gpus(env)
     found = gpus(named)
     devices = named.split(',') if named else [str(g.index) for g in found]
     return [asdict(g) | {'device': device} for g, device in zip(found, devices)]
 
-def child_environment(recipe, about):
+def child_environment(
+    recipe:dict, # The recipe
+    about:dict, # The fields of `RunStart` that are known before the start
+)->dict:
     "The variables that the child's environment has in addition to those of this one."
     scripts = str(Path(about['python']).parent)
     added = {'PATH': os.pathsep.join([scripts, os.environ.get('PATH', '')]), 'PYTHONUTF8': '1', 'PYTHONUNBUFFERED': '1', 'PYTHONSAFEPATH': '1', RUN_MARK: about['id']}
@@ -84,13 +96,16 @@ def child_environment(recipe, about):
     return added | about['given'] | devices
 
 _kept = re.compile(r'^(CUDA|OMP|MKL|NCCL|GLOO|TORCH|PYTORCH|PET_|HF_|DS_|SLURM|PYTHON|LD_|QWEN2VL)')
-def inherited_environment():
+def inherited_environment()->dict:
     "The part of this environment that matters to a run, without secrets."
     return {k: v for k,v in hidden.apart(os.environ)[1].items() if _kept.match(k)}
 
 # %% ../../nbs/run/30_command.ipynb #e10b0002
-def secrets_of(recipe, about):
-    "The environment variables that carry the secrets of a start, and the names of all secrets that it needs."
+def secrets_of(
+    recipe:dict, # The recipe
+    about:dict, # The fields of `RunStart` that are known before the start
+)->tuple: # (environment variables that carry the secrets, names of all secrets that the run needs)
+    "The secrets of a start, which are passed on in memory. Warns of those that a resumed run lacks."
     names = about.get('secrets', {})
     again = {k: os.environ[k.upper()] for k in names.get('recipe', []) if k not in recipe and k.upper() in os.environ}
     of_env, of_recipe = hidden.apart(child_environment(recipe, about))[0], hidden.apart(recipe)[0] | again

@@ -11,7 +11,7 @@ __all__ = ['RUN', 'RECIPE', 'RUN_LOG', 'RANKS', 'TRAINER_LOG', 'WAITER', 'PROGRE
 # %% ../../nbs/run/00_folder.ipynb #d10b0003
 import os, re, time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from ..hidden import mask
 from ..files import Damaged, read_json, write_json
@@ -73,10 +73,11 @@ class RunStart:
 
 def write_start(
     folder, # Folder of the run
-    start:RunStart, # How it is started
+    about:dict, # The fields of `RunStart`; others, which a resumed `run.json` of another version may have, are dropped
 ):
     "Write `run.json`, without passwords in addresses."
-    known = {k: v for k,v in asdict(start).items() if v is not None or k == 'master'}
+    start = asdict(RunStart(**{f.name: about[f.name] for f in fields(RunStart) if f.name in about}))
+    known = {k: v for k,v in start.items() if v is not None or k == 'master'}
     write_json(Path(folder)/RUN, mask(known), private=True, state=True)
 
 # %% ../../nbs/run/00_folder.ipynb #d10b0006
@@ -173,9 +174,9 @@ def write_failure(
     write_json(Path(folder)/failure_file(who), {k: clean(v) for k,v in told.items()}, state=True)
 
 # %% ../../nbs/run/00_folder.ipynb #d10b000a
-_always_noted = {'id', 'command', 'cwd', 'python', 'versions', 'host', 'nproc', 'nnodes', 'node_rank', 'master', 'given', 'force'} # By every version
-_always = (WAITER, ENDED, RUN_LOG, PROGRESS, REFUSED, 'stop', 'stopping', MISSING)
-_numbered = re.compile(r'failure-(?:\d+|server|rows)\.(?:json|tmp)|ended\.json\.\d+\.tmp|waiter\.json\.\d+\.tmp|progress\.tmp')
+_always_noted = {'id', 'command', 'cwd', 'python', 'versions', 'host', 'nproc', 'nnodes', 'node_rank', 'master', 'given', 'force', 'gpus'} # By every version
+_always = (WAITER, ENDED, RUN_LOG, PROGRESS, REFUSED, STOP, STOPPING, MISSING)
+_numbered = re.compile(r'failure-(?:\d+|server|rows|files)\.(?:json|tmp)|ended\.json\.\d+\.tmp|waiter\.json\.\d+\.tmp|progress\.tmp')
 
 def last_start(
     folder, # Any folder
@@ -191,6 +192,6 @@ def files_of(
     "List the files in a folder that have the name of a file that such a start creates."
     if not about or not os.path.isdir(folder): return []
     logs = [s.get('log') for s in about.get('servers', [])]
-    names = {*_always, *logs, *(['ranks'] if 'ranks' in about['command'] else [])}
+    names = {*_always, *logs, *([RANKS] if RANKS in about['command'] else [])}
     found = sorted(name for name in os.listdir(folder) if name in names or _numbered.fullmatch(name))
     return [Path(folder)/name for name in found] + [Path(folder)/RUN]*os.path.lexists(Path(folder)/RUN)

@@ -12,7 +12,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from ..files import Damaged, lines_of, open_regular, parse_json, whole_file
 from ..findings import text_table
-from ..display import plain_axes
+from ..display import GREY, plain_axes
 from ..recipe import load_recipe
 from .folder import RECIPE, TRAINER_LOG
 
@@ -394,7 +394,7 @@ def _names(runs):
     return names if all(names) and len(set(names)) == len(runs) else _by_folder(runs)
 
 # %% ../../nbs/run/50_loss.ipynb #cde42336
-_grey, _red = '#767676', '#d2003c'
+_red = '#d2003c'
 _colours, _marks = ('#0072b2', '#d55e00', '#009e73', '#8a3ffc', _red), 'os^DvX'
 
 def _look(i, alone=False):
@@ -424,7 +424,7 @@ def _draw_loss(ax, rows, i, smooth, alone):
 
 # %% ../../nbs/run/50_loss.ipynb #83f5c8ee
 def _legend(figure, lines, side, columns):
-    legend = figure.legend(lines.values(), lines, loc=f'outside upper {side}', ncols=columns, frameon=False, fontsize=9, labelcolor=_grey)
+    legend = figure.legend(lines.values(), lines, loc=f'outside upper {side}', ncols=columns, frameon=False, fontsize=9, labelcolor=GREY)
     for text in legend.get_texts(): text.set_parse_math(False)  # a dollar sign in a folder's name is just a dollar sign
 
 def _with_lowest(kinds):
@@ -439,7 +439,7 @@ def _label(figure, ax, names):
     kinds = {line.get_label(): line for line in ax.lines}
     if len(names) == 1: return _legend(figure, dict(_with_lowest(kinds)), 'left', 4) if kinds else None
     runs = {textwrap.fill(name, 50): Line2D([], [], **_look(i)) for i,name in enumerate(names)}
-    plain = {k: Line2D([], [], color=_grey, alpha=line.get_alpha(), linestyle=line.get_linestyle(),
+    plain = {k: Line2D([], [], color=GREY, alpha=line.get_alpha(), linestyle=line.get_linestyle(),
                        marker='x' if k == 'not a number' else '') for k,line in kinds.items()}
     columns = 2 if len(runs) > 3 and max(map(len, runs)) < 24 else 1
     _legend(figure, runs, 'left', columns)

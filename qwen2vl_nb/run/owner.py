@@ -36,7 +36,12 @@ def _names_zero(path, config):
     try: return load_recipe(path).get('deepspeed') == str(config)
     except (OSError, ValueError): return False
 
-def refuse_foreign(folder, recipe, about):
+def refuse_foreign(
+    folder:Path, # Folder of a run that is to be started
+    recipe:dict, # Its recipe
+    about:dict, # What its `run.json` will contain
+):
+    "Raise `ValueError` if a start would overwrite or remove a file that no run has created."
     found = _foreign(folder, recipe, about)
     if os.path.lexists(folder/EARLIER) and not (folder/EARLIER).is_dir(): found.append(EARLIER)
     if found: raise ValueError(f"{folder} has files that no run of this package made, and a run would write over them: {', '.join(found)}. "
@@ -47,7 +52,9 @@ def _note(folder): return Path(platformdirs.user_data_dir('qwen2vl_nb'))/'runs'/
 
 def _fingerprint(folder): return hashlib.sha256(read_bytes(folder/RUN)).hexdigest()
 
-def note_start(folder):
+def note_start(
+    folder:Path, # Folder of the run
+):
     "Record that this user has started a run. If that can't be written, a resume asks for trust."
     note = _note(folder)
     try:
@@ -68,7 +75,12 @@ def _stranger(folder, output_dir):
     if not noted: return f'no run in this folder is noted in {_note(folder).parent}, where the runs are that you have started'
     return '' if noted == _fingerprint(folder) else 'its run.json was changed after you had started it'
 
-def refuse_stranger(run, about, recipe):
+def refuse_stranger(
+    run, # A `Run` that is to be resumed
+    about:dict, # What its `run.json` contains
+    recipe:dict, # Its recipe
+):
+    "Raise `RuntimeError` if the run is not known to be this user's own."
     try: why = _stranger(run.output_dir, recipe['output_dir'])
     except (OSError, Damaged) as e: why = str(e)
     if why: raise RuntimeError(f"It can't be told that you started the run in {run.output_dir} yourself: {why}. Resuming it would execute {about['python']}, with the "

@@ -27,8 +27,8 @@ from . import life
 from .command import (child_environment, gpus_for, inherited_environment, port_findings, run_command,
                                     secrets_of, visible_gpus)
 from .failure import find_failure
-from .folder import (EARLIER, PROGRESS, RECIPE, REFUSED, RUN, RUN_LOG, RunStart, TRAINER_LOG, WAITER,
-                                   files_of, is_count, is_number, last_start, state_or_empty, write_start)
+from .folder import (EARLIER, PROGRESS, RECIPE, REFUSED, RUN, RUN_LOG, TRAINER_LOG, WAITER, files_of,
+                                   is_count, is_number, last_start, state_or_empty, write_start)
 from .loss import best_evaluation
 from .owner import note_start, refuse_foreign, refuse_stranger
 
@@ -314,7 +314,7 @@ def start(
         make_room(run.output_dir)
         sweep(run.output_dir)
         shown = {'given': hidden.apart(about['given'])[1], 'env': hidden.apart(child_environment(recipe, about))[1], 'inherited': inherited_environment(), 'secrets': names}
-        write_start(run.output_dir, RunStart(**about | shown))
+        write_start(run.output_dir, about | shown)
         save_recipe(hidden.apart(recipe)[1], run.output_dir/RECIPE, private=True)
         note_start(run.output_dir)
         process = subprocess.Popen([sys.executable, '-I', *script('run.waiter', run.output_dir)], env=os.environ | carried, start_new_session=True,
