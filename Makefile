@@ -53,7 +53,7 @@ browser:
 test: setup browser
 	$(BIN)/nbdev_test --n_workers 2
 	$(PYTEST) tests
-	$(BIN)/ruff check qwen2vl_nb tests
+	$(BIN)/ruff check qwen2vl_nb nbs tests
 
 # vLLM pins its own torch; its CPU build gets an environment of its own
 .venv-vllm/.installed: requirements-vllm.lock

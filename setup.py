@@ -11,7 +11,8 @@ readme = here/'README.md'
 
 setup(
     name=ini['lib_name'], version=ini['version'], description=ini['description'], author=ini['author'],
-    long_description=readme.read_text(encoding='utf-8') if readme.exists() else '', long_description_content_type='text/markdown',
+    long_description=readme.read_text(encoding='utf-8') if readme.exists() else '',
+    long_description_content_type='text/markdown',
     license='Apache-2.0', keywords=ini['keywords'].split(), packages=find_packages(include=[ini['lib_path']+'*']),
     package_data={'': ['*.pyi', 'py.typed']},
     python_requires=f">={ini['min_python']}", install_requires=ini['requirements'].split(),

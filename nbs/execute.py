@@ -1,6 +1,7 @@
 """Execute notebooks in place, with what they print shown as they go: python nbs/execute.py [--flags tiny] NOTEBOOK …
 
-Cells that carry a flag of settings.ini other than `slow`, such as `#| gpu`, are left as they are unless the flag is named."""
+Cells that carry a flag of settings.ini other than `slow`, such as `#| gpu`, are left as they are unless the flag is
+named."""
 import argparse, re, time
 from pathlib import Path
 

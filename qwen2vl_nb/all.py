@@ -7,4 +7,4 @@ __all__ = []
 
 # %% ../nbs/90_all.ipynb #213d0949
 from . import *
-from . import __all__
+from . import __all__ # noqa: F401

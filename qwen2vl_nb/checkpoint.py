@@ -42,7 +42,8 @@ def file_fault(
         with open_regular(path) as f: return check(f)
     except OSError as e: return f'cannot be read: {e.strerror or e}'
     except zipfile.BadZipFile as e: return 'is damaged' if 'CRC' in str(e) else 'is cut off or damaged'
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RuntimeError, EOFError): return 'is damaged'
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RuntimeError, EOFError):
+        return 'is damaged'
 
 def is_whole_file(
     path, # File of weights or states; files of other kinds are complete
@@ -54,7 +55,8 @@ def is_whole_file(
 _values = ('BINUNICODE', 'BININT', 'BININT1', 'BININT2')
 
 def _pickled(path, keys):
-    "The numbers and texts that follow the given strings in a file written by torch, by string. Its pickle is not executed."
+    """The numbers and texts that follow the given strings in a file written by torch, by string.
+    Its pickle is not executed."""
     with open_regular(path) as f, zipfile.ZipFile(f) as z:
         pickle = z.read(next(name for name in z.namelist() if name.endswith('/data.pkl')))
     memo, last, found = {}, None, {}
@@ -71,13 +73,15 @@ def _deepspeed(folder):
     tag = read_text(folder/'latest', 255).strip()
     if Path(tag).name != tag: raise Damaged('latest is damaged')
     step = folder/tag
-    first = next((p for p in (step/'mp_rank_00_model_states.pt', step/'zero_pp_rank_0_mp_rank_00_model_states.pt') if p.is_file()), None)
+    first = next((p for p in (step/'mp_rank_00_model_states.pt', step/'zero_pp_rank_0_mp_rank_00_model_states.pt')
+                  if p.is_file()), None)
     if not first: raise Damaged(f'{tag}/mp_rank_00_model_states.pt is missing')
     saved = _pickled(first, ('dp_world_size', 'mp_world_size', 'stage'))
     stage, data, model = saved.get('stage') or 0, saved['dp_world_size'], saved.get('mp_world_size') or 1
     bf16 = 'bf16_'*any(step.glob('bf16_*_optim_states.pt'))
     parts = [f'zero_pp_rank_{rank}_mp_rank_{part:02d}' for part in range(model) for rank in range(data)]
-    needed = [f'{part}_model_states.pt' for part in parts] if stage == 3 else [f'mp_rank_{part:02d}_model_states.pt' for part in range(model)]
+    needed = [f'{part}_model_states.pt' for part in parts] if stage == 3 else [f'mp_rank_{part:02d}_model_states.pt'
+                                                                               for part in range(model)]
     if stage: needed += [f'{bf16}{part}_optim_states.pt' for part in parts]
     return [step/name for name in needed], data*model if stage else None
 
@@ -85,7 +89,8 @@ def _deepspeed(folder):
 def _needed(folder):
     "The files that a checkpoint must have, given the other files in it."
     yield folder/'trainer_state.json'
-    for index in folder.glob('*.index.json'): yield from (folder/name for name in set(read_json(index)['weight_map'].values()))
+    for index in folder.glob('*.index.json'):
+        yield from (folder/name for name in set(read_json(index)['weight_map'].values()))
     with_states = any(folder.glob('rng_state*.pth'))
     if any(folder.glob('global_step*')): yield from [folder/'latest', *_deepspeed(folder)[0]]
     elif with_states: yield from (folder/'optimizer.pt', folder/'scheduler.pt')
@@ -105,9 +110,11 @@ def checkpoint_fault(
     except FileNotFoundError as e: missing = Path(e.filename)
     except OSError as e: return f'{e.filename} cannot be read: {e.strerror}'
     except Damaged as e: return str(e).replace(f'{folder}/', '')
-    except (ValueError, TypeError, KeyError, AttributeError, StopIteration, zipfile.BadZipFile, RuntimeError): return "DeepSpeed's states are damaged"
+    except (ValueError, TypeError, KeyError, AttributeError, StopIteration, zipfile.BadZipFile, RuntimeError):
+        return "DeepSpeed's states are damaged"
     if missing: return f'{missing.relative_to(folder)} is missing'
-    if not any(any(folder.glob(name)) for name in _weights) and not (folder/'latest').is_file(): return 'there are no weights'
+    if not any(any(folder.glob(name)) for name in _weights) and not (folder/'latest').is_file():
+        return 'there are no weights'
     files = [p for p in sorted(folder.rglob('*')) if p.suffix in _checks]
     with ThreadPoolExecutor() as pool: faults = zip(files, pool.map(file_fault, files))
     return next((f'{p.relative_to(folder)} {fault}' for p, fault in faults if fault), '')
@@ -122,7 +129,8 @@ def why_not(
     if fault: return f'{folder.name} is incomplete: {fault}.'
     ranks = _deepspeed(folder)[1] if (folder/'latest').is_file() else None
     if ranks in (None, world_size): return ''
-    return f'{folder.name} is complete, but DeepSpeed can load it on {ranks} rank(s) only, and here there are {world_size}.'
+    return (f'{folder.name} is complete, but DeepSpeed can load it on {ranks} rank(s) only, and here there are '
+            f'{world_size}.')
 
 def is_whole(
     folder, # Folder of a checkpoint
@@ -137,7 +145,8 @@ def checkpoints(
     output_dir, # Folder of a run
 )->list: # Folders, complete or not, the earliest first
     "The checkpoints of a run, including those that an earlier version renamed to `torn-checkpoint-N`."
-    found = [p for p in Path(output_dir).glob('*checkpoint-*') if re.fullmatch(r'checkpoint-\d+|torn-checkpoint-\d+(\.\d+)?', p.name)]
+    found = [p for p in Path(output_dir).glob('*checkpoint-*')
+             if re.fullmatch(r'checkpoint-\d+|torn-checkpoint-\d+(\.\d+)?', p.name)]
     return sorted(found, key=lambda p: (_number(p), p.name.startswith('checkpoint'), p.name))
 
 def when_written(
@@ -156,7 +165,8 @@ def newest_complete(
     passed = []
     for folder in reversed(checkpoints(output_dir)):
         is_stale = (written := (stale or {}).get(folder.name)) and written == when_written(folder)
-        why = f'{folder.name} was written by an earlier run in this folder.' if is_stale else why_not(folder, world_size)
+        why = f'{folder.name} was written by an earlier run in this folder.' if is_stale else why_not(folder,
+                                                                                                      world_size)
         if not why: return folder, passed
         passed.append(why)
     return None, passed

@@ -34,24 +34,29 @@ def half_findings(
     if gpus(): return []
     if recipe.get('bf16') and not recipe.get('use_cpu'):
         cure = 'Leave bf16 out' if recipe.get('deepspeed') else 'Set use_cpu: true, or leave bf16 out'
-        return [Finding('bf16', 'There is no GPU here, and LLaMA-Factory refuses bf16 on the CPU without use_cpu.', f'{cure}, or use a machine with a GPU.')]
+        return [Finding('bf16', 'There is no GPU here, and LLaMA-Factory refuses bf16 on the CPU without use_cpu.',
+                        f'{cure}, or use a machine with a GPU.')]
     if not (recipe.get('fp16') and recipe.get('deepspeed')): return []
-    return [Finding('fp16', 'There is no GPU here, and DeepSpeed takes fp16 on few CPUs.', 'Remove fp16, or use a machine with a GPU.', 'warning')]
+    return [Finding('fp16', 'There is no GPU here, and DeepSpeed takes fp16 on few CPUs.',
+                    'Remove fp16, or use a machine with a GPU.', 'warning')]
 
 def _has_clips(recipe):
     "Whether a data set of the recipe has clips, by its entry."
-    registry, named = Registry(recipe.get('dataset_dir') or 'data'), ','.join(str(recipe.get(k) or '') for k in ('dataset', 'eval_dataset'))
+    registry, named = Registry(recipe.get('dataset_dir') or 'data'), ','.join(str(recipe.get(k) or '')
+                                                                              for k in ('dataset', 'eval_dataset'))
     try: return any('videos' in str(registry[name.strip()].get('columns')) for name in named.split(',') if name.strip())
     except (OSError, ValueError, KeyError): return False  # what is wrong there is said elsewhere
 
 def _version_findings(recipe, versions):
     "What is known to break among the versions, of what the recipe uses."
-    uses = {'scores': recipe.get('predict_with_generate'), 'DeepSpeed': recipe.get('deepspeed'), 'video': _has_clips(recipe),
+    uses = {'scores': recipe.get('predict_with_generate'), 'DeepSpeed': recipe.get('deepspeed'),
+            'video': _has_clips(recipe),
             'LoRA with DeepSpeed': recipe.get('deepspeed') and recipe.get('finetuning_type', 'lora') == 'lora'}
     return [f for f in version_findings(versions, [use for use in uses if uses[use]]) if f.level == 'error']
 
 # %% ../nbs/20_checks.ipynb #1a685e3f
-_other_way = ('Set HF_ENDPOINT to a mirror that can be reached, or USE_MODELSCOPE_HUB=1 with modelscope installed and the name that the model has there '
+_other_way = ('Set HF_ENDPOINT to a mirror that can be reached, or USE_MODELSCOPE_HUB=1 with modelscope installed and '
+              'the name that the model has there '
               '(in env= or in the environment), or give the folder of a model that you have downloaded.')
 
 def _is_set(env, name): return env.get(name, os.environ.get(name, '')).lower() in ('true', 'y', '1')
@@ -64,7 +69,8 @@ def hub_findings(
     "Whether a model that is a name can be had: from the cache, or from the hub."
     model = recipe.get('model_name_or_path') or ''
     if not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', model) or model[0] == '.' or Path(model).exists(): return []
-    if _is_set(env or {}, 'USE_MODELSCOPE_HUB') or _is_set(env or {}, 'USE_OPENMIND_HUB'): return []  # their own packages know
+    if _is_set(env or {}, 'USE_MODELSCOPE_HUB') or _is_set(env or {}, 'USE_OPENMIND_HUB'):
+        return []  # their own packages know
     options = {k: recipe[k] for k in ('model_revision', 'cache_dir', 'hf_hub_token') if recipe.get(k)}
     answers, died = ask(hub, model, options, python=python, env=child_env() | (env or {}))
     if died: return []  # what is wrong with its packages is said elsewhere
@@ -73,9 +79,12 @@ def hub_findings(
     if kind in ('there', 'answered') or kind == 'unreachable' and lacks == []: return []
     if kind != 'unreachable':
         return [Finding('model_name_or_path', f'{address} gives no {model!r}: {" ".join(why.split())[:300]}',
-                        'Correct the name, or log in (`hf auth login`) if the model is gated or private. ' + _other_way)]
-    part = f' In the cache it is not complete: {lacks[0].where}: {lacks[0].what}' if lacks else ' It is not in the cache either.'
-    return [Finding('model_name_or_path', f'There is no folder {model} here, and the hub {address} cannot be reached ({" ".join(why.split())[:200]}).{part}', _other_way)]
+                        'Correct the name, or log in (`hf auth login`) if the model is gated or private. '
+                        + _other_way)]
+    part = ' It is not in the cache either.'
+    if lacks: part = f' In the cache it is not complete: {lacks[0].where}: {lacks[0].what}'
+    return [Finding('model_name_or_path', f'There is no folder {model} here, and the hub {address} cannot be reached '
+                                          f'({" ".join(why.split())[:200]}).{part}', _other_way)]
 
 # %% ../nbs/20_checks.ipynb #75309f2b
 def _free(folder):
@@ -95,8 +104,10 @@ def disk_findings(
     try: one = predict_memory(recipe, None, ranks).disk
     except ValueError: return []
     if free > kept*one: return []
-    what = f"A checkpoint takes {one/GiB:.3g} GiB, {kept} of them may lie there at once, and {free/GiB:.3g} GiB are free in {recipe['output_dir']}."
-    return [Finding('disk', what, 'Make room, choose another output_dir, or set save_total_limit: 1.', 'error' if free < one else 'warning')]
+    what = (f'A checkpoint takes {one/GiB:.3g} GiB, {kept} of them may lie there at once, and {free/GiB:.3g} GiB are '
+            f"free in {recipe['output_dir']}.")
+    return [Finding('disk', what, 'Make room, choose another output_dir, or set save_total_limit: 1.',
+                    'error' if free < one else 'warning')]
 
 # %% ../nbs/20_checks.ipynb #e3901ee6
 def _weight_files(folder):
@@ -105,7 +116,8 @@ def _weight_files(folder):
     return sorted(set(json.loads(index.read_text(encoding='utf-8'))['weight_map'].values()))
 
 def _model_kind(folder):
-    "The `model_type` of a model folder; `qwen2_vl` if it has no config, because only the missing file is then reported."
+    """The `model_type` of a model folder; `qwen2_vl` if it has no config, because only the missing file is then
+    reported."""
     if not (folder/'config.json').is_file(): return 'qwen2_vl'
     return json.loads((folder/'config.json').read_text(encoding='utf-8')).get('model_type')
 
@@ -161,7 +173,9 @@ def _row_findings(name, samples, recipe, stage):
     answered = lambda s: s if is_dialogue(s) or s.get('output') else s | {'output': '?'}
     # at stage pt LLaMA-Factory reads only the words of a text, and an answer is needed only if it is trained on
     asked = [s if stage in ('sft', 'kto') else answered(s) for s in samples]
-    if stage == 'pt': asked = [s | {'image': [], 'video': [], 'instruction': without_tags(str(s['instruction']))} for s in asked if not is_dialogue(s)]
+    if stage == 'pt':
+        asked = [s | {'image': [], 'video': [], 'instruction': without_tags(str(s['instruction']))} for s in asked
+                 if not is_dialogue(s)]
     found = check_samples(asked, media=False)
     for field, rows in found[found.level == 'error'].groupby('field', sort=False):
         first = rows.iloc[0]
@@ -172,7 +186,8 @@ def _row_findings(name, samples, recipe, stage):
 
 # %% ../nbs/20_checks.ipynb #f9ad7cb3
 def _stage_of(name, recipe):
-    "The stage that the recipe uses a data set for; `'predict'` if its prompts are predicted and its answers are not trained on."
+    """The stage that the recipe uses a data set for; `'predict'` if its prompts are predicted and its answers are
+    not trained on."""
     asks_only = recipe.get('predict_with_generate') and name not in dataset_names({'dataset': recipe.get('dataset')})
     return 'predict' if asks_only else recipe.get('stage') or 'sft'
 
@@ -279,7 +294,8 @@ def _argument_findings(recipe):
             f'The template is {template!r}; Qwen2-VL was trained with qwen2_vl.',
             'Set template: qwen2_vl.', 'warning')
     for key in (k for k in _numbers if isinstance(recipe.get(k), str)):
-        yield Finding(key, f'LLaMA-Factory needs a number here, and {recipe[key]!r} is text.', 'Write a number, without quotes.')
+        yield Finding(key, f'LLaMA-Factory needs a number here, and {recipe[key]!r} is text.',
+                      'Write a number, without quotes.')
     trackers = [] if 'report_to' in recipe else list(filter(find_spec, _trackers))
     if trackers:
         yield Finding('report_to',
@@ -328,7 +344,8 @@ def _known(value):
     return {k: _known(v) for k,v in value.items() if v != 'auto'} if isinstance(value, dict) else value
 
 def _trial(recipe, folder):
-    "The recipe in a form that can be checked without a GPU and without other ranks. Arguments that require a GPU are left out if there is one."
+    """The recipe in a form that can be checked without a GPU and without other ranks.
+    Arguments that require a GPU are left out if there is one."""
     apart = ('deepspeed', *('pure_bf16', 'tf32')*bool(gpus()))
     return {k:v for k,v in recipe.items() if k not in apart} | {'use_cpu': True, 'output_dir': folder}
 
@@ -344,9 +361,11 @@ def ask_llamafactory(
 )->list: # `Finding`s
     "What LLaMA-Factory's parser and DeepSpeed's config class say about a recipe; takes about ten seconds."
     with tempfile.TemporaryDirectory() as folder:
-        answers, why = ask(arguments, _trial(recipe, folder), _trial_zero(recipe), python=python, env=child_env(), cwd=folder)
+        answers, why = ask(arguments, _trial(recipe, folder), _trial_zero(recipe), python=python,
+                           env=child_env(), cwd=folder)
     found = [Finding(*answer) for answer in answers]
-    return found + [Finding('llamafactory', f'LLaMA-Factory cannot be imported: {why}', 'See `check_stack()`.')]*bool(why)
+    return found + [Finding('llamafactory', f'LLaMA-Factory cannot be imported: {why}',
+                            'See `check_stack()`.')]*bool(why)
 
 # %% ../nbs/20_checks.ipynb #4f8932dc
 def quick_findings(
@@ -357,7 +376,8 @@ def quick_findings(
     python=sys.executable, # Interpreter of the run
 )->list: # `Finding`s
     "What can be said of a recipe in a fraction of a second; a model that is a name is asked of its hub."
-    return [*recipe_findings(recipe, ranks), *half_findings(recipe), *_version_findings(recipe, versions or installed_versions(python)), *hub_findings(recipe, env, python)]
+    return [*recipe_findings(recipe, ranks), *half_findings(recipe),
+            *_version_findings(recipe, versions or installed_versions(python)), *hub_findings(recipe, env, python)]
 
 def slow_findings(
     recipe:dict, # The recipe
@@ -371,8 +391,10 @@ def late_findings(
     recipe:dict, # The recipe
     python=sys.executable, # Interpreter of the run
 )->list: # `Finding`s
-    "What LLaMA-Factory itself would find only once the model is loaded: trackers and quantization. Ten seconds, if there are any."
-    return ask_llamafactory(recipe, python) if recipe.get('quantization_bit') or recipe.get('report_to') not in (None, 'none', ['none']) else []
+    """What LLaMA-Factory itself would find only once the model is loaded: trackers and quantization.
+    Ten seconds, if there are any."""
+    is_late = recipe.get('quantization_bit') or recipe.get('report_to') not in (None, 'none', ['none'])
+    return ask_llamafactory(recipe, python) if is_late else []
 
 def check_recipe(
     recipe:dict, # The recipe

@@ -27,7 +27,7 @@ def whole_file(
     path:str|Path, # File to write; its folder is created
     mode:str='w', # `'w'` for text in UTF-8, `'wb'` for bytes
     private:bool=False, # Readable by its owner only (0600); otherwise by the umask, or as the file that it replaces
-    state:bool=False, # A run's state, often written: its folder must be there, a link is replaced, not followed, and the disk is not waited for
+    state:bool=False, # A run's state: its folder must exist, a link is replaced, and the disk is not waited for
 ):
     "A file that gets its name only when the block has ended without an exception; otherwise nothing changes."
     if state: path = Path(os.path.realpath(Path(path).parent), Path(path).name)
@@ -95,7 +95,8 @@ class Damaged(ValueError): "A file does not hold what it should; the message nam
 def open_regular(
     path:str|Path, # File to read
 ): # A binary file object
-    "Open a regular file for reading. Raises `FileNotFoundError`, another `OSError`, or `Damaged` for anything but a regular file."
+    """Open a regular file for reading.
+    Raises `FileNotFoundError`, another `OSError`, or `Damaged` for anything but a regular file."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode): raise Damaged(f'{path} is not a regular file.')
         file = open(path, 'rb', opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC))
@@ -125,7 +126,8 @@ def read_text(
 )->str:
     "The text of a small regular file in UTF-8."
     try: return read_bytes(path, most).decode()
-    except UnicodeDecodeError as e: raise Damaged(f'{path} is not UTF-8 text: byte {e.start} is {e.object[e.start]:#04x}.') from None
+    except UnicodeDecodeError as e:
+        raise Damaged(f'{path} is not UTF-8 text: byte {e.start} is {e.object[e.start]:#04x}.') from None
 
 def read_tail(
     path:str|Path, # File to read, such as a log
@@ -148,7 +150,8 @@ def parse_json(
     try: found = json.loads(text)
     except RecursionError: raise Damaged(f'{name} is nested too deeply.') from None
     except ValueError as e: raise Damaged(f'{name} is not JSON: {e}') from None
-    if not isinstance(found, kind): raise Damaged(f'{name} should be a JSON {kind.__name__} and is a {type(found).__name__}.')
+    if not isinstance(found, kind):
+        raise Damaged(f'{name} should be a JSON {kind.__name__} and is a {type(found).__name__}.')
     return found
 
 def read_json(
@@ -266,7 +269,8 @@ def may_replace(
     path:str|Path, # File that is to be replaced
     digest:str='', # Digest of what is to be written in its place
 )->bool: # Also where there is nothing
-    "Whether nothing would be lost: this package wrote the file and nobody has changed it since, or it has the same content."
+    """Whether nothing would be lost: this package wrote the file and nobody has changed it since, or it has the same
+    content."""
     path = os.path.realpath(path)
     found = _content(path)
     return not os.path.lexists(path) or found is not None and (found == digest or _was_written(path, found))
@@ -279,8 +283,8 @@ def check_replaceable(
 ):
     "Raise `FileExistsError` where something would be lost."
     if may_replace(path, digest): return
-    raise FileExistsError(f'{path} is there already, and was not written by this package or has changed since. Nothing was changed. '
-                          'Choose another name, or give overwrite=True to replace it.')
+    raise FileExistsError(f'{path} is there already, and was not written by this package or has changed since. Nothing '
+                          'was changed. Choose another name, or give overwrite=True to replace it.')
 
 @contextmanager
 def own_file(

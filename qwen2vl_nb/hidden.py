@@ -9,7 +9,8 @@ __all__ = ['is_secret', 'apart', 'mask', 'pack', 'given']
 import json, os, re
 
 # %% ../nbs/02_hidden.ipynb #d10a0005
-_words = re.compile(r"""(?x) TOKEN(?!S|IZ) | (?:API|AUTH|ACCESS|BEARER|SECRET)_?TOKENS | SECRET | PASSW | PASSPHRASE | CREDENTIAL | WEBHOOK |
+_words = re.compile(r"""(?x) TOKEN(?!S|IZ) | (?:API|AUTH|ACCESS|BEARER|SECRET)_?TOKENS |
+    SECRET | PASSW | PASSPHRASE | CREDENTIAL | WEBHOOK |
     (?: (?<!BY)(?<!COM)PASS | KEYS? | (?<!OLD)(?<=[A-Z_])PWD ) (?![A-Z]) |
     (?<![A-Z]) (?: PATS? | CREDS? | COOKIES? | JWT | BEARER | [A-Z]?AUTH(?:ORIZATION)? ) (?![A-Z])""")
 _userinfo = re.compile(r'(?<=://)(?:[^\s/?#@]+@|[^\s/?#@]*:(?!\d{0,5}(?:[/?#\s]|$))[^\s@]*@)')

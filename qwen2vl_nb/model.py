@@ -158,7 +158,8 @@ chat_template = """\
 _published_sizes = {'2b': (1536, 28, 12, 2, 8960, 151_936, True),
               '7b': (3584, 28, 28, 4, 18_944, 152_064, False),
               '72b': (8192, 80, 64, 8, 29_568, 152_064, False)}
-_names = ('hidden_size', 'num_hidden_layers', 'num_attention_heads', 'num_key_value_heads', 'intermediate_size', 'vocab_size')
+_names = ('hidden_size', 'num_hidden_layers', 'num_attention_heads', 'num_key_value_heads', 'intermediate_size',
+          'vocab_size')
 
 def _published_config(name):
     size = re.search(r'(?<![0-9.])(2|7|72)b(?![a-z0-9])', name.lower())
@@ -167,8 +168,10 @@ def _published_config(name):
     text = dict(zip(_names, text)) | {'tie_word_embeddings': tied, 'max_position_embeddings': 32_768, 'rope_theta': 1e6,
                                       'rope_scaling': {'type': 'mrope', 'mrope_section': [16, 24, 24]}}
     vision = {'depth': 32, 'embed_dim': 1280, 'num_heads': 16, 'mlp_ratio': 4, 'hidden_size': text['hidden_size']}
-    return {'model_type': 'qwen2_vl', 'dtype': 'bfloat16', 'tie_word_embeddings': tied, 'text_config': text, 'vision_config': vision,
-            'vision_start_token_id': 151_652, 'vision_end_token_id': 151_653, 'image_token_id': 151_655, 'video_token_id': 151_656}
+    return {'model_type': 'qwen2_vl', 'dtype': 'bfloat16', 'tie_word_embeddings': tied, 'text_config': text,
+            'vision_config': vision,
+            'vision_start_token_id': 151_652, 'vision_end_token_id': 151_653, 'image_token_id': 151_655,
+            'video_token_id': 151_656}
 
 def model_config(
     model, # Model folder, or a name with its size in it: 2B, 7B, 72B
@@ -179,7 +182,10 @@ def model_config(
     try: config = json.loads(file.read_text(encoding='utf-8'))
     except ValueError as e: raise ValueError(f'{file} is not JSON: {e}') from None
     kind = isinstance(config, dict) and config.get('model_type') or 'different'
-    if kind != 'qwen2_vl': raise ValueError(f'{file} is of a {kind} model; predicted are Qwen2-VL models (model_type qwen2_vl): 2B, 7B, 72B and others of that kind.')
+    if kind != 'qwen2_vl':
+        raise ValueError(f'{file} is of a {kind} model; predicted are Qwen2-VL models (model_type qwen2_vl): 2B, 7B, '
+                         '72B and others of that kind.')
     missing = [name for name in _names if name not in config.get('text_config', config)]
-    if missing or 'vision_config' not in config: raise ValueError(f"{file} lacks {', '.join(missing or ['vision_config'])}.")
+    if missing or 'vision_config' not in config:
+        raise ValueError(f"{file} lacks {', '.join(missing or ['vision_config'])}.")
     return config

@@ -35,12 +35,15 @@ def _sections(thing):
     source = textwrap.dedent(inspect.getsource(thing))
     lines, node = source.splitlines(), ast.parse(source).body[0]
     if isinstance(node, ast.ClassDef):
-        given, back = [_entry(n.target.id, n.annotation, None, _comment(lines[n.lineno - 1])) for n in node.body if isinstance(n, ast.AnnAssign)], []
+        given, back = [_entry(n.target.id, n.annotation, None, _comment(lines[n.lineno - 1])) for n in node.body
+                       if isinstance(n, ast.AnnAssign)], []
     else:
         last = next((line for line in lines[node.lineno:] if line.startswith(')')), '')
-        given = [_entry(name, a.annotation, default, _comment(lines[a.lineno - 1])) for name, a, default in _parameters(node.args)]
+        given = [_entry(name, a.annotation, default, _comment(lines[a.lineno - 1]))
+                 for name, a, default in _parameters(node.args)]
         back = [_entry('', node.returns, None, _comment(last)).strip()] if node.returns or _comment(last) else []
-    return ['\n'.join([title, '-'*len(title), *entries]) for title, entries in (('Parameters', given), ('Returns', back)) if entries]
+    return ['\n'.join([title, '-'*len(title), *entries])
+            for title, entries in (('Parameters', given), ('Returns', back)) if entries]
 
 # %% ../nbs/00_names.ipynb #name0015
 @cache
@@ -53,11 +56,13 @@ def document(
     if not inspect.isclass(thing): return
     for name, f in vars(thing).items():
         if inspect.isfunction(f) and not name.startswith('_'): explain(f, inspect.unwrap(f))
-    if is_dataclass(thing) or inspect.isfunction(thing.__init__): explain(thing, thing if is_dataclass(thing) else thing.__init__)
+    if is_dataclass(thing) or inspect.isfunction(thing.__init__):
+        explain(thing, thing if is_dataclass(thing) else thing.__init__)
 
 # %% ../nbs/00_names.ipynb #name0004
 def _homes(package, folder):
-    "Name → module, of the names that a package's stub file imports; `from .x import *` stands for the names of the package `x`."
+    """Name → module, of the names that a package's stub file imports; `from .x import *` stands for the names of the
+    package `x`."""
     homes = {}
     for node in ast.parse((folder/'__init__.pyi').read_text(encoding='utf-8')).body:
         for alias in node.names:

@@ -25,7 +25,7 @@ def versions(
 def hub(
     name:str, # Name of a model
     options:dict, # `model_revision`, `cache_dir`, `hf_hub_token` of a recipe
-): # Yields one list: `'there'`, `'unreachable'`, `'answered'` or the name of what the hub raised; why; folder in the cache or `None`; address of the hub
+): # Yields a list: `'there'`, `'unreachable'`, `'answered'` or the hub's exception; why; cached folder; hub's address
     "Whether a hub has a model."
     from huggingface_hub import constants, get_session, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
@@ -35,7 +35,8 @@ def hub(
     try:
         if constants.HF_HUB_OFFLINE: raise OSError('HF_HUB_OFFLINE is set')
         headers = build_hf_headers(token=options.get('hf_hub_token'))
-        hf_raise_for_status(get_session().head(hf_hub_url(name, 'config.json', revision=revision), headers=headers, timeout=10))
+        hf_raise_for_status(get_session().head(hf_hub_url(name, 'config.json', revision=revision), headers=headers,
+                                               timeout=10))
     except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as e: kind, why = type(e).__name__, str(e)
     except HfHubHTTPError as e: kind, why = 'answered', str(e)
     except Exception as e: kind, why = 'unreachable', f'{type(e).__name__}: {e}'
@@ -46,7 +47,8 @@ def _not_text(field, value):
     "What is wrong with a text, which the parser takes for anything, where a number or true or false is declared."
     words = set(re.findall('[a-zA-Z]+', str(field.type)))
     if words & {'str', 'list', 'dict', 'Literal', 'enum'}: return
-    if words & {'int', 'float'}: return f'LLaMA-Factory needs a number here, and {value!r} is text.', 'Write a number, without quotes.'
+    if words & {'int', 'float'}:
+        return f'LLaMA-Factory needs a number here, and {value!r} is text.', 'Write a number, without quotes.'
     if 'bool' in words and value.lower() in ('false', 'no', 'off', 'n', 'f', '0'):
         return f'{value!r} is text, which counts as true.', 'Write false, without quotes.'
 
@@ -56,13 +58,19 @@ def _missing_packages(recipe, model, training):
     from transformers import PretrainedConfig
     from transformers.integrations import get_reporting_integration_callbacks
     checks = {}
-    if 'report_to' in recipe: checks['report_to'] = lambda: [tracker() for tracker in get_reporting_integration_callbacks(training.report_to)]
-    if model.quantization_bit: checks['quantization_bit'] = lambda: configure_quantization(PretrainedConfig(), None, model, training.do_train, {})
+    if 'report_to' in recipe:
+        checks['report_to'] = lambda: [tracker() for tracker in get_reporting_integration_callbacks(training.report_to)]
+    if model.quantization_bit:
+        checks['quantization_bit'] = lambda: configure_quantization(PretrainedConfig(), None, model,
+                                                                    training.do_train, {})
     for key, check in checks.items():
         try: check()
-        except Exception as e: yield key, f"It would stop the run once the model is loaded: {' '.join(str(e).split())}", 'Install what it needs, or remove it.'
+        except Exception as e:
+            why = f"It would stop the run once the model is loaded: {' '.join(str(e).split())}"
+            yield key, why, 'Install what it needs, or remove it.'
     if model.flash_attn == 'fa2' and not importlib.util.find_spec('flash_attn'):
-        yield 'flash_attn', 'FlashAttention-2 is not installed, and LLaMA-Factory goes on without it.', 'Install flash-attn, or leave flash_attn out.', 'warning'
+        yield ('flash_attn', 'FlashAttention-2 is not installed, and LLaMA-Factory goes on without it.',
+               'Install flash-attn, or leave flash_attn out.', 'warning')
 
 # %% ../nbs/07_questions.ipynb #468716b0
 def _unknown(recipe, names):
@@ -85,11 +93,13 @@ def arguments(
     from llamafactory import hparams
     kinds = 'Model', 'Data', 'Training', 'Finetuning', 'Generating'
     names = {f.name: f for kind in kinds for f in dataclasses.fields(getattr(hparams, f'{kind}Arguments'))}
-    wrong = {k: fault for k, v in recipe.items() if k in names and isinstance(v, str) and (fault := _not_text(names[k], v))}
+    wrong = {k: fault for k, v in recipe.items() if k in names and isinstance(v, str)
+             and (fault := _not_text(names[k], v))}
     yield from _unknown(recipe, names)
     for key, fault in wrong.items(): yield key, *fault
     try:
-        model, _, training, *_ = hparams.get_train_args({k: v for k, v in recipe.items() if k in names and k not in wrong})
+        model, _, training, *_ = hparams.get_train_args({k: v for k, v in recipe.items() if k in names
+                                                         and k not in wrong})
         yield from _missing_packages(recipe, model, training)
     except Exception as e: yield _refused(recipe, e)
     if not zero: return
@@ -127,7 +137,8 @@ def _why(error, path):
     "What the loader raised, in a line; where the file is no JSON, with line and column."
     while error.__cause__: error = error.__cause__
     try:
-        if path.endswith('.json') and not json.loads(Path(path).read_text(encoding='utf-8')): return 'The file has no rows.'
+        if path.endswith('.json') and not json.loads(Path(path).read_text(encoding='utf-8')):
+            return 'The file has no rows.'
     except ValueError as e: error = e
     return ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
 
@@ -139,8 +150,10 @@ def loaded(
     "What LLaMA-Factory's loader says of data sets with local files."
     from llamafactory.data import loader, parser
     from llamafactory.hparams import get_train_args
-    args = get_train_args({'model_name_or_path': 'none', 'stage': 'sft', 'do_train': True, 'dataset': 'none', 'dataset_dir': folder, 'template': 'qwen2_vl',
-                           'use_cpu': True, 'report_to': 'none', 'output_dir': os.getcwd(), 'cache_dir': os.getcwd()})[:3]
+    args = get_train_args({'model_name_or_path': 'none', 'stage': 'sft', 'do_train': True, 'dataset': 'none',
+                           'dataset_dir': folder, 'template': 'qwen2_vl',
+                           'use_cpu': True, 'report_to': 'none', 'output_dir': os.getcwd(),
+                           'cache_dir': os.getcwd()})[:3]
     align, columns = loader.align_dataset, []
 
     def noted(rows, *rest):  # the file's own columns, before they are converted
@@ -165,9 +178,10 @@ def ask(
     *given, # Its arguments: what JSON can hold, and paths
     python=sys.executable, # Interpreter of the environment that is asked
     **options, # For `subprocess.run`: `env`, `cwd`
-)->tuple: # The answers, a list; and why there may be no more of them: the child's last words and exit status, empty where it ended well
+)->tuple: # (list of answers, the child's last output and exit status if it failed, otherwise an empty string)
     "Ask another interpreter."
-    done = subprocess.run([python, *script('questions', question.__name__)], input=json.dumps(given, default=os.fspath), capture_output=True, text=True,
+    done = subprocess.run([python, *script('questions', question.__name__)], input=json.dumps(given, default=os.fspath),
+                          capture_output=True, text=True,
                           encoding='utf-8', errors='replace', **options)
     answers = []
     with suppress(ValueError):  # the last line may be incomplete; a program that is no Python may say anything

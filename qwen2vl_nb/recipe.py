@@ -47,8 +47,10 @@ def train_recipe(
 # %% ../nbs/10_recipe.ipynb #comp0002
 def _fields(path):
     "Names of the fields of all dataclasses of arguments in a Python file."
-    classes = [n for n in ast.parse(path.read_text(encoding='utf-8')).body if isinstance(n, ast.ClassDef) and 'Argument' in n.name]
-    fields = [n for c in classes for n in c.body if isinstance(n, ast.AnnAssign) and not (n.value and 'init=False' in ast.unparse(n.value))]
+    classes = [n for n in ast.parse(path.read_text(encoding='utf-8')).body if isinstance(n, ast.ClassDef)
+               and 'Argument' in n.name]
+    fields = [n for c in classes for n in c.body if isinstance(n, ast.AnnAssign)
+              and not (n.value and 'init=False' in ast.unparse(n.value))]
     return [n.target.id for n in fields if not n.target.id.startswith('_')]
 
 @cache
@@ -56,7 +58,8 @@ def argument_names()->tuple: # Sorted; empty without LLaMA-Factory
     "The names of the arguments that LLaMA-Factory's recipes have."
     found = set()
     hparams = [f'hparams/{part}_args.py' for part in ('model', 'data', 'training', 'finetuning', 'generating')]
-    for package, files in {'llamafactory': hparams, 'transformers': ['training_args.py', 'training_args_seq2seq.py']}.items():
+    for package, files in {'llamafactory': hparams, 'transformers': ['training_args.py',
+                                                                     'training_args_seq2seq.py']}.items():
         spec = find_spec(package)
         for file in files if spec else (): found.update(_fields(Path(spec.submodule_search_locations[0], file)))
     return tuple(sorted(found))
@@ -83,7 +86,8 @@ def complete_arguments(
         return {'completions': [SimpleCompletion(f'{name}=', type='param') for name in names if name.startswith(token)]}
     shell.Completer.custom_matchers.append(recipe_arguments)
 
-if 'IPython' in sys.modules and hasattr(_shell := sys.modules['IPython'].get_ipython(), 'Completer'): complete_arguments(_shell)
+if 'IPython' in sys.modules and hasattr(_shell := sys.modules['IPython'].get_ipython(), 'Completer'):
+    complete_arguments(_shell)
 
 # %% ../nbs/10_recipe.ipynb #41f1c219
 def is_adapter(
@@ -91,14 +95,16 @@ def is_adapter(
 )->bool:
     "Whether a folder contains an adapter with complete weights."
     weights = ('adapter_model.safetensors', 'adapter_model.bin')
-    return (folder/'adapter_config.json').is_file() and any((folder/w).is_file() and is_whole_file(folder/w) for w in weights)
+    return (folder/'adapter_config.json').is_file() and any((folder/w).is_file() and is_whole_file(folder/w)
+                                                            for w in weights)
 
 def _best_checkpoint(folder):
     "The checkpoint that the trainer noted as best, if it noted one."
     states = [p/'trainer_state.json' for p in (folder, *reversed(checkpoints(folder)))]
     state = next((s for s in states if s.is_file()), None)
     best = state and json_or({}, state).get('best_model_checkpoint')
-    return [p for p in reversed(checkpoints(folder)) if re.sub(r'^torn-|\.\d+$', '', p.name) == Path(best).name] if isinstance(best, str) else []
+    if not isinstance(best, str): return []
+    return [p for p in reversed(checkpoints(folder)) if re.sub(r'^torn-|\.\d+$', '', p.name) == Path(best).name]
 
 def find_adapter(
     run, # A run, its folder, or the folder of an adapter
@@ -121,10 +127,12 @@ def predict_recipe(
 )->dict: # The recipe
     "A recipe for predicting a data set in bulk."
     adapter = adapter and find_adapter(adapter)
-    beside = f'{adapter}-predict-{dataset or "samples"}' if adapter else f'saves/{Path(model).name}/predict/{dataset or "samples"}'
+    beside = f'{adapter}-predict-' if adapter else f'saves/{Path(model).name}/predict/'
+    beside += dataset or 'samples'
     defaults = {'model_name_or_path': os.fspath(model), 'adapter_name_or_path': adapter and str(adapter),
         'stage': 'sft', 'do_train': False, 'do_predict': True, 'predict_with_generate': True,
-        'finetuning_type': 'lora' if adapter or changes.get('quantization_bit') else 'full',  # LLaMA-Factory quantises with no other type
+        # LLaMA-Factory quantises with no other type
+        'finetuning_type': 'lora' if adapter or changes.get('quantization_bit') else 'full',
         'eval_dataset': dataset, 'template': 'qwen2_vl', 'cutoff_len': 2048, 'overwrite_cache': True,
         'preprocessing_num_workers': 4, 'output_dir': os.fspath(output_dir or beside), 'report_to': 'none',
         'per_device_eval_batch_size': 4, 'max_new_tokens': 128, 'do_sample': False}
@@ -142,7 +150,8 @@ def _size(node, known):
     "The number of values that a YAML node has with its aliases expanded; a node may contain itself."
     if id(node) not in known:
         known[id(node)] = math.inf
-        parts = [part for pair in node.value for part in (pair if isinstance(pair, tuple) else [pair])] if isinstance(node.value, list) else []
+        pairs = node.value if isinstance(node.value, list) else []
+        parts = [part for pair in pairs for part in (pair if isinstance(pair, tuple) else [pair])]
         known[id(node)] = 1 + sum(_size(part, known) for part in parts)
     return known[id(node)]
 
@@ -154,9 +163,11 @@ def load_recipe(
     text = read_text(path, 2**20)
     try:
         node = yaml.compose(text, _Loader)
-        if node and _size(node, {}) > 100_000: raise ValueError('its aliases (`*name`) stand for more than 100,000 values')
+        if node and _size(node, {}) > 100_000:
+            raise ValueError('its aliases (`*name`) stand for more than 100,000 values')
         recipe = yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, LookupError, OverflowError, RecursionError) as e: raise ValueError(f'{path} is not YAML that can be read: {e}') from None
+    except (yaml.YAMLError, ValueError, LookupError, OverflowError, RecursionError) as e:
+        raise ValueError(f'{path} is not YAML that can be read: {e}') from None
     if not isinstance(recipe, dict):
         raise ValueError(f'{path} holds no recipe: it should be lines of `key: value`.')
     return recipe
@@ -176,7 +187,8 @@ _paths = ('model_name_or_path', 'adapter_name_or_path', 'dataset_dir', 'media_di
 
 def _absolute(key, value):
     "A value of the recipe, made absolute if it is a path. A name on a hub stays as it is."
-    if key not in _paths or isinstance(value, bool) or key == 'model_name_or_path' and not Path(value).is_dir(): return value
+    if key not in _paths or isinstance(value, bool) or key == 'model_name_or_path' and not Path(value).is_dir():
+        return value
     if key == 'adapter_name_or_path': return ','.join(str(Path(p).absolute()) for p in value.split(','))
     return str(Path(value).absolute())
 

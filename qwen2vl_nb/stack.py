@@ -47,8 +47,8 @@ bad_pairs = [
         'Leave `flash_attn` out of the recipe, or pip install transformers==4.57.6 with torch 2.8.0.',
         'warning'),
     BadPair({'transformers': '==5.6.0'},
-        'With LoRA all activations of the frozen vision tower are kept for the backward pass, which 4.57.6 does not do: '
-        '6 to 7 GiB more for 7B and a picture of 1,274 tokens (counted on small models, predicted for 7B).',
+        'With LoRA all activations of the frozen vision tower are kept for the backward pass, which 4.57.6 does not '
+        'do: 6 to 7 GiB more for 7B and a picture of 1,274 tokens (counted on small models, predicted for 7B).',
         'Plan with it: `predict_memory` counts it. Or pip install transformers==4.57.6 with torch 2.8.0.',
         'warning'),
     BadPair({'deepspeed': '>=0.19'},

@@ -273,7 +273,7 @@ def _write_labels(
 
 # %% ../nbs/80_tiny.ipynb #3d97fb3d
 def make_car_item(
-    folder:str|Path,  # Folder to write to: `images/`, `train.json` and `test.json`, and `labels.csv`, the training half as a spreadsheet
+    folder:str|Path,  # Folder to write to: `images/`, `train.json`, `test.json`, and the training half as `labels.csv`
     n_train:int=300,  # Number of samples to train on
     n_test:int=100,   # Number of samples to test on
     seed:int=0,       # The same seed draws the same pictures
@@ -331,7 +331,7 @@ def _drive_samples(
     return samples
 
 def make_car_video(
-    folder:str|Path='data/car_video', # Folder to write to: `videos/`, `train.json`, `test.json`, and the training half as `labels.csv`
+    folder:str|Path='data/car_video', # Folder to write to: `videos/`, `train.json`, `test.json`, `labels.csv`
     n_train:int=24,                   # Number of samples to train on
     n_test:int=8,                     # Number of samples to test on
     seed:int=0,                       # The same seed draws the same clips
@@ -387,7 +387,8 @@ def _processor(
 def _config(
     ids, # Function from a special token's name to its id
 ): # A `Qwen2VLConfig`
-    "A small Qwen2-VL: 1.1 million parameters, tied embeddings as in the 2B model, and a wider range of random weights because it is narrow."
+    """A small Qwen2-VL: 1.1 million parameters, tied embeddings as in the 2B model, and a wider range of random
+    weights because it is narrow."""
     from transformers import Qwen2VLConfig
     text = dict(vocab_size=VOCAB, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
                 num_key_value_heads=2, max_position_embeddings=CONTEXT, rope_theta=1e6, tie_word_embeddings=True,
@@ -402,7 +403,8 @@ def _config(
 def _say_tied(
     path:Path, # The model's `config.json`
 ):
-    "Write at the top level of the config that the embeddings are tied: transformers 4.57 leaves this out because it is the default, and transformers 5 then unties them."
+    """Write at the top level of the config that the embeddings are tied: transformers 4.57 leaves this out because
+    it is the default, and transformers 5 then unties them."""
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {'tie_word_embeddings': True}, indent=2, sort_keys=True) + '\n')
 

@@ -1,4 +1,4 @@
-"""What training takes on a GPU, measured: `python nbs/benchmarks/gpu_memory.py OUT.csv`, one line a row of the table below.
+"""What training takes on a GPU, measured: `python nbs/benchmarks/gpu_memory.py OUT.csv`, a line for each case below.
 
 Every row is LLaMA-Factory's own trainer in a process of its own, on a model of random weights with the published
 dimensions. One rank is a real run. Rank 0 of several is the same trainer under torch's fake process group: it holds its
@@ -77,7 +77,8 @@ def cases(table):
     for line in table.strip().splitlines():
         model, kind, zero, *numbers = line.split()
         ranks, batch, tokens, pixels = map(int, numbers)
-        yield dict(model=model, finetuning=kind, zero=zero, ranks=ranks, how='fake group' if ranks > 1 else 'trainer', tokens=tokens,
+        yield dict(model=model, finetuning=kind, zero=zero, ranks=ranks, how='fake group' if ranks > 1 else 'trainer',
+                   tokens=tokens,
                    image_tokens=image_tokens(112, 84, pixels, pixels), batch=batch, pixels=pixels)
 
 def machine(cpu):
@@ -94,11 +95,13 @@ def model_config(size):
     "The tiny model's `config.json` in another size."
     hidden, layers, heads, kv, intermediate, vocabulary, tied, width, depth, vision_heads, sections = SIZES[size]
     config = json.loads((TINY/'config.json').read_text())
-    config['text_config'] |= dict(hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv,
+    config['text_config'] |= dict(hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv,
         intermediate_size=intermediate, vocab_size=vocabulary, tie_word_embeddings=tied, initializer_range=.02,
         rope_scaling=dict(type='mrope', mrope_section=sections))
     del config['text_config']['layer_types']  # one for each layer of the tiny model
-    config['vision_config'] |= dict(embed_dim=width, hidden_size=hidden, depth=depth, num_heads=vision_heads, initializer_range=.02)
+    config['vision_config'] |= dict(embed_dim=width, hidden_size=hidden, depth=depth, num_heads=vision_heads,
+                                    initializer_range=.02)
     return config | {'tie_word_embeddings': tied}
 
 def build(folder, size):
@@ -113,7 +116,8 @@ def build(folder, size):
         model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
     weights = model.state_dict()
     if config['tie_word_embeddings']: del weights['lm_head.weight']
-    save_file(weights, f'{folder}/model.safetensors', {'format': 'pt'})  # `save_pretrained` would rewrite the config, without what is tied
+    # `save_pretrained` would rewrite the config, without what is tied
+    save_file(weights, f'{folder}/model.safetensors', {'format': 'pt'})
 
 def model_folder(work, size):
     "The folder of a model, built when it is first asked for."
@@ -126,18 +130,21 @@ def write_data(folder, case):
     "Enough `car_item` samples for all steps, their answers so long that each sample has the tokens of the case."
     samples = json.loads((DATA/'car_item'/'train.json').read_text())[:STEPS*case['batch']*case['ranks']]
     samples = [s | {'image': [str(DATA/path) for path in s['image']]} for s in samples]
-    lengths = lambda: count_tokens(samples, TINY, image_min_pixels=case['pixels'], image_max_pixels=case['pixels']).total
+    lengths = lambda: count_tokens(samples, TINY, image_min_pixels=case['pixels'],
+                                   image_max_pixels=case['pixels']).total
     samples = [s | {'output': s['output'] + ' car'*int(case['tokens'] - n)} for s, n in zip(samples, lengths())]
-    assert (lengths() == case['tokens']).all(), '" car" should be one token, and fewer tokens should be there without it'
+    assert (lengths() == case['tokens']).all(), '" car" should be one token, and the samples without it shorter'
     Registry(folder).add('car_item', samples)
 
 def recipe_of(case, model, run, cpu):
     "The recipe of a case; `run` is a folder for all that it writes."
-    on_cpu = dict(bf16=None, use_cpu=True if case['zero'] == 'none' else None) if cpu else {}  # LLaMA-Factory refuses bf16 on CPU ranks
+    # LLaMA-Factory refuses bf16 on CPU ranks
+    on_cpu = dict(bf16=None, use_cpu=True if case['zero'] == 'none' else None) if cpu else {}
     zero = {} if case['zero'] == 'none' else {'deepspeed': zero_config(case['zero'])}
     return train_recipe(model, 'car_item', run/'out', finetuning_type=case['finetuning'], dataset_dir=str(run/'data'),
         per_device_train_batch_size=case['batch'], gradient_accumulation_steps=1, cutoff_len=case['tokens'],
-        image_min_pixels=case['pixels'], image_max_pixels=case['pixels'], preprocessing_num_workers=None, max_steps=STEPS,
+        image_min_pixels=case['pixels'], image_max_pixels=case['pixels'], preprocessing_num_workers=None,
+        max_steps=STEPS,
         logging_steps=1, save_strategy='no', plot_loss=None, **zero, **on_cpu)
 
 # --- in the child: the trainer, and what it takes
@@ -148,7 +155,8 @@ def join_fake_group(ranks):
     from torch.testing._internal.distributed.fake_pg import FakeStore
     torch.distributed.init_process_group('fake', store=FakeStore(), rank=0, world_size=ranks)
     import deepspeed  # noqa: F401
-    # DeepSpeed's shared memory between CPU ranks would wait for the others; deepspeed.comm.torch, as an attribute, is torch itself
+    # DeepSpeed's shared memory between CPU ranks would wait for the others; deepspeed.comm.torch, as an attribute, is
+    # torch itself
     sys.modules['deepspeed.comm.torch'].build_shm_op = lambda: None
 
 def in_use():
@@ -157,7 +165,8 @@ def in_use():
     return card.total - card.free
 
 def leave_out_host(counter, trainer, callback):
-    "A callback by which the counter leaves out what a card would not hold: weights as they are read, and batches made ahead."
+    """A callback by which the counter leaves out what a card would not hold: weights as they are read, and batches
+    made ahead."""
     from torch.utils._python_dispatch import _disable_current_modes
     fetch = trainer.get_batch_samples
     def fetch_uncounted(*args, **kwargs):
@@ -179,7 +188,8 @@ def on_card(read, before):
     return dict(allocated=allocated, reserved=reserved, context=in_use() - before - torch.cuda.memory_reserved())
 
 def train(run):
-    "Run the recipe in a folder; at each step note in `figures.json`, in bytes, what RECORD_VRAM rounds to hundredths of a GiB."
+    """Run the recipe in a folder; at each step note in `figures.json`, in bytes, what RECORD_VRAM rounds to
+    hundredths of a GiB."""
     run = Path(run)
     asked = json.loads((run/'asked.json').read_text())
     if asked['ranks'] > 1: join_fake_group(asked['ranks'])
@@ -189,24 +199,29 @@ def train(run):
     from qwen2vl_nb.memory.simulate import LiveBytes
     counter, read = LiveBytes('cpu') if asked['cpu'] else None, callbacks.get_peak_memory
     def noted():
-        found = dict(allocated=sum(counter.peak.values()), reserved='', context='') if counter else on_card(read, asked['before'])
+        found = dict(allocated=sum(counter.peak.values()), reserved='',
+                     context='') if counter else on_card(read, asked['before'])
         (run/'figures.json').write_text(json.dumps(found))
         return found['allocated'], found['reserved'] or 0
     callbacks.get_peak_memory = noted
     with counter or nullcontext():
-        tuner.run_exp(load_recipe(run/'recipe.yaml'), callbacks=[leave_out_host(counter, Trainer, TrainerCallback)] if counter else [])
+        tuner.run_exp(load_recipe(run/'recipe.yaml'), callbacks=[leave_out_host(counter, Trainer, TrainerCallback)]
+                      if counter else [])
 
 # --- around the child
 
 def environment(case, run, cpu):
     "What the child's environment has beside ours: one card, and what LLaMA-Factory's launcher or torchrun sets."
-    env = dict(RECORD_VRAM='1', HF_DATASETS_CACHE=str(run/'cache'), PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    env = dict(RECORD_VRAM='1', HF_DATASETS_CACHE=str(run/'cache'),
+               PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
                CUDA_VISIBLE_DEVICES='' if cpu else os.environ.get('CUDA_VISIBLE_DEVICES', '0').split(',')[0])
     if cpu: env |= dict(DS_ACCELERATOR='cpu')
-    if case['zero'] != 'none': env |= dict(PYTORCH_CUDA_ALLOC_CONF='expandable_segments:True', TORCH_NCCL_AVOID_RECORD_STREAMS='1')
+    if case['zero'] != 'none':
+        env |= dict(PYTORCH_CUDA_ALLOC_CONF='expandable_segments:True', TORCH_NCCL_AVOID_RECORD_STREAMS='1')
     if case['ranks'] > 1:
         ranks = str(case['ranks'])
-        env |= dict(RANK='0', LOCAL_RANK='0', WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=ranks, MASTER_ADDR='127.0.0.1', MASTER_PORT='29999')
+        env |= dict(RANK='0', LOCAL_RANK='0', WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=ranks, MASTER_ADDR='127.0.0.1',
+                    MASTER_PORT='29999')
     return {k: v for k,v in os.environ.items() if k not in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')} | env
 
 def measure(case, recipe, run, cpu):
@@ -217,7 +232,8 @@ def measure(case, recipe, run, cpu):
     (run/'asked.json').write_text(json.dumps(dict(ranks=case['ranks'], cpu=cpu, before=before)))
     # torchrun itself, as `llamafactory-cli train` starts it with FORCE_TORCHRUN=1 and NPROC_PER_NODE=1
     torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '1']
-    command = [sys.executable, *(torchrun if case['how'] == 'trainer' and case['zero'] != 'none' else []), __file__, '--train', run]
+    command = [sys.executable, *(torchrun if case['how'] == 'trainer' and case['zero'] != 'none' else []), __file__,
+               '--train', run]
     done = subprocess.run(command, env=environment(case, run, cpu), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                           text=True, errors='replace')
     if done.returncode == 0: return json.loads((run/'figures.json').read_text())
@@ -228,12 +244,14 @@ def predicted(case, recipe, cpu):
     "What `predict_memory` says of a case."
     from qwen2vl_nb.memory.estimate import predict_memory
     return predict_memory(recipe, None, case['ranks'], not cpu,
-                          {'tokens': case['tokens'], 'pictures': [case['image_tokens']], 'padded': case['tokens'] % 8 > 0})
+                          {'tokens': case['tokens'], 'pictures': [case['image_tokens']],
+                           'padded': case['tokens'] % 8 > 0})
 
 def is_measured(out, row):
     "Whether the file has a line for this case on this card."
     if not out.exists(): return False
-    with open(out, newline='') as f: return any(all(line[k] == str(row[k]) for k in ASKED + ['card']) for line in csv.DictReader(f))
+    with open(out, newline='') as f:
+        return any(all(line[k] == str(row[k]) for k in ASKED + ['card']) for line in csv.DictReader(f))
 
 def append(out, row):
     "Add a line to the file, which is begun with its header."
@@ -253,15 +271,18 @@ def measure_all(out, chosen, cpu):
             run = Path(tempfile.mkdtemp(dir=work))
             recipe = recipe_of(case, model_folder(Path(work), case['model']), run, cpu)
             guess = predicted(case, recipe, cpu)
-            if not cpu and guess.peak > gpus()[0].total: print(f'{name}: left out, needs {guess.peak/GiB:.0f} GiB', flush=True); continue
+            if not cpu and guess.peak > gpus()[0].total:
+                print(f'{name}: left out, needs {guess.peak/GiB:.0f} GiB', flush=True); continue
             try: row = case | here | measure(case, recipe, run, cpu) | {'predicted': guess.tensors}
             except RuntimeError as e: failed += 1; print(f'{name}: failed, {e}', flush=True); continue
             append(out, row)
-            print(f"{name}: {row['allocated']/2**20:,.0f} MiB" if row['allocated'] else f'{name}: out of memory', flush=True)
+            print(f"{name}: {row['allocated']/2**20:,.0f} MiB" if row['allocated'] else f'{name}: out of memory',
+                  flush=True)
     return failed
 
 def calibrate(rows):
-    "Fit `reserved = offset + factor*predicted` and `context` on every second row; the relative error of their sum on the others."
+    """Fit `reserved = offset + factor*predicted` and `context` on every second row; the relative error of their sum
+    on the others."""
     import numpy as np
     rows = rows.dropna(subset=['reserved', 'context', 'predicted'])
     if len(rows) < 6: raise ValueError(f'{len(rows)} rows have figures of a GPU; at least 6 are needed.')
@@ -270,7 +291,8 @@ def calibrate(rows):
     factor, offset = np.polyfit(fitted.predicted.astype(float), fitted.reserved.astype(float), 1, w=1/fitted.reserved)
     context, taken = fitted.context.mean(), others.reserved + others.context
     error = (offset + factor*others.predicted + context)/taken - 1
-    return dict(factor=float(factor), offset=float(offset), context=float(context), fitted=len(fitted), tested=len(others),
+    return dict(factor=float(factor), offset=float(offset), context=float(context), fitted=len(fitted),
+                tested=len(others),
                 mean_error=float(error.abs().mean()), worst_under=float(max(0, -error.min())))
 
 def main():
@@ -284,8 +306,11 @@ def main():
     asked = parser.parse_args()
     if not asked.cpu and not gpus(): sys.exit('There is no NVIDIA GPU here; --cpu tries the script on small models.')
     table = list(cases(ON_CPU if asked.cpu else ON_GPU))
-    chosen = [c for i,c in enumerate(table) if (asked.rows is None or i in asked.rows) and (not asked.models or c['model'] in asked.models)]
-    if not chosen: sys.exit(f'No row was chosen; there are {len(table)}, of {", ".join(dict.fromkeys(c["model"] for c in table))}.')
+    chosen = [c for i,c in enumerate(table) if (asked.rows is None or i in asked.rows)
+              and (not asked.models or c['model'] in asked.models)]
+    if not chosen:
+        sys.exit(f'No row was chosen; there are {len(table)}, of '
+                 f'{", ".join(dict.fromkeys(c["model"] for c in table))}.')
     sys.exit(1 if measure_all(asked.out, chosen, asked.cpu) else 0)
 
 if __name__ == '__main__': main()

@@ -1,9 +1,9 @@
-"""What training keeps in memory on the CPU, counted: `python nbs/benchmarks/live_bytes.py JOBS.json`, or the same under torchrun.
+"""What training keeps in memory on the CPU, counted: `python nbs/benchmarks/live_bytes.py JOBS.json`, or by torchrun.
 
-JOBS.json has recipes by name. They are run one after another in this process by LLaMA-Factory's own `run_exp`, while the
-bytes of all live tensors are counted. Beside the file each rank writes NAME.RANK.json: the most bytes that lived in a step
-after the first (in which the optimizer's state is made), the batches of that step, and versions. A recipe with ZeRO-3
-comes last, since DeepSpeed changes torch's own modules for it."""
+JOBS.json has recipes by name. They are run one after another in this process by LLaMA-Factory's own `run_exp`, while
+the bytes of all live tensors are counted. Next to the file each rank writes NAME.RANK.json: the most bytes that lived
+in a step after the first (in which the optimizer's state is made), the batches of that step, and versions. A recipe
+with ZeRO-3 comes last, since DeepSpeed changes torch's own modules for it."""
 import gc, importlib.metadata, json, os, sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +24,8 @@ def shape_of(batch):
 
 @contextmanager
 def counted_inputs(live, batches):
-    "The trainer's batches are counted as they are handed over, not what the data loader does to make them; noted in `batches`."
+    """The trainer's batches are counted as they are handed over, not what the data loader does to make them; noted
+    in `batches`."""
     from transformers import Trainer
     fetch = Trainer.get_batch_samples
     def get_batch_samples(*args, **kwargs):
@@ -41,10 +42,12 @@ def steps_of(live, batches, steps):
     from transformers import TrainerCallback
     class Steps(TrainerCallback):
         def on_step_begin(self, *args, model, **kwargs):
-            for tensor in [*model.parameters(), *model.buffers()]: live.add(tensor) # transformers 5 loads in threads, unseen
+            for tensor in [*model.parameters(), *model.buffers()]:
+                live.add(tensor) # transformers 5 loads in threads, unseen
             gc.collect()
             live.peak = {}
-        def on_step_end(self, *args, **kwargs): steps.append({'peak': sum(live.peak.values()), 'batches': list(batches)})
+        def on_step_end(self, *args, **kwargs):
+            steps.append({'peak': sum(live.peak.values()), 'batches': list(batches)})
     return Steps()
 
 @contextmanager
@@ -64,10 +67,12 @@ def counted_answers(live, steps):
     finally: Seq2SeqTrainer.prediction_step = answer
 
 def count(recipe):
-    "Run a recipe; its step with the most live bytes, after the first; of a prediction the last batch, beside which no next one waits."
+    """Run a recipe; its step with the most live bytes, after the first; of a prediction the last batch, beside which
+    no next one waits."""
     from llamafactory.train.tuner import run_exp
     live, batches, steps = LiveBytes('cpu'), [], []
-    with counted_inputs(live, batches), counted_answers(live, steps), live: run_exp(recipe, callbacks=[steps_of(live, batches, steps)])
+    with counted_inputs(live, batches), counted_answers(live, steps), live:
+        run_exp(recipe, callbacks=[steps_of(live, batches, steps)])
     return steps[-1] if recipe.get('do_predict') else max(steps[1:], key=lambda step: step['peak'])
 
 def forget():

@@ -1,6 +1,7 @@
 """The start of a training taken apart: python startup.py recipe.yaml OUT.json
 
-The same steps as `llamafactory-cli train` takes, in one process, with the time of each written to OUT.json at the first step."""
+The same steps as `llamafactory-cli train` takes, in one process; the time of each is written to OUT.json at the first
+step."""
 import json, sys, time
 from contextlib import contextmanager
 

@@ -1,4 +1,5 @@
-"""A small server for the notebooks in this folder: it takes half a second to become ready, and fails when its folder has a file `end`"""
+"""A small server for the notebooks in this folder. It takes half a second to become ready, and fails when its folder
+has a file `end`."""
 import os, socket, sys, threading, time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -11,7 +12,8 @@ class Handler(BaseHTTPRequestHandler):
 def a_server(log='server-0.log', **more):
     "What a run says of such a server."
     with socket.create_server(('127.0.0.1', 0)) as s: port = s.getsockname()[1]
-    return {'command': [sys.executable, str(Path(__file__).absolute()), str(port)], 'env': {}, 'url': f'http://127.0.0.1:{port}/v1', 'log': log, **more}
+    return {'command': [sys.executable, str(Path(__file__).absolute()), str(port)], 'env': {},
+            'url': f'http://127.0.0.1:{port}/v1', 'log': log, **more}
 
 if __name__ == '__main__':
     time.sleep(.5)

@@ -25,6 +25,8 @@ The notebook with its pictures   {folder}/car_item.ipynb
 The loss curve                   {folder}/training_loss.png
 The answers                      {folder}/after/predictions.jsonl
 Next: `make lab` opens JupyterLab on that notebook.''')
-    if not (before <= 20 and after >= 90): sys.exit('That is not what it should be (at most 20 % before, at least 90 % after): please report it, with the folder above.')
+    if not (before <= 20 and after >= 90):
+        sys.exit('That is not what it should be (at most 20 % before, at least 90 % after): please report it, with the '
+                 'folder above.')
 
 if __name__ == '__main__': main()

@@ -46,7 +46,8 @@ def _stray_fault(text):
     if '\ufeff' in text:
         return Fault('It has a byte-order mark (U+FEFF) in it, a token of its own.',
                      'Remove it.', 'warning', 'text')
-    if '\0' in text: return Fault('It has the character NUL in it, as damaged files do.', 'Remove it.', 'warning', 'text')
+    if '\0' in text:
+        return Fault('It has the character NUL in it, as damaged files do.', 'Remove it.', 'warning', 'text')
 
 def _text_faults(role, text):
     "Faults in the text of one turn."
@@ -62,7 +63,8 @@ def _text_faults(role, text):
 
 # %% ../../nbs/data/40_check.ipynb #6f53b0d3
 def _tag_fault(sample, turns, tag, key):
-    "The fault if the number of tags in all turns, as LLaMA-Factory counts them, differs from the number of pictures or clips."
+    """The fault if the number of tags in all turns, as LLaMA-Factory counts them, differs from the number of
+    pictures or clips."""
     # LLaMA-Factory does not count the system prompt among the turns: its tags stay text
     counts = [(field, text.count(tag)) for field, role, text in turns
               if role != 'system' and isinstance(text, str) and tag in text]
@@ -113,8 +115,10 @@ def _weight_faults(turns):
     for i, turn in enumerate(turns):
         if turn.get('loss_weight') is None or turn['loss_weight'] == (turn.get('role') in _answering): continue
         yield f'messages[{i}]', Fault(
-            f'Its loss_weight is {show_value(turn["loss_weight"])}, which LLaMA-Factory {"trains as 1" if turn.get("role") in _answering else "takes for 0"} in this form.',
-            'Where only last answers should count, set mask_history: true in the recipe; otherwise remove the key.', 'warning')
+            f'Its loss_weight is {show_value(turn["loss_weight"])}, which LLaMA-Factory '
+            f'{"trains as 1" if turn.get("role") in _answering else "takes for 0"} in this form.',
+            'Where only last answers should count, set mask_history: true in the recipe; otherwise remove the key.',
+            'warning')
 
 # %% ../../nbs/data/40_check.ipynb #52fff3d6
 def _system_faults(sample):
@@ -197,7 +201,8 @@ _types = {str: 'text', int: 'a number', float: 'a number', bool: 'true or false'
           list: 'a list', dict: 'an object'}
 
 def _column_faults(rows, told):
-    "Columns with more than one type; rows are (number, sample), and each (row, key) in `told` already has a worse finding."
+    """Columns with more than one type; rows are (number, sample), and each (row, key) in `told` already has a worse
+    finding."""
     for key in dict.fromkeys(k for _, s in rows for k in s):
         values = [(i, s[key]) for i, s in rows if s.get(key) is not None and (i, key) not in told]
         if {type(v) for _, v in values} <= {str} or not (error := _arrow_error(values)): continue
@@ -224,8 +229,9 @@ def _late_faults(rows):
         first = next((n for n, (_, s) in enumerate(rows) if s.get(key)), 0)
         if first < 1000: continue
         yield rows[first][0], key, Fault(
-            f'{first:,} rows without {key!r} come before it: if one worker prepares them (preprocessing_num_workers is not set), '
-            'LLaMA-Factory takes the column to be empty, and stops.', 'Move a row that has one to the front, or shuffle the samples.', 'warning')
+            f'{first:,} rows without {key!r} come before it: if one worker prepares them (preprocessing_num_workers is '
+            'not set), LLaMA-Factory takes the column to be empty, and stops.',
+            'Move a row that has one to the front, or shuffle the samples.', 'warning')
 
 def _id_faults(rows):
     first = {}
@@ -326,14 +332,17 @@ def _mend_pictures(seen):
     common = Path(os.path.commonpath(folders))
     # pictures on several disks have no common folder
     beside = common.parent/f'{common.name}_mended' if common.name else Path('mended').absolute()
-    copies = {p: _mended_copy(p, look, beside/Path(os.path.abspath(p)).relative_to(common)) for p, look in faulty.items()}
+    copies = {p: _mended_copy(p, look, beside/Path(os.path.abspath(p)).relative_to(common))
+              for p, look in faulty.items()}
     return {p: copy for p, copy in copies.items() if copy}
 
 def _mended_copy(path, look, to):
     "The path of the mended copy; `None`, with a finding added, if it can't be made."
     try: return mend_picture(path, look.faults, to)
     except Exception as e:
-        look.faults.append(Fault(f'It could not be mended: {e}.', 'Make sure that the folder of the copies can be written, or save the picture again yourself.', 'warning'))
+        look.faults.append(Fault(f'It could not be mended: {e}.', 'Make sure that the folder of the copies can be '
+                                                                  'written, or save the picture again yourself.',
+                                                                  'warning'))
 
 def _mended_text(value):
     "The value without the byte-order marks and NULs in its text."
@@ -356,7 +365,8 @@ def _leaks_of(looks, against, pictures, clips, workers):
     return leaks
 
 def _look_around(samples, against, fix, workers, limits):
-    "What was seen in the pictures and clips, which of them the other split also contains, and copies of those that were mended."
+    """What was seen in the pictures and clips, which of them the other split also contains, and copies of those that
+    were mended."""
     sizes = {k: limits[k] for k in ('image_max_pixels', 'image_min_pixels')}
     about = (partial(look_at_picture, hashes=bool(against), **sizes),
              partial(look_at_video, **clip_sampling(limits)), workers)
@@ -375,7 +385,8 @@ def _said_before(rows, against):
 
 def _between_rows(rows, told):
     "Faults between rows; each (row, field) in `told` already has a worse finding."
-    return [*_column_faults(rows, told), *_late_faults(rows), *_id_faults(rows), *_same_faults(rows), *_balance_faults(rows)]
+    return [*_column_faults(rows, told), *_late_faults(rows), *_id_faults(rows), *_same_faults(rows),
+            *_balance_faults(rows)]
 
 def _rows_table(found):
     columns = ('row', 'field', 'what', 'cure', 'level')

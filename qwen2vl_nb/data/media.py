@@ -59,7 +59,8 @@ def _address_fault(path, is_clip):
     "A web address; FFmpeg would fetch a clip's each time that LLaMA-Factory opens it."
     if not (address := re.match(r'(https?|ftp|rtmps?|rtsp|s3|gs|hdfs|file)://', path)): return
     if is_clip and address[1] not in ('s3', 'gs', 'hdfs'):
-        return Fault(f'{path} is a web address: nothing is downloaded here, and LLaMA-Factory would fetch it every time.',
+        return Fault(f'{path} is a web address: nothing is downloaded here, and LLaMA-Factory would fetch it every '
+                     'time.',
                      'Download it, and give its path.', 'warning')
     return Fault(f'{path} is a web address, and nothing is downloaded.', 'Download it, and give its path.')
 
@@ -92,7 +93,8 @@ def _unreadable(path, data, error):
     if isinstance(error, PermissionError):
         return Fault(f'{path} may not be read by you.', 'Change its permissions, or drop the row.')
     if data.startswith((b'%!PS', b'\xc5\xd0\xd3\xc6')):
-        return Fault(f'{path} is a PostScript program (EPS): Pillow would run Ghostscript on it, which is not done here.',
+        return Fault(f'{path} is a PostScript program (EPS): Pillow would run Ghostscript on it, which is not done '
+                     'here.',
                      'Save the picture as PNG.', 'warning' if shutil.which('gs') else 'error')
     kind, why = _true_kind(data), str(error) or type(error).__name__
     if kind: why = f'it is {kind}'
@@ -152,7 +154,8 @@ def _misnamed(path, im):
                  'warning', 'name')
 
 # %% ../../nbs/data/10_media.ipynb #0f98741b
-def _shape_fault(size, image_max_pixels=pixel_limits['image_max_pixels'], image_min_pixels=pixel_limits['image_min_pixels']):
+def _shape_fault(size, image_max_pixels=pixel_limits['image_max_pixels'],
+                 image_min_pixels=pixel_limits['image_min_pixels']):
     width, height = size
     try: trainer_size(width, height, image_max_pixels, image_min_pixels)
     except ValueError:
@@ -218,7 +221,8 @@ def look_at_picture(
             head, look.digest = f.read(64), _digest_of(f)
             with open_picture(f) as im: _decode(look, im, path, hashes, limits)
     except Image.DecompressionBombError:
-        look.faults = [Fault('It has over 178 million pixels, and Pillow refuses so many as a possible decompression bomb.', _scale)]
+        look.faults = [Fault('It has over 178 million pixels, and Pillow refuses so many as a possible decompression '
+                             'bomb.', _scale)]
     except Exception as e: look.faults = [_unreadable(path, head, e)]
     return look
 
@@ -265,7 +269,8 @@ def _watch(look, container, video_fps, video_maxlen):
 # %% ../../nbs/data/10_media.ipynb #98dae9b6
 def _undecodable(path, head, error):
     if head.startswith((b'#EXTM3U', b'ffconcat version')):
-        return Fault(f'{path} is a playlist, and the files or addresses that it names are not opened here.', 'Save the clip as MP4.', 'warning')
+        return Fault(f'{path} is a playlist, and the files or addresses that it names are not opened here.',
+                     'Save the clip as MP4.', 'warning')
     why = getattr(error, 'strerror', None) or error  # the whole of FFmpeg's errors says the path twice
     return Fault(f'{path} cannot be decoded: {why}', 'Save the clip again, or drop the row.')
 
@@ -334,7 +339,8 @@ def look_at_all(
     looks, bar = {}, tqdm(total=len(paths), desc=f'Looking at {what}', delay=2, file=sys.stdout)
     def look_at_some(some): return [(path, look(path, **options)) for path in some]
     with bar, _memory_kept(workers), warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
-        warnings.simplefilter('ignore')  # of bombs, and of damaged EXIF data; not in the threads, which would leave it so
+        # Of bombs, and of damaged EXIF data; not in the threads, which would leave it so
+        warnings.simplefilter('ignore')
         for seen in pool.map(look_at_some, _batches(paths, 16)):
             looks.update(seen)
             bar.update(len(seen))

@@ -89,7 +89,8 @@ def _as_before(entries, text):
 
 def _write_registry(path, entries, text):
     "Write the entries to the file, in the format of its previous text."
-    write_text(path, _as_before(entries, text).encode(errors='backslashreplace').decode())  # JSON writes a lone surrogate that way
+    # JSON writes a lone surrogate that way
+    write_text(path, _as_before(entries, text).encode(errors='backslashreplace').decode())
 
 # %% ../../nbs/data/80_registry.ipynb #909cdc53
 _hubs = {'hf': 'hf_hub_url', 'ms': 'ms_hub_url', 'om': 'om_hub_url'}
@@ -129,7 +130,8 @@ _known = {'columns': ('prompt', 'query', 'response', 'history', 'messages', 'sys
 def entry_stage(
     entry:dict, # An entry of the registry
 )->str: # `'rm'`, `'kto'`, `'pt'` or `'sft'`
-    "The training stage that an entry is made for, judging by its columns; `_stages` lists the other stages that accept it."
+    """The training stage that an entry is made for, judging by its columns; `_stages` lists the other stages that
+    accept it."""
     columns = _part(entry, 'columns')
     if entry.get('ranking'): return 'rm'
     if columns.get('kto_tag'): return 'kto'
@@ -142,7 +144,8 @@ def _needed(entry, stage):
     asks = 'messages' if not is_alpaca else 'prompt' if not _part(entry, 'columns').get('query') else 'query'
     needed = [('columns', asks)] if 'columns' in entry else []
     if entry.get('ranking'): needed += [('columns', 'chosen'), ('columns', 'rejected')]
-    elif is_alpaca and needed and (stage == 'sft' or entry['columns'].get('kto_tag')): needed.append(('columns', 'response'))
+    elif is_alpaca and needed and (stage == 'sft' or entry['columns'].get('kto_tag')):
+        needed.append(('columns', 'response'))
     tags = ('role_tag', 'content_tag', 'user_tag', 'assistant_tag')
     return needed + [('tags', k) for k in tags if 'tags' in entry and not is_alpaca]
 
@@ -187,13 +190,17 @@ def _remarks(entry):
                'Use formatting: sharegpt with role and content tags.')
 
 # %% ../../nbs/data/80_registry.ipynb #834f0313
-_stages = {'sft': ('sft', 'pt', 'ppo', 'predict'), 'rm': ('rm', 'dpo'), 'kto': ('kto', 'pt', 'ppo', 'predict'), 'pt': ('pt', 'ppo', 'predict')}
-_holds = {'sft': 'answers', 'rm': 'preference pairs (ranking: true)', 'kto': 'answers with a mark (kto_tag)', 'pt': 'text without answers'}
+_stages = {'sft': ('sft', 'pt', 'ppo', 'predict'), 'rm': ('rm', 'dpo'), 'kto': ('kto', 'pt', 'ppo', 'predict'),
+           'pt': ('pt', 'ppo', 'predict')}
+_holds = {'sft': 'answers', 'rm': 'preference pairs (ranking: true)', 'kto': 'answers with a mark (kto_tag)',
+          'pt': 'text without answers'}
 
 def _stage_faults(entry, stage):
     made = entry_stage(entry)
-    if stage in _stages[made] or (made, stage) == ('pt', 'sft'): return  # the finding that the entry names no response already says this
-    yield (f'It has {_holds[made]}, and LLaMA-Factory takes those for {", ".join(_stages[made])}, not for stage {stage}.',
+    if stage in _stages[made] or (made, stage) == ('pt', 'sft'):
+        return  # the finding that the entry names no response already says this
+    yield (f'It has {_holds[made]}, and LLaMA-Factory takes those for {", ".join(_stages[made])}, not for stage '
+           f'{stage}.',
            'Take another data set, or correct its entry.')
 
 def entry_faults(
@@ -314,7 +321,8 @@ def _check_free(name, file_name, entries):
     if owners: raise ValueError(f'The file {file_name} is that of {owners[0]}; give another file_name.')
 
 def _stamp(path):
-    "A value that changes when the file is written to; `None` if the last write is so recent that the next one might not change it."
+    """A value that changes when the file is written to; `None` if the last write is so recent that the next one
+    might not change it."""
     try: s = os.stat(path)
     except OSError: return None
     is_settled = time.time_ns() - max(s.st_mtime_ns, s.st_ctime_ns) > 50_000_000
@@ -335,7 +343,8 @@ class Registry(MutableMapping):
 
     @contextmanager
     def _lock(self, *folders):
-        "Allow one writer at a time; files that killed writers left in these folders, or next to the registry, are removed."
+        """Allow one writer at a time; files that killed writers left in these folders, or next to the registry, are
+        removed."""
         beside = self.path.resolve().parent
         beside.mkdir(parents=True, exist_ok=True)
         with FileLock(beside/'.dataset_info.lock'):
@@ -344,7 +353,8 @@ class Registry(MutableMapping):
 
     @contextmanager
     def _changing(self):
-        "Yield the current entries to be changed, and write them back if the block ends without an error. Only under the lock."
+        """Yield the current entries to be changed, and write them back if the block ends without an error.
+        Only under the lock."""
         entries, text = _read_registry(self.path)
         yield entries
         _write_registry(self.path, entries, text)
@@ -405,10 +415,11 @@ def add(self:Registry,
     name:str, # Name of the data set, as recipes call it
     samples:list, # Its samples
     file_name:str=None, # JSON file to write, relative to the folder; `None`: the name with `.json`
-    media:str='refer', # Pictures and clips: `'refer'` to them where they are, or `'link'` or `'copy'` them into a folder next to the file
+    media:str='refer', # `'refer'` to pictures and clips where they are, or `'link'` or `'copy'` them next to the file
     overwrite:bool=False, # Replace a file that `add` did not write, or that has changed since
 )->dict: # The new entry
-    "Write samples into the folder and register them; the same name with the same file replaces both, if `add` wrote them."
+    """Write samples into the folder and register them; the same name with the same file replaces both, if `add`
+    wrote them."""
     _check_name(name)
     file_name = os.path.normpath(file_name or f'{name}.json')
     if not samples: raise ValueError(f'{name}: there are no samples to add.')
@@ -458,8 +469,10 @@ def check(self:Registry,
     return _entries_table(rows, ('name', 'what', 'loads', 'why', 'cure'))
 
 # %% ../../nbs/data/80_registry.ipynb #a7a60a20
-_default_columns = {'alpaca': {'prompt': 'instruction', 'query': 'input', 'response': 'output'}, 'sharegpt': {'messages': 'conversations'}}
-_default_tags = {'role_tag': 'from', 'content_tag': 'value', 'user_tag': 'human', 'assistant_tag': 'gpt', 'observation_tag': 'observation',
+_default_columns = {'alpaca': {'prompt': 'instruction', 'query': 'input', 'response': 'output'},
+                    'sharegpt': {'messages': 'conversations'}}
+_default_tags = {'role_tag': 'from', 'content_tag': 'value', 'user_tag': 'human', 'assistant_tag': 'gpt',
+                 'observation_tag': 'observation',
                  'function_tag': 'function_call', 'system_tag': 'system'}
 
 def dataset_samples(
@@ -471,9 +484,11 @@ def dataset_samples(
     "The samples of a registered data set, in their order."
     entry = registry[name]
     if entry_source(entry, registry.dataset_dir)[0] != 'file':
-        raise ValueError(f'{name}: only data sets in a local file are read here; its entry is {json.dumps(entry, ensure_ascii=False)}.')
+        raise ValueError(f'{name}: only data sets in a local file are read here; its entry is '
+                         f'{json.dumps(entry, ensure_ascii=False)}.')
     file, kind = registry.dataset_dir/entry['file_name'], entry.get('formatting', 'alpaca')
-    place = MediaPlace([str(Path(media_dir or registry.dataset_dir).absolute()), os.getcwd()], file.with_name(f'{file.stem}_media'))
+    place = MediaPlace([str(Path(media_dir or registry.dataset_dir).absolute()), os.getcwd()],
+                       file.with_name(f'{file.stem}_media'))
     rows, columns = read_rows(file, place)[0][:n], entry.get('columns', _default_columns.get(kind, {}))
     if kind == 'alpaca': return [question_sample(row, columns, place, tag=False) for row in rows]
     return [dialogue_sample(row, columns, entry.get('tags', _default_tags), place, tag=False) for row in rows]
@@ -484,10 +499,11 @@ def dataset_rows(
     name:str, # A data set that has its rows in a local file
     n:int=None, # Number of rows, counted from the first; `None`: all
     media_dir=None, # Folder of the pictures; `None`: the registry's
-)->list: # Dicts with `id`, `images` (paths that are valid from any working directory), `prompt`, `label`; and `videos` if there are any
+)->list: # Dicts with `id`, `images` (absolute paths), `prompt`, `label`; and `videos` if there are any
     "The prompts of a registered data set and their labels, in the order of its rows."
     def described(i, s):
         *said, label = [str(text or '') for _, role, text in sample_turns(s) if role != 'system'] or ['']
         videos = {'videos': s['video']} if 'video' in s else {}
-        return {'id': s.get('id', i), 'images': s['image'], 'prompt': '\n'.join(filter(None, said)), 'label': label} | videos
+        return {'id': s.get('id', i), 'images': s['image'], 'prompt': '\n'.join(filter(None, said)),
+                'label': label} | videos
     return [described(i, s) for i, s in enumerate(dataset_samples(registry, name, n, media_dir))]

@@ -60,7 +60,8 @@ def _media_ending(data):
 
 def _write_out(data, place):
     "Write a picture's bytes to a file."
-    file = place.out/f'{hashlib.sha1(data).hexdigest()[:16]}.{_media_ending(data) or "img"}'  # `check_samples` will say more
+    # `check_samples` will say more
+    file = place.out/f'{hashlib.sha1(data).hexdigest()[:16]}.{_media_ending(data) or "img"}'
     place.written += not file.is_file()
     return str(write_new(file, data))
 
@@ -166,23 +167,27 @@ def _open_quote(lines, between, first):
 def _csv_rows(path, text, between):
     "(number of its first line, cells) of each line or row that is not blank."
     lines = io.StringIO(text, newline='').readlines()
-    rows, line, limit = csv.reader(lines, delimiter=between, strict=True), 1, csv.field_size_limit(max(131_072, len(text)))
+    limit = csv.field_size_limit(max(131_072, len(text)))
+    rows, line = csv.reader(lines, delimiter=between, strict=True), 1
     try:
         for cells in rows:
             if cells: yield line, cells
             line = rows.line_num + 1
     except csv.Error:
-        raise ValueError(f'{path}: the quote that opens a cell in line {_open_quote(lines, between, line)} is not closed at the end of a cell. '
+        raise ValueError(f'{path}: the quote that opens a cell in line {_open_quote(lines, between, line)} is not '
+                         'closed at the end of a cell. '
                          'Write quotes inside a quoted cell twice (""), or remove them.') from None
     finally: csv.field_size_limit(limit)
 
 # %% ../../nbs/data/20_sources.ipynb #da772aba
 def _swallowed(rows, width, between):
     "Words about cells of several lines in which rows may have gone lost."
-    lines = [line + sum(before.count('\n') for before in cells[:i]) for line, cells in rows for i, cell in enumerate(cells)
+    lines = [line + sum(before.count('\n') for before in cells[:i]) for line, cells in rows
+             for i, cell in enumerate(cells)
              if '\n' in cell and any(part.count(between) >= width-1 for part in cell.split('\n')[1:])]
     if not lines or width < 2: return ''
-    return f' ({len(lines)} cell(s) in quotes hold what looks like rows; the first quote opens in line {lines[0]}: is it closed where it should be?)'
+    return (f' ({len(lines)} cell(s) in quotes hold what looks like rows; the first quote opens in line {lines[0]}: '
+            'is it closed where it should be?)')
 
 def _read_table(path, place, encoding):
     text, encoding = _read_text(path, encoding)
@@ -193,13 +198,15 @@ def _read_table(path, place, encoding):
     width, filled = len(header[1]), lambda cells: max((i for i, cell in enumerate(cells, 1) if cell), default=0)
     wide = [f'line {line} has {len(cells)}' for line, cells in rows if filled(cells) > width]
     if wide:
-        raise ValueError(f'{path} is not a CSV file with as many cells in its rows as in its header ({width}): {_some(wide)}.')
+        raise ValueError(f'{path} is not a CSV file with as many cells in its rows as in its header ({width}): '
+                         f'{_some(wide)}.')
     named = {',': 'commas', ';': 'semicolons', '|': 'bars'}.get(between, 'tabs')
     samples, blank = _filled(header[1], [cells for _, cells in rows])
     return samples, f'a table in {encoding} with {named}{blank}{_swallowed(rows, width, between)}'
 
 def _filled(header, rows):
-    "The rows of a table that are not blank, as dicts, and words for those that were; a column without name and cells is none."
+    """The rows of a table that are not blank, as dicts, and words for those that were; a column without name and
+    cells is none."""
     names, seen = [], Counter()
     for i, name in enumerate(map(str.strip, header)):
         name = name or f'Unnamed: {i}'
@@ -216,15 +223,18 @@ _most_cells = 20_000_000 # of a sheet
 def _check_unpacked(path, packed, unpacked):
     "Refuse a file that was made to fill the memory; the sizes are in bytes."
     if unpacked <= max(2**28, 100*packed): return
-    raise ValueError(f'{path} has {packed:,} bytes and would unpack to {unpacked:,}: it is not read. If it is sound, save it as CSV or JSON.')
+    raise ValueError(f'{path} has {packed:,} bytes and would unpack to {unpacked:,}: it is not read. If it is sound, '
+                     'save it as CSV or JSON.')
 
 def _cell_text(cell):
     "What a cell of Excel shows, as text."
     value = cell.value
-    if isinstance(value, bool) or not isinstance(value, (int, float, datetime)): return '' if value is None else str(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float, datetime)):
+        return '' if value is None else str(value)
     if isinstance(value, datetime): return str(value.date() if value.time() == time() else value)
     text = str(int(value)) if math.isfinite(value) and value == int(value) else str(value)
-    return text.zfill(len(cell.number_format)) if re.fullmatch('0+', cell.number_format or '') and text.isdigit() else text
+    is_padded = re.fullmatch('0+', cell.number_format or '') and text.isdigit()
+    return text.zfill(len(cell.number_format)) if is_padded else text
 
 def _sheet_rows(path, sheet, errors):
     "The rows of a sheet that have cells, as text; `errors` gets the places of cells with an error."
@@ -234,9 +244,11 @@ def _sheet_rows(path, sheet, errors):
         cells = [_cell_text(cell) for cell in row]
         while cells and not cells[-1]: cells.pop()
         n += len(cells)
-        if n > _most_cells: raise ValueError(f'{path}: the sheet {sheet.title!r} has more than {_most_cells:,} cells. Save it as CSV.')
+        if n > _most_cells:
+            raise ValueError(f'{path}: the sheet {sheet.title!r} has more than {_most_cells:,} cells. Save it as CSV.')
         if cells: rows.append(cells)
-        errors += [f'{cell.value} in {cell.coordinate}' for cell in row if cell.data_type == 'e' and cell.value is not None]
+        errors += [f'{cell.value} in {cell.coordinate}' for cell in row if cell.data_type == 'e'
+                   and cell.value is not None]
     return rows
 
 # %% ../../nbs/data/20_sources.ipynb #0db1461e
@@ -248,14 +260,17 @@ def _first_sheet(path, book):
         if len(rows) > 1 and sheet.sheet_state == 'visible': return sheet.title, rows, errors
         if len(rows) > 1: hidden.append(sheet.title)
         empty = empty or (sheet.title, rows, errors)
-    if hidden: raise ValueError(f'{path}: only hidden sheets have rows ({_some(hidden)}). Show the one that is meant, or save it as CSV.')
+    if hidden:
+        raise ValueError(f'{path}: only hidden sheets have rows ({_some(hidden)}). Show the one that is meant, or save '
+                         'it as CSV.')
     return empty or ('', [], [])
 
 def _read_excel(path, place, encoding):
     import openpyxl
     try:
         with open_regular(path) as f:
-            _check_unpacked(path, os.path.getsize(path), sum(part.file_size for part in zipfile.ZipFile(f).infolist() if part.filename.endswith('.xml')))
+            _check_unpacked(path, os.path.getsize(path), sum(part.file_size for part in zipfile.ZipFile(f).infolist()
+                                                             if part.filename.endswith('.xml')))
             book = openpyxl.load_workbook(f, read_only=True, data_only=True, keep_links=False)
             name, rows, errors = _first_sheet(path, book)
     except Exception as e:
@@ -263,7 +278,9 @@ def _read_excel(path, place, encoding):
         raise ValueError(f'{path} is not an Excel workbook that can be read ({e}). '
                          'Save it as .xlsx or as CSV UTF-8.') from None
     width = max(map(len, rows), default=0)
-    if width*len(rows) > _most_cells: raise ValueError(f'{path}: the sheet {name!r} has {len(rows):,} rows of {width:,} cells. Save what is needed as CSV.')
+    if width*len(rows) > _most_cells:
+        raise ValueError(f'{path}: the sheet {name!r} has {len(rows):,} rows of {width:,} cells. Save what is needed '
+                         'as CSV.')
     of_several = f' ({len(book.sheetnames)} sheets)' if len(book.sheetnames) > 1 else ''
     wrong = f' ({len(errors)} cell(s) show an error: {_some(errors)})' if errors else ''
     header, *rows = rows or [[]]
@@ -291,7 +308,8 @@ def _text_columns(path, rows):
     text = {k for k, found in columns.items() if all(_as_text(data) is not None for data in found)}
     for k in columns.keys() - text:
         if not any(map(_media_ending, columns[k])):
-            raise ValueError(f'{path}: the column {k!r} holds bytes that are neither pictures or clips nor text in UTF-8. Write it as text.')
+            raise ValueError(f'{path}: the column {k!r} holds bytes that are neither pictures or clips nor text in '
+                             'UTF-8. Write it as text.')
     return text
 
 def _plain(value, place, is_text=False):
@@ -308,7 +326,8 @@ def _class_names(schema):
     "Column → names of its classes, where Hugging Face's datasets left them in an Arrow schema and they still fit."
     try: features = parse_json((schema.metadata or {}).get(b'huggingface', b'{}'))['info']['features']
     except (Damaged, KeyError, TypeError): return {}
-    classes = {k: f.get('names') for k,f in features.items() if isinstance(f, dict) and f.get('_type') == 'ClassLabel'} if isinstance(features, dict) else {}
+    features = features.items() if isinstance(features, dict) else []
+    classes = {k: f.get('names') for k,f in features if isinstance(f, dict) and f.get('_type') == 'ClassLabel'}
     return {k: names for k, names in classes.items() if isinstance(names, list) and k in schema.names}
 
 def _arrow_rows(path, batches, place):
@@ -318,7 +337,8 @@ def _arrow_rows(path, batches, place):
         classes, found = _class_names(batch.schema), batch.to_pylist()
         if text is None and found: text = _text_columns(path, found)
         for row in found:
-            named = {k: names[row[k]] for k, names in classes.items() if isinstance(row[k], int) and 0 <= row[k] < len(names)}
+            named = {k: names[row[k]] for k, names in classes.items() if isinstance(row[k], int)
+                     and 0 <= row[k] < len(names)}
             rows.append({k: _plain(v, place, k in text) for k,v in (row | named).items()})
     return rows
 
@@ -326,7 +346,8 @@ def _bounded(path, batches):
     "The batches, as long as they are no more than a file of its size can sensibly hold."
     size, unpacked = os.path.getsize(path), 0
     for batch in batches:  # a dictionary holds a text once that many rows have
-        unpacked += sum(getattr(column, 'dictionary_decode', lambda column=column: column)().nbytes for column in batch.columns)
+        unpacked += sum(getattr(column, 'dictionary_decode', lambda column=column: column)().nbytes
+                        for column in batch.columns)
         _check_unpacked(path, size, unpacked)
         yield batch
 
@@ -495,18 +516,23 @@ def question_sample(
 _roles = {'human': 'user', 'gpt': 'assistant', 'chatgpt': 'assistant', 'bing': 'assistant', 'bard': 'assistant',
           'model': 'assistant', 'developer': 'system', 'tool': 'observation', 'function': 'observation'}
 _part_kinds = {'text': 'text', 'input_text': 'text', 'output_text': 'text', 'reasoning': 'thought', 'tool_call': 'call',
-               'image': '<image>', 'image_url': '<image>', 'input_image': '<image>', 'video': '<video>', 'video_url': '<video>'}
+               'image': '<image>', 'image_url': '<image>', 'input_image': '<image>', 'video': '<video>',
+               'video_url': '<video>'}
 _value_keys = {'text': ('text', 'value'), 'thought': ('value', 'reasoning', 'text'), 'call': ('value', 'tool_call'),
-               '<image>': ('value', 'image', 'image_url', 'url', 'path'), '<video>': ('value', 'video', 'video_url', 'url', 'path')}
-_beside_media = {'type', 'index', 'detail', 'min_pixels', 'max_pixels', 'total_pixels', 'resized_width', 'resized_height', 'fps',
+               '<image>': ('value', 'image', 'image_url', 'url', 'path'),
+               '<video>': ('value', 'video', 'video_url', 'url', 'path')}
+_beside_media = {'type', 'index', 'detail', 'min_pixels', 'max_pixels', 'total_pixels', 'resized_width',
+                 'resized_height', 'fps',
                  'nframes', 'min_frames', 'max_frames', 'video_start', 'video_end'}
 
 def _part(part):
-    "What one part of a turn is (`'text'`, `'thought'`, `'call'`, `'<image>'` or `'<video>'`), and its value; raises `ValueError`."
+    """What one part of a turn is (`'text'`, `'thought'`, `'call'`, `'<image>'` or `'<video>'`), and its value;
+    raises `ValueError`."""
     if isinstance(part, str): return 'text', part
     given = {k: v for k,v in part.items() if v is not None} if isinstance(part, dict) else {}
     kind = given.get('type', next((k for k in _part_kinds if k in given), None))
-    if not (isinstance(kind, str) and kind in _part_kinds): raise ValueError(f'a content part that is not known: {_shortened(part)}')
+    if not (isinstance(kind, str) and kind in _part_kinds):
+        raise ValueError(f'a content part that is not known: {_shortened(part)}')
     what = _part_kinds[kind]
     value = next((given[k] for k in _value_keys[what] if k in given), None)
     if what[0] != '<': is_known = isinstance(value, (str, dict) if what == 'call' else str)
@@ -700,13 +726,16 @@ def _dialogue_form(path, rows, image, video):
     key, names = _turns_key(rows), _names_in(rows)
     turns = [t for row in rows[:100] if isinstance(row.get(key), list) for t in row[key] if isinstance(t, dict)]
     is_from = sum('from' in t for t in turns) > sum('role' in t for t in turns)
-    parts = [part for t in turns if isinstance(t.get('content'), list) for part in t['content'] if isinstance(part, dict)]
+    parts = [part for t in turns if isinstance(t.get('content'), list) for part in t['content']
+             if isinstance(part, dict)]
     try: images, videos = _column(names, 'image', image, False), _column(names, 'video', video, False)
     except ValueError as e: raise ValueError(f'{path} has {e}. Its columns: {", ".join(names)}.') from None
     columns = {'messages': key, 'images': images, 'videos': videos}
     tags = ({'role_tag': 'from', 'content_tag': 'value'} if is_from
             else {'role_tag': 'role', 'content_tag': 'content'})
-    name = 'LLaVA or ShareGPT' if is_from else 'LLaMA-Factory v1' if any('value' in part for part in parts) else 'OpenAI' if parts else 'role and content'
+    name = 'role and content'
+    if is_from: name = 'LLaVA or ShareGPT'
+    elif parts: name = 'LLaMA-Factory v1' if any('value' in part for part in parts) else 'OpenAI'
     return columns | {k: k for k in ('system', 'tools') if k in names}, tags, name
 
 # %% ../../nbs/data/20_sources.ipynb #3b2681b1
@@ -737,7 +766,9 @@ def _each(path, rows, make):
     for i, row in enumerate(rows):
         try: made.append(make(row))
         except ValueError as e: bad.append(f'row {i}: {e}')
-    if bad: raise ValueError(f'{path} has {len(bad)} row(s) that cannot be read. ' + '; '.join(bad[:5]) + (' …' if len(bad) > 5 else '') + '.')
+    if bad:
+        raise ValueError(f'{path} has {len(bad)} row(s) that cannot be read. ' + '; '.join(bad[:5])
+                         + (' …' if len(bad) > 5 else '') + '.')
     return made
 
 def _say(source, samples, taken, place, how, media_dir):
@@ -747,7 +778,8 @@ def _say(source, samples, taken, place, how, media_dir):
         cure = f'there is no such file in {media_dir}' if media_dir else 'media_dir=… names the folder of the pictures'
         more.append(f'{place.lost} path(s) lead nowhere, {place.first_lost} first: {cure}.')
     if place.weights:
-        more.append(f'{place.weights} turn(s) have a loss_weight that LLaMA-Factory does not read in this form; `check_samples` names them.')
+        more.append(f'{place.weights} turn(s) have a loss_weight that LLaMA-Factory does not read in this form; '
+                    '`check_samples` names them.')
     if place.beside_calls:
         more.append(f'Words beside {place.beside_calls} tool call(s) left out: '
                     'LLaMA-Factory has no place for them.')
@@ -768,7 +800,8 @@ def read_samples(
     path = Path(source[0] if isinstance(source, (list, tuple)) else source)
     place = _place(path, media_dir)
     rows, taken = read_rows(source, place, encoding)
-    if not response and all({'chosen', 'rejected'} <= row.keys() or {'chosen_messages', 'rejected_messages'} <= row.keys() for row in rows):
+    if not response and all({'chosen', 'rejected'} <= row.keys()
+                            or {'chosen_messages', 'rejected_messages'} <= row.keys() for row in rows):
         raise ValueError(f'{path} holds rankings (chosen and rejected answers), and a sample has one answer: '
                          "name it, response='chosen', or register the file as it is.")
     shown = tqdm(rows, desc=f'Reading {path.name}', unit='row', delay=2, file=sys.stdout)

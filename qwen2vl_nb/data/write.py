@@ -14,7 +14,8 @@ from .samples import in_one_form, map_media, media_paths
 
 # %% ../../nbs/data/60_write.ipynb #d82f4fec
 def _written_path(path, media_dir):
-    "The path to write: relative inside `media_dir`, otherwise absolute; a relative path that leads nowhere stays as it is."
+    """The path to write: relative inside `media_dir`, otherwise absolute; a relative path that leads nowhere stays
+    as it is."""
     if not os.path.isabs(path) and not os.path.isfile(path): return path
     path = os.path.abspath(path)
     return os.path.relpath(path, media_dir) if media_dir and Path(path).is_relative_to(media_dir) else path

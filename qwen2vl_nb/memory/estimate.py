@@ -27,7 +27,8 @@ from .zero_rank import Rank, Stage0, Stage2, Stage3, Step
 @lru_cache(16)
 def _counted(model, folder, names, media_dir, n, limits, _changed):
     "(tokens of the longest sample, most image tokens in one) of registered data sets."
-    tables = [count_tokens(dataset_samples(Registry(folder), name, n, media_dir), model, **dict(limits)) for name in names]
+    tables = [count_tokens(dataset_samples(Registry(folder), name, n, media_dir), model, **dict(limits))
+              for name in names]
     return max(int(t.total.max()) for t in tables), max(int(t.media.max()) for t in tables)
 
 def _from_data(recipe):
@@ -51,14 +52,17 @@ def longest_sample(
     found = _from_data(recipe)
     if found:
         tokens, media = found
-        what = f'the longest sample of {recipe.get("dataset") or recipe.get("eval_dataset")}: {tokens} tokens, at most {media} of a picture or clip'
+        name = recipe.get('dataset') or recipe.get('eval_dataset')
+        what = f'the longest sample of {name}: {tokens} tokens, at most {media} of a picture or clip'
         return {'tokens': _eights(min(tokens, cutoff)), 'pictures': [media] if media else []}, what
     side = int(pixels**.5)
     picture = min(image_tokens(side, side, pixels), cutoff - cutoff//8)
-    return {'tokens': _eights(cutoff), 'pictures': [picture]}, f'samples of {cutoff} tokens (cutoff_len) with a picture of {picture} tokens'
+    sample = {'tokens': _eights(cutoff), 'pictures': [picture]}
+    return sample, f'samples of {cutoff} tokens (cutoff_len) with a picture of {picture} tokens'
 
 # %% ../../nbs/memory/20_estimate.ipynb #9f3bdb02
-_used = ('do_train', 'finetuning_type', 'lora_rank', 'lora_target', 'lora_dropout', 'additional_target', 'use_dora', 'freeze_vision_tower',
+_used = ('do_train', 'finetuning_type', 'lora_rank', 'lora_target', 'lora_dropout', 'additional_target', 'use_dora',
+         'freeze_vision_tower',
          'freeze_multi_modal_projector', 'freeze_language_model', 'freeze_trainable_layers', 'freeze_trainable_modules',
          'freeze_extra_modules', 'disable_gradient_checkpointing', 'use_reentrant_gc', 'upcast_layernorm',
          'upcast_lmhead_output', 'quantization_bit', 'flash_attn', 'pure_bf16')
@@ -75,12 +79,16 @@ def _adapter_shape(recipe):
 def _job(recipe, config, stage, sample, gpu):
     "What `simulate` is to do."
     model, half, train = model_config(recipe['model_name_or_path']), _half(recipe), bool(recipe.get('do_train'))
-    kept = {k: recipe[k] for k in _used if recipe.get(k) is not None} | _adapter_shape(recipe) | {'model_name_or_path': '-'}
+    kept = {k: recipe[k] for k in _used if recipe.get(k) is not None}
+    kept |= _adapter_shape(recipe) | {'model_name_or_path': '-'}
     engine, dtype = bool(config) and train, model.get('dtype') or model.get('torch_dtype') or 'bfloat16'
     return {'config': model, 'recipe': kept, 'dtype': dtype,
-            'cast': half or ('float32' if stage == 3 else None) if engine else None, 'autocast': None if engine else half,
-            'half': half, 'copy': 'float32' if engine and not half else None, 'zero_3': engine and stage == 3, 'labels': train, 'backward': train,
-            'kernel': 'fa2' if recipe.get('flash_attn') == 'fa2' else 'cuda' if gpu else 'cpu', 'padded': True, **sample}
+            'cast': half or ('float32' if stage == 3 else None) if engine else None, 'autocast': None
+            if engine else half,
+            'half': half, 'copy': 'float32' if engine and not half else None, 'zero_3': engine and stage == 3,
+            'labels': train, 'backward': train,
+            'kernel': 'fa2' if recipe.get('flash_attn') == 'fa2' else 'cuda' if gpu else 'cpu',
+            'padded': True, **sample}
 
 def _cache_file(job):
     "Where a job's result lies: named by the job, the code that does it and the versions that it stands on."
@@ -100,12 +108,14 @@ def _read_or_run(file, text):
     if not file.is_file():
         child = subprocess.run([sys.executable, *script('memory.simulate')], input=text, capture_output=True, text=True,
                                env=child_env() | {'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'})
-        if child.returncode: raise RuntimeError('The step could not be simulated: ' + child.stderr.strip().splitlines()[-1])
+        if child.returncode:
+            raise RuntimeError('The step could not be simulated: ' + child.stderr.strip().splitlines()[-1])
         with whole_file(file, 'wb') as f: f.write(gzip.compress(child.stdout.encode()))
     return Step(json.loads(gzip.decompress(file.read_bytes())))
 
 # %% ../../nbs/memory/20_estimate.ipynb #0059c144
-_allowances = {'low': (.3, .1, 0), 'likely': (.5, .5, .03), 'high': (1, 1, .1)} # GiB of context, GiB of NCCL, share of the tensors
+# GiB of context, GiB of NCCL, share of the tensors
+_allowances = {'low': (.3, .1, 0), 'likely': (.5, .5, .03), 'high': (1, 1, .1)}
 
 @dataclass
 class MemoryEstimate:
@@ -146,9 +156,11 @@ def _allowance(tensors, ranks, how):
     return int((context + nccl*(ranks > 1))*GiB + gaps*tensors)
 
 # %% ../../nbs/memory/20_estimate.ipynb #21126ebc
-_not_here = {'z3_fp8': 'z3_fp8 is not predicted: it needs `fp8: true` and a Hopper card.', 'z2_autotp': 'z2_autotp is not predicted.'}
+_not_here = {'z3_fp8': 'z3_fp8 is not predicted: it needs `fp8: true` and a Hopper card.',
+             'z2_autotp': 'z2_autotp is not predicted.'}
 _optimizers = ('adamw_torch', 'adamw_torch_fused')
-_others = ('fsdp', 'use_galore', 'use_apollo', 'use_badam', 'use_muon', 'use_adam_mini', 'use_unsloth', 'use_unsloth_gc',
+_others = ('fsdp', 'use_galore', 'use_apollo', 'use_badam', 'use_muon', 'use_adam_mini', 'use_unsloth',
+           'use_unsloth_gc',
            'use_llama_pro', 'use_kt', 'mixture_of_depths', 'enable_liger_kernel', 'pissa_init')
 
 class NotPredicted(ValueError): "LLaMA-Factory may well run this; how much memory it takes is not known here."
@@ -156,21 +168,27 @@ class NotPredicted(ValueError): "LLaMA-Factory may well run this; how much memor
 def _zero(recipe, zero):
     "A ZeRO config as a dict, and its stage; the recipe's own where none is given."
     if isinstance(zero, str) and zero in _not_here: raise NotPredicted(_not_here[zero])
-    config = zero_config(zero) if isinstance(zero, str) else zero if zero is not None else read_zero(recipe.get('deepspeed'))
+    if isinstance(zero, str): zero = zero_config(zero)
+    config = zero if zero is not None else read_zero(recipe.get('deepspeed'))
     return config, config.get('zero_optimization', {}).get('stage', 0) if config else None
 
 def _unpredicted(recipe, config, stage):
     "What LLaMA-Factory runs, and nobody has predicted."
     train, kind, bits = recipe.get('do_train'), recipe.get('finetuning_type', 'lora'), recipe.get('quantization_bit')
     optim = recipe.get('optim', 'adamw_torch_fused')
-    offloaded = [part.get('device') for part in (config or {}).get('zero_optimization', {}).values() if isinstance(part, dict)]
+    offloaded = [part.get('device') for part in (config or {}).get('zero_optimization', {}).values()
+                 if isinstance(part, dict)]
     rules = [
-        (kind not in ('lora', 'full', 'freeze'), f'finetuning_type {kind!r} is not predicted; lora, full and freeze are.'),
-        ((recipe.get('stage') or 'sft') not in ('sft', 'pt'), f"stage {recipe.get('stage')!r} is not predicted; sft and pt are."),
-        (bits and (bits != 4 or recipe.get('quantization_method', 'bnb') != 'bnb'), 'Of quantized models, only those in 4 bits by bitsandbytes are predicted.'),
+        (kind not in ('lora', 'full', 'freeze'),
+         f'finetuning_type {kind!r} is not predicted; lora, full and freeze are.'),
+        ((recipe.get('stage') or 'sft') not in ('sft', 'pt'),
+         f"stage {recipe.get('stage')!r} is not predicted; sft and pt are."),
+        (bits and (bits != 4 or recipe.get('quantization_method', 'bnb') != 'bnb'),
+         'Of quantized models, only those in 4 bits by bitsandbytes are predicted.'),
         (bits and stage == 3, 'A quantized model is not predicted with ZeRO-3: take z2, or no DeepSpeed.'),
         (stage == 1, 'ZeRO stage 1 is not predicted; 0, 2 and 3 are.'),
-        (train and optim not in _optimizers, f'The optimizer {optim!r} is not predicted; AdamW is ({", ".join(_optimizers)}).'),
+        (train and optim not in _optimizers,
+         f'The optimizer {optim!r} is not predicted; AdamW is ({", ".join(_optimizers)}).'),
         (any(d not in ('cpu', 'none') for d in offloaded), 'Offloading is predicted to the host only (device: cpu).')]
     return [text for holds, text in rules if holds] + [f'{k} is not predicted.' for k in _others if recipe.get(k)]
 
@@ -178,19 +196,24 @@ def _faults(recipe, stage, ranks):
     "Why a recipe can't run."
     train, kind, bits = recipe.get('do_train'), recipe.get('finetuning_type', 'lora'), recipe.get('quantization_bit')
     batch = f"per_device_{'train' if train else 'eval'}_batch_size"
-    less = {k: v for k,v in {'world_size': ranks, batch: recipe.get(batch, 1), 'cutoff_len': recipe.get('cutoff_len', 2048),
-                             'gradient_accumulation_steps': recipe.get('gradient_accumulation_steps', 1)}.items() if v < 1}
+    less = {k: v for k,v in {'world_size': ranks, batch: recipe.get(batch, 1),
+                             'cutoff_len': recipe.get('cutoff_len', 2048),
+                             'gradient_accumulation_steps': recipe.get('gradient_accumulation_steps', 1)}.items()
+            if v < 1}
     rules = [
         (recipe.get('bf16') and recipe.get('fp16'), 'bf16 and fp16 are both set: choose one.'),
-        (bits and train and kind != 'lora', 'A quantized model takes LoRA only: set finetuning_type: lora, or remove quantization_bit.'),
+        (bits and train and kind != 'lora', 'A quantized model takes LoRA only: set finetuning_type: lora, or remove '
+                                            'quantization_bit.'),
         (stage == 3 and recipe.get('predict_with_generate'), 'ZeRO-3 cannot generate: remove the deepspeed key.')]
     return [text for holds, text in rules if holds] + [f'{k} must be at least 1, not {v}.' for k,v in less.items()]
 
 def _filled(zero, hidden):
     "`zero_optimization` with what transformers puts for auto."
-    auto = {'reduce_bucket_size': hidden**2 if zero.get('stage') == 3 else 5e8, 'stage3_prefetch_bucket_size': int(.9*hidden**2),
+    auto = {'reduce_bucket_size': hidden**2 if zero.get('stage') == 3 else 5e8,
+            'stage3_prefetch_bucket_size': int(.9*hidden**2),
             'stage3_param_persistence_threshold': 10*hidden}
-    standard = {'reduce_bucket_size': 5e8, 'stage3_prefetch_bucket_size': 5e7, 'stage3_param_persistence_threshold': 1e5,
+    standard = {'reduce_bucket_size': 5e8, 'stage3_prefetch_bucket_size': 5e7,
+                'stage3_param_persistence_threshold': 1e5,
                 'stage3_max_live_parameters': 1e9, 'stage3_max_reuse_distance': 1e9, 'sub_group_size': 1e9}
     return standard | {k: auto.get(k, v) if v == 'auto' else v for k,v in zero.items()}
 
@@ -204,7 +227,8 @@ def _answer(rank, recipe, tokens, layers):
 
 def _disk(step, recipe, stage, half):
     "Bytes of a checkpoint, by what the files of real ones hold; up to stage 2 DeepSpeed writes the weights once more."
-    trained, size = sum(p[0] for p in step['parameters'] if len(p) == 3), lambda p: 2 if half and stage is not None else p[1]
+    trained = sum(p[0] for p in step['parameters'] if len(p) == 3)
+    size = lambda p: 2 if half and stage is not None else p[1]
     saved = [p for p in step['parameters'] if len(p) == 3 or recipe.get('finetuning_type', 'lora') != 'lora']
     weights = sum(p[0]*size(p) for p in saved)
     if recipe.get('save_only_model'): return weights
@@ -214,8 +238,10 @@ def _disk(step, recipe, stage, half):
 def _notes(recipe, config):
     "What is missing on this machine for the recipe."
     offloads = any(isinstance(v, dict) for v in (config or {}).get('zero_optimization', {}).values())
-    rules = [(recipe.get('quantization_bit') and not find_spec('bitsandbytes'), 'QLoRA needs bitsandbytes, which is not installed: pip install bitsandbytes'),
-             (offloads and not shutil.which('g++'), 'Offloading compiles DeepSpeed\'s CPU Adam, and there is no compiler: apt-get install g++')]
+    rules = [(recipe.get('quantization_bit') and not find_spec('bitsandbytes'),
+              'QLoRA needs bitsandbytes, which is not installed: pip install bitsandbytes'),
+             (offloads and not shutil.which('g++'),
+              'Offloading compiles DeepSpeed\'s CPU Adam, and there is no compiler: apt-get install g++')]
     return [text for holds, text in rules if holds]
 
 def _estimate(rank, recipe, config, gpu, source, disk):
@@ -226,7 +252,8 @@ def _estimate(rank, recipe, config, gpu, source, disk):
     batch = recipe.get(f"per_device_{'train' if recipe.get('do_train') else 'eval'}_batch_size", 1)
     assumptions = [source, f'{batch} at once on each GPU', 'what is no tensor was not measured on a GPU']
     return MemoryEstimate(parts, rank.when, int(tensors + allowed['low']), int(tensors + allowed['high']),
-                          rank.ranks*rank.host, disk if recipe.get('do_train') else 0, assumptions, _notes(recipe, config))
+                          rank.ranks*rank.host, disk if recipe.get('do_train') else 0, assumptions,
+                          _notes(recipe, config))
 
 # %% ../../nbs/memory/20_estimate.ipynb #7ebe7edb
 def predict_memory(
@@ -234,14 +261,16 @@ def predict_memory(
     zero=None, # ZeRO config: a name or a dict; `None`: the recipe's own, if it has one
     world_size:int=1, # Number of ranks, which is GPUs
     gpu:bool=True, # `False`: ranks on the CPU, with their own attention kernels and nothing but tensors
-    sample:dict=None, # The longest sample: `tokens`, and `pictures`, the tokens of each; `None`: `longest_sample(recipe)`
+    sample:dict=None, # The longest sample: its `tokens`, and those of each of its `pictures`; `None`: ask the data
 )->MemoryEstimate:
-    "Predict the peak memory of each GPU. `NotPredicted` for what may run and isn't predicted, ValueError for what can't run; with all reasons."
+    """Predict the peak memory of each GPU.
+    `NotPredicted` for what may run and isn't predicted, ValueError for what can't run; with all reasons."""
     config, stage = _zero(recipe, zero)
     faults, unpredicted = _faults(recipe, stage, world_size), _unpredicted(recipe, config, stage)
     if faults or unpredicted: raise (ValueError if faults else NotPredicted)('\n'.join(faults + unpredicted))
     sample, source = (sample, f"samples of {sample['tokens']} tokens") if sample else longest_sample(recipe)
-    if sum(sample['pictures']) > sample['tokens']: raise ValueError(f'The pictures take {sum(sample["pictures"])} tokens, the whole sample {sample["tokens"]}.')
+    if sum(sample['pictures']) > sample['tokens']:
+        raise ValueError(f'The pictures take {sum(sample["pictures"])} tokens, the whole sample {sample["tokens"]}.')
     job = _job(recipe, config, stage, sample, gpu)
     step, half = _simulated(json.dumps(job, sort_keys=True)), _half(recipe)
     text = job['config'].get('text_config', job['config'])

@@ -48,23 +48,29 @@ class ZeroRow:
         return f'{self.estimate.host/GiB:.0f} GiB' if self.estimate and self.estimate.host else ''
 
 # %% ../../nbs/memory/30_plan.ipynb #8b43b144
-_colours = {'weights': '#0072B2', 'adapters': '#56B4E9', 'gradients': '#E69F00', 'optimizer': '#D55E00', 'communication': '#CC79A7',
-            'vision': '#117733', 'language': '#009E73', 'logits': '#A8C66C', 'KV cache': '#F0E442', 'allowance': '#9d9d9d'}
-_marks = {'fits': '✓ fits', 'tight': '≈ tight', 'does not fit': '✗ does not fit', 'not predicted': '? not predicted', 'not chosen': '– not chosen'}
+_colours = {'weights': '#0072B2', 'adapters': '#56B4E9', 'gradients': '#E69F00', 'optimizer': '#D55E00',
+            'communication': '#CC79A7',
+            'vision': '#117733', 'language': '#009E73', 'logits': '#A8C66C', 'KV cache': '#F0E442',
+            'allowance': '#9d9d9d'}
+_marks = {'fits': '✓ fits', 'tight': '≈ tight', 'does not fit': '✗ does not fit', 'not predicted': '? not predicted',
+          'not chosen': '– not chosen'}
 
 def _span(style, text='', title=''): return f'<span title="{html.escape(title)}" style="{style}">{text}</span>'
 
 def _bar(estimate, limit, scale):
-    "The parts of an estimate side by side, its range below and the line at `limit`; all in bytes, `scale` is the whole width."
+    """The parts of an estimate side by side, its range below and the line at `limit`; all in bytes, `scale` is the
+    whole width."""
     if not estimate: return ''
     share = lambda size: f'{100*size/scale:.2f}%'
-    part = lambda k: _span(f'display:inline-block;height:14px;width:{share(estimate.parts[k])};background:{_colours[k]}',
+    box = 'display:inline-block;height:14px'
+    part = lambda k: _span(f'{box};width:{share(estimate.parts[k])};background:{_colours[k]}',
                            title=f'{k} {estimate.parts[k]/GiB:.1f} GiB')
     line = _span(f'position:absolute;left:{share(limit)};top:-3px;height:24px;border-left:2px dashed currentColor')
     reach = _span(f'position:absolute;left:{share(estimate.low)};width:{share(estimate.high - estimate.low)};top:17px;'
                   'border-top:2px solid currentColor;opacity:.6', title='from the lowest to the highest')
     bar = ''.join(part(k) for k in _colours if estimate.parts.get(k))
-    return f'<div style="position:relative;width:260px;height:20px;white-space:nowrap;font-size:0;line-height:14px">{bar}{reach}{line}</div>'
+    style = 'position:relative;width:260px;height:20px;white-space:nowrap;font-size:0;line-height:14px'
+    return f'<div style="{style}">{bar}{reach}{line}</div>'
 
 def _legend(names):
     box = lambda k: _span(f'display:inline-block;width:10px;height:10px;background:{_colours[k]}')
@@ -96,8 +102,10 @@ class ZeroTable:
         import pandas as pd
         def figures(e):
             if not e: return {}
-            return {'when': e.when} | {k: v/GiB for k,v in dict(low=e.low, peak=e.peak, high=e.high, host=e.host, disk=e.disk, **e.parts).items()}
-        return text_table(pd.DataFrame([{'config': r.name, 'fits': r.fits, 'why': r.why} | figures(r.estimate) for r in self.rows]).round(2))
+            return {'when': e.when} | {k: v/GiB for k,v in dict(low=e.low, peak=e.peak, high=e.high, host=e.host,
+                                                                disk=e.disk, **e.parts).items()}
+        return text_table(pd.DataFrame([{'config': r.name, 'fits': r.fits, 'why': r.why} | figures(r.estimate)
+                                        for r in self.rows]).round(2))
 
     def __repr__(self):
         lines = [f'{r.name:11} {r.peak:>10}  {r.range:>13}  {r.fits:13}  {r.why}' for r in self.rows]
@@ -106,7 +114,8 @@ class ZeroTable:
     def _repr_html_(self):
         limit, estimates = self.gpu_gib*GiB, [r.estimate for r in self.rows if r.estimate]
         scale = 1.01*max([limit, *(e.high for e in estimates)])
-        cells = [(f'<b>{r.name}</b>', _bar(r.estimate, limit, scale), r.peak, r.range, _marks[r.fits], r.host, r.why) for r in self.rows]
+        cells = [(f'<b>{r.name}</b>', _bar(r.estimate, limit, scale), r.peak, r.range, _marks[r.fits], r.host, r.why)
+                 for r in self.rows]
         head = _table_row('th', ('config', '', 'peak', 'range', '', 'host', 'speed'))
         legend = _legend(k for k in _colours if any(e.parts.get(k) for e in estimates))
         taken = f', for {html.escape("; ".join(estimates[0].assumptions))}' if estimates else ''
@@ -120,7 +129,8 @@ def _machine(gpus, gpu_gib):
     if (gpus is None or gpu_gib is None) and not here:
         raise ValueError('No GPU is visible here: say which there will be, for example gpus=8, gpu_gib=80.')
     gpus, gpu_gib = len(here) if gpus is None else gpus, min(g.total for g in here)/GiB if gpu_gib is None else gpu_gib
-    if gpus < 1 or gpu_gib <= 0: raise ValueError(f'gpus={gpus}, gpu_gib={gpu_gib}: give at least one GPU, with some memory.')
+    if gpus < 1 or gpu_gib <= 0:
+        raise ValueError(f'gpus={gpus}, gpu_gib={gpu_gib}: give at least one GPU, with some memory.')
     return gpus, gpu_gib
 
 def _row(recipe, name, gpus, gpu_gib, sample):
@@ -138,7 +148,8 @@ def zero_table(
     "Predicted peak memory of a recipe under each ZeRO config, and whether it fits."
     gpus, gpu_gib = _machine(gpus, gpu_gib)
     first, *others = _speed
-    rows = [_row(recipe, first, gpus, gpu_gib, sample)]  # alone, so that the longest sample is counted once and not in each thread
+    # Alone, so that the longest sample is counted once and not in each thread
+    rows = [_row(recipe, first, gpus, gpu_gib, sample)]
     with ThreadPoolExecutor() as pool: rows += pool.map(lambda name: _row(recipe, name, gpus, gpu_gib, sample), others)
     return ZeroTable(rows + [ZeroRow(n, None, 'not chosen', why) for n,why in _never.items()], gpus, gpu_gib)
 
@@ -155,7 +166,8 @@ def _changes(recipe, gpus, sample):
     yield [changed(per_device_train_batch_size=n, gradient_accumulation_steps=rounds*batch//n)
            for n in (batch//2**k for k in range(1, batch.bit_length()))]
     if recipe.get('disable_gradient_checkpointing'):
-        yield [changed('gradient checkpointing on: leave disable_gradient_checkpointing out', disable_gradient_checkpointing=False)]
+        yield [changed('gradient checkpointing on: leave disable_gradient_checkpointing out',
+                       disable_gradient_checkpointing=False)]
     if media: yield [changed(longest=smaller(share), image_max_pixels=int(pixels*share)) for share in (.5, .25)]
     yield [changed(longest=sample | {'tokens': n}, cutoff_len=n) for n in (cutoff//16*8, cutoff//32*8) if n > media]
     if recipe.get('finetuning_type', 'lora') == 'lora' and not recipe.get('quantization_bit'):
@@ -188,7 +200,8 @@ def what_would_fit(
 # %% ../../nbs/memory/30_plan.ipynb #0ffda851
 def _why(table, chosen):
     "Why this config, in one sentence."
-    passed = ', '.join(f'{r.name} needs {r.peak} ({r.fits})' for r in table.rows[:table.rows.index(chosen)] if r.estimate)
+    passed = ', '.join(f'{r.name} needs {r.peak} ({r.fits})' for r in table.rows[:table.rows.index(chosen)]
+                       if r.estimate)
     host = f' and {chosen.host} of host memory' if chosen.host else ''
     return (f'{chosen.name}: {chosen.peak} on each of {table.where}{host}, at most {chosen.estimate.high/GiB:.1f} GiB; '
             f'{"of the faster ones " + passed if passed else "nothing is faster"}.')
@@ -199,12 +212,15 @@ def pick_zero(
     gpu_gib:float=None, # Memory of each in GiB; `None`: as here
     sample:dict=None, # The longest sample; `None`: as the data or the recipe have it
 )->dict: # The recipe with `deepspeed` set
-    "The recipe with the fastest ZeRO config that fits, or as it was where nothing is predicted; ValueError with what would fit, if none does."
+    """The recipe with the fastest ZeRO config that fits, or as it was where nothing is predicted; ValueError with
+    what would fit, if none does."""
     if not recipe.get('do_train'):
-        raise ValueError('Only training takes a ZeRO config: in a prediction each GPU answers its share of the rows with a whole model.')
+        raise ValueError('Only training takes a ZeRO config: in a prediction each GPU answers its share of the rows '
+                         'with a whole model.')
     table = zero_table(recipe, gpus, gpu_gib, sample)
     if not any(r.estimate for r in table):
-        print(f"Nothing was chosen: {table.rows[0].why} The recipe is as it was; set deepspeed yourself, to `zero_config('z2')` or `zero_config('z3')`.")
+        print(f"Nothing was chosen: {table.rows[0].why} The recipe is as it was; set deepspeed yourself, to "
+              "`zero_config('z2')` or `zero_config('z3')`.")
         return recipe
     chosen = next((r for r in table if r.fits == 'fits'), None)
     if chosen:
@@ -214,7 +230,8 @@ def pick_zero(
     tight = f' {least.name} is tight: to try it, set deepspeed yourself.' if least.fits == 'tight' else ''
     would = what_would_fit(recipe, table.gpus, table.gpu_gib, sample)
     raise ValueError(f'Nothing surely fits {table.where}; {least.name} needs the least, {least.estimate}.{tight}\n' +
-                     ('What would fit:\n- ' + '\n- '.join(would) if would else 'None of fewer pixels, a shorter cutoff, QLoRA or 64 times the GPUs would be enough.'))
+                     ('What would fit:\n- ' + '\n- '.join(would) if would
+                      else 'None of fewer pixels, a shorter cutoff, QLoRA or 64 times the GPUs would be enough.'))
 
 # %% ../../nbs/memory/30_plan.ipynb #66036dea
 def memory_findings(

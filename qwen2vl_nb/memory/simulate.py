@@ -85,7 +85,8 @@ def attention(
         out = ops._scaled_dot_product_attention_math(query, key, value, mask, 0., causal, scale=scaling,
                                                      enable_gqa=query.shape[1] != key.shape[1])
     elif kernel == 'cpu flash':
-        out = ops._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0., causal, attn_mask=mask, scale=scaling)
+        out = ops._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0., causal, attn_mask=mask,
+                                                              scale=scaling)
     elif mask is None:
         out = ops._scaled_dot_product_flash_attention(query, key, value, 0., causal, False, scale=scaling)
     else:
@@ -113,7 +114,8 @@ class Autocast(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if self.depth and func in _lower: args = [self._cast(a) for a in args]
-        elif self.depth and func is _F.layer_norm: args = [a.float() if isinstance(a, torch.Tensor) else a for a in args]
+        elif self.depth and func is _F.layer_norm:
+            args = [a.float() if isinstance(a, torch.Tensor) else a for a in args]
         return func(*args, **(kwargs or {}))
 
     @contextmanager
@@ -155,7 +157,7 @@ def _chosen(kind, recipe):
     return kind(**{k: v for k,v in recipe.items() if k in {f.name for f in fields(kind)}})
 
 def build_model(
-    job:dict, # `config`, `recipe`, `dtype` of the weights in the model folder, `cast` (`None`, or the type DeepSpeed casts to)
+    job:dict, # `config`, `recipe`, `dtype` of the weights in the model folder, and what DeepSpeed casts them to
 ): # The model, ready to be trained or asked, on the meta device
     "The real model class, as LLaMA-Factory prepares it."
     from llamafactory.hparams import FinetuningArguments, ModelArguments
@@ -208,7 +210,7 @@ class Recorder:
             if p.requires_grad: p.register_post_accumulate_grad_hook(partial(self._gradient, i))
 
     def note(self,
-        kind:str, # `'pre_forward'`, `'post_forward'`, `'pre_backward'`, `'post_backward'`, `'gradient'`, `'start'`, `'backward'`, `'end'`
+        kind:str, # `'start'`, `'backward'`, `'gradient'`, `'end'`; `'pre_forward'` and the like of a module
         number:int=0, # Of the module or parameter
     ):
         "Note an event."
@@ -256,8 +258,10 @@ def _pixel_type(job):
 def _batch(job, n, vision):
     "The batch of `n` samples as the model gets it, on the meta device, and the mask of padded tokens."
     empty, tokens = partial(torch.empty, device='meta'), job['tokens']
-    long, merge, has_mask = partial(empty, dtype=torch.long), vision.spatial_merge_size, job['padded'] and job['kernel'] != 'fa2'
-    batch = {'input_ids': long(n, tokens), 'position_ids': long(4, n, tokens), 'use_cache': not job['recipe'].get('do_train'),
+    long, merge = partial(empty, dtype=torch.long), vision.spatial_merge_size
+    has_mask = job['padded'] and job['kernel'] != 'fa2'
+    batch = {'input_ids': long(n, tokens), 'position_ids': long(4, n, tokens),
+             'use_cache': not job['recipe'].get('do_train'),
              'attention_mask': {'full_attention': empty(n, 1, tokens, tokens, dtype=torch.bool) if has_mask else None}}
     if job['labels']: batch['labels'] = long(n, tokens)
     else: batch['logits_to_keep'] = 1
@@ -332,7 +336,7 @@ def _step(model, job, n, half, recorder):
 
 def simulate(
     job:dict, # As `qwen2vl_nb.memory.estimate` makes it
-)->dict: # `parameters`: number, bytes of one and, of a trained one, its optimizer group; `modules`: numbers of their parameters; `events` for one and two samples
+)->dict: # `parameters`: (number, bytes of one, optimizer group if trained); `modules`; `events` for one and two samples
     "What lives when, in a step on the meta device."
     from transformers import Trainer
     half, model = _prepare(job), build_model(job)
@@ -342,7 +346,8 @@ def simulate(
     group = lambda name, p: [name not in decayed] if p.requires_grad else []
     decayed = Trainer.get_decay_parameter_names(None, model)
     parameters = [[p.numel(), p.element_size(), *group(name, p)] for name,p in model.named_parameters()]
-    return {'parameters': parameters, 'modules': modules, 'events': [_step(model, job, n, half, recorder) for n in (1, 2)]}
+    return {'parameters': parameters, 'modules': modules,
+            'events': [_step(model, job, n, half, recorder) for n in (1, 2)]}
 
 def main():
     "Answer the job that comes on standard input, as JSON."

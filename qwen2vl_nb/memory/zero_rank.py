@@ -106,7 +106,8 @@ def run(self:Rank):
 
 @patch
 def _evaluate(self:Rank):
-    "An evaluation is taken for the forward pass of a step, which keeps a little more; it matters if its batch is larger."
+    """An evaluation is taken for the forward pass of a step, which keeps a little more; it matters if its batch is
+    larger."""
     n = self.recipe.get('per_device_eval_batch_size', 8)
     self.held['gradients'] *= bool(self.zero and self.zero.get('stage') == 3)
     for kind, _, most, _ in self.step_.batch(n):

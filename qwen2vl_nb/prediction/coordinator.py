@@ -62,7 +62,7 @@ def _check_whole(path, n):
     if left: raise RowsLeftOut(f'{left} of {n} rows were left out: were their pictures changed in the meantime?')
 
 def look_after(
-    folder, # The run's folder, with `asked.jsonl` and with `run.json`, which lists `workers` (each with `command` and `env`) and `servers`
+    folder, # The run's folder; its `run.json` lists `workers` (each with `command` and `env`) and `servers`
 )->int: # Exit status; if a signal ended a worker, the signal as a negative number
     "Start the servers and workers of a run and wait until the workers have ended."
     folder = Path(folder)
@@ -77,7 +77,8 @@ def _check_asked(folder):
     with suppress(FileNotFoundError):
         rows = read_json(folder/QUESTION).get('rows')
         if rows != rows_digest(folder/ASKED):
-            raise ValueError(f'{folder/ASKED} was changed after the rows were asked. Call predict again: it rewrites the file.')
+            raise ValueError(f'{folder/ASKED} was changed after the rows were asked. Call predict again: it rewrites '
+                             'the file.')
 
 # %% ../../nbs/prediction/10_coordinator.ipynb #6530c4fd
 def _look_after(folder):

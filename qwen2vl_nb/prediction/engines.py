@@ -30,7 +30,8 @@ from ..run.start import Run, describe_start, keep_earlier, launch, raise_errors,
 
 # %% ../../nbs/prediction/45_engines.ipynb #6a8b2104
 def _weights(recipe):
-    "Bytes of the weights on a GPU: the size of the files, or an estimate if the weights are quantised or not on this machine yet."
+    """Bytes of the weights on a GPU: the size of the files, or an estimate if the weights are quantised or not on
+    this machine yet."""
     files = list(Path(recipe['model_name_or_path']).glob('*.safetensors'))
     if files and not recipe.get('quantization_bit'): return sum(p.stat().st_size for p in files)
     return predict_memory(recipe, sample={'tokens': 8, 'pictures': []}).parts['weights']
@@ -44,7 +45,8 @@ def _fit_findings(size, memory):
 def _workers(about):
     "The command of each worker; each worker has a GPU of its own if there are any."
     n, cards = about['nproc'], about['gpus']
-    if cards and n > len(cards): raise ValueError(f'nproc={n}: each worker needs a GPU of its own, and there are {len(cards)}.')
+    if cards and n > len(cards):
+        raise ValueError(f'nproc={n}: each worker needs a GPU of its own, and there are {len(cards)}.')
     of = lambda k: {'CUDA_VISIBLE_DEVICES': cards[k]['device']} if cards else {}
     return [{'command': [about['python'], *script('prediction.hf', k, n)], 'env': of(k)} for k in range(n)]
 
@@ -101,15 +103,18 @@ def _joined(rows, generated):
     "Combine LLaMA-Factory's predictions with the rows that they answer."
     if len(rows) != len(generated):
         raise ValueError(f'LLaMA-Factory predicted {len(generated)} of {len(rows)} rows: it drops rows that are not '
-                         'well formed. Run `check_samples` on the data set. If its generated_predictions.jsonl was truncated, '
-                         'delete it: then predict asks all rows again.')
-    return [without_question(row) | {'predict': without_end(g['predict']), 'engine': 'llamafactory'} for row, g in zip(rows, generated)]
+                         'well formed. Run `check_samples` on the data set. If its generated_predictions.jsonl was '
+                         'truncated, delete it: then predict asks all rows again.')
+    return [without_question(row) | {'predict': without_end(g['predict']), 'engine': 'llamafactory'}
+            for row, g in zip(rows, generated)]
 
 def _take_over(folder):
-    "Write LLaMA-Factory's answers to this question as `predictions.jsonl` once LLaMA-Factory has written them, no matter which call waited for it."
+    """Write LLaMA-Factory's answers to this question as `predictions.jsonl` once LLaMA-Factory has written them, no
+    matter which call waited for it."""
     names = ASKED, GENERATED
     if (folder/ANSWERS).exists() or not (folder/names[1]).exists() or Run(folder).status != 'done': return
-    if (folder/names[1]).stat().st_mtime < (folder/QUESTION).stat().st_mtime: return  # from a run before the question was asked
+    if (folder/names[1]).stat().st_mtime < (folder/QUESTION).stat().st_mtime:
+        return  # from a run before the question was asked
     index = Index(folder/names[1], parse_generated)
     if index.damaged:
         line, _, what = index.damaged[0]
@@ -139,7 +144,8 @@ def _checked_against(rows):
         row = parse_row(line)
         if row['row'] >= len(rows): raise ValueError(f"its `row` is {row['row']}, and there are {len(rows)} rows")
         asked = load_line(rows[row['row']].encode())
-        other = [key for key in ('id', 'images', 'prompt') if key in row and json_line(row[key]) != json_line(asked[key])]
+        other = [key for key in ('id', 'images', 'prompt') if key in row
+                 and json_line(row[key]) != json_line(asked[key])]
         if other: raise ValueError(f"it answers another question: row {row['row']} has another `{other[0]}`")
         return row
     return parse
@@ -147,8 +153,11 @@ def _checked_against(rows):
 def _set_aside(path, rows):
     "Move damaged answers and answers to other questions to another file, with a warning."
     wrong = set_damaged_aside(path, _checked_against(rows))
-    if wrong: warnings.warn(f'{len(wrong)} line(s) of {path} contain no answer to a row of this question, and were moved to {path.name}.damaged:\n'
-                            f'{list_damaged(wrong)}\nWhere their rows have no other answer, they are asked again.', stacklevel=4)
+    if wrong:
+        warnings.warn(f'{len(wrong)} line(s) of {path} contain no answer to a row of this question, and were moved to '
+                      f'{path.name}.damaged:\n'
+                      f'{list_damaged(wrong)}\nWhere their rows have no other answer, they are asked again.',
+                      stacklevel=4)
 
 def _kept(folder, n):
     done = n - len(missing(folder/ANSWERS, n))
@@ -158,7 +167,8 @@ def _wait(run, n):
     "Wait for the end of the work. Raises the reason if it failed."
     try: ended = run.wait().status
     except RuntimeError as error: raise RuntimeError(f'{error}\n{_kept(run.output_dir, n)}') from None
-    if ended == 'stopped': raise RuntimeError(f'The prediction in {run.output_dir} was stopped. {_kept(run.output_dir, n)}')
+    if ended == 'stopped':
+        raise RuntimeError(f'The prediction in {run.output_dir} was stopped. {_kept(run.output_dir, n)}')
 
 def _warn_of_failed(predictions):
     failed = predictions.failed
@@ -182,10 +192,11 @@ def predict(
     engine:str='hf', # What answers: `'hf'`, `'vllm'`, `'openai'` or `'llamafactory'`
     nproc:int=None, # Number of workers; `None`: one for each GPU on this machine, or one if there is no GPU
     env:dict=None, # Environment variables for the workers
-    python=None, # Interpreter of another environment that has LLaMA-Factory, or vLLM for `'vllm'`; `None`: this interpreter
-    **options, # For `'openai'`, the parameters of `server_options`, at least `base_url`; for `'vllm'`, its `concurrency` and `media`
+    python=None, # Interpreter of another environment with LLaMA-Factory, or vLLM for `'vllm'`; `None`: this one
+    **options, # `'openai'`: parameters of `server_options`, at least `base_url`; `'vllm'`: `concurrency`, `media`
 )->Predictions:
-    "Predict, and wait with progress until the rows are done. Interrupting does not stop the work; calling again attaches to it or resumes it."
+    """Predict, and wait with progress until the rows are done.
+    Interrupting does not stop the work; calling again attaches to it or resumes it."""
     if engine not in _engines: raise ValueError(f"There is no engine {engine!r}; available: {', '.join(_engines)}.")
     _check_options(engine, options)
     folder, given = Path(recipe['output_dir']).absolute(), samples is not None
@@ -196,7 +207,8 @@ def predict(
     if engine != 'llamafactory': recipe, asked = treated_alike(recipe, asked)
     rows = [json_line(row).decode() for row in asked]
     ask_question(folder, question(recipe, rows, engine, options.get('model')), rows)
-    if engine != 'llamafactory' and not any(row['label'] for row in asked): recipe = {'skip_special_tokens': False} | recipe
+    if engine != 'llamafactory' and not any(row['label'] for row in asked):
+        recipe = {'skip_special_tokens': False} | recipe
     run, path = Run(folder), folder/ANSWERS
     is_at_work = run.is_running
     if engine == 'llamafactory': _take_over(folder)

@@ -20,7 +20,8 @@ from ..run.rank import main as run_worker, show_downloads
 
 # %% ../../nbs/prediction/20_hf.ipynb #3202c432
 def _picture_tokens(path, most):
-    "Approximate number of tokens of a picture; `most` is the limit in pixels. A picture that can't be opened fails later, as an error of its row."
+    """Approximate number of tokens of a picture; `most` is the limit in pixels.
+    A picture that can't be opened fails later, as an error of its row."""
     from PIL import Image
     if not os.path.isfile(path): return 0
     try:
@@ -43,7 +44,8 @@ def batches(
     new_tokens:int, # Maximum number of tokens in an answer
     budget:int, # Maximum number of tokens in a batch, including padding and answers
 )->list: # Lists of rows, with the longest rows first
-    "Group rows of similar length, as many as fit into a batch; a row that is longer than the budget gets a batch of its own."
+    """Group rows of similar length, as many as fit into a batch; a row that is longer than the budget gets a batch
+    of its own."""
     found = []
     for row in sorted(lengths, key=lengths.get, reverse=True):
         if not found or (len(found[-1]) + 1)*(lengths[found[-1][0]] + new_tokens) > budget: found.append([])
@@ -65,7 +67,8 @@ def failed_row(
     error:Exception, # The reason why it failed
 )->dict: # The row as it is written
     "A row that has an error instead of an answer."
-    return without_question(row) | {'predict': None, 'finish_reason': None, 'engine': 'hf', 'error': f'{type(error).__name__}: {error}'}
+    return without_question(row) | {'predict': None, 'finish_reason': None, 'engine': 'hf',
+                                    'error': f'{type(error).__name__}: {error}'}
 
 def _check_regular(*paths):
     "Raise `ValueError` for a pipe or a device, because reading it would never end."
@@ -93,7 +96,8 @@ class Prompts:
         turns = [{'role': role, 'content': text} for role, text in asked['turns']]
         self.pixels = self.make_pixels(images, videos, [], self.encoder.processor)
         ids, _ = self.encoder._encode_data_example(turns, [], asked['system'], asked['tools'], images, videos, [])
-        if len(ids) > self.cutoff_len: raise ValueError(f'its prompt has {len(ids)} tokens, and cutoff_len is {self.cutoff_len}.')
+        if len(ids) > self.cutoff_len:
+            raise ValueError(f'its prompt has {len(ids)} tokens, and cutoff_len is {self.cutoff_len}.')
         features = {'input_ids': ids, 'attention_mask': [1]*len(ids), 'labels': [0], 'images': images, 'videos': videos}
         return features, self.pixels
 
@@ -123,7 +127,8 @@ def load_prompts(
     args = model_args, data_args, *_ = get_train_args(recipe)
     module = load_tokenizer(model_args)
     template = get_template_and_fix_tokenizer(module['tokenizer'], data_args)
-    template = replace(template, mm_plugin=copy(template.mm_plugin))  # the template in LLaMA-Factory's table must not change
+    # The template in LLaMA-Factory's table must not change
+    template = replace(template, mm_plugin=copy(template.mm_plugin))
     module['tokenizer'].padding_side = 'left'
     collate = SFTDataCollatorWith4DAttentionMask(template=template, **module)
     encoder = UnsupervisedDatasetProcessor(template=template, data_args=data_args, **module)
@@ -139,7 +144,8 @@ def answer_settings(
     "LLaMA-Factory's settings with the end tokens of the template and of the model."
     ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     ends = {*template.get_stop_token_ids(tokenizer), *ends} - {None}
-    return args[-1].to_dict(obey_generation_config=True) | {'eos_token_id': sorted(ends), 'pad_token_id': tokenizer.pad_token_id}
+    return args[-1].to_dict(obey_generation_config=True) | {'eos_token_id': sorted(ends),
+                                                            'pad_token_id': tokenizer.pad_token_id}
 
 def answered_rows(
     rows:list, # Rows that were asked
@@ -151,8 +157,10 @@ def answered_rows(
     "The rows as they are written."
     def one(row, mask, tokens):
         end = next((i for i, token in enumerate(tokens) if token in ends), None)
-        return without_question(row) | {'predict': decode(tokens[:end]), 'finish_reason': 'length' if end is None else 'stop',
-                             'prompt_tokens': sum(mask), 'tokens': len(tokens) if end is None else end + 1, 'engine': 'hf'}
+        return without_question(row) | {'predict': decode(tokens[:end]), 'finish_reason': 'length' if end is None
+                             else 'stop',
+                             'prompt_tokens': sum(mask), 'tokens': len(tokens) if end is None else end + 1,
+                             'engine': 'hf'}
     return [one(*about) for about in zip(rows, inputs['attention_mask'].tolist(), new.tolist())]
 
 # %% ../../nbs/prediction/20_hf.ipynb #0de55234
@@ -180,7 +188,8 @@ class Halving:
         "The answered rows; `None` if the batch must be halved."
         try: done = self.answer(rows, inputs)
         except Exception as error:
-            if 'CUDA error' in str(error) and not is_memory_error(error): raise  # this process can't use the GPU any more
+            if 'CUDA error' in str(error) and not is_memory_error(error):
+                raise  # this process can't use the GPU any more
             if len(rows) == 1: return self._failed(rows[0], error)
             if is_memory_error(error): self.most = inputs['attention_mask'].numel()
         else:
@@ -269,7 +278,8 @@ def work(
     ahead = {'num_workers': readers, 'prefetch_factor': 2 if readers else None}
     ready = iter(torch.utils.data.DataLoader(prompts, batch_size=None, sampler=wanted, **ahead))
     model = load_model(tokenizer, args[0], args[3])
-    # the next token is only predicted at the last position of a prompt; the scores of all positions would take most of the memory
+    # the next token is only predicted at the last position of a prompt; the scores of all positions would take most of
+    # the memory
     model.get_output_embeddings().register_forward_pre_hook(lambda module, given: (given[0][:, -1:],))
     settings = answer_settings(args, tokenizer, prompts.encoder.template, model.generation_config)
 

@@ -182,7 +182,8 @@ async def _content_of(answer):
         packed += part
         if len(packed) > _most_answer: raise too_large
     if coding == 'identity' or not packed: return bytes(packed)
-    if coding not in ('gzip', 'x-gzip', 'deflate'): raise ValueError(f'The answer is packed as {coding[:40]!r}, which was not asked for.')
+    if coding not in ('gzip', 'x-gzip', 'deflate'):
+        raise ValueError(f'The answer is packed as {coding[:40]!r}, which was not asked for.')
     unpack = zlib.decompressobj(47)  # gzip or zlib
     try: found = unpack.decompress(packed, _most_answer + 1)
     except zlib.error as error: raise _Again(f'The answer can\'t be unpacked: {error}', 0) from None
@@ -205,7 +206,9 @@ def _told(answer, content):
     said = _as_json(content)
     for key in ('error', 'detail', 'message'):
         if isinstance(said, dict): said = said.get(key, said)
-    try: said = content.decode(errors='replace') if said is None else said if isinstance(said, str) else json.dumps(said, ensure_ascii=False)
+    try:
+        if said is None: said = content.decode(errors='replace')
+        elif not isinstance(said, str): said = json.dumps(said, ensure_ascii=False)
     except RecursionError: said = content.decode(errors='replace')
     line, key = mask(_in_a_line(said[:10_000])), answer.request.headers.get('authorization', '').partition(' ')[2]
     if key: line = line.replace(key, '…')
@@ -229,7 +232,8 @@ def _read(answer, content):
         raise _Again(f'The answer is no chat completion: {_told(answer, content)}', 0) from None
     reason = _in_a_line(reason[:100]) if isinstance(reason, str) else None
     if not isinstance(text, str): raise ValueError(f'The answer has no text (finish_reason {reason!r}).')
-    if reason == 'stop': text = text.removesuffix('<|im_end|>')  # from LLaMA-Factory's server, if it keeps special tokens
+    if reason == 'stop':
+        text = text.removesuffix('<|im_end|>')  # from LLaMA-Factory's server, if it keeps special tokens
     usage = usage if isinstance(usage, dict) else {}
     counts = {'prompt_tokens': _count(usage.get('prompt_tokens')), 'tokens': _count(usage.get('completion_tokens'))}
     return {'predict': _writable(text), 'finish_reason': reason} | counts | {'engine': 'openai'}
@@ -248,7 +252,8 @@ def _client(url):
     "An HTTP client for a server."
     import httpx
     key, here = os.environ.get('OPENAI_API_KEY', '').strip(), ('127.0.0.1', 'localhost', '[::1]')
-    headers = {'Content-Type': 'application/json', 'Accept-Encoding': 'identity'} | ({'Authorization': f'Bearer {key}'} if key else {})
+    headers = {'Content-Type': 'application/json', 'Accept-Encoding': 'identity'} | ({'Authorization': f'Bearer {key}'}
+                                                                                     if key else {})
     return httpx.AsyncClient(base_url=url, headers=headers, mounts={f'all://{host}': None for host in here},
         timeout=httpx.Timeout(None, connect=_to_connect), limits=httpx.Limits(max_connections=None))
 
@@ -286,11 +291,13 @@ class Server:
 # %% ../../nbs/prediction/25_openai.ipynb #6f8ae0cc
 @patch
 async def send(self:Server, *request, **content):
-    "Send a request; returns the response and its content. Raises `_Again`, `_Away`, `ValueError` if only this request fails, and `_AllFail` if all would fail."
+    """Send a request; returns the response and its content. Raises `_Again`, `_Away`, `ValueError` if only this
+    request fails, and `_AllFail` if all would fail."""
     import httpx
     late = f'No answer within {self.timeout:g} s. Lower concurrency, or raise timeout.'
     try:
-        async with asyncio.timeout(self.timeout), self.client.stream(*request, **content) as answer: said = await _content_of(answer)
+        async with asyncio.timeout(self.timeout), self.client.stream(*request, **content) as answer:
+            said = await _content_of(answer)
     except (httpx.ConnectError, httpx.ConnectTimeout) as error:
         self._is_gone(str(error) or type(error).__name__)
         raise _Away(self.error) from None
@@ -419,7 +426,8 @@ def _keep(self:Asking):
 
 @patch
 async def run(self:Asking):
-    "Ask until every row has an answer or an error. The answers that have arrived are written even if an exception ends the work."
+    """Ask until every row has an answer or an error.
+    The answers that have arrived are written even if an exception ends the work."""
     makers = [self._make() for _ in range(min(8, len(os.sched_getaffinity(0))))]
     carriers = [self._carry(server) for server in self.servers for _ in range(self.options['concurrency'])]
     tasks = [asyncio.create_task(task) for task in makers + carriers]
@@ -450,7 +458,8 @@ async def model_name(
         for server in servers:
             try: _, content = await server.send('GET', 'models')
             except (_Away, _Again) as error: said[server.url] = error.args[0]
-            except ValueError as error: raise RuntimeError(f'{server.url}/models lists no model: {error} Set the option model.') from None
+            except ValueError as error:
+                raise RuntimeError(f'{server.url}/models lists no model: {error} Set the option model.') from None
             else: return _first_name(content, server.url)
         if time.monotonic() - began > patience: _give_up(said, patience)
         await asyncio.sleep(pause(1))
@@ -462,7 +471,8 @@ def work(
     "Answer the missing rows in a folder."
     import yaml
     recipe, run = yaml.safe_load(read_text(folder/RECIPE)), read_json(folder/RUN)
-    options, engine = server_options(**run['options'] | hidden.given('options')), {'engine': run.get('engine', 'openai')}
+    options = server_options(**run['options'] | hidden.given('options'))
+    engine = {'engine': run.get('engine', 'openai')}
     if recipe.get('template') != 'qwen2_vl':
         raise ValueError(f"The template is {recipe.get('template')!r}; servers are asked as qwen2_vl has it.")
     answer_settings(recipe, 0)  # a setting that no server supports is not an error of a row

@@ -27,14 +27,16 @@ _padding = re.compile(r'\A(?:<\|endoftext\|>)+|(?:<\|im_end\|>\n?)?(?:<\|endofte
 def without_end(
     text:str, # An answer or a label
 )->str:
-    "A text of LLaMA-Factory's predictions without the end token and the padding that `skip_special_tokens: false` leaves in it."
+    """A text of LLaMA-Factory's predictions without the end token and the padding that `skip_special_tokens: false`
+    leaves in it."""
     return _padding.sub('', text)
 
 def _generated_row(i, row):
     "A row of LLaMA-Factory's own predictions."
     prompt = _pictures.sub(r'<\1>', row['prompt'])
     return {'row': i, 'id': i, 'images': [], 'prompt': '\n'.join(_said.findall(prompt)) or prompt,
-            'label': without_end(row['label']).removesuffix('\n') or None, 'predict': without_end(row['predict']), 'engine': 'llamafactory'}
+            'label': without_end(row['label']).removesuffix('\n') or None, 'predict': without_end(row['predict']),
+            'engine': 'llamafactory'}
 
 def parse_generated(
     i:int, # Number of the line, from 0
@@ -62,23 +64,28 @@ def list_damaged(
 
 # %% ../../nbs/prediction/40_predictions.ipynb #17c5656b
 class Predictions(Sequence):
-    "The predictions in a folder: a sequence of dicts, in the order of the data set, each of which is read from the file when it is accessed."
+    """The predictions in a folder: a sequence of dicts, in the order of the data set, each of which is read from the
+    file when it is accessed."""
     def __init__(self,
         output_dir, # Folder with `predictions.jsonl`, or with LLaMA-Factory's `generated_predictions.jsonl`
     ):
         self.output_dir = Path(output_dir).absolute()
         own, generated = self.output_dir/ANSWERS, self.output_dir/GENERATED
         self.path = own if os.path.lexists(own) else generated # The file
-        if not os.path.lexists(self.path): raise FileNotFoundError(f'There is no {own.name} in {self.output_dir}: nothing was predicted here.')
+        if not os.path.lexists(self.path):
+            raise FileNotFoundError(f'There is no {own.name} in {self.output_dir}: nothing was predicted here.')
         self._is_own = self.path == own
         self._file = open_regular(self.path)
         self._index = Index(self.path, _parse_own if self._is_own else parse_generated)
-        if not is_at(self._file, self.path): return self.__init__(output_dir)  # the file was put in order in the meantime
+        if not is_at(self._file, self.path):
+            return self.__init__(output_dir)  # the file was put in order in the meantime
         if self._index.damaged:
             wrong = [f'line {line}: {what}' for line, _, what in self._index.damaged]
-            warnings.warn(f'{self.path} has {len(wrong)} damaged line(s), which are left out:\n{list_damaged(wrong)}', stacklevel=2)
+            warnings.warn(f'{self.path} has {len(wrong)} damaged line(s), which are left out:\n{list_damaged(wrong)}',
+                          stacklevel=2)
         elif self._left and status(self.output_dir) != 'running':
-            warnings.warn(f'{self.path} has {len(self)} of {len(self) + self._left} rows; calling predict again asks the others.', stacklevel=2)
+            warnings.warn(f'{self.path} has {len(self)} of {len(self) + self._left} rows; calling predict again asks '
+                          'the others.', stacklevel=2)
 
     @cached_property
     def _left(self):
@@ -107,7 +114,8 @@ def _row(self:Predictions, k):
     try: row = with_own_keys(load_line(line)) if self._is_own else parse_generated(number, line)
     except (ValueError, KeyError): row = {}
     if row.get('row') == number: return row
-    raise Damaged(f'{self.path} was changed in the meantime, and row {number} can\'t be read any more: make a new `Predictions`.')
+    raise Damaged(f'{self.path} was changed in the meantime, and row {number} can\'t be read any more: make a new '
+                  '`Predictions`.')
 
 @patch(as_prop=True)
 def rows(self:Predictions):

@@ -25,7 +25,8 @@ _own = 'row|images|videos|prompt|label|asked|predict|finish_reason|prompt_tokens
 _taken = re.compile(rf'(column\.)*({_own})')
 
 def _columns(sample):
-    "The other columns of a sample; a column is prefixed with `column.` if its name is one of the row's own keys, or such a key that is already prefixed."
+    """The other columns of a sample; a column is prefixed with `column.` if its name is one of the row's own keys,
+    or such a key that is already prefixed."""
     others = {str(k): v for k, v in sample.items() if k not in _consumed['messages' in sample]}
     return {f'column.{k}' if _taken.fullmatch(k) else k: v for k, v in others.items()}
 
@@ -59,11 +60,14 @@ _ends = {'<|im_end|>', '<|endoftext|>'} # Tokens that end an answer
 _looks_special = r'<\|(?!(?:im_end|endoftext)\|>)\w+\|>' # Used if there is no tokenizer to ask
 
 def _special_tokens(recipe):
-    "A pattern that finds the special tokens that an answer can contain: those of the tokenizer and those that the recipe adds to it."
+    """A pattern that finds the special tokens that an answer can contain: those of the tokenizer and those that the
+    recipe adds to it."""
     from tokenizers import Tokenizer
     file, found = Path(recipe['model_name_or_path'])/'tokenizer.json', []
     with suppress(Exception):  # a faulty file is reported before the start
-        if file.is_file(): found = [token.content for token in Tokenizer.from_file(str(file)).get_added_tokens_decoder().values() if token.special]
+        if file.is_file():
+            found = [token.content for token in Tokenizer.from_file(str(file)).get_added_tokens_decoder().values()
+                     if token.special]
     names = {name.strip() for name in found + str(recipe.get('add_special_tokens') or '').split(',')} - _ends - {''}
     return re.compile('|'.join([*map(re.escape, sorted(names, key=len, reverse=True)), *[_looks_special]*(not found)]))
 
@@ -89,12 +93,16 @@ def special_token_findings(
     found = [special.search(_label(asked_row(i, s))) for i, s in enumerate(samples)]
     found = [mark[0] for mark in found if mark]
     if not found: return []
-    return [Finding("engine='llamafactory'", f"{len(found)} of {len(samples)} labels have special tokens, such as {found[0]}. LLaMA-Factory's own prediction "
-        'ends answers at special tokens and removes them, so these answers will be cut off or empty.', "Use engine 'hf', 'vllm' or 'openai'.", 'warning')]
+    return [Finding("engine='llamafactory'", f"{len(found)} of {len(samples)} labels have special tokens, such as "
+                                             f"{found[0]}. LLaMA-Factory's own prediction "
+        'ends answers at special tokens and removes them, so these answers will be cut off or empty.',
+                                             "Use engine 'hf', 'vllm' or 'openai'.", 'warning')]
 
 # %% ../../nbs/prediction/35_question.ipynb #22603d82
-_may_change = ('output_dir', 'overwrite_output_dir', 'dataset_dir', 'eval_dataset', 'media_dir', 'max_samples', 'overwrite_cache', 'report_to',
-               'preprocessing_num_workers', 'preprocessing_batch_size', 'dataloader_num_workers', 'per_device_eval_batch_size', 'logging_steps')
+_may_change = ('output_dir', 'overwrite_output_dir', 'dataset_dir', 'eval_dataset', 'media_dir', 'max_samples',
+               'overwrite_cache', 'report_to',
+               'preprocessing_num_workers', 'preprocessing_batch_size', 'dataloader_num_workers',
+               'per_device_eval_batch_size', 'logging_steps')
 _read_whole = 2**26 # Bytes; a larger file is only sampled
 
 def _digest(path):
@@ -119,7 +127,8 @@ def question(
     "Return everything that the answers depend on."
     full = absolute_recipe(recipe)
     adapters = full.get('adapter_name_or_path', '').split(',') if full.get('adapter_name_or_path') else []
-    return {'engine': f'{engine} ({model})' if model else engine, 'recipe': {k: v for k, v in hidden.apart(full)[1].items() if k not in _may_change},
+    return {'engine': f'{engine} ({model})' if model else engine,
+            'recipe': {k: v for k, v in hidden.apart(full)[1].items() if k not in _may_change},
             'model': _held(full['model_name_or_path'], '*.json', '*.safetensors', '*.jinja'),
             'adapter': {name: held for folder in adapters for name, held in _held(folder, 'adapter_*').items()},
             'rows': _rows_hash(rows)}
@@ -133,7 +142,8 @@ def _changed_values(what, before, now):
 def _as_before(lines):
     "Lines of rows as earlier versions wrote them; these versions kept the original names of all columns."
     parts = set(_consumed[True] + _consumed[False])
-    return [json_line({k.removeprefix('column.'): v for k, v in json.loads(line).items() if k not in parts}).decode() for line in lines]
+    return [json_line({k.removeprefix('column.'): v for k, v in json.loads(line).items() if k not in parts}).decode()
+            for line in lines]
 
 def _rows_hash(lines): return hashlib.sha256(''.join(lines).encode()).hexdigest()
 
@@ -143,29 +153,33 @@ def _changed_rows(path, rows):
     other = [i for i, (a, b) in enumerate(zip(before, rows)) if a != b]
     count = [f'{len(before)} rows before, {len(rows)} now'] if len(before) != len(rows) else []
     more = f', and {len(other) - 1} more' if other[1:] else ''
-    return count + ([f'row {other[0]} is another than before{more}'] if other else []) or ['the rows are others than before']
+    return count + ([f'row {other[0]} is another than before{more}'] if other else []) or ['the rows are others than '
+                                                                                           'before']
 
 # %% ../../nbs/prediction/35_question.ipynb #22603d84
 def read_question(
     folder:Path, # Folder of a prediction
 )->dict: # As from `question`
-    "The question that the answers in a folder belong to; `None` if there is none yet. Raises `ValueError` if it is damaged."
+    """The question that the answers in a folder belong to; `None` if there is none yet.
+    Raises `ValueError` if it is damaged."""
     path = folder/QUESTION
     try: found = read_json(path)
     except FileNotFoundError: return None
     except Damaged as error: wrong = str(error)
     else:
         kinds = {'engine': str, 'rows': str, 'recipe': dict, 'model': dict, 'adapter': dict}
-        wrong = '; '.join(f'{path}: its `{key}` is missing or damaged' for key, kind in kinds.items() if not isinstance(found.get(key), kind))
+        wrong = '; '.join(f'{path}: its `{key}` is missing or damaged' for key, kind in kinds.items()
+                          if not isinstance(found.get(key), kind))
     if not wrong: return found
-    raise ValueError(f'{wrong}. Without it nobody knows which question the answers in this folder belong to. Nothing was touched. '
-                     'Restore the file, choose another output_dir, or delete this one.')
+    raise ValueError(f'{wrong}. Without it nobody knows which question the answers in this folder belong to. Nothing '
+                     'was touched. Restore the file, choose another output_dir, or delete this one.')
 
 def _changes(folder, before, asked, rows):
     "What differs from the question that the answers in a folder belong to, in words; empty if there is none yet."
     if not before:
         if os.path.lexists(folder/ANSWERS): return ['nobody knows which question its predictions.jsonl answers']
-        return _changed_rows(folder/ASKED, rows) if os.path.lexists(folder/ASKED) and rows_digest(folder/ASKED) != asked['rows'] else []
+        is_other = os.path.lexists(folder/ASKED) and rows_digest(folder/ASKED) != asked['rows']
+        return _changed_rows(folder/ASKED, rows) if is_other else []
     engine = _changed_values('', *({'engine': q['engine']} for q in (before, asked)))
     parts = [_changed_values(f'{part}, ', before[part], asked[part]) for part in ('recipe', 'model', 'adapter')]
     same = before['rows'] == asked['rows'] or before['rows'] == _rows_hash(_as_before(rows))
@@ -187,6 +201,8 @@ def ask_question(
         path, found = folder/ASKED, None
         with suppress(FileNotFoundError): found = rows_digest(path)
         if found != asked['rows']:
-            if found and found != (before or {}).get('rows'): warnings.warn(f'{path} was changed or truncated: it is rewritten from the samples.', stacklevel=4)
+            if found and found != (before or {}).get('rows'):
+                warnings.warn(f'{path} was changed or truncated: it is rewritten from the samples.', stacklevel=4)
             write_text(path, ''.join(rows), private=True)
-        if not before or before['rows'] != asked['rows']: write_json(folder/QUESTION, (before or {}) | asked, private=True)
+        if not before or before['rows'] != asked['rows']:
+            write_json(folder/QUESTION, (before or {}) | asked, private=True)

@@ -16,7 +16,8 @@ from ..files import open_regular, parse_json, whole_file, whole_lines
 
 # %% ../../nbs/prediction/00_rows.ipynb #5d1f9a02
 def _are_paths(value):
-    return isinstance(value, list) and all(isinstance(p, str) or isinstance(p, list) and all(isinstance(q, str) for q in p) for p in value)
+    return isinstance(value, list) and all(isinstance(p, str) or isinstance(p, list)
+                                           and all(isinstance(q, str) for q in p) for p in value)
 
 _text = {str, type(None)}
 
@@ -41,7 +42,8 @@ def load_line(
     except RecursionError: raise ValueError('it is nested too deeply') from None
 
 def with_own_keys(row):
-    "A row with its current keys: earlier versions kept the data set's column `error` under that name in an answered row."
+    """A row with its current keys: earlier versions kept the data set's column `error` under that name in an
+    answered row."""
     if row['predict'] is not None and row.get('error') is not None: row['column.error'] = row.pop('error')
     return row
 
@@ -52,7 +54,8 @@ def parse_row(
     "The row that a line contains. Raises a `ValueError` that says what is wrong."
     row = load(line)
     number = row.get('row')
-    if type(number) is not int or not 0 <= number < 2**48: raise ValueError(f'its `row` is {str(number)[:40]}, which is not the number of a row')
+    if type(number) is not int or not 0 <= number < 2**48:
+        raise ValueError(f'its `row` is {str(number)[:40]}, which is not the number of a row')
     if 'predict' not in row: raise ValueError('it has no `predict`')
     row = with_own_keys(row)
     for key in ('predict', 'label', 'prompt', 'error', 'finish_reason'):
@@ -66,7 +69,8 @@ def json_line(
     value, # A value that JSON can represent
 )->bytes: # UTF-8, with `\n` at its end
     "A value as a line of a file of JSON lines."
-    return json.dumps(value, ensure_ascii=False, default=str).encode(errors='backslashreplace') + b'\n'  # a lone surrogate becomes its escape
+    # A lone surrogate becomes its escape
+    return json.dumps(value, ensure_ascii=False, default=str).encode(errors='backslashreplace') + b'\n'
 
 def _whole_end(f):
     "Where the last complete line of a file ends."
@@ -87,7 +91,8 @@ def _lock(f):
     while True:
         try: return fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError: time.sleep(.01)
-        if time.monotonic() > end: raise TimeoutError(f'Another process has kept {f.name} locked for {_patience} s: is one suspended?')
+        if time.monotonic() > end:
+            raise TimeoutError(f'Another process has kept {f.name} locked for {_patience} s: is one suspended?')
 
 _how = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC
 _most_of_tail = 2**26 # Maximum length of a line in bytes
@@ -103,7 +108,8 @@ def is_at(
 # %% ../../nbs/prediction/00_rows.ipynb #b9690f81
 @contextmanager
 def _locked(path):
-    "Open a file of lines for reading and appending while no other process writes to it. Raises `Damaged` for anything but a regular file."
+    """Open a file of lines for reading and appending while no other process writes to it.
+    Raises `Damaged` for anything but a regular file."""
     while True:
         with suppress(FileNotFoundError): open_regular(path).close()
         with open(path, 'rb+', buffering=0, opener=lambda path, _: os.open(path, _how, 0o666)) as f:
@@ -113,7 +119,8 @@ def _locked(path):
                 return
 
 def _mend_end(f):
-    "Remove an incomplete line at the end of a file, or add its newline if only that is missing; returns the new end of the file."
+    """Remove an incomplete line at the end of a file, or add its newline if only that is missing; returns the new
+    end of the file."""
     end = _whole_end(f)
     f.seek(end)
     last = f.read(_most_of_tail)
@@ -133,7 +140,8 @@ class Answers:
     def add(self,
         rows:list, # Dicts
     ):
-        "Write either all rows or none. Raises `OSError` if the disk is full, and `Damaged` for anything but a regular file."
+        """Write either all rows or none.
+        Raises `OSError` if the disk is full, and `Damaged` for anything but a regular file."""
         text = b''.join(map(json_line, rows))
         with _locked(self.path) as f:
             end = _mend_end(f)
@@ -155,7 +163,8 @@ class Answers:
 
 # %% ../../nbs/prediction/00_rows.ipynb #c6a2b077
 def _lines(path):
-    "Yield (byte at which it begins, line) for each line of a file, including the last one if only its newline is missing."
+    """Yield (byte at which it begins, line) for each line of a file, including the last one if only its newline is
+    missing."""
     end = 0
     for at, line in whole_lines(path):
         yield at, line
@@ -176,10 +185,11 @@ def _that_count(numbers, failed):
     return [best[number] for number in sorted(best)]
 
 class Index:
-    "The rows of a file of answers: their `numbers`, the bytes at which their lines begin (`starts`) and end (`ends`), whether they `failed`; and the lines that are `damaged`."
+    """The rows of a file of answers: their `numbers`, the bytes at which their lines begin (`starts`) and end
+    (`ends`), whether they `failed`; and the lines that are `damaged`."""
     def __init__(self,
         path, # The file; a missing one has no rows
-        parse=lambda i, line: parse_row(line), # Returns the row for the number of a line, counted from 0, and the line; raises `ValueError`
+        parse=lambda i, line: parse_row(line), # Returns the row of a line, given its number from 0; raises `ValueError`
     ):
         numbers, starts, ends, failed = array('q'), array('Q'), array('Q'), array('B')
         self.damaged = []  # (number of the line, counted from 1; byte at which it begins; what is wrong with it)
@@ -192,7 +202,8 @@ class Index:
                 ends.append(at + len(line))
                 failed.append(row['predict'] is None)
         keep = _that_count(numbers, failed)
-        self.numbers, self.starts, self.ends, self.failed = (array(a.typecode, map(a.__getitem__, keep)) for a in (numbers, starts, ends, failed))
+        self.numbers, self.starts, self.ends, self.failed = (array(a.typecode, map(a.__getitem__, keep))
+                                                             for a in (numbers, starts, ends, failed))
 
     def __len__(self): return len(self.numbers)
 
@@ -217,7 +228,8 @@ def _rewrite(path, source, starts):
 
 @contextmanager
 def _to_read(path):
-    "Open a file of lines for buffered reading while no other process writes to it; yields `None` if the file is missing."
+    """Open a file of lines for buffered reading while no other process writes to it; yields `None` if the file is
+    missing."""
     if not os.path.lexists(path): yield None
     else:
         with _locked(path) as f, open(os.dup(f.fileno()), 'rb') as source: yield source

@@ -28,7 +28,8 @@ def _check_row(i, row):
         if not isinstance(row.get(key), _text):
             raise ValueError(f'Row {row.get("id", i)}: its {key} is {row[key]!r}, not text.')
 
-def _sequence(predictions): return predictions if isinstance(predictions, Sequence) and not isinstance(predictions, str) else list(predictions)
+def _sequence(predictions):
+    return predictions if isinstance(predictions, Sequence) and not isinstance(predictions, str) else list(predictions)
 
 def checked_rows(
     predictions, # Rows, as returned by `predict`
@@ -118,7 +119,8 @@ def _line_of_field(count, accuracy):
                 f1=share(right + wrong + (missing + unwanted)/2))
 
 def _field_table(outcomes, malformed, times=None):
-    "A table with one line for each field of the labels, and one for all fields together; `times`: how many rows have each of the outcomes."
+    """A table with one line for each field of the labels, and one for all fields together; `times`: how many rows
+    have each of the outcomes."""
     import pandas as pd
     times = times or [1]*len(outcomes)
     counts, bad, n, n_bad = {}, Counter(), sum(times), sum(k for is_bad,k in zip(malformed, times) if is_bad)
@@ -138,7 +140,8 @@ def _field_table(outcomes, malformed, times=None):
 _most_fields = 20 # Maximum number of fields that get columns of their own among the measures
 
 def _field_columns(outcomes, malformed):
-    "In percent for each row: whether the object is right, whether it is malformed, and, if there are not too many fields, whether each field is right."
+    """In percent for each row: whether the object is right, whether it is malformed, and, if there are not too many
+    fields, whether each field is right."""
     columns = {'json': [100.*_is_whole(*row) for row in zip(outcomes, malformed)],
                'malformed': [100.*is_bad for is_bad in malformed]}
     fields = {k: None for found in outcomes for k,what in found.items() if what != 'unwanted'}
@@ -228,11 +231,12 @@ class Scores(dict):
         given, # All rows as a sequence, including those without a label
         rows, # A `DataFrame`: `id` and measures of each row with a label; its index is the position in `given`
         failed:int, # How many of these rows failed
-        judged=None, # If the labels are JSON objects: the distinct outcomes of the fields, whether each is malformed, and how many rows have each
+        judged=None, # For labels that are JSON objects: distinct outcomes, whether each is malformed, number of rows
         note:str='', # A sentence that is shown below the figures
     ):
         self.rows, self._given, self._judged, self._note = text_table(rows), given, judged, note
-        self._measures = type(rows)({name: rows[name] for name in rows.columns[1:]}, copy=False)  # shares the memory of `rows`, unlike a slice
+        # Shares the memory of `rows`, unlike a slice
+        self._measures = type(rows)({name: rows[name] for name in rows.columns[1:]}, copy=False)
         super().__init__({'rows': len(rows), 'failed': failed} | self._measures.mean().to_dict())
 
     @cached_property
@@ -248,7 +252,8 @@ class Scores(dict):
         raise ValueError(f'{len(other)} of {len(self.rows)} labels are not JSON objects, the first that of row '
                          f'{self.rows.id[other[0]]}: {self._given[other[0]]["label"]!r}.')
 
-    def __repr__(self): return '\n'.join([self._title(), self.overall.round(2).to_string(na_rep=''), *[self._note]*bool(self._note)])
+    def __repr__(self):
+        return '\n'.join([self._title(), self.overall.round(2).to_string(na_rep=''), *[self._note]*bool(self._note)])
 
 # %% ../../nbs/prediction/50_scores.ipynb #65a3f6fc
 @patch
@@ -269,7 +274,7 @@ def _values(self:Scores, column):
 
 @patch
 def by(self:Scores,
-    column, # A column of the data; a field of JSON labels, such as `'label.color'`; a function of a row; or the values themselves
+    column, # A column; a field of JSON labels, such as `'label.color'`; a function of a row; or the values
 ): # A pandas `DataFrame` with the worst values first: number of rows, and each measure with its interval
     "The figures for each value of a column."
     import pandas as pd
@@ -305,11 +310,13 @@ _block = 2**16 # Rows
 class _Measured:
     "The measures of rows that are added one by one; none of the rows is kept."
     def __init__(self, tolerance, measures):
-        self.tolerance, self.measures, self.known = tolerance, measures, {}  # `known`: the number assigned to each distinct outcome
+        # `known`: the number assigned to each distinct outcome
+        self.tolerance, self.measures, self.known = tolerance, measures, {}
         self.compared = lru_cache(2**14)(self._compared)
         self.places, self.ids, self.failed, self.block, self.blocks = array('q'), [], 0, [], []
         self.own = {name: array('d') for name in measures}
-        self.marked, self.token, self.are_kept = 0, '', False # Answered rows whose labels have special tokens; the first token; whether any answer has one
+        # Answered rows whose labels have special tokens; the first token; whether any answer has one
+        self.marked, self.token, self.are_kept = 0, '', False
 
     def _compared(self, label, predict):
         "The numbers of `_shared`; the last two are -1 if the label is not a number or not a JSON object, respectively."
@@ -353,7 +360,8 @@ def _column(self:_Measured, name):
     return np.concatenate([results[each, k] for results,each in self.blocks])
 
 @patch
-def _all_have(self:_Measured, name): return all(results[:, _shared.index(name)].min() >= 0 for results,_ in self.blocks if len(results))
+def _all_have(self:_Measured, name):
+    return all(results[:, _shared.index(name)].min() >= 0 for results,_ in self.blocks if len(results))
 
 @patch
 def scores(self:_Measured, given):
@@ -448,7 +456,7 @@ class Comparison:
     difference:dict # `value`, `low`, `high`: their difference in points, with its 95 % bootstrap interval
     p:float # How likely such a difference is if there is no real difference
     test:str # The test that gives `p`: 'exact McNemar' or 'paired permutation'
-    table:object # A `DataFrame`: how many rows changed from right or wrong to right or wrong; or how many are worse, the same or better
+    table:object # A `DataFrame`: how many rows were and are right or wrong, or how many are worse, the same, better
     changed:object # A `DataFrame`: one line for each row whose answer has changed
     worse:list # The rows that got worse, as they are in the second prediction, for `show_predictions`
 

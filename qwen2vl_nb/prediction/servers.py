@@ -52,7 +52,7 @@ class Servers:
     "The servers that belong to one run."
     def __init__(self,
         folder, # The run's folder
-        told:list, # Dicts: `command`, `env`, `url`, `log` (file name), and optionally `seconds` within which it must be ready, 1800 by default
+        told:list, # Dicts: `command`, `env`, `url`, `log` (file name), `seconds` until it must be ready (1800)
     ): self.folder, self.told, self.running, self.waited_for = Path(folder), told, [], list(told)
 
     def start(self):

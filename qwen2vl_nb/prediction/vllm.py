@@ -44,8 +44,9 @@ def _question(sample):
 def data_needs(
     recipe:dict, # A prediction recipe
     samples:list, # What is asked
-)->dict: # Maximum for a row: tokens of the `prompt`, of its `media`, and of prompt and answer (`max_model_len`); numbers of `images` and `videos`
-    "How long the rows are, and how many pictures and clips they have. A row that can't be read does not count towards the length."
+)->dict: # The largest numbers of a row: tokens of `prompt`, `media`, both and the answer; `images`, `videos`
+    """How long the rows are, and how many pictures and clips they have.
+    A row that can't be read does not count towards the length."""
     tokens = count_tokens(list(map(_question, samples)), recipe['model_name_or_path'], **recipe_limits(recipe)).dropna()
     most = lambda key: max((len(as_list(s.get(key))) for s in samples), default=0)
     config = model_config(recipe['model_name_or_path'])
@@ -81,7 +82,8 @@ def adapter_options(
             *['--enable-tower-connector-lora']*_has_vision(adapter)]
 
 # %% ../../nbs/prediction/30_vllm.ipynb #ed7f6093
-_context, _trial = 1.5*GiB, 4*GiB # what each GPU needs in addition to the model: the minimum, and the amount for everything that vLLM tries
+# What each GPU needs in addition to the model: the minimum, and the amount for everything that vLLM tries
+_context, _trial = 1.5*GiB, 4*GiB
 
 def _is_float32(config): return (config.get('dtype') or config.get('torch_dtype')) == 'float32'
 
@@ -160,7 +162,8 @@ def vllm_command(
             *(adapter_options(adapter) if adapter else [])]
 
 # %% ../../nbs/prediction/30_vllm.ipynb #b84033d0
-# The last variable: vLLM's sums over GPUs can't share memory in expandable segments (vLLM's issue 42609), which a run with several ranks asks for
+# The last variable: vLLM's sums over GPUs can't share memory in expandable segments (vLLM's issue 42609), which a run
+# with several ranks asks for
 _own = {'HF_HUB_OFFLINE': '1', 'VLLM_NO_USAGE_STATS': '1', 'DO_NOT_TRACK': '1', 'VLLM_API_KEY': '',
         'PYTORCH_CUDA_ALLOC_CONF': 'expandable_segments:False'}
 

@@ -20,7 +20,9 @@ from .folder import RANKS, RECIPE
 def _address(master):
     "Host and port of the first machine."
     host, _, port = (master or '').rpartition(':')
-    if not host or not port.isdigit(): raise ValueError(f"master={master!r}: with several machines, give the first one's address and a free port, such as '10.0.0.1:29500'.")
+    if not host or not port.isdigit():
+        raise ValueError(f"master={master!r}: with several machines, give the first one's address and a free port, "
+                         "such as '10.0.0.1:29500'.")
     return host, int(port)
 
 def port_findings(
@@ -32,7 +34,8 @@ def port_findings(
     with socket.socket() as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try: s.bind(('', port))
-        except OSError: return [Finding('master', f'Port {port} is taken on this machine.', 'Name another port, on all machines.')]
+        except OSError:
+            return [Finding('master', f'Port {port} is taken on this machine.', 'Name another port, on all machines.')]
     return []
 
 # %% ../../nbs/run/30_command.ipynb #f7ec21bf
@@ -48,10 +51,13 @@ def _meeting(about):
     restarts = ['--max-restarts', env.get('MAX_RESTARTS', '0')]
     if nnodes == 1: return ['--standalone', '--local-addr', '127.0.0.1', *restarts]
     host, port = _address(about['master'])
-    if 'RDZV_ID' not in env: return ['--nnodes', nnodes, '--node-rank', about['node_rank'], '--master-addr', host, '--master-port', port]
+    if 'RDZV_ID' not in env:
+        return ['--nnodes', nnodes, '--node-rank', about['node_rank'], '--master-addr', host, '--master-port', port]
     spread = f"{env['MIN_NNODES']}:{env['MAX_NNODES']}" if {'MIN_NNODES', 'MAX_NNODES'} <= env.keys() else nnodes
-    return ['--nnodes', spread, '--rdzv-id', env['RDZV_ID'], '--rdzv-backend', 'c10d', '--rdzv-endpoint', f'{host}:{port}', *restarts,
-            '--rdzv-conf', ','.join(filter(None, [env.get('PET_RDZV_CONF'), f"is_host={int(not about['node_rank'])}"])), '--local-addr', _own_address(host, port)]
+    return ['--nnodes', spread, '--rdzv-id', env['RDZV_ID'], '--rdzv-backend', 'c10d', '--rdzv-endpoint',
+            f'{host}:{port}', *restarts,
+            '--rdzv-conf', ','.join(filter(None, [env.get('PET_RDZV_CONF'), f"is_host={int(not about['node_rank'])}"])),
+            '--local-addr', _own_address(host, port)]
 
 def run_command(
     recipe:dict, # The recipe
@@ -86,11 +92,14 @@ def child_environment(
 )->dict:
     "The variables that the child's environment has in addition to those of this one."
     scripts = str(Path(about['python']).parent)
-    added = {'PATH': os.pathsep.join([scripts, os.environ.get('PATH', '')]), 'PYTHONUTF8': '1', 'PYTHONUNBUFFERED': '1', 'PYTHONSAFEPATH': '1', RUN_MARK: about['id']}
+    added = {'PATH': os.pathsep.join([scripts, os.environ.get('PATH', '')]), 'PYTHONUTF8': '1', 'PYTHONUNBUFFERED': '1',
+             'PYTHONSAFEPATH': '1', RUN_MARK: about['id']}
     compiled = Path.home()/'.cache'/'torch_extensions'/f"torch_{about['versions'].get('torch')}"
     if 'TORCH_EXTENSIONS_DIR' not in os.environ: added['TORCH_EXTENSIONS_DIR'] = str(compiled)
-    if about['nproc'] > 1 or recipe.get('deepspeed'): added |= {'PYTORCH_CUDA_ALLOC_CONF': 'expandable_segments:True', 'TORCH_NCCL_AVOID_RECORD_STREAMS': '1'}
-    if about['nnodes'] == 1 and 'GLOO_SOCKET_IFNAME' not in os.environ: added['GLOO_SOCKET_IFNAME'] = 'lo'  # nobody else needs to reach the ranks
+    if about['nproc'] > 1 or recipe.get('deepspeed'):
+        added |= {'PYTORCH_CUDA_ALLOC_CONF': 'expandable_segments:True', 'TORCH_NCCL_AVOID_RECORD_STREAMS': '1'}
+    if about['nnodes'] == 1 and 'GLOO_SOCKET_IFNAME' not in os.environ:
+        added['GLOO_SOCKET_IFNAME'] = 'lo'  # nobody else needs to reach the ranks
     if about['given'].get('MAX_RESTARTS', '0') != '0': added['TORCH_DISABLE_SHARE_RDZV_TCP_STORE'] = '1'
     devices = {'CUDA_VISIBLE_DEVICES': ','.join(g['device'] for g in about['gpus'])} if about['gpus'] else {}
     return added | about['given'] | devices
@@ -109,9 +118,12 @@ def secrets_of(
     names = about.get('secrets', {})
     again = {k: os.environ[k.upper()] for k in names.get('recipe', []) if k not in recipe and k.upper() in os.environ}
     of_env, of_recipe = hidden.apart(child_environment(recipe, about))[0], hidden.apart(recipe)[0] | again
-    missing = sorted({k.upper() for k in names.get('recipe', [])} - {k.upper() for k in of_recipe} | {*names.get('env', [])} - of_env.keys() - os.environ.keys())
+    missing = sorted({k.upper() for k in names.get('recipe', [])} - {k.upper() for k in of_recipe}
+                     | {*names.get('env', [])} - of_env.keys() - os.environ.keys())
     if missing:
-        warnings.warn(f"The run was started with secrets, which are not written down, and now lacks {', '.join(missing)}. "
+        warnings.warn("The run was started with secrets, which are not written down, and now lacks "
+                      f"{', '.join(missing)}. "
                       'If it needs them: stop() it, set these environment variables, and resume().', stacklevel=5)
     packed = hidden.pack(recipe=of_recipe, options=hidden.apart(about.get('options', {}))[0])
-    return of_env | packed, {'recipe': sorted({*names.get('recipe', []), *of_recipe}), 'env': sorted({*names.get('env', []), *of_env})}
+    return of_env | packed, {'recipe': sorted({*names.get('recipe', []), *of_recipe}),
+                             'env': sorted({*names.get('env', []), *of_env})}

@@ -69,12 +69,16 @@ _known += [
 _known += [
     Cause(r'SafetensorError', 'A file of weights is incomplete.',
           "Download the model again. Of a run's checkpoints, resume() passes incomplete ones over."),
-    Cause(r'PytorchStreamReader failed', 'A file of a checkpoint is incomplete.', 'resume() passes incomplete checkpoints over.'),
-    Cause(r"couldn't connect to|MaxRetryError|OfflineModeIsEnabled|LocalEntryNotFoundError", 'The hub of the model cannot be reached.',
-          'Set HF_ENDPOINT to a mirror that can be, or USE_MODELSCOPE_HUB=1, or give the folder of a model that you have downloaded.'),
+    Cause(r'PytorchStreamReader failed', 'A file of a checkpoint is incomplete.',
+          'resume() passes incomplete checkpoints over.'),
+    Cause(r"couldn't connect to|MaxRetryError|OfflineModeIsEnabled|LocalEntryNotFoundError",
+          'The hub of the model cannot be reached.',
+          'Set HF_ENDPOINT to a mirror that can be, or USE_MODELSCOPE_HUB=1, or give the folder of a model that you '
+          'have downloaded.'),
     Cause(r'no file named .*model\.safetensors|Unrecognized model in', 'The model folder is incomplete.',
           'See `check_recipe(recipe)`, and download the model again.'),
-    Cause(r'does not recognize this architecture', 'This is no Qwen2-VL.', 'Give the folder of a Qwen2-VL (2B, 7B or 72B).'),
+    Cause(r'does not recognize this architecture', 'This is no Qwen2-VL.',
+          'Give the folder of a Qwen2-VL (2B, 7B or 72B).'),
     Cause(r'adapter_config\.json', 'There is no adapter in this folder.', 'Give the folder of a LoRA run.'),
 ]
 
@@ -83,7 +87,8 @@ _rows = 'See `check_samples`, row by row.'
 _media = r'\.(jpe?g|png|webp|bmp|gif|tiff?|mp4|avi|mkv|mov)\b'
 
 _known += [
-    Cause(r'dataset_info\.json', 'A data set is not registered.', 'Register it: `Registry(folder).add(name, samples)`.'),
+    Cause(r'dataset_info\.json', 'A data set is not registered.',
+          'Register it: `Registry(folder).add(name, samples)`.'),
     Cause(r'File \S+ not found', 'A file of the data is not there.', 'Write it, or correct file_name in the registry.'),
     Cause(r'ArrowInvalid: JSON', 'A file of the data is not JSON.', 'See `read_samples(file)`, which names the line.'),
     Cause(r'Cannot find valid samples', 'LLaMA-Factory dropped every row.',
@@ -127,7 +132,8 @@ def _what_fits(recipe, gpus):
     if not any(row.estimate for row in table): return ''
     now = zero_file_name(read_zero(recipe.get('deepspeed'))).removeprefix('ds_').removesuffix('_config.json')
     names = [row.name for row in table]
-    less = names.index(now) + 1 if now in names else 0  # the config that ran out of memory is no remedy, whatever was predicted
+    # The config that ran out of memory is no remedy, whatever was predicted
+    less = names.index(now) + 1 if now in names else 0
     fits = next((row.name for row in table.rows[less:] if row.fits == 'fits'), None)
     if fits: return f'As predicted, {fits} fits:\n{table}'
     other = f'`what_would_fit(run.recipe, {table.gpus}, {table.gpu_gib:g})` names other changes.'
@@ -141,7 +147,8 @@ def _end_of_log(folder):
 
 def _died_of_signal(log, ended, command):
     "Who was killed, and by which signal."
-    root = re.search(r'rank\s+: (\d+) .*?(?:Signal \d+ \((SIG\w+)\)|$)', log.rpartition('Root Cause (first observed failure):')[2], re.S)
+    root = re.search(r'rank\s+: (\d+) .*?(?:Signal \d+ \((SIG\w+)\)|$)',
+                     log.rpartition('Root Cause (first observed failure):')[2], re.S)
     if root and root[2] and root[2] != 'SIGTERM': return f'rank {root[1]}', root[2]
     number = -(ended['returncode'] or 0)
     if number <= 0: return '', ''
@@ -206,10 +213,14 @@ def _refused(found):
     where = ', '.join(dict.fromkeys(f['where'] for f in found))
     return Finding(where, f"The checks that ran during the start have ended it: {joined('what')}", joined('cure'))
 
-def _damaged(error): return Finding('run', str(error), 'Nobody can tell how the run ended. Everything else in the folder is unchanged: run.log, checkpoints.')
+def _damaged(error):
+    return Finding('run', str(error), 'Nobody can tell how the run ended. Everything else in the folder is unchanged: '
+                                      'run.log, checkpoints.')
 
-_moved = Finding('run', 'The folder was moved or deleted while the run was at work, so the run was ended.', 'Move it back; then resume().')
-_gone = Finding('run', 'The run and its waiter ended without leaving a reason: the machine was restarted, or both were killed.',
+_moved = Finding('run', 'The folder was moved or deleted while the run was at work, so the run was ended.',
+                 'Move it back; then resume().')
+_gone = Finding('run', 'The run and its waiter ended without leaving a reason: the machine was restarted, or both were '
+                       'killed.',
                 'resume() resumes from the newest complete checkpoint.')
 
 def find_failure(

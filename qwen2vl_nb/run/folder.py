@@ -61,9 +61,9 @@ class RunStart:
     env:dict        # Environment variables that the run has beside those of the process that started it
     inherited:dict  # Environment variables of that process, for the record
     secrets:dict    # Names of the secrets of the start, by where they were: `'recipe'`, `'env'`
-    gpus:list       # The GPUs of this machine that it may use, as dicts of `Gpu`, with `device`: the name in CUDA_VISIBLE_DEVICES
+    gpus:list       # GPUs that it may use: fields of `Gpu`, and `device`, their name in CUDA_VISIBLE_DEVICES
     before:dict=field(default_factory=dict)  # `step` and `steps` of the start that was resumed
-    stale:dict=field(default_factory=dict)   # Checkpoints that were there before and are not this run's: name → time in seconds since 1970
+    stale:dict=field(default_factory=dict)   # Checkpoints of earlier runs: name → time in seconds since 1970
     unit:str='step' # What progress counts: `'step'`, or `'row'` of a prediction
     engine:str=None # Engine of a prediction that starts servers
     workers:list=None # Of a prediction: `command` and `env` of each worker
@@ -101,20 +101,27 @@ def _object(v): return isinstance(v, dict)
 # %% ../../nbs/run/00_folder.ipynb #d10b0016
 _step = dict(step=is_count, steps=is_count, epoch=_or_none(is_number), time=_time, began=_time, from_step=is_count)
 _checks = { # For each field of a file
-    RUN: dict(id=_text, command=_list(_text), cwd=_text, python=_text, env=_dict(_text), given=_dict(_text), inherited=_dict(_text),
-        secrets=_dict(_list(_text)), nproc=is_count, nnodes=is_count, node_rank=is_count, master=_or_none(_text), force=_flag, host=_text, gpus=_list(_object),
-        versions=_dict(_or_none(_text)), unit=_text, before=_dict(is_count), stale=_dict(_time), engine=_text, workers=_list(_object), servers=_list(_object), options=_object, budget=is_count),
-    WAITER: dict(pid=is_count, created=_or_none(is_count), started=_time, child=is_count, child_created=_or_none(is_count)),
+    RUN: dict(id=_text, command=_list(_text), cwd=_text, python=_text, env=_dict(_text), given=_dict(_text),
+        inherited=_dict(_text),
+        secrets=_dict(_list(_text)), nproc=is_count, nnodes=is_count, node_rank=is_count, master=_or_none(_text),
+        force=_flag, host=_text, gpus=_list(_object),
+        versions=_dict(_or_none(_text)), unit=_text, before=_dict(is_count), stale=_dict(_time), engine=_text,
+        workers=_list(_object), servers=_list(_object), options=_object, budget=is_count),
+    WAITER: dict(pid=is_count, created=_or_none(is_count), started=_time, child=is_count,
+                 child_created=_or_none(is_count)),
     ENDED: dict(returncode=_exit_status, asked=_flag, error=_text, killed_by_kernel=_flag, moved=_flag, time=_time),
     PROGRESS: _step,
-    'failure.json': dict(type=_text, message=_text, file=_text, line=is_count, function=_text, traceback=_text, time=_time, rank=is_count, where=_text)}
-_needed = {RUN: [], WAITER: ['pid', 'created'], ENDED: ['returncode'], PROGRESS: ['step', 'steps'], 'failure.json': ['type', 'message']}
+    'failure.json': dict(type=_text, message=_text, file=_text, line=is_count, function=_text, traceback=_text,
+                         time=_time, rank=is_count, where=_text)}
+_needed = {RUN: [], WAITER: ['pid', 'created'], ENDED: ['returncode'], PROGRESS: ['step', 'steps'],
+           'failure.json': ['type', 'message']}
 
 def _faults(found, kind):
     "What is wrong with the dict in a file, in words."
     missing = [f'{key} is missing' for key in _needed[kind] if key not in found]
     shown = lambda v: f'such a {type(v).__name__}' if isinstance(v, (list, dict)) else f'{v!a}'[:60]
-    return missing + [f'{key} cannot be {shown(found[key])}' for key, check in _checks[kind].items() if key in found and not check(found[key])]
+    return missing + [f'{key} cannot be {shown(found[key])}' for key, check in _checks[kind].items() if key in found
+                      and not check(found[key])]
 
 # %% ../../nbs/run/00_folder.ipynb #d10b0007
 _most = 2**24 # Bytes of a state file at most
@@ -133,7 +140,8 @@ def read_state(
     path = Path(folder)/name
     if name == REFUSED:
         found = _read(path, list) or []
-        if all(isinstance(f, dict) and all(_text(f.get(key)) for key in ('where', 'what', 'cure')) for f in found): return found
+        if all(isinstance(f, dict) and all(_text(f.get(key)) for key in ('where', 'what', 'cure')) for f in found):
+            return found
         raise Damaged(f'{path} should be a list of findings.')
     found = _read(path, dict)
     if found is None: return {}
@@ -165,7 +173,7 @@ def write_progress(
 def write_failure(
     folder, # Folder of the run
     who, # As for `failure_file`
-    failure:dict, # `type` and `message` of the exception; `file`, `line`, `function`, `traceback` of where it was raised
+    failure:dict, # `type` and `message` of the exception; `file`, `line`, `function`, `traceback`: where
 ):
     "Write why a run has failed: without passwords in addresses, and in UTF-8, which the name of a file need not be."
     clean = lambda v: mask(v.encode(errors='backslashreplace').decode()) if isinstance(v, str) else v
@@ -174,9 +182,11 @@ def write_failure(
     write_json(Path(folder)/failure_file(who), {k: clean(v) for k,v in told.items()}, state=True)
 
 # %% ../../nbs/run/00_folder.ipynb #d10b000a
-_always_noted = {'id', 'command', 'cwd', 'python', 'versions', 'host', 'nproc', 'nnodes', 'node_rank', 'master', 'given', 'force', 'gpus'} # By every version
+_always_noted = {'id', 'command', 'cwd', 'python', 'versions', 'host', 'nproc', 'nnodes', 'node_rank', 'master',
+                 'given', 'force', 'gpus'} # By every version
 _always = (WAITER, ENDED, RUN_LOG, PROGRESS, REFUSED, STOP, STOPPING, MISSING)
-_numbered = re.compile(r'failure-(?:\d+|server|rows|files)\.(?:json|tmp)|ended\.json\.\d+\.tmp|waiter\.json\.\d+\.tmp|progress\.tmp')
+_numbered = re.compile(r'failure-(?:\d+|server|rows|files)\.(?:json|tmp)|(?:ended|waiter)\.json\.\d+\.tmp'
+                       r'|progress\.tmp')
 
 def last_start(
     folder, # Any folder

@@ -23,7 +23,8 @@ def is_here(
     return state_or_empty(folder, RUN).get('host', socket.gethostname()) == socket.gethostname()
 
 def _is_at_work(folder):
-    "Whether the waiter or what it started is running. If the run is on another machine, the waiter's heartbeats decide."
+    """Whether the waiter or what it started is running.
+    If the run is on another machine, the waiter's heartbeats decide."""
     beats = Path(folder)/WAITER
     if not os.path.lexists(beats): return is_fresh(Path(folder)/RUN, waiter.BEAT)  # it is just being started
     if not is_here(folder): return is_fresh(beats, 6*waiter.BEAT)
@@ -73,13 +74,16 @@ def _ask_to_stop(folder, patience):
     try: write_text(Path(folder)/STOP, f'{patience}\n', state=True)
     except OSError as e:
         there = _waiter_of(folder)
-        if not there and not is_here(folder): raise RuntimeError(f"{e}: call stop() on {state_or_empty(folder, RUN).get('host')}, where the run is at work.") from None
+        if not there and not is_here(folder):
+            raise RuntimeError(f"{e}: call stop() on {state_or_empty(folder, RUN).get('host')}, where the run is at "
+                               "work.") from None
         for p in there: p.terminate()
 
 def _wake(processes):
     "Let processes that were suspended continue; otherwise they could not end."
     for p in processes:
-        with suppress(psutil.NoSuchProcess): p.resume()  # all of them: a process that is just being suspended does not look suspended yet
+        with suppress(psutil.NoSuchProcess):
+            p.resume()  # all of them: a process that is just being suspended does not look suspended yet
 
 def stop(
     folder, # Folder of a run
@@ -89,10 +93,13 @@ def stop(
     end = time.monotonic() + patience + 2*waiter.GRACE
     if status(folder) == 'running': _ask_to_stop(folder, patience)
     _wake(_processes_of(folder))
-    if not _waiter_of(folder): end_all(marked(state_or_empty(folder, RUN).get('id')), waiter.GRACE)  # the waiter was killed
+    if not _waiter_of(folder):
+        end_all(marked(state_or_empty(folder, RUN).get('id')), waiter.GRACE)  # the waiter was killed
     while status(folder) == 'running' or _waiter_of(folder):
         saving = waiter.SAVING if os.path.lexists(Path(folder)/STOPPING) else 0
         if time.monotonic() > end + saving:
-            if not is_here(folder): raise RuntimeError(f"The run in {folder} is still at work on {state_or_empty(folder, RUN).get('host')}: call stop() there.")
+            if not is_here(folder):
+                raise RuntimeError(f"The run in {folder} is still at work on "
+                                   f"{state_or_empty(folder, RUN).get('host')}: call stop() there.")
             return end_all(_processes_of(folder), waiter.GRACE)
         time.sleep(.1)

@@ -52,7 +52,8 @@ def _add(rows, row):
 
 # %% ../../nbs/run/50_loss.ipynb #c01d0002
 _counts = 'current_steps', 'total_steps', 'total_tokens' # Columns of LLaMA-Factory's log that contain integers
-_floats = 'loss', 'eval_loss', 'predict_loss', 'reward', 'accuracy', 'lr', 'epoch', 'percentage', 'throughput', 'vram_allocated', 'vram_reserved'
+_floats = ('loss', 'eval_loss', 'predict_loss', 'reward', 'accuracy', 'lr', 'epoch', 'percentage', 'throughput',
+           'vram_allocated', 'vram_reserved')
 _times = 'elapsed_time', 'remaining_time' # Those that contain text
 _most_columns = 64 # A log that has more was not written by LLaMA-Factory
 _KIND = 0 # Key of the array with the kinds of the rows, next to the columns; no column has a number as its name
@@ -71,7 +72,8 @@ def _array(name, values):
         if kinds == {int} and not is_float: return np.array(values, np.int64)
         if kinds <= {int, float, type(None)}: return np.array(values, float)
     except OverflowError: pass
-    if is_float or name in _counts or kinds <= {int, float, type(None)}: return np.fromiter(map(_number, values), float, len(values))
+    if is_float or name in _counts or kinds <= {int, float, type(None)}:
+        return np.fromiter(map(_number, values), float, len(values))
     once = {}  # a time that occurs many times is stored once
     kept = (math.nan if v is None else once.setdefault(v, v) if type(v) is str else v for v in values)
     return np.fromiter(kept, object, len(values))
@@ -103,20 +105,23 @@ def _is_in_order(steps, kinds, after):
     import numpy as np
     moves = np.diff(steps)
     same = moves == 0
-    return after < steps[0] and steps[-1] < _most_steps and (moves >= 0).all() and not (same[1:] & same[:-1]).any() and not (same & (kinds[1:] == kinds[:-1])).any()
+    is_ordered = after < steps[0] and steps[-1] < _most_steps and (moves >= 0).all()
+    return is_ordered and not (same[1:] & same[:-1]).any() and not (same & (kinds[1:] == kinds[:-1])).any()
 
 def _texts(column):
     "Convert a column of text to an array; a text that occurs many times is stored once."
+    if column.null_count: return _array('', column.to_pylist())
     coded = column.combine_chunks().dictionary_encode()
-    return coded.dictionary.to_numpy(zero_copy_only=False)[coded.indices.to_numpy(zero_copy_only=False)] if not column.null_count else \
-        _array('', column.to_pylist())
+    return coded.dictionary.to_numpy(zero_copy_only=False)[coded.indices.to_numpy(zero_copy_only=False)]
 
 def _is_usual(name, kind):
     "Whether a column contains what LLaMA-Factory writes there."
-    return kind == 'int64' if name in _counts else kind in ('int64', 'double') if name in _floats else kind == 'string' and name in _times
+    if name in _counts: return kind == 'int64'
+    return kind in ('int64', 'double') if name in _floats else kind == 'string' and name in _times
 
 def _read_quickly(block, after):
-    "The columns of a block of lines, if all are as LLaMA-Factory writes them and continue from step `after`; otherwise `None`."
+    """The columns of a block of lines, if all are as LLaMA-Factory writes them and continue from step `after`;
+    otherwise `None`."""
     import numpy as np, pyarrow as pa, pyarrow.json
     options = pa.json.ReadOptions(use_threads=False, block_size=len(block))
     try: table = pa.json.read_json(pa.BufferReader(block), options, memory_pool=pa.system_memory_pool())
@@ -124,7 +129,8 @@ def _read_quickly(block, after):
     fields = dict(zip(table.column_names, table.columns))
     if not all(_is_usual(name, str(values.type)) for name,values in fields.items()): return None
     if 'current_steps' not in fields or fields['current_steps'].null_count: return None
-    columns = {name: _texts(values) if name in _times else values.to_numpy().astype(float if name in _floats else values.to_numpy().dtype)
+    columns = {name: _texts(values) if name in _times
+               else values.to_numpy().astype(float if name in _floats else values.to_numpy().dtype)
                for name,values in fields.items()}
     has = lambda name: fields[name].is_valid().to_numpy() if name in fields else np.zeros(len(table), bool)
     columns[_KIND] = has('loss') + 2*has('eval_loss').astype('uint8')
@@ -137,7 +143,8 @@ _most_dicts = 20_000 # Number of rows that are kept as dicts at most
 class Rows:
     "The rows of a log, without those that a resumed run has replaced."
     def __init__(self):
-        self._parts, self._rows, self._names = [], [], {}  # earlier rows as columns; the last ones as dicts; names of columns
+        # Earlier rows as columns; the last ones as dicts; names of columns
+        self._parts, self._rows, self._names = [], [], {}
         self._whole, self._table, self._trains = None, None, False
 
     def __len__(self): return sum(len(part[_KIND]) for part in self._parts) + len(self._rows)
@@ -145,7 +152,8 @@ class Rows:
     @property
     def last_step(self):
         "The step of the last row; -1 if there are no rows."
-        return self._rows[-1]['current_steps'] if self._rows else self._parts[-1]['current_steps'][-1] if self._parts else -1
+        if self._rows: return self._rows[-1]['current_steps']
+        return self._parts[-1]['current_steps'][-1] if self._parts else -1
 
     def _take_back(self, step):
         "Remove the packed rows from a step on."
@@ -212,7 +220,8 @@ def columns(self:Rows)->dict: # Name → array, and `_KIND` → the kind of each
 def table(self:Rows): # A pandas `DataFrame`, the same object until something changes
     "The rows as a table."
     import pandas as pd
-    if self._table is None: self._table = text_table(pd.DataFrame({k: v for k,v in self.columns().items() if k != _KIND}, copy=False))
+    if self._table is None:
+        self._table = text_table(pd.DataFrame({k: v for k,v in self.columns().items() if k != _KIND}, copy=False))
     return self._table
 
 # %% ../../nbs/run/50_loss.ipynb #6e7e22f7
@@ -266,7 +275,8 @@ def _read_on(self:Log, file):
 
 @patch
 def update(self:Log)->bool: # Whether there was anything new
-    "Read what was added since the last time; reads nothing if there is no file yet. Raises `Damaged` for anything but a regular file."
+    """Read what was added since the last time; reads nothing if there is no file yet.
+    Raises `Damaged` for anything but a regular file."""
     try: file = open_regular(self.folder/TRAINER_LOG)
     except FileNotFoundError: return False
     with file:
@@ -280,7 +290,7 @@ def table(self:Log): # A pandas `DataFrame`, the same object until something cha
     return self.rows.table()
 
 @patch
-def summary(self:Log)->dict: # `step`: the last logged step; `loss`, `eval_loss` and `lr`: the last value of each, if any; `lowest`: the lowest evaluation
+def summary(self:Log)->dict: # The last `step`, `loss`, `eval_loss` and `lr`, if any; `lowest`: the lowest evaluation
     "The figures of the log as the plot shows them; all code that reports one takes it from here."
     courses = {name: _series(self.rows, name) for name in ('loss', 'eval_loss', 'lr')}
     found = {name: float(values.iloc[-1]) for name,values in courses.items() if len(values)}
@@ -306,7 +316,8 @@ def read_log(
 
 # %% ../../nbs/run/50_loss.ipynb #b17645e4
 def _series(rows, column):
-    "The values of a column by step, as a pandas `Series`; for losses, including values that are not a number. Infinite values do not count as numbers."
+    """The values of a column by step, as a pandas `Series`; for losses, including values that are not a number.
+    Infinite values do not count as numbers."""
     import numpy as np, pandas as pd
     columns = rows.columns()
     if column not in columns: return pd.Series(dtype=float)
@@ -368,7 +379,8 @@ _most_of_name = 80 # Characters
 def _short(value):
     "A recipe's value in few characters; for a path, its name."
     if isinstance(value, float): return f'{value:g}'
-    said = Path(value).name if isinstance(value, (str, os.PathLike)) else reprlib.repr(value)  # of a nested value, the beginning
+    # Of a nested value, the beginning
+    said = Path(value).name if isinstance(value, (str, os.PathLike)) else reprlib.repr(value)
     return said if len(said) <= _most_of_name else f'{said[:_most_of_name]}…'
 
 def _recipe(run):
@@ -389,7 +401,8 @@ def _by_folder(runs):
 
 def _names(runs):
     "A name for each run; a table has no name, so if there is one, all are numbered."
-    if not all(isinstance(r, (str, os.PathLike)) for r in runs): return [f'{i} of {len(runs)}' for i,_ in enumerate(runs, 1)]
+    if not all(isinstance(r, (str, os.PathLike)) for r in runs):
+        return [f'{i} of {len(runs)}' for i,_ in enumerate(runs, 1)]
     names = _by_recipe(runs)
     return names if all(names) and len(set(names)) == len(runs) else _by_folder(runs)
 
@@ -398,7 +411,8 @@ _red = '#d2003c'
 _colours, _marks = ('#0072b2', '#d55e00', '#009e73', '#8a3ffc', _red), 'os^DvX'
 
 def _look(i, alone=False):
-    "How run `i` is drawn: no two of thirty have the same colour and marker, and the markers of neighbouring runs are offset."
+    """How run `i` is drawn: no two of thirty have the same colour and marker, and the markers of neighbouring runs
+    are offset."""
     mark = '' if alone else _marks[i % len(_marks)]
     return dict(color=_colours[i % len(_colours)], marker=mark, markersize=4.5, markevery=(.03*(i % 5), .15))
 
@@ -424,7 +438,8 @@ def _draw_loss(ax, rows, i, smooth, alone):
 
 # %% ../../nbs/run/50_loss.ipynb #83f5c8ee
 def _legend(figure, lines, side, columns):
-    legend = figure.legend(lines.values(), lines, loc=f'outside upper {side}', ncols=columns, frameon=False, fontsize=9, labelcolor=GREY)
+    legend = figure.legend(lines.values(), lines, loc=f'outside upper {side}', ncols=columns, frameon=False, fontsize=9,
+                           labelcolor=GREY)
     for text in legend.get_texts(): text.set_parse_math(False)  # a dollar sign in a folder's name is just a dollar sign
 
 def _with_lowest(kinds):
@@ -498,7 +513,9 @@ def _each(given):
     for one in given:
         if isinstance(one, (str, os.PathLike, pd.DataFrame)): yield one
         elif isinstance(one, (list, tuple, set, pd.Series)): yield from _each(one)
-        else: raise TypeError(f'plot_loss draws runs, their folders, `Log`s and tables of `read_log`, and lists of these; this is a {type(one).__name__}.')
+        else:
+            raise TypeError('plot_loss draws runs, their folders, `Log`s and tables of `read_log`, and lists of '
+                            f'these; this is a {type(one).__name__}.')
 
 def _rows_for(run):
     "The rows of a run's log as it is now, or of a table that `read_log` returned."
@@ -506,7 +523,8 @@ def _rows_for(run):
     rows = Rows()
     for row in run.to_dict('records'):
         row = {name: value for name,value in row.items() if value == value}
-        if not _is_row(row): raise ValueError('This table was not made by `read_log`: a row has no step in a column `current_steps`.')
+        if not _is_row(row):
+            raise ValueError('This table was not made by `read_log`: a row has no step in a column `current_steps`.')
         rows.add(row)
     return rows
 
@@ -516,7 +534,7 @@ def plot_loss(
     smooth:float=None, # Weight of the past in the average, 0 (none) to below 1; `None`: LLaMA-Factory's weight
     log:bool=False, # Draw the loss on a log scale
     lr:bool=False, # Also draw the learning rate
-    throughput:bool=False, # Also draw the throughput: tokens per second if all runs count them, otherwise steps per second
+    throughput:bool=False, # Also draw the throughput: tokens per second if all runs count them, otherwise steps
     path=None, # File to write the figure to, .png for print or .svg; its background is transparent
 ): # A matplotlib `Figure`
     "Draw the training and evaluation loss of one or several runs."

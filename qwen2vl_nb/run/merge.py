@@ -32,11 +32,14 @@ def export(
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f'.{path.name}-') as folder:
         merging = {k: recipe[k] for k in ('model_name_or_path', 'template', 'trust_remote_code') if k in recipe} | {
-            'adapter_name_or_path': str(find_adapter(run)), 'finetuning_type': 'lora', 'export_dir': f'{folder}/model', 'export_device': 'cpu',
+            'adapter_name_or_path': str(find_adapter(run)), 'finetuning_type': 'lora', 'export_dir': f'{folder}/model',
+            'export_device': 'cpu',
             'infer_dtype': _precision(recipe['model_name_or_path'])}
-        done = subprocess.run([sys.executable, '-m', 'llamafactory.cli', 'export', save_recipe(merging, f'{folder}/export.yaml')],
+        done = subprocess.run([sys.executable, '-m', 'llamafactory.cli', 'export',
+                               save_recipe(merging, f'{folder}/export.yaml')],
                               env=child_env(), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode: raise RuntimeError(f'LLaMA-Factory could not merge the adapter:\n{done.stdout[-2000:]}')
-        write_text(f'{folder}/model/chat_template.jinja', chat_template)  # LLaMA-Factory's own template does not support pictures
+        # LLaMA-Factory's own template does not support pictures
+        write_text(f'{folder}/model/chat_template.jinja', chat_template)
         os.replace(f'{folder}/model', path)
     return path

@@ -16,10 +16,12 @@ from .folder import EARLIER, RECIPE, RUN, files_of, last_start
 
 # %% ../../nbs/run/35_owner.ipynb #e10b0005
 def _is_ours(path, recipe):
-    "Whether a recipe's file is exactly what `save_recipe` writes for this recipe, so nothing is lost if it is overwritten."
+    """Whether a recipe's file is exactly what `save_recipe` writes for this recipe, so nothing is lost if it is
+    overwritten."""
     try: found, text = load_recipe(path), read_text(path)
     except (OSError, ValueError): return False
-    with tempfile.TemporaryDirectory() as folder: again = save_recipe(found, Path(folder)/path.name).read_text(encoding='utf-8')
+    with tempfile.TemporaryDirectory() as folder:
+        again = save_recipe(found, Path(folder)/path.name).read_text(encoding='utf-8')
     values = lambda r: {k: v for k,v in absolute_recipe(r).items() if k != 'deepspeed'}
     return again == text and values(found) == values(recipe)
 
@@ -29,7 +31,8 @@ def _foreign(folder, recipe, about):
     found = [p.name + '/'*p.is_dir() for p in files_of(folder, about) if p not in ours]
     if os.path.lexists(path) and not ours and not _is_ours(path, recipe): found.append(path.name)
     config = folder/zero_file_name(zero) if isinstance(zero, dict) else None
-    if config and os.path.lexists(config) and json_or({}, config) != zero and not (ours and _names_zero(path, config)): found.append(config.name)
+    if config and os.path.lexists(config) and json_or({}, config) != zero and not (ours and _names_zero(path, config)):
+        found.append(config.name)
     return found
 
 def _names_zero(path, config):
@@ -44,11 +47,15 @@ def refuse_foreign(
     "Raise `ValueError` if a start would overwrite or remove a file that no run has created."
     found = _foreign(folder, recipe, about)
     if os.path.lexists(folder/EARLIER) and not (folder/EARLIER).is_dir(): found.append(EARLIER)
-    if found: raise ValueError(f"{folder} has files that no run of this package made, and a run would write over them: {', '.join(found)}. "
-                               'Nothing was touched. Move them away, or choose another output_dir.')
+    if found:
+        raise ValueError(f"{folder} has files that no run of this package made, and a run would write over them: "
+                         f"{', '.join(found)}. "
+                         'Nothing was touched. Move them away, or choose another output_dir.')
 
 # %% ../../nbs/run/35_owner.ipynb #6f621baa
-def _note(folder): return Path(platformdirs.user_data_dir('qwen2vl_nb'))/'runs'/f'{hashlib.sha256(os.fsencode(folder)).hexdigest()}.json'
+def _note(folder):
+    name = hashlib.sha256(os.fsencode(folder)).hexdigest()
+    return Path(platformdirs.user_data_dir('qwen2vl_nb'))/'runs'/f'{name}.json'
 
 def _fingerprint(folder): return hashlib.sha256(read_bytes(folder/RUN)).hexdigest()
 
@@ -72,7 +79,8 @@ def _stranger(folder, output_dir):
     for path in (folder, folder/RUN, folder/RECIPE, *checkpoints(output_dir)):
         if (owner := path.stat().st_uid) != os.geteuid(): return f'{path} belongs to the user {_user(owner)}'
     noted = json_or({}, _note(folder)).get(RUN)
-    if not noted: return f'no run in this folder is noted in {_note(folder).parent}, where the runs are that you have started'
+    if not noted:
+        return f'no run in this folder is noted in {_note(folder).parent}, where the runs are that you have started'
     return '' if noted == _fingerprint(folder) else 'its run.json was changed after you had started it'
 
 def refuse_stranger(
@@ -83,5 +91,8 @@ def refuse_stranger(
     "Raise `RuntimeError` if the run is not known to be this user's own."
     try: why = _stranger(run.output_dir, recipe['output_dir'])
     except (OSError, Damaged) as e: why = str(e)
-    if why: raise RuntimeError(f"It can't be told that you started the run in {run.output_dir} yourself: {why}. Resuming it would execute {about['python']}, with the "
-        'environment variables in its run.json, and the pickles in its checkpoints. If you trust whoever wrote this folder: resume(trust=True).')
+    if why:
+        raise RuntimeError(f"It can't be told that you started the run in {run.output_dir} yourself: {why}. Resuming "
+                           f"it would execute {about['python']}, with the "
+    'environment variables in its run.json, and the pickles in its checkpoints. If you trust whoever wrote this '
+    'folder: resume(trust=True).')

@@ -32,13 +32,15 @@ def follow_schedule(
 ):
     "Make a schedule set the learning rates of the optimizer that takes the steps."
     scheduled = getattr(scheduler, 'scheduler', scheduler).optimizer
-    if any(a is not b for a, b in zip(scheduled.param_groups, optimizer.param_groups)): scheduled.param_groups = optimizer.param_groups
+    if any(a is not b for a, b in zip(scheduled.param_groups, optimizer.param_groups)):
+        scheduled.param_groups = optimizer.param_groups
 
 # %% ../../nbs/run/20_rank.ipynb #98377b89
 def step_callback(
     folder:Path, # Folder of the run, for `stop`, `stopping` and `progress.json`
 ): # A callback for the trainer
-    "Return a callback that stops a training at a step on which all ranks agree, and writes its progress at most twice a second."
+    """Return a callback that stops a training at a step on which all ranks agree, and writes its progress at most
+    twice a second."""
     from transformers import TrainerCallback
     is_first, own = os.environ.get('LOCAL_RANK', '0') == '0', os.stat(folder)
 
@@ -50,14 +52,18 @@ def step_callback(
 
         def on_train_begin(self, args, state, control, **kwargs):
             self.began, self.from_step = time.time(), state.global_step
-            if kwargs.get('lr_scheduler') and kwargs.get('optimizer'): follow_schedule(kwargs['optimizer'], kwargs['lr_scheduler'])
+            if kwargs.get('lr_scheduler') and kwargs.get('optimizer'):
+                follow_schedule(kwargs['optimizer'], kwargs['lr_scheduler'])
             self.told(state)
 
         def on_step_end(self, args, state, control, **kwargs):
-            if not is_there(folder, own): raise FileNotFoundError(f'The folder of the run, {folder}, is gone: it was deleted or moved.')
+            if not is_there(folder, own):
+                raise FileNotFoundError(f'The folder of the run, {folder}, is gone: it was deleted or moved.')
             asked = folder/STOP
             if _any_rank(is_first and asked.exists(), args.device):
-                if is_first: os.replace(asked, folder/STOPPING) if asked.exists() else (folder/STOPPING).touch()  # the request was seen on another machine
+                if is_first:
+                    # The request was seen on another machine
+                    os.replace(asked, folder/STOPPING) if asked.exists() else (folder/STOPPING).touch()
                 control.should_log = control.should_save = control.should_training_stop = True
             self.on_epoch_end(args, state, control)
             if control.should_training_stop or is_first and time.time() - self.last >= .5: self.told(state)
@@ -80,7 +86,8 @@ def _from_worker(error):
 def _name(error):
     "The name of an exception, as tracebacks show it."
     kind = type(error)
-    return kind.__qualname__ if kind.__module__ in ('builtins', '__main__') else f'{kind.__module__}.{kind.__qualname__}'
+    where = '' if kind.__module__ in ('builtins', '__main__') else f'{kind.__module__}.'
+    return where + kind.__qualname__
 
 def _root(error):
     "Name, message and traceback, as text, of the exception at the beginning of a chain."
@@ -124,16 +131,19 @@ def saving_bf16(
     "Make DeepSpeed treat the bf16 optimizer at stage 0 in the same way as the fp32 optimizer."
     def with_optimizer(self, *args, **kwargs):
         optimizer = self.optimizer
-        if not self.bfloat16_enabled() or self.zero_optimization() or not hasattr(optimizer, 'refresh_fp32_params'): return method(self, *args, **kwargs)
+        if not self.bfloat16_enabled() or self.zero_optimization() or not hasattr(optimizer, 'refresh_fp32_params'):
+            return method(self, *args, **kwargs)
         load = optimizer.load_state_dict
         self.bfloat16_enabled = lambda: False
-        optimizer.load_state_dict = lambda state, **options: load(state, **options) if state else _load_weights_only(optimizer)
+        def load_state(state, **options): return load(state, **options) if state else _load_weights_only(optimizer)
+        optimizer.load_state_dict = load_state
         try: return method(self, *args, **kwargs)
         finally: del self.bfloat16_enabled, optimizer.load_state_dict
     return with_optimizer
 
 def _load_weights_only(optimizer):
-    print('This checkpoint has no optimizer: DeepSpeed left it out. The weights are loaded, and the moments of Adam start at zero.', flush=True)
+    print('This checkpoint has no optimizer: DeepSpeed left it out. The weights are loaded, and the moments of Adam '
+          'start at zero.', flush=True)
     optimizer.refresh_fp32_params()
 
 def _save_bf16_optimizer():
@@ -142,12 +152,14 @@ def _save_bf16_optimizer():
     from deepspeed.runtime.engine import DeepSpeedEngine
     from packaging.version import Version
     if Version(__version__.partition('+')[0]) >= Version('0.18.5'): return
-    for name in ('_save_checkpoint', '_load_checkpoint'): setattr(DeepSpeedEngine, name, saving_bf16(getattr(DeepSpeedEngine, name)))
+    for name in ('_save_checkpoint', '_load_checkpoint'):
+        setattr(DeepSpeedEngine, name, saving_bf16(getattr(DeepSpeedEngine, name)))
 
 def _load_on_cpu():
     "Let torch load onto `cpu:0`, `cpu:1`, …, which is what accelerate calls the device of a rank on the CPU."
     import torch
-    torch.serialization.register_package(9, lambda storage: None, lambda storage, where: storage if re.fullmatch(r'cpu:\d+', where) else None)
+    torch.serialization.register_package(9, lambda storage: None, lambda storage, where: storage
+                                         if re.fullmatch(r'cpu:\d+', where) else None)
 
 def keeping_epoch(
     skip, # accelerate's `skip_first_batches`
@@ -203,14 +215,17 @@ def renaming_weights(
     def load(self, *args, **kwargs):
         names, as_it_is = getattr(type(self.model), '_checkpoint_conversion_mapping', None), self.model.load_state_dict
         if not names: return method(self, *args, **kwargs)
-        self.model.load_state_dict = lambda weights, *more, **options: as_it_is({_renamed(k, names): v for k, v in weights.items()}, *more, **options)
+        def load_renamed(weights, *more, **options):
+            return as_it_is({_renamed(k, names): v for k, v in weights.items()}, *more, **options)
+        self.model.load_state_dict = load_renamed
         try: return method(self, *args, **kwargs)
         finally: del self.model.load_state_dict
     return load
 
 def _load_renamed():
     from transformers import Trainer
-    for name in ('_load_from_checkpoint', '_load_best_model'): setattr(Trainer, name, renaming_weights(getattr(Trainer, name)))
+    for name in ('_load_from_checkpoint', '_load_best_model'):
+        setattr(Trainer, name, renaming_weights(getattr(Trainer, name)))
 
 # %% ../../nbs/run/20_rank.ipynb #8d85b261
 def show_downloads():
@@ -241,9 +256,11 @@ def go_on(
     has_begun = 'WORLD_SIZE' in os.environ and Path(recipe['output_dir'], PROGRESS).exists()
     if not has_begun: return recipe
     found, passed = _agree(recipe, lambda: _choose(recipe['output_dir']))
-    if any(' is complete, but ' in why for why in passed) and not found: raise RuntimeError('There is no checkpoint to resume from. ' + ' '.join(passed))
+    if any(' is complete, but ' in why for why in passed) and not found:
+        raise RuntimeError('There is no checkpoint to resume from. ' + ' '.join(passed))
     if not found and recipe.get('resume_from_checkpoint'): return recipe
-    return recipe | {'resume_from_checkpoint': os.path.relpath(found) if found else False, 'overwrite_output_dir': False}  # relative to each rank's own folder
+    return recipe | {'resume_from_checkpoint': os.path.relpath(found) if found else False,
+                     'overwrite_output_dir': False}  # relative to each rank's own folder
 
 # %% ../../nbs/run/20_rank.ipynb #cb8b879f
 def work(

@@ -44,7 +44,7 @@ class Progress:
     left:float=None   # Seconds left at that rate
     unit:str='step'   # What a step is: `'step'`, or `'row'` for a prediction
     begin:int=0       # Steps that were done before this start
-    doing:str=''      # Before the first step, the last progress bar of its log in words, such as that of the preprocessing
+    doing:str=''      # Before the first step, the last progress bar of its log, such as that of the preprocessing
 
     @property
     def pace(self):
@@ -111,7 +111,8 @@ class Run:
 
     @property
     def recipe(self):
-        "The recipe as it was started. Raises `FileNotFoundError` or `ValueError` if `recipe.yaml` is missing or damaged."
+        """The recipe as it was started.
+        Raises `FileNotFoundError` or `ValueError` if `recipe.yaml` is missing or damaged."""
         return load_recipe(self.output_dir/RECIPE)
 
 @in_words
@@ -136,13 +137,17 @@ def progress(self:Run):
     "How far the run is, as `Progress`."
     log = self.output_dir/TRAINER_LOG
     about, started = state_or_empty(self, RUN), state_or_empty(self, WAITER).get('started', 0)
-    row = _latest(log) if os.path.isfile(log) and os.stat(log).st_mtime >= started else {}  # the log of an earlier run does not count
-    now = state_or_empty(self, PROGRESS) or {'step': row.get('current_steps', 0), 'steps': row.get('total_steps', 0), 'epoch': row.get('epoch', 0)}
-    if not now['steps'] and 'before' in about and not self.is_running: now |= about['before']  # it was resumed, and ended before its first step
+    # The log of an earlier run does not count
+    row = _latest(log) if os.path.isfile(log) and os.stat(log).st_mtime >= started else {}
+    now = state_or_empty(self, PROGRESS) or {'step': row.get('current_steps', 0), 'steps': row.get('total_steps', 0),
+                                             'epoch': row.get('epoch', 0)}
+    if not now['steps'] and 'before' in about and not self.is_running:
+        now |= about['before']  # it was resumed, and ended before its first step
     took, did = now.get('time', 0) - now.get('began', 0), now['step'] - now.get('from_step', 0)
     rate = did/took if did > 0 and took > 0 else None
     left = (now['steps'] - now['step'])/rate if rate and self.is_running else None
-    return Progress(now['step'], now['steps'], now.get('epoch') or 0., row.get('loss'), rate, left if left and 0 < left < 10**9 else None,
+    return Progress(now['step'], now['steps'], now.get('epoch') or 0., row.get('loss'), rate,
+                    left if left and 0 < left < 10**9 else None,
                     about.get('unit', 'step'), now.get('from_step', 0), '' if now['steps'] else self._doing())
 
 # %% ../../nbs/run/60_start.ipynb #0efd8113
@@ -152,12 +157,14 @@ def _end_of(path):
     "The end of a log, and how much of it was left out."
     try: size, text = path.stat().st_size, read_tail(path, _most)
     except (OSError, Damaged) as e: return f'[{path} cannot be read: {e}]\n'
-    return f'[The first {size - _most:,} of {size:,} bytes are left out: {path} has them.]\n{text}' if size > _most else text
+    left_out = f'[The first {size - _most:,} of {size:,} bytes are left out: {path} has them.]\n'
+    return left_out + text if size > _most else text
 
 @patch
 def _rank_logs(self:Run):
     "Folders with the output of the ranks, by rank; empty if there is only one process."
-    logs = [p for p in self.output_dir.glob('ranks/*/attempt_*/*/stderr.log') if p.parent.name.isdecimal() and p.is_file()]
+    logs = [p for p in self.output_dir.glob('ranks/*/attempt_*/*/stderr.log') if p.parent.name.isdecimal()
+            and p.is_file()]
     logs.sort(key=lambda p: p.stat().st_ctime)
     return {int(p.parent.name): p.parent for p in logs}
 
@@ -167,16 +174,20 @@ def log(self:Run,
 )->str:
     "What the run has printed so far; of a very long log, its end."
     ranks = self._rank_logs() or {0: None}
-    if rank is not None and rank not in ranks: raise ValueError(f'There is no log of rank {rank}; available: {sorted(ranks)}.')
+    if rank is not None and rank not in ranks:
+        raise ValueError(f'There is no log of rank {rank}; available: {sorted(ranks)}.')
     own = rank is not None and ranks[rank]
     files = [own/'stdout.log', own/'stderr.log'] if own else [self.output_dir/RUN_LOG]
     return ''.join(_end_of(f) for f in files if f.is_file())
 
 @patch(as_prop=True)
 def failure(self:Run):
-    "Why the run failed, or what is damaged, and what to do if that is known, as a `Finding`; `None` if it did not fail."
+    """Why the run failed, or what is damaged, and what to do if that is known, as a `Finding`; `None` if it did not
+    fail."""
     status, damage = self.status, life.damage(self)
-    if status == 'damaged': return Finding('run', damage, 'Put the file back from a copy, if there is one. Everything else in the folder is unchanged: run.log, checkpoints.')
+    if status == 'damaged':
+        return Finding('run', damage, 'Put the file back from a copy, if there is one. Everything else in the folder '
+                                      'is unchanged: run.log, checkpoints.')
     return find_failure(self.output_dir) if status == 'failed' else None
 
 @patch
@@ -185,11 +196,13 @@ def gpu(self:Run):
     import pandas as pd
     about = state_or_empty(self, RUN)
     used = gpus((about.get('env', {}) | about.get('inherited', {})).get('CUDA_VISIBLE_DEVICES'))[:about.get('nproc', 1)]
-    rows = [{'rank': rank, 'gpu': g.name, 'used GiB': (g.total - g.free)/GiB, 'of GiB': g.total/GiB, 'load %': g.load} for rank, g in enumerate(used)]
+    rows = [{'rank': rank, 'gpu': g.name, 'used GiB': (g.total - g.free)/GiB, 'of GiB': g.total/GiB, 'load %': g.load}
+            for rank, g in enumerate(used)]
     return text_table(pd.DataFrame(rows, columns=['rank', 'gpu', 'used GiB', 'of GiB', 'load %']))
 
 # %% ../../nbs/run/60_start.ipynb #0efd8115
-_bar = '{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]' # Without tqdm's own estimate of the time left
+# Without tqdm's own estimate of the time left
+_bar = '{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]'
 
 @patch
 def watch(self:Run):
@@ -200,20 +213,23 @@ def watch(self:Run):
 @patch
 @in_words
 def wait(self:Run):
-    "Block until the run has ended, and show its progress; interrupting leaves the run at work. Raises `RuntimeError` with the cause if the run failed."
+    """Block until the run has ended, and show its progress; interrupting leaves the run at work.
+    Raises `RuntimeError` with the cause if the run failed."""
     try:
         from tqdm import tqdm  # the text version: it is saved with the notebook, a widget is not
         with tqdm(desc=self.output_dir.name, file=sys.stdout, bar_format=_bar) as bar:
             while True:
                 status, now = self.status, self.progress
                 bar.total, bar.n = now.steps or None, now.step
-                bar.set_postfix_str(', '.join(filter(None, [now.doing, now.pace, now.remaining])))  # refreshes the bar, too
+                # Refreshes the bar, too
+                bar.set_postfix_str(', '.join(filter(None, [now.doing, now.pace, now.remaining])))
                 if status != 'running': break
                 time.sleep(.5)
     except KeyboardInterrupt:
         print(f'The run goes on without you: attach({str(self.output_dir)!r}) finds it again, and .stop() ends it.')
         raise
-    if status == 'damaged': raise RuntimeError(f'Nobody can tell how the run in {self.output_dir} ended. {str(self.failure)}')
+    if status == 'damaged':
+        raise RuntimeError(f'Nobody can tell how the run in {self.output_dir} ended. {str(self.failure)}')
     if status == 'failed': raise RuntimeError('\n'.join([f'The run in {self.output_dir} failed.', str(self.failure)]))
     return self
 
@@ -223,19 +239,24 @@ def wait(self:Run):
 def stop(self:Run,
     patience:float=120, # Seconds to wait for the end of a step; 0: end the run at once, without a checkpoint
 ):
-    "End the run at the next step, with a checkpoint; end it by force when `patience` is over. Returns when nothing of it is left."
+    """End the run at the next step, with a checkpoint; end it by force when `patience` is over.
+    Returns when nothing of it is left."""
     try: life.stop(self.output_dir, patience)
-    except psutil.AccessDenied as e: raise PermissionError(f'The run in {self.output_dir} belongs to another user, who alone can end it (process {e.pid}).') from None
+    except psutil.AccessDenied as e:
+        raise PermissionError(f'The run in {self.output_dir} belongs to another user, who alone can end it (process '
+                              f'{e.pid}).') from None
     return self
 
 @patch
 @in_words
 def resume(self:Run,
     master:str=None, # Address and port of the first of several machines; `None`: as before
-    trust:bool=False, # Also resume a run that somebody else started, or that was started elsewhere: whatever its folder names is executed
+    trust:bool=False, # Also resume a run started by somebody else or elsewhere: whatever its folder names is executed
 ):
     "Resume from the newest complete checkpoint, with the same recipe, on the same number of processes."
-    if not last_start(self): raise RuntimeError(f"There is nothing to resume in {self.output_dir}: {life.damage(self) or 'its run.json is missing, or was not written by launch()'}")
+    if not last_start(self):
+        raise RuntimeError(f"There is nothing to resume in {self.output_dir}: "
+                           f"{life.damage(self) or 'its run.json is missing, or was not written by launch()'}")
     return _resume(self, master, trust)
 
 # %% ../../nbs/run/60_start.ipynb #c8864673
@@ -243,18 +264,21 @@ def _row(folder, run):
     "A run as a row of the table of runs."
     lowest = best_evaluation(run)
     now, started = run.progress, state_or_empty(run, WAITER).get('started')
-    return {'run': str(run.output_dir.relative_to(folder)), 'state': run.status, 'started': started, 'step': now.step, 'of': now.steps,
+    return {'run': str(run.output_dir.relative_to(folder)), 'state': run.status, 'started': started, 'step': now.step,
+            'of': now.steps,
             'loss': now.loss, 'best eval_loss': lowest}
 
 def runs(
     folder, # Folder below which to look
-): # A pandas `DataFrame`, a row for each run: run (path below the folder), state, started, step, of, loss (last), best eval_loss
+): # A `DataFrame`, a row for each run: run (path below the folder), state, started, step, of, loss, best eval_loss
     "All runs below a folder."
     import pandas as pd
     folder = Path(folder).absolute()
     found = [Run(p.parent) for p in sorted(folder.rglob(RUN)) if EARLIER not in p.parts]
-    first = [run for run in found if not state_or_empty(run, RUN).get('node_rank')]  # the part of a run on another machine is not a run of its own
-    table = pd.DataFrame([_row(folder, run) for run in first], columns=['run', 'state', 'started', 'step', 'of', 'loss', 'best eval_loss'])
+    # The part of a run on another machine is not a run of its own
+    first = [run for run in found if not state_or_empty(run, RUN).get('node_rank')]
+    table = pd.DataFrame([_row(folder, run) for run in first],
+                         columns=['run', 'state', 'started', 'step', 'of', 'loss', 'best eval_loss'])
     table['started'] = pd.to_datetime(table.started, unit='s').dt.floor('s')
     return text_table(table)
 
@@ -303,21 +327,26 @@ def start(
     make_room, # What to do with an earlier start's files, given the folder
     command:list=None, # What to start; `None`: LLaMA-Factory, on this recipe
 )->Run: # The run
-    "Start a recipe below a waiter, once it is certain that no other run is at work in the folder. Raises `ValueError` if it would harm other files."
+    """Start a recipe below a waiter, once it is certain that no other run is at work in the folder.
+    Raises `ValueError` if it would harm other files."""
     run = Run(about['cwd'])
     run.output_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(run.output_dir/'.lock', timeout=120):
-        if run.is_running: raise RuntimeError(f'A run is at work in {run.output_dir}: attach(…) to it, stop() it, or choose another output_dir.')
+        if run.is_running:
+            raise RuntimeError(f'A run is at work in {run.output_dir}: attach(…) to it, stop() it, or choose another '
+                               'output_dir.')
         about = about | {'command': command or run_command(recipe, about), 'before': _before(run, make_room)}
         refuse_foreign(run.output_dir, recipe, about)
         carried, names = secrets_of(recipe, about)
         make_room(run.output_dir)
         sweep(run.output_dir)
-        shown = {'given': hidden.apart(about['given'])[1], 'env': hidden.apart(child_environment(recipe, about))[1], 'inherited': inherited_environment(), 'secrets': names}
+        shown = {'given': hidden.apart(about['given'])[1], 'env': hidden.apart(child_environment(recipe, about))[1],
+                 'inherited': inherited_environment(), 'secrets': names}
         write_start(run.output_dir, about | shown)
         save_recipe(hidden.apart(recipe)[1], run.output_dir/RECIPE, private=True)
         note_start(run.output_dir)
-        process = subprocess.Popen([sys.executable, '-I', *script('run.waiter', run.output_dir)], env=os.environ | carried, start_new_session=True,
+        process = subprocess.Popen([sys.executable, '-I', *script('run.waiter', run.output_dir)],
+                                   env=os.environ | carried, start_new_session=True,
                                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and not (run.output_dir/WAITER).exists(): time.sleep(.02)
     return run
@@ -326,16 +355,20 @@ def start(
 _seconds = 1.5 # Seconds that a start waits for the checks that may take longer
 
 def _checked(recipe, about):
-    "Check a recipe; checks that take long continue in parallel. Returns the function to call with the run once it has started."
+    """Check a recipe; checks that take long continue in parallel.
+    Returns the function to call with the run once it has started."""
     ranks, force = about['nproc']*about['nnodes'], about['force']
     found = quick_findings(recipe, ranks, about['versions'], about['given'], about['python']) + port_findings(about)
     errors = any(f.level == 'error' for f in found)
     pool = ThreadPoolExecutor(1)
     cards = gpus(visible_gpus(about['given']))[:about['nproc']]
-    beside = pool.submit(data_findings, recipe) if errors else pool.submit(lambda: slow_findings(recipe, ranks, cards) + late_findings(recipe, about['python']))
+    beside = pool.submit(data_findings, recipe) if errors else pool.submit(lambda: slow_findings(recipe, ranks, cards)
+                                                                           + late_findings(recipe, about['python']))
     pool.shutdown(wait=False)
     then = lambda run: None
-    try: found += beside.result(None if errors and not force else _seconds)  # if there is an error, wait until all others are known
+    try:
+        # If there is an error, wait until all others are known
+        found += beside.result(None if errors and not force else _seconds)
     except TimeoutError: then = lambda run: beside.add_done_callback(partial(_end_refused, run, force))
     raise_errors(found, force)
     return then
@@ -349,21 +382,25 @@ def describe_start(
     python=None, # Interpreter of the run; `None`: this one
     force:bool=False, # Whether the checks let everything pass
 )->dict: # For `run.json`
-    "What is known about a run before its start, in addition to the recipe. Raises `ValueError` if there is no such interpreter."
+    """What is known about a run before its start, in addition to the recipe.
+    Raises `ValueError` if there is no such interpreter."""
     found = shutil.which(python or sys.executable)
-    if not found: raise ValueError(f'python={os.fspath(python)!r} is not an interpreter: give its path, such as /env/bin/python.')
+    if not found:
+        raise ValueError(f'python={os.fspath(python)!r} is not an interpreter: give its path, such as /env/bin/python.')
     python = str(Path(found).absolute())
     env, cards = env or {}, gpus_for(env or {})
     nproc = nproc or max(1, len(cards))
     about = {'id': uuid.uuid4().hex, 'python': python, 'nproc': nproc, 'nnodes': nnodes, 'node_rank': node_rank,
-             'master': master, 'given': env, 'force': force, 'host': socket.gethostname(), 'versions': installed_versions(python)}
+             'master': master, 'given': env, 'force': force, 'host': socket.gethostname(),
+             'versions': installed_versions(python)}
     return about | {'gpus': cards[:nproc]}
 
 # %% ../../nbs/run/60_start.ipynb #8ae30e66
 def _stale(recipe):
     "Checkpoints that are already in the folder of a run that does not build on them: name → when it was written."
     start = recipe.get('resume_from_checkpoint')
-    if start is True or start is None and not recipe.get('overwrite_output_dir'): return {}  # LLaMA-Factory resumes from the last one
+    if start is True or start is None and not recipe.get('overwrite_output_dir'):
+        return {}  # LLaMA-Factory resumes from the last one
     found = checkpoints(recipe['output_dir'])
     before = [c for c in found if start and c.resolve() == Path(start).resolve()]
     return {c.name: when_written(c) for c in found[found.index(before[0]) + 1 if before else 0:] if when_written(c)}
@@ -375,7 +412,7 @@ def launch(
     nnodes:int=1, # Number of machines
     node_rank:int=0, # This machine's number among them
     master:str=None, # Address and port of the first machine, as the others reach it, such as '10.0.0.1:29500'
-    env:dict=None, # Environment variables for the run, in addition to or instead of those of this process; keys and tokens aren't written down
+    env:dict=None, # Environment variables for the run, besides those of this process; secrets aren't written down
     python=None, # Interpreter of another environment, with LLaMA-Factory; `None`: this one
     force:bool=False, # Start even if the checks say that the recipe can't run
 )->Run: # The run, started
@@ -383,7 +420,8 @@ def launch(
     about = describe_start(nproc, nnodes, node_rank, master, env, python, force)
     then = _checked(recipe, about)
     folder = Path(recipe['output_dir']).absolute()
-    run = start(recipe, about | {'cwd': str(folder/f'node-{node_rank}' if node_rank else folder), 'stale': _stale(recipe)}, _clear)
+    run = start(recipe, about | {'cwd': str(folder/f'node-{node_rank}' if node_rank else folder),
+                                 'stale': _stale(recipe)}, _clear)
     then(run)
     return run
 
@@ -391,9 +429,12 @@ def launch(
 def _resumable(recipe):
     "Raise if LLaMA-Factory can't resume such a recipe, or would silently start it from the beginning."
     stage, kind = recipe.get('stage', 'sft'), recipe.get('finetuning_type', 'lora')
-    if stage == 'ppo' or stage == 'rm' and kind != 'lora': raise RuntimeError(f'LLaMA-Factory cannot resume {stage} with {kind}: launch(recipe) starts from the beginning.')
+    if stage == 'ppo' or stage == 'rm' and kind != 'lora':
+        raise RuntimeError(f'LLaMA-Factory cannot resume {stage} with {kind}: launch(recipe) starts from the '
+                           'beginning.')
     if recipe.get('save_only_model') and recipe.get('deepspeed'):
-        raise RuntimeError('With save_only_model and DeepSpeed there are only weights in the checkpoints, and DeepSpeed cannot resume from those: launch(recipe) starts from the beginning.')
+        raise RuntimeError('With save_only_model and DeepSpeed there are only weights in the checkpoints, and '
+                           'DeepSpeed cannot resume from those: launch(recipe) starts from the beginning.')
 
 def _newest(recipe, ranks, stale):
     "The checkpoint to resume from; warns of newer ones."
@@ -401,22 +442,31 @@ def _newest(recipe, ranks, stale):
     if last:
         for why in passed: warnings.warn(f'Resuming from {last.name}. {why}', stacklevel=5)
         return last
-    other = ' To go on from a complete one: launch(recipe | {"resume_from_checkpoint": …}, nproc=…) on as many ranks as it needs.' if any('is complete' in p for p in passed) else ''
-    raise RuntimeError('\n- '.join([f"There is no complete checkpoint in {recipe['output_dir']} to resume from: launch(recipe) starts from the beginning.{other}", *passed]))
+    other = ''
+    if any('is complete' in p for p in passed):
+        other = (' To go on from a complete one: launch(recipe | {"resume_from_checkpoint": …}, nproc=…) on as many '
+                 'ranks as it needs.')
+    raise RuntimeError('\n- '.join([f"There is no complete checkpoint in {recipe['output_dir']} to resume from: "
+                                    f"launch(recipe) starts from the beginning.{other}", *passed]))
 
 def _resume(run, master, trust):
     "Start a run again where it left off."
     about, recipe = state_or_empty(run, RUN), run.recipe
-    if run.is_running or run.status == 'done': raise RuntimeError(f'The run in {run.output_dir} is {run.status}: there is nothing to resume.')
+    if run.is_running or run.status == 'done':
+        raise RuntimeError(f'The run in {run.output_dir} is {run.status}: there is nothing to resume.')
     if 'workers' in about:
-        raise RuntimeError(f'There are predictions in {run.output_dir}: predict(…), called again as before, continues with the missing rows.')
-    if not isinstance(recipe.get('output_dir'), str): raise RuntimeError(f"{run.output_dir/RECIPE} was changed after the start: it names no output_dir.")
+        raise RuntimeError(f'There are predictions in {run.output_dir}: predict(…), called again as before, continues '
+                           'with the missing rows.')
+    if not isinstance(recipe.get('output_dir'), str):
+        raise RuntimeError(f"{run.output_dir/RECIPE} was changed after the start: it names no output_dir.")
     if not trust: refuse_stranger(run, about, recipe)
     _resumable(recipe)
     last = _newest(recipe, about['nproc']*about['nnodes'], about.get('stale', {}))
     recipe = {k: v for k,v in recipe.items() if k != 'resume_from_checkpoint'} | {'overwrite_output_dir': False}
-    about |= {'id': uuid.uuid4().hex, 'master': master or about['master'], 'host': socket.gethostname(), 'versions': installed_versions(about['python'])}
+    about |= {'id': uuid.uuid4().hex, 'master': master or about['master'], 'host': socket.gethostname(),
+              'versions': installed_versions(about['python'])}
     then = _checked(recipe | {'resume_from_checkpoint': str(last)}, about)
-    run = start(recipe, about, keep_earlier, [*run_command(recipe, about), f"resume_from_checkpoint={os.path.relpath(last, about['cwd'])}"])
+    run = start(recipe, about, keep_earlier,
+                [*run_command(recipe, about), f"resume_from_checkpoint={os.path.relpath(last, about['cwd'])}"])
     then(run)
     return run

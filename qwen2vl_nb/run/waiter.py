@@ -15,7 +15,9 @@ from .folder import ENDED, PROGRESS, RUN, RUN_LOG, STOP, STOPPING, WAITER
 
 # %% ../../nbs/run/10_waiter.ipynb #27e0438d
 GRACE = 40    # Seconds between SIGTERM and SIGKILL; torchrun allows its ranks 30
-BEAT = 10     # Seconds between the waiter's heartbeats, which update the time of `waiter.json` for whoever watches from another machine
+# Seconds between the waiter's heartbeats, which update the time of `waiter.json` for whoever watches from another
+# machine
+BEAT = 10
 SAVING = 3600 # Seconds that a run has to save its checkpoint when it stops at a step
 
 def _adopt_orphans():
@@ -61,7 +63,8 @@ def _patience():
     except (OSError, ValueError): return 120
 
 def _seconds_left(seen):
-    "How long a run that was asked to stop may still take before it gets SIGTERM; `None` if nobody asked. `seen`: when each file was first seen."
+    """How long a run that was asked to stop may still take before it gets SIGTERM; `None` if nobody asked.
+    `seen`: when each file was first seen."""
     for name, allowed in ((STOP, _patience), (STOPPING, lambda: SAVING)):
         if os.path.lexists(name): return seen.setdefault(name, time.monotonic()) + allowed() - time.monotonic()
 
@@ -73,9 +76,12 @@ def _start(run):
     finally: os.close(log)
 
 def _wait(folder, own, child, told):
-    "Wait until a run has ended, has used up its time after being asked to stop, or has lost its folder; returns whether it was asked."
-    ending, beat, seen = 0, time.monotonic(), {}  # when SIGTERM was passed on; the last heartbeat; when each file was first seen
-    while child.poll() is None or ending and descendants(os.getpid()):  # torchrun ends its ranks after its caller has gone
+    """Wait until a run has ended, has used up its time after being asked to stop, or has lost its folder; returns
+    whether it was asked."""
+    # When SIGTERM was passed on; the last heartbeat; when each file was first seen
+    ending, beat, seen = 0, time.monotonic(), {}
+    # Torchrun ends its ranks after its caller has gone
+    while child.poll() is None or ending and descendants(os.getpid()):
         if not is_there(folder, own): break
         left = 0 if told else _seconds_left(seen)
         if not ending and left is not None and left <= 0:
@@ -111,7 +117,8 @@ def wait_on(
                           'child': child.pid, 'child_created': created(child.pid)})
     asked = _wait(folder, own, child, told)
     _end_all()
-    ended = {'returncode': child.poll(), 'asked': asked, 'time': time.time(), 'killed_by_kernel': _kernel_kills() > kills}
+    ended = {'returncode': child.poll(), 'asked': asked, 'time': time.time(),
+             'killed_by_kernel': _kernel_kills() > kills}
     if not is_there(folder, own): ended |= {'moved': True}
     with suppress(OSError):  # the folder may be gone, or no longer writable
         room.unlink()

@@ -36,7 +36,8 @@ def _look(run):
 def _headline(seen):
     "State, steps and the time left, in words."
     begins = seen.state == 'running' and not seen.now.steps
-    return f'{seen.name}: ' + ', '.join(filter(None, ['starting' if begins else seen.state, seen.now.place or seen.now.doing, seen.now.remaining]))
+    return f'{seen.name}: ' + ', '.join(filter(None, ['starting' if begins else seen.state,
+                                                      seen.now.place or seen.now.doing, seen.now.remaining]))
 
 def _figures(logged):
     "What was logged, as `Log.summary` gives it, in words."
@@ -99,10 +100,12 @@ _red = '#d64545' # Readable on white and on black
 
 def _line(text, colour='inherit'):
     "A line of text as HTML that shows it literally."
-    return f'<span class="tex2jax_ignore mathjax_ignore" style="white-space:pre-wrap;line-height:1.5;color:{colour}">{escape(text)}</span>'
+    style = f'white-space:pre-wrap;line-height:1.5;color:{colour}'
+    return f'<span class="tex2jax_ignore mathjax_ignore" style="{style}">{escape(text)}</span>'
 
 # %% ../../nbs/run/70_watch.ipynb #655daaaa
-_looks = {'done': 'success', 'failed': 'danger', 'damaged': 'danger', 'stopped': 'warning', 'stopping': 'warning'} # Style of the bar by state
+# Style of the bar by state
+_looks = {'done': 'success', 'failed': 'danger', 'damaged': 'danger', 'stopped': 'warning', 'stopping': 'warning'}
 _shares = dict(words=.002, gpu=.002, curve=.013) # Shares of one core; together below 2 %
 _at_work = ('running', 'stopping', 'resuming')
 _most_failures = 30 # Number of looks in a row that may fail before the view gives up
@@ -113,7 +116,8 @@ class RunView(VBox):
         run, # A `Run`
     ):
         self._run, self._log, self._drawn = run, Log(run), 0
-        self._logged, self._rest, self._unread = '', '', ''  # what the picture shows, in words; rate and GPU; why the log can't be read
+        # What the picture shows, in words; rate and GPU; why the log can't be read
+        self._logged, self._rest, self._unread = '', '', ''
         self._doing, self._trouble = '', ''  # what a button has started; what went wrong
         self._lock, self._wake, self._thread, self._left = Lock(), Event(), None, 0
         self._words = Paced(self._say, _shares['words'], .5)
