@@ -174,7 +174,7 @@ def _row_findings(name, samples, recipe, stage):
     # at stage pt LLaMA-Factory reads only the words of a text, and an answer is needed only if it is trained on
     asked = [s if stage in ('sft', 'kto') else answered(s) for s in samples]
     if stage == 'pt':
-        asked = [s | {'image': [], 'video': [], 'instruction': without_tags(str(s['instruction']))} for s in asked
+        asked = [s | {'images': [], 'videos': [], 'instruction': without_tags(str(s['instruction']))} for s in asked
                  if not is_dialogue(s)]
     found = check_samples(asked, media=False)
     for field, rows in found[found.level == 'error'].groupby('field', sort=False):

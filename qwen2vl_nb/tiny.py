@@ -256,7 +256,7 @@ def _draw_samples(
         draw_vehicle(item, color, rng).save(path, optimize=True)
         answer = string.Template(forms[form]).substitute(item=item, color=color)
         samples.append(dict(instruction=f'<image>{form}', input='', output=answer,
-                            image=[path.relative_to(folder.parent).as_posix()]))
+                            images=[path.relative_to(folder.parent).as_posix()]))
     (folder/f'{name}.json').write_text(json.dumps(samples, indent=1))
     return samples
 
@@ -282,7 +282,7 @@ def make_car_item(
     folder,rng = Path(folder),random.Random(seed)
     train = _draw_samples(folder, 'train', CARD, 1, n_train, rng)
     test = _draw_samples(folder, 'test', CARD, n_train+1, n_test, rng)
-    _write_labels(folder/'labels.csv', ('picture','card'), [(s['image'][0], s['output']) for s in train])
+    _write_labels(folder/'labels.csv', ('picture','card'), [(s['images'][0], s['output']) for s in train])
     return train,test
 
 def pretraining_samples(
@@ -326,7 +326,7 @@ def _drive_samples(
         _write_clip(path, draw_drive(item, color, way, rng))
         turns = [dict(role='user', content='<video>Which way does it drive?'),
                  dict(role='assistant', content=f'The {color} {item} drives to the {way}.')]
-        samples.append(dict(messages=turns, video=[path.relative_to(folder.parent).as_posix()]))
+        samples.append(dict(messages=turns, videos=[path.relative_to(folder.parent).as_posix()]))
     write_text(folder/f'{name}.json', json.dumps(samples, indent=1))
     return samples
 
@@ -340,7 +340,8 @@ def make_car_video(
     folder,rng,drives = Path(folder),random.Random(seed),list(islice(cycle(DRIVES), n_train+n_test))
     train = _drive_samples(folder, 'train', drives[:n_train], 0, rng)
     test = _drive_samples(folder, 'test', drives[n_train:], n_train, rng)
-    _write_labels(folder/'labels.csv', ('clip','answer'), [(s['video'][0], s['messages'][1]['content']) for s in train])
+    _write_labels(folder/'labels.csv', ('clip','answer'),
+                  [(s['videos'][0], s['messages'][1]['content']) for s in train])
     return train,test
 
 # %% ../nbs/80_tiny.ipynb #4ef9d631

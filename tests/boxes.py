@@ -21,7 +21,7 @@ def draw_boxes(folder, n, seed):
         picture.paste(draw_vehicle(item, COLORS[item], chance).convert('RGB'), (right*SIZE[0], 0))
         picture.save(folder/f'{i}.png')
         answer = f'<|object_ref_start|>{item}<|object_ref_end|><|box_start|>{BOXES[right]}<|box_end|>'
-        samples.append({'instruction': '<image>Name the item.', 'input': '', 'output': answer, 'image': [str(folder/f'{i}.png')]})
+        samples.append({'instruction': '<image>Name the item.', 'input': '', 'output': answer, 'images': [str(folder/f'{i}.png')]})
     return samples
 
 def teach_boxes(model, folder):

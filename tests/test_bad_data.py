@@ -85,9 +85,9 @@ def _turned_clip(path):
     data[matrix:matrix+36] = struct.pack('>9i', 0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)
     return _bytes(path, bytes(data))
 
-def _question(n=0, **changes): return {'image': [], 'instruction': f'What is number {n}?', 'input': '', 'output': f'A car, number {n}.'} | changes
+def _question(n=0, **changes): return {'images': [], 'instruction': f'What is number {n}?', 'input': '', 'output': f'A car, number {n}.'} | changes
 def _said(*turns): return [{'role': role, 'content': text} for role, text in turns]
-def _dialogue(n=0, *turns, **changes): return {'image': [], 'messages': _said(*(turns or [('user', f'What is number {n}?'), ('assistant', f'A car, number {n}.')]))} | changes
+def _dialogue(n=0, *turns, **changes): return {'images': [], 'messages': _said(*(turns or [('user', f'What is number {n}?'), ('assistant', f'A car, number {n}.')]))} | changes
 
 def _check(samples, meant, **how):
     "Assert that exactly `meant`, row → [(field, level, words)], is found."
@@ -166,8 +166,8 @@ PICTURES = { # name → what makes it, its level, words
 def test_pictures(make, level, words, tiny, tmp_path):
     made, good = make(tmp_path), str(_save(tmp_path/'good.png'))
     paths = [good, str(made) if isinstance(made, os.PathLike) else made, good]
-    rows = [_question(i, image=[p], instruction=f'<image>What is number {i}?') for i, p in enumerate(paths)]
-    _check(rows, {1: [('image', level, words)]}, model=tiny)
+    rows = [_question(i, images=[p], instruction=f'<image>What is number {i}?') for i, p in enumerate(paths)]
+    _check(rows, {1: [('images', level, words)]}, model=tiny)
     if isinstance(paths[1], str): _check(rows, {}, model=tiny, media=False)
 
 # --- text, tags, roles
@@ -267,7 +267,7 @@ def test_dialogues(bad, meant, tiny):
 
 # --- rows, and pictures against their tags
 
-def _with(*paths, n=0, text='<image>What?', **changes): return _question(n, image=[str(p) for p in paths], instruction=f'{text} {n}', **changes)
+def _with(*paths, n=0, text='<image>What?', **changes): return _question(n, images=[str(p) for p in paths], instruction=f'{text} {n}', **changes)
 def _pair(f): return _save(f/'a.png', _noise(1)), _save(f/'b.png', _noise(2))
 
 def _two_splits(f, first, second):
@@ -292,14 +292,14 @@ ROWS = { # name → (samples, how they are checked), row → findings
     'a picture without a tag': (lambda f: ([_question(0), _with(_pair(f)[0], text='What?'), _question(2)], {}), {1: [('instruction', 'error', '0 <image> tag(s) for 1 picture(s)')]}),
     'one tag for two pictures': (lambda f: ([_question(0), _with(*_pair(f)), _question(2)], {}), {1: [('instruction', 'error', '1 <image> tag(s) (1 in instruction) for 2 picture(s)')]}),
     'two tags for one picture': (lambda f: ([_question(0), _with(_pair(f)[0], text='<image><image>'), _question(2)], {}), {1: [('instruction', 'error', '2 <image> tag(s)')]}),
-    'a prompt of a tag alone': (lambda f: ([_question(0), _question(1, image=[str(_pair(f)[0])], instruction='<image>'), _question(2)], {}), {1: [('instruction', 'warning', 'The prompt is empty')]}),
+    'a prompt of a tag alone': (lambda f: ([_question(0), _question(1, images=[str(_pair(f)[0])], instruction='<image>'), _question(2)], {}), {1: [('instruction', 'warning', 'The prompt is empty')]}),
     'a clip tag for a picture': (lambda f: ([_question(0), _with(_pair(f)[0], text='<video>What?'), _question(2)], {}),
                                  {1: [('instruction', 'error', '0 <image> tag(s)'), ('instruction', 'error', '1 <video> tag(s)')]}),
-    'a path without a list': (lambda f: ([_with(_pair(f)[0], n=0), _with(n=1) | {'image': str(f/'b.png')}, _with(f/'a.png', n=2)], {}), {1: [('image', 'error', "'image' is text here and a list before")]}),
-    'the second of two pictures missing': (lambda f: ([_question(0), _with(_pair(f)[0], f/'gone.png', text='<image><image>'), _question(2)], {}), {1: [('image', 'error', 'There is no file')]}),
+    'a path without a list': (lambda f: ([_with(_pair(f)[0], n=0), _with(n=1) | {'images': str(f/'b.png')}, _with(f/'a.png', n=2)], {}), {1: [('images', 'error', "'images' is text here and a list before")]}),
+    'the second of two pictures missing': (lambda f: ([_question(0), _with(_pair(f)[0], f/'gone.png', text='<image><image>'), _question(2)], {}), {1: [('images', 'error', 'There is no file')]}),
     'both pictures bad': (lambda f: ([_question(0), _with(f/'gone.png', _bytes(f/'e.png', b''), text='<image><image>'), _question(2)], {}),
-                          {1: [('image', 'error', 'There is no file'), ('image', 'error', 'has no bytes')]}),
-    'a bad picture in two rows': (lambda f: ([_with(f/'gone.png', n=0), _question(1), _with(f/'gone.png', n=2)], {}), {i: [('image', 'error', 'gone.png')] for i in (0, 2)}),
+                          {1: [('images', 'error', 'There is no file'), ('images', 'error', 'has no bytes')]}),
+    'a bad picture in two rows': (lambda f: ([_with(f/'gone.png', n=0), _question(1), _with(f/'gone.png', n=2)], {}), {i: [('images', 'error', 'gone.png')] for i in (0, 2)}),
     'the same id twice': (lambda f: ([_question(0, id='a'), _question(1, id='b'), _question(2, id='a')], {}), {2: [('id', 'warning', "The id 'a' is also that of row 0")]}),
     'the same number for an id, three times': (lambda f: ([_question(i, id=7) for i in range(3)], {}), {i: [('id', 'warning', 'The id 7')] for i in (1, 2)}),
     'a column of two types': (lambda f: ([_question(0, year=1999), _question(1, year='1999'), _question(2, year=2000)], {}), {1: [('year', 'error', "'year' is text here and a number before")]}),
@@ -309,15 +309,15 @@ ROWS = { # name → (samples, how they are checked), row → findings
     'half a character in a list': (lambda f: ([_question(0, k=['a']), _question(1, k=['\ud83d']), _question(2, k=['b'])], {}), {1: [('k', 'error', 'half a character')]}),
     'half a character in a key': (lambda f: ([_question(0), _question(1) | {'\ud83d': 'a'}, _question(2)], {}), {1: [('', 'error', 'half a character')]}),
     'a list that holds itself': (lambda f: ([_question(0), _question(1, box=(box := []) or box.append(box) or box), _question(2)], {}), {1: [('box', 'error', 'cannot be written as JSON')]}),
-    'pictures under the key of LLaMA-Factory': (lambda f: ([_question(0), _question(1, images=['a.png']), _question(2)], {}), {1: [('images', 'warning', "Samples call it 'image'")]}),
-    'a rare answer in dialogues': (lambda f: ([{'image': [], 'messages': [{'role': 'user', 'content': f'{i}?'}, {'role': 'assistant', 'content': 'dog' if i == 4 else 'cat'}]} for i in range(30)], {}), {4: [('output', 'note', "'dog' is the answer of 1 row(s), 'cat' of 29")]}),
-    'the frames of a clip in the other split': (lambda f: ([_question(0), _question(1, video=[list(map(str, _pair(f)))], instruction='<video>What?')], dict(against=[_question(2), _question(3, video=[list(map(str, _pair(f)))])])),
-                                                {1: [('video', 'warning', 'the same file as a.png in row 1'), ('video', 'warning', 'the same file as b.png in row 1')]}),
+    'pictures under two keys': (lambda f: ([_question(0), _question(1) | {'image': ['a.png']}, _question(2)], {}), {1: [('image', 'warning', "There are 'images', too")]}),
+    'a rare answer in dialogues': (lambda f: ([{'images': [], 'messages': [{'role': 'user', 'content': f'{i}?'}, {'role': 'assistant', 'content': 'dog' if i == 4 else 'cat'}]} for i in range(30)], {}), {4: [('output', 'note', "'dog' is the answer of 1 row(s), 'cat' of 29")]}),
+    'the frames of a clip in the other split': (lambda f: ([_question(0), _question(1, videos=[list(map(str, _pair(f)))], instruction='<video>What?')], dict(against=[_question(2), _question(3, videos=[list(map(str, _pair(f)))])])),
+                                                {1: [('videos', 'warning', 'the same file as a.png in row 1'), ('videos', 'warning', 'the same file as b.png in row 1')]}),
     'keys that differ by NUL alone': (lambda f: ([_question(i, box={'': 1, '\0': 2}) for i in range(3)], {}), {i: [('box', 'error', 'character NUL')] for i in range(3)}),
     'a row of text alone in both splits': (lambda f: ([_question(0), _question(1)], dict(against=[_question(7), _question(1)])), {1: [('', 'warning', 'says the same as row 1 of the other split')]}),
-    'a weight of an answer': (lambda f: ([_dialogue(0), {'image': [], 'messages': [{'role': 'user', 'content': 'a', 'loss_weight': 0.}, {'role': 'assistant', 'content': 'b', 'loss_weight': .5}]}, _dialogue(2)], {}),
+    'a weight of an answer': (lambda f: ([_dialogue(0), {'images': [], 'messages': [{'role': 'user', 'content': 'a', 'loss_weight': 0.}, {'role': 'assistant', 'content': 'b', 'loss_weight': .5}]}, _dialogue(2)], {}),
                               {1: [('messages[1]', 'warning', 'loss_weight is 0.5, which LLaMA-Factory trains as 1')]}),
-    'a system prompt twice': (lambda f: ([_question(0), {'image': [], 'system': 'Be brief.', 'messages': [{'role': r, 'content': 'x'} for r in ('system', 'user', 'assistant')]}, _question(2)], {}), {1: [('system', 'warning', 'a system prompt twice')]}),
+    'a system prompt twice': (lambda f: ([_question(0), {'images': [], 'system': 'Be brief.', 'messages': [{'role': r, 'content': 'x'} for r in ('system', 'user', 'assistant')]}, _question(2)], {}), {1: [('system', 'warning', 'a system prompt twice')]}),
     'a mark in a column of two types': (lambda f: ([_question(0, year='1999'), _question(1, year='2000'), _question(2, input=0), _question(3, input='\ufeffWhy?')], {}),
                                         {2: [('input', 'error', "'input' is a number here and text before")], 3: [('input', 'warning', 'byte-order mark')]}),
     'the same row twice': (lambda f: ([_question(0), _question(1), _question(0, id=5)], {}), {2: [('', 'note', 'says the same as row 0')]}),
@@ -328,18 +328,18 @@ ROWS = { # name → (samples, how they are checked), row → findings
                                    {1: [('', 'error', '400 of them for its pictures or clips: above cutoff_len 300 it is cut in the middle of a picture')]}),
     'pictures above cutoff_len together': (lambda f: ([_question(0), _with(*[_save(f/'a.png', _noise(0, (280, 280)))]*4, text='<image>'*4), _question(2)], dict(cutoff_len=399)),
                                            {1: [('', 'error', '400 of them for its pictures')]}),
-    'a picture of the other split': (lambda f: _two_splits(f, *[_save(f/'a.png')]*2), {1: [('image', 'warning', 'the same file as a.png in row 1 of the other split')]}),
-    'a copy of a picture of the other split': (lambda f: _two_splits(f, *[_save(f/n/'a.png') for n in ('one', 'two')]), {1: [('image', 'warning', 'the same file as a.png')]}),
-    'a copy under another name': (lambda f: _two_splits(f, *[_save(f/n) for n in ('a.png', 'b.png')]), {1: [('image', 'warning', 'a.png: It is the same file as b.png')]}),
-    'a picture saved again as JPEG': (lambda f: _two_splits(f, *_again(f, 'b.jpg', quality=70)), {1: [('image', 'warning', 'nearly the same as b.jpg')]}),
-    'a picture scaled down': (lambda f: _two_splits(f, *_again(f, 'b.png', size=(64, 48))), {1: [('image', 'warning', 'nearly the same as b.png')]}),
+    'a picture of the other split': (lambda f: _two_splits(f, *[_save(f/'a.png')]*2), {1: [('images', 'warning', 'the same file as a.png in row 1 of the other split')]}),
+    'a copy of a picture of the other split': (lambda f: _two_splits(f, *[_save(f/n/'a.png') for n in ('one', 'two')]), {1: [('images', 'warning', 'the same file as a.png')]}),
+    'a copy under another name': (lambda f: _two_splits(f, *[_save(f/n) for n in ('a.png', 'b.png')]), {1: [('images', 'warning', 'a.png: It is the same file as b.png')]}),
+    'a picture saved again as JPEG': (lambda f: _two_splits(f, *_again(f, 'b.jpg', quality=70)), {1: [('images', 'warning', 'nearly the same as b.jpg')]}),
+    'a picture scaled down': (lambda f: _two_splits(f, *_again(f, 'b.png', size=(64, 48))), {1: [('images', 'warning', 'nearly the same as b.png')]}),
     'a drawing in another colour is another picture': (lambda f: _two_splits(f, *[_save(f/f'{c}.png', ImageOps.colorize(_smooth(1).convert('L'), 'black', c)) for c in ('red', 'blue')]), {}),
     'a broken picture in both splits': (lambda f: _two_splits(f, *[_bytes(f/n, 'no picture') for n in ('a.png', 'b.png')]),
-                                        {1: [('image', 'error', 'cannot be read'), ('image', 'warning', 'the same file as b.png')]}),
-    'a missing picture in both splits': (lambda f: _two_splits(f, f/'a.png', f/'a.png'), {1: [('image', 'error', 'There is no file'), ('image', 'warning', 'the same file as a.png')]}),
-    'a clip of the other split': (lambda f: ([_question(0), _question(1, video=[str(_clip(f/'a.mp4'))], instruction='<video>What?')],
-                                             dict(against=[_question(2), _question(3, video=[str(_clip(f/'b.mp4', movflags='faststart'))]), _question(4, video=[str(f/'a.mp4')])])),
-                                  {1: [('video', 'warning', 'the same file as a.mp4 in row 2 of the other split')]}),
+                                        {1: [('images', 'error', 'cannot be read'), ('images', 'warning', 'the same file as b.png')]}),
+    'a missing picture in both splits': (lambda f: _two_splits(f, f/'a.png', f/'a.png'), {1: [('images', 'error', 'There is no file'), ('images', 'warning', 'the same file as a.png')]}),
+    'a clip of the other split': (lambda f: ([_question(0), _question(1, videos=[str(_clip(f/'a.mp4'))], instruction='<video>What?')],
+                                             dict(against=[_question(2), _question(3, videos=[str(_clip(f/'b.mp4', movflags='faststart'))]), _question(4, videos=[str(f/'a.mp4')])])),
+                                  {1: [('videos', 'warning', 'the same file as a.mp4 in row 2 of the other split')]}),
 }
 
 @pytest.mark.parametrize('make,meant', ROWS.values(), ids=ROWS.keys())
@@ -382,8 +382,8 @@ def good_clip(tmp_path_factory): return str(_clip(tmp_path_factory.mktemp('clips
 def test_clips(make, meant, good_clip, tiny, tmp_path):
     made = make(tmp_path)
     clips = [good_clip, str(made) if isinstance(made, os.PathLike) else made, good_clip]
-    rows = [_dialogue(i, ('user', f'<video>What is number {i}?'), ('assistant', 'A car.'), video=[clip]) for i, clip in enumerate(clips)]
-    _check(rows, {1: [('video', *m) for m in meant]}, model=tiny)
+    rows = [_dialogue(i, ('user', f'<video>What is number {i}?'), ('assistant', 'A car.'), videos=[clip]) for i, clip in enumerate(clips)]
+    _check(rows, {1: [('videos', *m) for m in meant]}, model=tiny)
 
 # --- reading
 
@@ -554,10 +554,10 @@ def test_mending(make, words, picture, tmp_path):
     assert _files(home) == before and json.dumps(rows) == told, 'the originals stay as they are'
     assert found.row.tolist() == [1]*len(words) and set(found.level) == {'mended'}, found.to_string()
     assert all(w in what for w, what in zip(words, found.what))
-    copy, = mended[1]['image']
+    copy, = mended[1]['images']
     assert all(copy in cure for cure in found.cure) and copy not in before
     with Image.open(copy) as im: assert (im.size, im.mode) == picture
-    assert mended[0] == rows[0] and mended[2] == rows[2] and {k: v for k, v in mended[1].items() if k != 'image'} == {k: v for k, v in rows[1].items() if k != 'image'}
+    assert mended[0] == rows[0] and mended[2] == rows[2] and {k: v for k, v in mended[1].items() if k != 'images'} == {k: v for k, v in rows[1].items() if k != 'images'}
     assert check_samples(mended).empty
 
 TEXTS = { # name → a sample with byte-order marks, the same without
@@ -580,13 +580,13 @@ def test_what_cannot_be_mended_stays(tmp_path):
     rows = [_with(one, n=0), _with(tmp_path/'gone.png', n=1), _with(_cut(_save(tmp_path/'d'/'cut.png')), n=2), _with(_frames(tmp_path/'d'/'b.gif'), n=3), _with(two, n=4), _with(one, n=5), None]
     mended, found = mend_samples(rows)
     assert found.level.tolist() == ['mended', 'error', 'error', 'warning', 'mended', 'mended', 'error']
-    assert mended[0]['image'] == mended[5]['image'] != mended[4]['image'] and mended[1:4] == rows[1:4] and mended[6] is None
+    assert mended[0]['images'] == mended[5]['images'] != mended[4]['images'] and mended[1:4] == rows[1:4] and mended[6] is None
     assert check_samples(mended).row.tolist() == [1, 2, 3, 6]
 
 # --- whatever
 
 WORDS = ['', ' ', 'What?', '<image>', '<video>', '<audio>', '<|im_end|>', '<|image_pad|>', '\ufeff', '\ud83d', '\0', '红色', '{}', '[', 'a.png', '/', '..', 'data:', 'http://x', 'user', 'assistant', 'system', 'observation', 'function_call']
-KEYS = ['image', 'video', 'instruction', 'input', 'output', 'system', 'tools', 'history', 'messages', 'id', 'extra', '', '\ud83d']
+KEYS = ['images', 'videos', 'image', 'video', 'instruction', 'input', 'output', 'system', 'tools', 'history', 'messages', 'id', 'extra', '', '\ud83d']
 
 def _whatever(rng, paths, depth=0):
     "A random value such as JSON may hold; samples among them."

@@ -81,7 +81,7 @@ def test_a_model_of_another_kind(tiny, data, tmp_path):
 
 def test_a_broken_registry_is_left_alone(tmp_path):
     (tmp_path/'dataset_info.json').write_text('{"a": {}, b}')
-    with pytest.raises(ValueError, match='line 1, column 11'): Registry(tmp_path).add('b', [{'image': [], 'instruction': 'x', 'output': 'y'}])
+    with pytest.raises(ValueError, match='line 1, column 11'): Registry(tmp_path).add('b', [{'images': [], 'instruction': 'x', 'output': 'y'}])
     assert (tmp_path/'dataset_info.json').read_text() == '{"a": {}, b}'
 
 OTHERS = {
@@ -99,9 +99,9 @@ OTHERS = {
     'a prediction with ZeRO': (lambda t: pick_zero(predict_recipe('model_7b', 'd', t/'out'), gpus=1, gpu_gib=8), 'Only training takes'),
     'nothing to score': (lambda t: score([]), 'no predictions'),
     'a file to register': (lambda t: Registry(t).add('x', 'labels.csv'), 'are not samples'),
-    'a row that JSON has no words for': (lambda t: Registry(t).add('x', [{'image': [], 'instruction': 'a', 'output': 'b', 'n': float('nan')}]), 'Row 0 cannot be written'),
+    'a row that JSON has no words for': (lambda t: Registry(t).add('x', [{'images': [], 'instruction': 'a', 'output': 'b', 'n': float('nan')}]), 'Row 0 cannot be written'),
     'a file to check': (lambda t: check_samples('labels.csv'), 'Samples are checked, not files'),
-    'nothing to split': (lambda t: split_samples([{'image': ['a']}]), 'both halves need some'),
+    'nothing to split': (lambda t: split_samples([{'images': ['a']}]), 'both halves need some'),
 }
 
 @pytest.mark.parametrize('act,words', OTHERS.values(), ids=OTHERS.keys())
@@ -110,5 +110,5 @@ def test_others(act, words, tmp_path):
     assert not list(tmp_path.glob('*.json')), 'nothing was written'
 
 def test_checking_samples_never_raises():
-    strange = [None, 7, [], {}, {'image': None}, {'image': [None, 3.5, '', '/nowhere.png'], 'instruction': 5, 'output': ['x']}, {'image': 'x'*5000, 'instruction': '', 'output': ''}]
+    strange = [None, 7, [], {}, {'image': None}, {'images': [None, 3.5, '', '/nowhere.png'], 'instruction': 5, 'output': ['x']}, {'image': 'x'*5000, 'instruction': '', 'output': ''}]
     assert set(check_samples(strange).row) == set(range(len(strange)))

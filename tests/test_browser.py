@@ -165,7 +165,7 @@ def _long_run(lab, page, few_steps, name):
 _ANSWERS = """import json
 from qwen2vl_nb.all import *
 cars = json.load(open('data/car_item/test.json'))
-rows = [dict(id=f'car-{i}', images=[f"data/{car['image'][0]}"], prompt=car['instruction'], label=car['output'],
+rows = [dict(id=f'car-{i}', images=[f"data/{car['images'][0]}"], prompt=car['instruction'], label=car['output'],
              predict=car['output'] if i % 3 else '{"item": "<b>truck</b>"}') for i, car in enumerate(cars)]
 show_predictions(rows, n=4)"""
 
@@ -236,7 +236,7 @@ texts = MATHS
 def lines(path, rows):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(''.join(json.dumps(row) + '\\n' for row in rows))
-samples = [dict(instruction=f'<image>{t}', output=t, image=[f'maths/{t}.png']) for t in texts]
+samples = [dict(instruction=f'<image>{t}', output=t, images=[f'maths/{t}.png']) for t in texts]
 rows = [dict(row=i, id=t, images=[f'maths/{t}.png'], prompt=t, label=t, predict=t, engine='hf') for i, t in enumerate(texts)]
 lines('maths/out/predictions.jsonl', rows)
 for i, t in enumerate(texts):
@@ -252,7 +252,7 @@ scores = score(rows, measures={t: lambda row: 1 for t in texts})
 fields = score([dict(id=t, label=json.dumps({t: 1}), predict=json.dumps({t: 1})) for t in texts])
 comparison = compare(rows, [row | dict(predict='no') for row in rows])
 """,
-    'check_samples(samples + [s | dict(image=[f"gone/{s[\'output\']}.png"]) for s in samples])': _MATHS,
+    'check_samples(samples + [s | dict(images=[f"gone/{s[\'output\']}.png"]) for s in samples])': _MATHS,
     'show_samples(samples)': _MATHS,
     'describe_samples(samples)': [],
     'count_tokens(samples)': [],

@@ -23,7 +23,7 @@ def chain(tmp_path_factory, tiny, data):
     model = shutil.copytree(tiny, home/'模型 model')
     pictures = shutil.copytree(data/'car_item'/'images', home/'图片 pictures')
     rows = json.loads((data/'car_item'/'train.json').read_text())
-    lines = ['picture,card'] + ['图片 pictures/{},"{}"'.format(r['image'][0].split('/')[-1], r['output'].replace('"', '""')) for r in rows]
+    lines = ['picture,card'] + ['图片 pictures/{},"{}"'.format(r['images'][0].split('/')[-1], r['output'].replace('"', '""')) for r in rows]
     (home/'标签.csv').write_text('\n'.join(lines), encoding='utf-8')
     samples = read_samples(home/'标签.csv', image='picture', prompt='Fill in the item card.', response='card')
     train, test = split_samples(samples, test=40)
@@ -54,7 +54,7 @@ def test_the_curve_is_drawn(chain, tmp_path):
 
 def test_predictions_carry_what_they_are_about(chain):
     p = chain['predictions']
-    assert [(r['images'], r['label']) for r in p] == [(s['image'], s['output']) for s in chain['test']]
+    assert [(r['images'], r['label']) for r in p] == [(s['images'], s['output']) for s in chain['test']]
     assert all(r['images'][0].startswith(str(chain['pictures'])) for r in p)
     assert list(Predictions(p.output_dir)) == list(p) and set(p[0]) == {'row', 'id', 'images', 'prompt', 'label', 'predict', 'engine'}
 

@@ -14,7 +14,7 @@ from qwen2vl_nb.prediction.show import show_predictions
 from test_served import loopback # noqa: F401, a fixture
 
 N = 6
-SAMPLES = [{'id': f'n{i}', 'instruction': f'Row {i}?', 'output': 'x', 'image': [], 'camera': 'left'} for i in range(N)]
+SAMPLES = [{'id': f'n{i}', 'instruction': f'Row {i}?', 'output': 'x', 'images': [], 'camera': 'left'} for i in range(N)]
 
 def _changed(**changes):
     "A change of the third line."

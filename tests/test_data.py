@@ -49,7 +49,7 @@ def test_video_tokens_are_those_of_the_trainer(plugin, processor, tiny, tmp_path
         for key, value in limits.items(): monkeypatch.setattr(processor, key, value, raising=False)
         path = str(tmp_path/f'{i}.mp4')
         _clip(path, frames, rate, size)
-        sample = {'video': [path], 'instruction': '<video>What?', 'output': 'x'}
+        sample = {'videos': [path], 'instruction': '<video>What?', 'output': 'x'}
         counted = int(count_tokens([sample], tiny, **limits).media[0])
         promised = plugin._get_mm_token_metadata([], [path], [], processor)['video_grid_thw']
         given = plugin._get_mm_inputs([], [path], [], processor)['video_grid_thw']
@@ -76,9 +76,9 @@ def test_tokens_are_those_of_llamafactory(factory, tiny, data, tmp_path):
     "Rows of both forms, every turn and picture, against the length that LLaMA-Factory's own preprocessing gives them."
     rng, picture = random.Random(0), str(data/'car_item'/'images'/'0001.png')
     def words(): return ''.join(rng.choices(TALK, k=rng.randint(1, 4)))
-    def question(n): return {'image': [picture]*n, 'instruction': words() + '<image>'*n, 'input': rng.choice(['', words()]), 'output': words(), 'system': rng.choice([None, words()]),
+    def question(n): return {'images': [picture]*n, 'instruction': words() + '<image>'*n, 'input': rng.choice(['', words()]), 'output': words(), 'system': rng.choice([None, words()]),
                              'history': [[words(), words()] for _ in range(rng.randint(0, 2))]}
-    def talk(n): return {'image': [picture]*n, 'messages': [*([{'role': 'system', 'content': words()}]*rng.randint(0, 1)), {'role': 'user', 'content': '<image>'*n + words()}, {'role': 'assistant', 'content': words()},
+    def talk(n): return {'images': [picture]*n, 'messages': [*([{'role': 'system', 'content': words()}]*rng.randint(0, 1)), {'role': 'user', 'content': '<image>'*n + words()}, {'role': 'assistant', 'content': words()},
                                                            *[{'role': ('observation', 'assistant')[i%2], 'content': words()} for i in range(2*rng.randint(0, 1))]]}
     for name, make in (('questions', question), ('talks', talk)):
         samples = [make(rng.randint(0, 2)) for _ in range(60)]
@@ -114,5 +114,5 @@ def test_the_stored_data_is_deterministic_and_does_not_leak(data, tmp_path):
     for name, path in stored.items():
         if path.suffix == '.png': assert Image.open(path).tobytes() == Image.open(made[name]).tobytes(), name
         else: assert path.read_bytes() == made[name].read_bytes(), name
-    halves = [{Image.open(p).tobytes() for s in read_samples(data/'car_item'/f'{half}.json') for p in s['image']} for half in ('train', 'test')]
+    halves = [{Image.open(p).tobytes() for s in read_samples(data/'car_item'/f'{half}.json') for p in s['images']} for half in ('train', 'test')]
     assert len(halves[0]) >= 200 and len(halves[1]) >= 100 and not halves[0] & halves[1]

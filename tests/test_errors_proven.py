@@ -100,7 +100,7 @@ def _entry(samples):
     try: return sample_entry([s for s in samples if isinstance(s, dict)], 'rows.json')
     except (TypeError, AttributeError): return sample_entry([s for s in samples if isinstance(s, dict)][:1], 'rows.json')
 
-def _numbered(paths): return [_question(i, image=[p], instruction=f'<image>What is number {i}?') for i, p in enumerate(paths)]
+def _numbered(paths): return [_question(i, images=[p], instruction=f'<image>What is number {i}?') for i, p in enumerate(paths)]
 
 def _of(make):
     "A picture of the corpus between two sound ones."
@@ -113,7 +113,7 @@ def _clips_of(make):
     def rows(f):
         made, good = make(f), str(_clip(f/'good.mp4'))
         clips = [good, str(made) if isinstance(made, os.PathLike) else made, good]
-        return [_dialogue(i, ('user', f'<video>What is number {i}?'), ('assistant', 'A car.'), video=[c]) for i, c in enumerate(clips)], {}
+        return [_dialogue(i, ('user', f'<video>What is number {i}?'), ('assistant', 'A car.'), videos=[c]) for i, c in enumerate(clips)], {}
     return rows
 
 def _corpus():
@@ -129,7 +129,7 @@ def _corpus():
 
 # What the corpus has only beside other errors
 MORE = {
-    'a tag in the answer, where the prompt has none': lambda f: ([_question(i, image=[str(_save(f/'a.png'))], output='It is <image>.') for i in range(2)], {}),
+    'a tag in the answer, where the prompt has none': lambda f: ([_question(i, images=[str(_save(f/'a.png'))], output='It is <image>.') for i in range(2)], {}),
     'a clip that does not say its rate': _clips_of(lambda f: _clip(f/'a.asf', codec='mpeg4')),
     'a PostScript program': lambda f: (_numbered([str(_save(f/'a.eps', _noise(1)))]*2), {}),
     'a picture that may not be read': lambda f: (_numbered([str(_forbidden(f))]*2), {}),
@@ -151,7 +151,7 @@ def _is_unwritable(sample):
     try: json.dumps(sample, ensure_ascii=False, allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError): return True
 
-def _media_of_all(samples): return [p for s in samples if isinstance(s, dict) for key in ('image', 'video') for p in (s.get(key) if isinstance(s.get(key), list) else [])]
+def _media_of_all(samples): return [p for s in samples if isinstance(s, dict) for key in ('images', 'videos') for p in (s.get(key) if isinstance(s.get(key), list) else [])]
 
 def _is_pipe(path): return isinstance(path, str) and os.path.exists(path) and stat.S_ISFIFO(os.stat(path).st_mode)
 
@@ -225,7 +225,7 @@ class Room:
     def rows(self, rows, entry=None):
         "A data set: what a recipe says of it. Text is written as it is."
         if rows is not None: (self.folder/'rows.json').write_text(rows if isinstance(rows, str) else json.dumps(rows))
-        entry = entry or {'file_name': 'rows.json', 'columns': {'prompt': 'instruction', 'response': 'output', 'images': 'image'}}
+        entry = entry or {'file_name': 'rows.json', 'columns': {'prompt': 'instruction', 'response': 'output', 'images': 'images'}}
         (self.folder/'dataset_info.json').write_text(json.dumps({'rows': entry}))
         return {'dataset': 'rows', 'dataset_dir': str(self.folder)}
 
@@ -243,7 +243,7 @@ class Room:
         self.write('out/train_results.json', '{}')
         return {'output_dir': str(self.folder/'out')}
 
-def _picture(path): return {'image': [str(path)], 'instruction': '<image>What?', 'output': 'A car.'}
+def _picture(path): return {'images': [str(path)], 'instruction': '<image>What?', 'output': 'A car.'}
 
 RECIPES = { # name → the changes of a recipe that runs
     'no model': lambda r: {'model_name_or_path': '/nowhere/model_7b'},

@@ -66,7 +66,7 @@ class Room:
         "A data set with sixteen pictures that may be spoilt: what a recipe says of it."
         shutil.copytree(self.data/'car_item'/'images', self.folder/'data'/'images', ignore=lambda folder, names: sorted(names)[20:])
         (self.folder/'data'/'rows.json').write_text(rows if isinstance(rows, str) else json.dumps(rows))
-        columns = {'prompt': 'instruction', 'query': 'input', 'response': 'output', 'images': 'image'}
+        columns = {'prompt': 'instruction', 'query': 'input', 'response': 'output', 'images': 'images'}
         (self.folder/'data'/'dataset_info.json').write_text(json.dumps({'rows': {'file_name': 'rows.json', 'columns': columns} | entry}))
         return {'dataset': 'rows', 'dataset_dir': str(self.folder/'data')}
 
@@ -76,7 +76,7 @@ class Room:
         "A copy of the model."
         return Path(shutil.copytree(self.tiny, self.folder/'model'))
 
-good_rows = [{'instruction': '<image>What is this?', 'input': '', 'output': 'A car.', 'image': [f'images/{i:04}.png']} for i in range(1, 17)]
+good_rows = [{'instruction': '<image>What is this?', 'input': '', 'output': 'A car.', 'images': [f'images/{i:04}.png']} for i in range(1, 17)]
 
 cases = {}
 

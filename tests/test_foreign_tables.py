@@ -102,14 +102,14 @@ def test_labels_come_through(make, answers, words, tmp_path, capsys):
     said = capsys.readouterr().out
     assert answers is None or [s['output'] for s in samples] == answers
     assert words in said and ('quote opens' in said) == ('quote opens' in words)
-    assert all(s.keys() <= {'image', 'instruction', 'input', 'output', 'note'} for s in samples), samples[0].keys()
+    assert all(s.keys() <= {'images', 'instruction', 'input', 'output', 'note'} for s in samples), samples[0].keys()
 
 def test_pictures_stored_as_bytes_are_written_out(tmp_path):
     "Beside text that is stored as bytes, too, and one of them damaged."
     pictures = [_picture(1), b'<html>404</html>', _picture(2)]
     source = _parquet({'image': pa.array(pictures), 'q': pa.array([b'What?']*3), 'output': pa.array([b'a', b'b', b'c'])})(tmp_path)
     samples = read_samples(source, prompt='q')
-    assert [open(s['image'][0], 'rb').read() for s in samples] == pictures and [s['output'] for s in samples] == ['a', 'b', 'c']
+    assert [open(s['images'][0], 'rb').read() for s in samples] == pictures and [s['output'] for s in samples] == ['a', 'b', 'c']
     assert check_samples(samples).row.tolist() == [1]
 
 def _unpacks(path, part, piece, n):
@@ -155,14 +155,14 @@ def test_what_cannot_be_read_is_refused(make, words, tmp_path):
     with pytest.raises(ValueError, match=words) as e: read_samples(path, prompt='q')
     assert str(path) in str(e.value)
 
-@pytest.mark.parametrize('key,value', [('image', ['p.png']), ('system', 'Be brief.')])
+@pytest.mark.parametrize('key,value', [('images', ['p.png']), ('system', 'Be brief.')])
 def test_a_column_that_begins_with_empty_rows(key, value, factory, tmp_path):
     "Where LLaMA-Factory stops there is a finding, and where it doesn't there is none."
     (tmp_path/'p.png').write_bytes(_picture())
-    value = [str(tmp_path/'p.png')] if key == 'image' else value
-    last = {'image': [], 'instruction': '<image>What?' if key == 'image' else 'What?', 'input': '', 'output': 'x'} | {key: value}
+    value = [str(tmp_path/'p.png')] if key == 'images' else value
+    last = {'images': [], 'instruction': '<image>What?' if key == 'images' else 'What?', 'input': '', 'output': 'x'} | {key: value}
     for n in (999, 1000):
-        samples = [{'image': [], 'instruction': f'What is {i}?', 'input': '', 'output': f'{i}'} for i in range(n)] + [last]
+        samples = [{'images': [], 'instruction': f'What is {i}?', 'input': '', 'output': f'{i}'} for i in range(n)] + [last]
         found = check_samples(samples).query('level != "note"')
         Registry(tmp_path).add('x', samples)
         assert found.row.tolist() == [1000]*(n == 1000) and found.what.str.contains('takes the column to be empty').all()
@@ -227,4 +227,4 @@ def test_a_picture_in_a_column_keeps_its_place(tmp_path):
     (tmp_path/'p.png').write_bytes(_picture())
     (tmp_path/'a.json').write_text(json.dumps([_turns([{'type': 'image', 'index': 0, 'text': None}, WHAT], CAR) | {'images': ['p.png']}]))
     sample, = read_samples(tmp_path/'a.json')
-    assert sample['messages'][0]['content'] == '<image>What?' and sample['image'] == [str(tmp_path/'p.png')]
+    assert sample['messages'][0]['content'] == '<image>What?' and sample['images'] == [str(tmp_path/'p.png')]

@@ -57,10 +57,10 @@ def make(tiny, medium, data, tmp_path_factory):
     "The recipe of a case."
     work = tmp_path_factory.mktemp('runs')
     rows = json.loads((data/'car_item'/'train.json').read_text())[:8]
-    pictures = [str(data/path) for row in rows for path in row['image']]
-    singles = [{'image': [p], 'instruction': '<image>What is this?', 'input': '', 'output': 'A car.'} for p in pictures]
+    pictures = [str(data/path) for row in rows for path in row['images']]
+    singles = [{'images': [p], 'instruction': '<image>What is this?', 'input': '', 'output': 'A car.'} for p in pictures]
     Registry(work/'data').add('single', singles)
-    Registry(work/'data').add('pairs', [s | {'image': [s['image'][0], p], 'instruction': '<image>' + s['instruction']} for s,p in zip(singles, reversed(pictures))])
+    Registry(work/'data').add('pairs', [s | {'images': [s['images'][0], p], 'instruction': '<image>' + s['instruction']} for s,p in zip(singles, reversed(pictures))])
     def make(name, model='medium', zero=None, asks=False, **changes):
         common = dict(image_min_pixels=200_000, image_max_pixels=262_144, preprocessing_num_workers=None, dataset_dir=str(work/'data'), cache_dir=str(work/'cache'))
         if asks: return predict_recipe(medium, 'single', work/name, **common | dict(use_cpu=True, per_device_eval_batch_size=4, max_new_tokens=8) | changes)

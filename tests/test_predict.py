@@ -37,7 +37,7 @@ def many(data):
     "Six hundred samples, without answers: enough for some seconds of work."
     rows = dataset_samples(Registry(data), 'car_item_test')
     forms = ['What is this?', 'Name the item.', 'Make a list.', 'Say it in two words.', 'Write the item as JSON.', 'Name the color.']
-    return [{'id': f'{form} {i}', 'image': row['image'], 'instruction': f'<image>{form}'} for form in forms for i, row in enumerate(rows)]
+    return [{'id': f'{form} {i}', 'images': row['images'], 'instruction': f'<image>{form}'} for form in forms for i, row in enumerate(rows)]
 
 @pytest.fixture(scope='module')
 def uninterrupted(ask, many, tmp_path_factory): return predict(ask(tmp_path_factory.mktemp('many')/'out'), many)
@@ -55,7 +55,7 @@ def test_answers_are_those_of_llamafactory(ask, once, tmp_path):
     assert (tmp_path/'own'/'run.json').read_text() == started, 'its answers were taken up, not made again'
 
 def _dialogue(*turns, **rest):
-    return {'messages': [{'role': ('user', 'assistant')[i % 2], 'content': text} for i, text in enumerate(turns)], 'image': []} | rest
+    return {'messages': [{'role': ('user', 'assistant')[i % 2], 'content': text} for i, text in enumerate(turns)], 'images': []} | rest
 
 TOOLS = json.dumps([{'name': 'look', 'description': 'Look again.', 'parameters': {'type': 'object', 'properties': {'where': {'type': 'string'}}}}])
 
@@ -64,17 +64,17 @@ def asked_of_all_kinds(data):
     one, two, large = (str(data/'car_item'/'images'/f'000{i}.png') for i in (1, 2, 3))
     clip = str(next((data/'car_video').rglob('*.mp4')))
     return {
-        'a picture': {'instruction': '<image>What is this?', 'input': '', 'output': 'A car.', 'image': [one]},
-        'several pictures': {'instruction': 'First <image> then <image>.', 'input': 'Which <image>?', 'output': 'b', 'image': [one, two, large]},
-        'no picture': {'instruction': 'What is this?', 'input': '', 'output': 'c', 'image': []},
-        'a system prompt': {'instruction': '<image>What is this?', 'input': 'In a word.', 'output': 'd', 'image': [two], 'system': 'Be brief. 简短。'},
-        'several turns': _dialogue('<image>What is this?', 'A car.', 'And <image>?', 'A bus.', 'Sure?', 'Yes.', image=[one, two]),
-        'a history': {'instruction': 'And now <image>?', 'input': '', 'output': 'f', 'history': [['<image>What is this?', 'A car.']], 'image': [one, two]},
-        'a clip': _dialogue('<video>Which way?', 'Left.', video=[clip]),
-        'a clip and a picture': _dialogue('<image><video>The same?', 'No.', image=[large], video=[clip]),
-        'a system prompt in a dialogue': _dialogue('<image>What?', 'A car.', image=[two], system='Answer in Latin.'),
+        'a picture': {'instruction': '<image>What is this?', 'input': '', 'output': 'A car.', 'images': [one]},
+        'several pictures': {'instruction': 'First <image> then <image>.', 'input': 'Which <image>?', 'output': 'b', 'images': [one, two, large]},
+        'no picture': {'instruction': 'What is this?', 'input': '', 'output': 'c', 'images': []},
+        'a system prompt': {'instruction': '<image>What is this?', 'input': 'In a word.', 'output': 'd', 'images': [two], 'system': 'Be brief. 简短。'},
+        'several turns': _dialogue('<image>What is this?', 'A car.', 'And <image>?', 'A bus.', 'Sure?', 'Yes.', images=[one, two]),
+        'a history': {'instruction': 'And now <image>?', 'input': '', 'output': 'f', 'history': [['<image>What is this?', 'A car.']], 'images': [one, two]},
+        'a clip': _dialogue('<video>Which way?', 'Left.', videos=[clip]),
+        'a clip and a picture': _dialogue('<image><video>The same?', 'No.', images=[large], videos=[clip]),
+        'a system prompt in a dialogue': _dialogue('<image>What?', 'A car.', images=[two], system='Answer in Latin.'),
         'tools': {'messages': [{'role': 'user', 'content': '<image>Look.'}, {'role': 'function_call', 'content': '{"name": "look", "arguments": {"where": "left"}}'},
-                               {'role': 'observation', 'content': 'A wheel.'}, {'role': 'assistant', 'content': 'A car.'}], 'image': [one], 'tools': TOOLS},
+                               {'role': 'observation', 'content': 'A wheel.'}, {'role': 'assistant', 'content': 'A car.'}], 'images': [one], 'tools': TOOLS},
     }
 
 KINDS = ['a picture', 'several pictures', 'no picture', 'a system prompt', 'several turns', 'a history', 'a clip', 'a clip and a picture',
@@ -124,7 +124,7 @@ def test_rows_of_a_batch_do_not_touch_each_other(asked_of_all_kinds, tiny, ask, 
     _, together, _ = prompts[list(range(len(KINDS)))]
     for i, one in enumerate(alone):
         assert together['input_ids'][i][together['attention_mask'][i] == 1].equal(one['input_ids'][0][one['attention_mask'][0] == 1]), KINDS[i]
-    seen = [one['pixel_values'] for one, sample in zip(alone, asked_of_all_kinds.values()) if sample['image']]
+    seen = [one['pixel_values'] for one, sample in zip(alone, asked_of_all_kinds.values()) if sample['images']]
     assert together['pixel_values'].equal(torch.cat(seen))
 
 def _begun(ask_again, folder):
@@ -239,15 +239,15 @@ def test_it_stops_and_goes_on(ask, many, uninterrupted, tmp_path):
 
 def test_a_picture_deleted_meanwhile_costs_its_row_only(ask, many, uninterrupted, tmp_path):
     "And when it is back, the row is asked again."
-    copies = [sample | {'image': [str(shutil.copy(sample['image'][0], tmp_path/f'{i:03}.png'))]} for i, sample in enumerate(many[:120])]
+    copies = [sample | {'images': [str(shutil.copy(sample['images'][0], tmp_path/f'{i:03}.png'))]} for i, sample in enumerate(many[:120])]
     recipe = ask(tmp_path/'out')
     caller, run = _begun(_call(recipe, copies, tmp_path), tmp_path/'out')
-    with _held(run): gone = Path(copies[77]['image'][0]).rename(tmp_path/'gone.png')
+    with _held(run): gone = Path(copies[77]['images'][0]).rename(tmp_path/'gone.png')
     assert '1 of 120 rows have no answer' in caller.communicate(timeout=PATIENCE)[0]
     p = Predictions(tmp_path/'out')
     assert [r['row'] for r in p.failed] == [77] and '077.png' in p[77]['error'] and p[77]['predict'] is None
     assert [r['predict'] for r in p if r['row'] != 77] == [r['predict'] for r in uninterrupted.rows[:120] if r['row'] != 77]
-    gone.rename(copies[77]['image'][0])
+    gone.rename(copies[77]['images'][0])
     again = predict(recipe, copies)
     assert not again.failed and again[77]['predict'] == uninterrupted[77]['predict'] and len(again.path.read_text().splitlines()) == 120
 
@@ -273,7 +273,7 @@ def test_sampled_answers_are_the_same_after_an_interruption(ask, many, tmp_path)
 
 def test_too_long_a_row_is_an_error_of_its_own(ask, data, tmp_path):
     picture = str(data/'car_item'/'images'/'0001.png')
-    rows = [{'image': [picture], 'instruction': '<image>What is this?'}, {'image': [picture]*9, 'instruction': '<image>'*9}]
+    rows = [{'images': [picture], 'instruction': '<image>What is this?'}, {'images': [picture]*9, 'instruction': '<image>'*9}]
     with pytest.warns(UserWarning, match='1 of 2 rows have no answer'): p = predict(ask(tmp_path/'out', cutoff_len=100), rows)
     assert p[0]['predict'] == 'The ' + p[0]['predict'][4:] and 'cutoff_len is 100' in p[1]['error']
 

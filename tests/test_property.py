@@ -48,8 +48,8 @@ def rows_of(draw, pictures, sound, extras=values):
         )))
         if dialogues:
             roles = ['user', 'assistant']*draw(st.integers(1, 2)) if sound else ['user', 'function_call', 'observation', 'assistant'] if draw(st.booleans()) else draw(st.lists(st.sampled_from(['user', 'assistant', 'user', 'assistant', 'system', 'tool', 'observation', 'function_call']), max_size=4))
-            return rest | {'image': image, 'messages': [{'role': r, 'content': draw(st.sampled_from(CALLS)) if r == 'function_call' else ask(len(image) if i == 0 else 0)} for i, r in enumerate(roles)]}
-        return rest | {'image': image, 'instruction': ask(len(image)), 'input': draw(st.just('') | words), 'output': draw(words)}
+            return rest | {'images': image, 'messages': [{'role': r, 'content': draw(st.sampled_from(CALLS)) if r == 'function_call' else ask(len(image) if i == 0 else 0)} for i, r in enumerate(roles)]}
+        return rest | {'images': image, 'instruction': ask(len(image)), 'input': draw(st.just('') | words), 'output': draw(words)}
     dialogues = draw(st.booleans())
     return [row() for _ in range(draw(st.integers(1, 5)))]
 

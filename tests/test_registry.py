@@ -9,13 +9,13 @@ from qwen2vl_nb.data import registry
 from qwen2vl_nb.checks import data_findings
 from qwen2vl_nb.data.registry import Registry, entry_faults, sample_entry
 
-QUESTION = {'image': [], 'instruction': 'What has four wheels?', 'input': '', 'output': 'A car.'}
+QUESTION = {'images': [], 'instruction': 'What has four wheels?', 'input': '', 'output': 'A car.'}
 TURNS = [{'role': 'user', 'content': 'What is this?'}, {'role': 'assistant', 'content': 'A car.'}]
 
 def test_all_entries_of_the_registry_are_there(data):
     stored = Registry(data)
     assert len(stored) >= 94 and list(stored)[:6] == ['identity', 'alpaca_en_demo', 'alpaca_zh_demo', 'glaive_toolcall_en_demo', 'glaive_toolcall_zh_demo', 'car_item']
-    assert stored['car_item'] == {'file_name': 'car_item/train.json', 'columns': {'images': 'image', 'prompt': 'instruction', 'query': 'input', 'response': 'output'}}
+    assert stored['car_item'] == {'file_name': 'car_item/train.json', 'columns': {'images': 'images', 'prompt': 'instruction', 'query': 'input', 'response': 'output'}}
     assert stored['mllm_video_demo']['columns'] == {'messages': 'messages', 'videos': 'videos'}
     assert len(stored.find()) == len(stored)
 
@@ -256,8 +256,8 @@ def test_check_says_what_the_loader_says(tmp_path, monkeypatch):
     reg, picture = Registry(folder), folder/'a.png'
     folder.mkdir()
     Image.new('RGB', (40, 30)).save(picture)
-    question = QUESTION | {'image': [str(picture)], 'instruction': '<image>What is this?'}
-    dialogue = {'image': [str(picture)], 'messages': [TURNS[0] | {'content': '<image>What is this?'}, TURNS[1]]*2}
+    question = QUESTION | {'images': [str(picture)], 'instruction': '<image>What is this?'}
+    dialogue = {'images': [str(picture)], 'messages': [TURNS[0] | {'content': '<image>What is this?'}, TURNS[1]]*2}
     def put(name, content, **entry):
         (folder/f'{name}.json').write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
         reg[name] = {'file_name': f'{name}.json'} | entry
@@ -278,7 +278,7 @@ def test_check_says_what_the_loader_says(tmp_path, monkeypatch):
         put('odd', [dialogue, dialogue | {'messages': TURNS[:1]}], **{k: v for k, v in reg['dialogues'].items() if k != 'file_name'}):
             ('local file, sharegpt, 2 rows', 'in part', 'drops 1 of 2 rows; the first is row 1'),
         put('no answers', [QUESTION | {'output': None}]): ('local file, alpaca, 1 row', 'no', 'drops 1 of 1 rows'),
-        put('lost', [QUESTION | {'image': ['a.png', 'b.png']}], columns=reg['questions']['columns']): ('local file, alpaca, 1 row', 'no', '1 of its pictures or videos are not there; the first is b.png'),
+        put('lost', [QUESTION | {'images': ['a.png', 'b.png']}], columns=reg['questions']['columns']): ('local file, alpaca, 1 row', 'no', '1 of its pictures or videos are not there; the first is b.png'),
         put('split', [QUESTION], split='test'): ('local file, alpaca', 'no', 'split "test"'),
         put('misspelt', [QUESTION], columns={'prompt': 'instruction', 'response': 'output', 'image': 'image'}): ('local file, alpaca, 1 row', 'yes', "did you mean 'images'?"),
     }

@@ -40,7 +40,7 @@ def test_a_password_in_the_address_of_a_server_is_written_nowhere(loopback, tiny
     server = loopback(behave)
     address = server.url.replace('//', f'//bob:{PASSWORD}@')
     urls = [f'http://bob:{PASSWORD}@127.0.0.1:{free_ports(1)[0]}/v1', address]
-    samples, recipe = [{'instruction': f'Is it {i}?', 'image': []} for i in range(9)], predict_recipe(tiny, output_dir=tmp_path/'out')
+    samples, recipe = [{'instruction': f'Is it {i}?', 'images': []} for i in range(9)], predict_recipe(tiny, output_dir=tmp_path/'out')
     with pytest.warns(UserWarning, match='1 of 9 rows have no answer') as found: p = predict(recipe, samples, engine='openai', base_url=urls)
     assert [row['row'] for row in p.failed] == [3] and 'Not for Basic … of http://***@here' in p.failed[0]['error']
     assert 'is not there' in (tmp_path/'out'/'run.log').read_text() and not told(tmp_path)
@@ -55,5 +55,5 @@ def test_a_run_that_fails_does_not_tell_the_password(how, loopback, tiny, tmp_pa
     url = url.replace('//', f'//bob:{PASSWORD}@')
     options = {'model': 'm'} if how == 'refused' else {'patience': 1}
     with pytest.raises(RuntimeError) as raised:
-        predict(predict_recipe(tiny, output_dir=tmp_path/'out'), [{'instruction': 'Is it?', 'image': []}], engine='openai', base_url=url, **options)
+        predict(predict_recipe(tiny, output_dir=tmp_path/'out'), [{'instruction': 'Is it?', 'images': []}], engine='openai', base_url=url, **options)
     assert PASSWORD not in str(raised.value) and '127.0.0.1' in str(raised.value) and not told(tmp_path)

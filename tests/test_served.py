@@ -26,7 +26,7 @@ from qwen2vl_nb.prediction.show import show_predictions
 GREEDY = {'template': 'qwen2_vl', 'do_sample': False, 'max_new_tokens': 8}
 
 def _row(i, text, *images, system=''):
-    return asked_row(i, {'instruction': '<image>'*len(images) + text, 'image': [str(p) for p in images], 'system': system})
+    return asked_row(i, {'instruction': '<image>'*len(images) + text, 'images': [str(p) for p in images], 'system': system})
 
 def _begin(folder, rows, base_url, recipe=GREEDY, env={}, **options):
     "The coordinator at work on rows in a folder."
@@ -344,7 +344,7 @@ def test_a_picture_that_is_not_sound_is_the_error_of_its_row(loopback, tmp_path,
 
 def test_files_that_the_server_can_read_are_named_and_clips_are_sent(loopback, tmp_path, pictures, data):
     clip = next((data/'car_video'/'videos').glob('*.mp4'))
-    def film(i, video): return asked_row(i, {'instruction': '<video>What drives here?', 'video': [video]})
+    def film(i, video): return asked_row(i, {'instruction': '<video>What drives here?', 'videos': [video]})
     rows = [_row(0, '', pictures('a.png', 112, 84)), _row(1, '', pictures('b.jpg', 2000, 1000)), film(2, str(clip)),
             film(3, str(clip.with_suffix('.webm')))]
     server = loopback(lambda handler, *_: handler.reply(200, _completion('a car')) or True)
@@ -378,7 +378,7 @@ def test_a_server_that_wants_a_key(loopback, tmp_path):
 
 def test_a_key_that_is_given_to_predict_is_not_written_down(loopback, tiny, tmp_path):
     server = loopback(lambda handler, *_: handler.headers['Authorization'] != 'Bearer sk-secret' and (handler.reply(401, {}) or True))
-    samples = [{'instruction': f'Is it {i}?', 'image': []} for i in range(9)]
+    samples = [{'instruction': f'Is it {i}?', 'images': []} for i in range(9)]
     p = predict(predict_recipe(tiny, output_dir=tmp_path/'out'), samples, engine='openai', base_url=server.url, env={'OPENAI_API_KEY': 'sk-secret'})
     assert [json.loads(row['predict'])['user'] for row in p] == [[f'Is it {i}?'] for i in range(9)]
     assert not [path for path in tmp_path.rglob('*') if path.is_file() and b'sk-secret' in path.read_bytes()]
@@ -529,7 +529,7 @@ COLUMNS = ['row', 'id', 'images', 'videos', 'prompt', 'label', 'asked', 'predict
 def test_columns_that_are_called_like_keys_of_a_row_are_columns(loopback, tiny, tmp_path, value):
     "Each row is asked once; each column is there under its name, with `column.` before it where the name is taken."
     server = loopback()
-    samples = [{'instruction': f'Row {i}?', 'output': 'x', 'image': []} | {name: ('a', value)[i % 2] for name in COLUMNS if name != 'id'} | {'id': f'n{i}'} for i in range(6)]
+    samples = [{'instruction': f'Row {i}?', 'output': 'x', 'images': []} | {name: ('a', value)[i % 2] for name in COLUMNS if name != 'id'} | {'id': f'n{i}'} for i in range(6)]
     recipe = predict_recipe(tiny, output_dir=tmp_path/'out')
     p = predict(recipe, samples, engine='openai', base_url=server.url)
     assert not p.failed and [row['id'] for row in p] == [s['id'] for s in samples] and len(server.asked) == 6
@@ -544,7 +544,7 @@ def test_columns_that_are_called_like_keys_of_a_row_are_columns(loopback, tiny, 
 
 def test_a_folder_of_the_version_before_goes_on(loopback, tiny, tmp_path):
     "There the columns had their own names: an answered row with a column `error` counted as failed."
-    samples = [{'instruction': f'Row {i}?', 'output': 'x', 'image': [], 'error': f'E{i}', 'camera': 'left'} for i in range(6)]
+    samples = [{'instruction': f'Row {i}?', 'output': 'x', 'images': [], 'error': f'E{i}', 'camera': 'left'} for i in range(6)]
     recipe, server = predict_recipe(tiny, output_dir=tmp_path/'out'), loopback()
     p = predict(recipe, samples, engine='openai', base_url=server.url)
     answers, folder = list(p), tmp_path/'out'

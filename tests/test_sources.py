@@ -7,7 +7,9 @@ from PIL import Image
 from qwen2vl_nb.data.check import check_samples
 from qwen2vl_nb.data.samples import as_list, is_dialogue
 from qwen2vl_nb.data.sources import read_samples
+from qwen2vl_nb.data.tokens import count_tokens
 from qwen2vl_nb.data.registry import Registry
+from qwen2vl_nb.prediction.question import asked_row
 
 WORDS = ['A red car, nearly new', '一辆蓝色的车', '007', 'NA']
 ASKED = 'What is this?'
@@ -142,7 +144,7 @@ def _turns(sample):
 
 def _same(loaded, samples):
     assert [(r['_prompt'], r['_response'], r['_system'] or '') for r in loaded] == [_turns(s) for s in samples]
-    for key, column in (('image', '_images'), ('video', '_videos')): assert [r[column] or [] for r in loaded] == [as_list(s.get(key)) for s in samples]
+    for key, column in (('images', '_images'), ('videos', '_videos')): assert [r[column] or [] for r in loaded] == [as_list(s.get(key)) for s in samples]
 
 @pytest.mark.parametrize('make,n', SOURCES.values(), ids=SOURCES.keys())
 def test_from_each_source_to_llamafactory(make, n, factory, tiny, tmp_path, monkeypatch, capsys):
@@ -158,6 +160,21 @@ def test_from_each_source_to_llamafactory(make, n, factory, tiny, tmp_path, monk
     registry.add('小车', samples)
     _same(factory.load(registry.dataset_dir, '小车'), samples)
     assert read_samples(registry.dataset_dir/'小车.json') == samples
+
+def test_the_words_image_and_video_are_read_too(factory, tiny, tmp_path):
+    paths = [str(tmp_path/p) for p in _pictures(tmp_path)]
+    samples = [{'image': p, 'instruction': f'<image>Which is it, {i}?', 'input': '', 'output': 'A car.'} for i, p in enumerate(paths)]
+    samples += [{'video': [paths[:2]], 'instruction': '<video>Which?', 'input': '', 'output': 'A bus.'}]
+    renamed = [{'images': [p]} | {k: v for k, v in s.items() if k != 'image'} for s, p in zip(samples, paths)]
+    renamed += [{'videos': [paths[:2]]} | {k: v for k, v in samples[-1].items() if k != 'video'}]
+    found = check_samples(samples + [samples[0] | {'image': 'gone.png'}], model=tiny)
+    assert found.field.tolist() == ['image'] and found.row.tolist() == [5], found
+    assert count_tokens(samples, tiny).equals(count_tokens(renamed, tiny))
+    assert [asked_row(i, s) for i, s in enumerate(samples)] == [asked_row(i, s) for i, s in enumerate(renamed)]
+    registry = Registry(tmp_path/'data')
+    registry.add('cars', samples)
+    _same(factory.load(registry.dataset_dir, 'cars'), renamed)
+    assert [{k: v for k, v in s.items() if v != []} for s in read_samples(registry.dataset_dir/'cars.json')] == renamed
 
 @pytest.mark.parametrize('media', ['link', 'copy'])
 def test_pictures_come_along(media, factory, tmp_path, monkeypatch):
@@ -196,7 +213,7 @@ def test_llamafactorys_own_files_lose_nothing(entry, rows, factory, tmp_path):
     assert [{k: v or None for k, v in r.items()} for r in before] == [{k: v or None for k, v in r.items()} for r in after]
 
 def test_both_forms_in_one_data_set(factory, tmp_path):
-    question = {'image': [], 'instruction': 'What has wheels?', 'input': '', 'output': 'A car.'}
-    talk = {'image': [], 'messages': [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello'}]}
+    question = {'images': [], 'instruction': 'What has wheels?', 'input': '', 'output': 'A car.'}
+    talk = {'images': [], 'messages': [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello'}]}
     Registry(tmp_path).add('x', [question, talk])
     _same(factory.load(tmp_path, 'x'), [question, talk])

@@ -24,9 +24,9 @@ def _photo(path, turned=True):
 def _files(folder): return {p: p.read_bytes() for p in Path(folder).rglob('*') if p.is_file() and not p.is_symlink()}
 
 def _fix(*paths):
-    samples = [QUESTION | {'image': [str(p)]} for p in paths]
+    samples = [QUESTION | {'images': [str(p)]} for p in paths]
     mended, found = mend_samples(samples)
-    return [s['image'][0] for s in mended], found
+    return [s['images'][0] for s in mended], found
 
 # --- mending
 
@@ -69,7 +69,7 @@ def test_mended_copies_replace_nothing(make, tmp_path, monkeypatch):
     assert set(found.level) == {'mended'}, found.to_string()
     assert {p: data for p, data in _files(tmp_path).items() if p in before} == before
     assert not {os.path.realpath(c) for c in copies} & {os.path.realpath(p) for p in before}
-    assert check_samples([QUESTION | {'image': [c]} for c in copies]).query('level != "note"').empty
+    assert check_samples([QUESTION | {'images': [c]} for c in copies]).query('level != "note"').empty
     assert _fix(*paths)[0] == copies, 'the same call names the same copies'
     assert len(_files(tmp_path)) == len(before) + len(set(copies))
 
@@ -93,7 +93,7 @@ def test_labels_are_not_replaced(tmp_path):
     "A file with hours of labelling stays, whatever writes beside it; a cell that is run again replaces its own file."
     labels = tmp_path/'cars.json'
     labels.write_text('[{"hours": "of labelling"}]')
-    samples = [QUESTION | {'image': [str(_photo(tmp_path/'photos'/'a.jpg'))]}]
+    samples = [QUESTION | {'images': [str(_photo(tmp_path/'photos'/'a.jpg'))]}]
     for write in (lambda **how: write_samples(samples, labels, **how), lambda **how: write_samples(samples, labels, media='copy', **how), lambda: Registry(tmp_path).add('cars', samples)):
         with pytest.raises(FileExistsError, match='overwrite=True'): write()
         assert labels.read_text() == '[{"hours": "of labelling"}]' and sorted(p.name for p in tmp_path.iterdir() if p.suffix != '.lock') == ['cars.json', 'photos']
@@ -110,17 +110,17 @@ def test_labels_are_not_replaced(tmp_path):
 def test_pictures_in_the_way_stay(media, tmp_path):
     photo, theirs = _photo(tmp_path/'photos'/'a.jpg'), _photo(tmp_path/'data'/'cars_media'/'a.jpg', turned=False)
     before = theirs.read_bytes()
-    samples = [QUESTION | {'image': [str(photo)]}]
+    samples = [QUESTION | {'images': [str(photo)]}]
     for _ in range(2): write_samples(samples, tmp_path/'data'/'cars.json', media=media)
-    brought = Path(read_samples(tmp_path/'data'/'cars.json')[0]['image'][0])
+    brought = Path(read_samples(tmp_path/'data'/'cars.json')[0]['images'][0])
     assert theirs.read_bytes() == before and brought != theirs and brought.read_bytes() == photo.read_bytes()
     assert sorted(theirs.parent.iterdir()) == sorted([theirs, brought])
 
 def test_links_become_copies(tmp_path):
     photo = _photo(tmp_path/'photos'/'a.jpg')
-    for media in ('link', 'copy'): write_samples([QUESTION | {'image': [str(photo)]}], tmp_path/'cars.json', media=media)
+    for media in ('link', 'copy'): write_samples([QUESTION | {'images': [str(photo)]}], tmp_path/'cars.json', media=media)
     shutil.rmtree(photo.parent)
-    assert Path(read_samples(tmp_path/'cars.json')[0]['image'][0]).is_file()
+    assert Path(read_samples(tmp_path/'cars.json')[0]['images'][0]).is_file()
 
 def test_a_planted_link_is_not_followed(tmp_path):
     "The name that a link was first made under could be guessed."
@@ -128,7 +128,7 @@ def test_a_planted_link_is_not_followed(tmp_path):
     victim.write_text('mine')
     (tmp_path/'cars_media').mkdir()
     (tmp_path/'cars_media'/f'.a.jpg.{os.getpid()}.tmp').symlink_to(victim)
-    for media in ('link', 'copy'): write_samples([QUESTION | {'image': [str(photo)]}], tmp_path/'cars.json', media=media)
+    for media in ('link', 'copy'): write_samples([QUESTION | {'images': [str(photo)]}], tmp_path/'cars.json', media=media)
     assert victim.read_text() == 'mine'
 
 # --- looking
@@ -160,8 +160,8 @@ def test_looking_asks_nobody(server, tmp_path):
              'e.svg': f'<svg xmlns="http://www.w3.org/2000/svg"><image href="{url}/e.png"/></svg>', 'f.mp4': 'v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n'}
     for name, text in texts.items(): (tmp_path/name).write_text(text)
     paths = [*(str(tmp_path/name) for name in texts), f'{url}/a.mp4', f'{url}/a.png', f'concat:{url}/x.mp4|{url}/y.mp4', f'subfile,,start,0,end,9,,:{url}/z.mp4', f'async:{url}/q.mp4', f'<img src="{url}/i.png">']
-    samples = [{'video': [p], 'instruction': '<video>What?', 'output': 'x'} for p in paths] + [{'image': [p], 'instruction': '<image>What?', 'output': 'x'} for p in paths]
-    samples += [{'image': [], 'instruction': f'![x]({url}/md.png) <img src="{url}/html.png">', 'output': 'x'}]
+    samples = [{'videos': [p], 'instruction': '<video>What?', 'output': 'x'} for p in paths] + [{'images': [p], 'instruction': '<image>What?', 'output': 'x'} for p in paths]
+    samples += [{'images': [], 'instruction': f'![x]({url}/md.png) <img src="{url}/html.png">', 'output': 'x'}]
     (tmp_path/'rows.json').write_text(json.dumps(samples))
     table, html, svg = _look_in_every_way(read_samples(tmp_path/'rows.json'))
     assert asked == [] and set(table.row) >= set(range(2*len(paths)))
@@ -172,7 +172,7 @@ def test_a_clip_at_an_address_is_one_that_llamafactory_would_fetch(server, plugi
     url, asked = server
     with pytest.raises(Exception, match='404'): plugin._regularize_videos([f'{url}/a.mp4'], image_max_pixels=9999, image_min_pixels=1, video_fps=2., video_maxlen=8)
     assert asked
-    assert check_samples([{'video': [f'{url}/a.mp4'], 'instruction': '<video>What?', 'output': 'x'}]).level.tolist() == ['warning']
+    assert check_samples([{'videos': [f'{url}/a.mp4'], 'instruction': '<video>What?', 'output': 'x'}]).level.tolist() == ['warning']
 
 def test_pipes_and_devices_are_not_opened(tmp_path):
     "They would block for ever, or have no end."
@@ -186,7 +186,7 @@ def test_pipes_and_devices_are_not_opened(tmp_path):
     for name in ('rows.json', 'rows.csv', 'rows.xlsx', 'rows.parquet'):
         os.mkfifo(tmp_path/name)
         with pytest.raises((ValueError, FileNotFoundError)): read_samples(tmp_path/name)
-    with pytest.raises(FileExistsError): write_samples(samples[:0] or [QUESTION | {'image': []}], tmp_path/'rows.json')
+    with pytest.raises(FileExistsError): write_samples(samples[:0] or [QUESTION | {'images': []}], tmp_path/'rows.json')
 
 def test_no_program_is_run_for_a_picture(tmp_path, monkeypatch):
     "Pillow would have Ghostscript run an EPS file."
@@ -201,13 +201,13 @@ def test_no_program_is_run_for_a_picture(tmp_path, monkeypatch):
     with Image.open(tmp_path/'a.png') as im, pytest.raises(Exception): im.load()
     assert ran.exists(), 'Pillow, as LLaMA-Factory calls it, does'
     ran.unlink()
-    table, _, _ = _look_in_every_way([{'image': [str(tmp_path/'a.png')], 'instruction': '<image>What?', 'output': 'x'}])
+    table, _, _ = _look_in_every_way([{'images': [str(tmp_path/'a.png')], 'instruction': '<image>What?', 'output': 'x'}])
     assert not ran.exists() and 'Ghostscript' in table.what[0] and table.level[0] == 'warning'
 
 def test_a_large_picture_is_no_error_where_llamafactory_reads_it(plugin, tmp_path):
     Image.new('1', (10_000, 9_000)).save(tmp_path/'large.png')
     Image.new('1', (20_000, 9_000)).save(tmp_path/'bomb.png')
-    check = lambda name: check_samples([{'image': [str(tmp_path/name)], 'instruction': '<image>What?', 'output': 'x'}])
+    check = lambda name: check_samples([{'images': [str(tmp_path/name)], 'instruction': '<image>What?', 'output': 'x'}])
     limits = dict(image_max_pixels=768*768, image_min_pixels=32*32)
     assert plugin._regularize_images([str(tmp_path/'large.png')], **limits)['images'] and check('large.png').level.tolist() == ['warning']
     with pytest.raises(Image.DecompressionBombError): plugin._regularize_images([str(tmp_path/'bomb.png')], **limits)

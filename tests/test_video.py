@@ -16,7 +16,7 @@ from qwen2vl_nb.tiny import FPS, SECONDS, SIZE, make_car_video
 def samples(data): return {half: json.loads((data/'car_video'/f'{half}.json').read_text()) for half in ('train', 'test')}
 
 @pytest.fixture(scope='module')
-def clips(data, samples): return [data/path for half in samples.values() for s in half for path in s['video']]
+def clips(data, samples): return [data/path for half in samples.values() for s in half for path in s['videos']]
 
 def _decoded(path):
     with av.open(str(path)) as clip: return [frame.to_ndarray(format='rgb24').astype(int) for frame in clip.decode(video=0)]
@@ -46,7 +46,7 @@ def test_clips_come_out_the_same_each_time(tmp_path):
 def test_llamafactory_takes_every_clip(plugin, processor, samples, data, tiny):
     expected = video_tokens(len(sampled_frames(FPS*SECONDS, SECONDS)), *SIZE, model=tiny)
     for s in samples['train'] + samples['test']:
-        path = str(data/s['video'][0])
+        path = str(data/s['videos'][0])
         asked = plugin.process_messages(s['messages'], [], [path], [], processor)[0]['content']
         assert asked.count('<|video_pad|>') == expected == 24, path
         inputs = plugin._get_mm_inputs([], [path], [], processor)
@@ -60,7 +60,7 @@ def ran(tmp_path_factory, tiny, data, samples):
     home = tmp_path_factory.mktemp('video')/'我的 clips'
     registry = Registry(home/'数据')
     rows = [{'messages': [dict(role='user', content=f'<video>{asked}'), dict(role='assistant', content=f'{s["messages"][1]["content"]} {asked}')],
-             'video': [str(data/s['video'][0])]} for s in samples['train'][:2] for asked in ('Which way does it drive?', 'What is this?')]
+             'videos': [str(data/s['videos'][0])]} for s in samples['train'][:2] for asked in ('Which way does it drive?', 'What is this?')]
     registry['clips'] = Registry(data)['car_video'] | {'file_name': 'clips.json'}
     (registry.dataset_dir/'clips.json').write_text(json.dumps(rows), encoding='utf-8')
     common = dict(dataset_dir=str(registry.dataset_dir), use_cpu=True, preprocessing_num_workers=None, cutoff_len=256)

@@ -75,17 +75,17 @@ def _of_all_kinds(samples, folder):
     for i, (width, height) in enumerate([(100, 75), (30, 300), (1600, 1200), (20, 20)]):
         sized.append(str(folder/f'{i}.png'))
         Image.frombytes('RGB', (width, height), chance.randbytes(3*width*height)).save(sized[-1])
-    one, two = (s['image'][0] for s in samples[:2])
+    one, two = (s['images'][0] for s in samples[:2])
     turns = '<image>What is this?', 'A car.', 'And <image>?', 'A bus.', 'Sure?'
     roles = 'user', 'assistant', 'user', 'assistant', 'user'
     talk = [{'role': role, 'content': text} for role, text in zip(roles, turns)]
     return [
-        {'instruction': 'First <image> then <image>.', 'input': 'Which <image>?', 'image': [one, two, one]},
+        {'instruction': 'First <image> then <image>.', 'input': 'Which <image>?', 'images': [one, two, one]},
         {'instruction': 'What is this?'},
-        {'instruction': '<image>What is this?', 'system': 'Be brief. 简短。', 'image': [one]},
-        {'messages': talk, 'image': [one, two]},
-        {'instruction': 'And now <image>?', 'history': [['<image>What?', 'A car.']], 'image': [two, one]},
-        *({'instruction': '<image>\nWhat is this?\n', 'image': [p]} for p in sized)]
+        {'instruction': '<image>What is this?', 'system': 'Be brief. 简短。', 'images': [one]},
+        {'messages': talk, 'images': [one, two]},
+        {'instruction': 'And now <image>?', 'history': [['<image>What?', 'A car.']], 'images': [two, one]},
+        *({'instruction': '<image>\nWhat is this?\n', 'images': [p]} for p in sized)]
 
 def test_in_float32_no_answer_differs_whatever_is_asked(ask, samples, train, tiny_fp32, tmp_path):
     "Also where the model was never taught to answer, and with an adapter for the vision tower."

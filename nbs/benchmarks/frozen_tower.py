@@ -40,8 +40,8 @@ def make_model(folder, text=(256, 6, 704), vision=(160, 6)):
 def register_pictures(folder):
     "A data set with one picture to a sample, of 28 by 36 patches, which are 252 tokens."
     rows = json.loads((DATA/'car_item'/'train.json').read_text())[:8]
-    samples = [{'image': [str(DATA/p)], 'instruction': '<image>What is this?', 'input': '', 'output': 'A car.'}
-               for r in rows for p in r['image']]
+    samples = [{'images': [str(DATA/p)], 'instruction': '<image>What is this?', 'input': '', 'output': 'A car.'}
+               for r in rows for p in r['images']]
     Registry(folder).add('single', samples)
 
 def make_recipe(home, name, model, zero=None, **changes):

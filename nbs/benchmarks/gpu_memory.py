@@ -129,7 +129,7 @@ def model_folder(work, size):
 def write_data(folder, case):
     "Enough `car_item` samples for all steps, their answers so long that each sample has the tokens of the case."
     samples = json.loads((DATA/'car_item'/'train.json').read_text())[:STEPS*case['batch']*case['ranks']]
-    samples = [s | {'image': [str(DATA/path) for path in s['image']]} for s in samples]
+    samples = [s | {'images': [str(DATA/path) for path in s['images']]} for s in samples]
     lengths = lambda: count_tokens(samples, TINY, image_min_pixels=case['pixels'],
                                    image_max_pixels=case['pixels']).total
     samples = [s | {'output': s['output'] + ' car'*int(case['tokens'] - n)} for s, n in zip(samples, lengths())]

@@ -14,7 +14,7 @@ from pathlib import Path
 from ..model import special_tokens
 from ..findings import findings_table, show_value
 from .media import Fault, look_at_picture, look_at_video, mend_picture, near_duplicates
-from .samples import (as_list, is_dialogue, map_media, media_paths, media_tags, sample_turns,
+from .samples import (is_dialogue, media_key, media_of, map_media, media_paths, media_tags, sample_turns,
                                      without_tags)
 from .tokens import clip_sampling, known_limits, look_at_samples, media_tokens, text_tokens
 
@@ -68,7 +68,7 @@ def _tag_fault(sample, turns, tag, key):
     # LLaMA-Factory does not count the system prompt among the turns: its tags stay text
     counts = [(field, text.count(tag)) for field, role, text in turns
               if role != 'system' and isinstance(text, str) and tag in text]
-    tags, media = sum(n for _, n in counts), len(as_list(sample.get(key)))
+    tags, media = sum(n for _, n in counts), len(media_of(sample, key))
     if tags == media: return
     where = f" ({', '.join(f'{n} in {field}' for field, n in counts)})" if counts else ''
     what = {'<image>': 'picture(s)', '<video>': 'clip(s)', '<audio>': 'sound(s)'}[tag]
@@ -76,7 +76,7 @@ def _tag_fault(sample, turns, tag, key):
 
 def _tag_faults(sample, turns):
     field = next((f for f, role, _ in turns if role == 'user'), 'messages')
-    keys = {'<image>': 'image', '<video>': 'video', '<audio>': 'audio'}
+    keys = {'<image>': 'images', '<video>': 'videos', '<audio>': 'audios'}
     return [(field, fault) for tag, key in keys.items() if (fault := _tag_fault(sample, turns, tag, key))]
 
 # %% ../../nbs/data/40_check.ipynb #2fad70b6
@@ -170,10 +170,10 @@ def _has_nul_key(value):
     return isinstance(value, dict) and any('\0' in str(k) or _has_nul_key(v) for k,v in value.items())
 
 def _key_faults(sample):
-    for key, ours in (('images', 'image'), ('videos', 'video')):
-        if sample.get(key) and not sample.get(ours):
-            yield key, Fault(f'Samples call it {ours!r}: nothing under {key!r} is shown to the model.',
-                             f'Rename the key to {ours!r}.', 'warning')
+    for key, other in (('images', 'image'), ('videos', 'video')):
+        if other in sample and key in sample and sample[other] and not sample[key]:
+            yield other, Fault(f'There are {key!r}, too: nothing under {other!r} is shown to the model.',
+                               f'Remove the key {key!r}.', 'warning')
 
 def _unwritable(value):
     try: json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
@@ -225,7 +225,7 @@ def _mixed(key, values, error):
 
 def _late_faults(rows):
     "Columns that start with so many empty rows that LLaMA-Factory considers them empty."
-    for key in ('image', 'video', 'system', 'tools'):
+    for key in ('images', 'image', 'videos', 'video', 'system', 'tools'):
         first = next((n for n, (_, s) in enumerate(rows) if s.get(key)), 0)
         if first < 1000: continue
         yield rows[first][0], key, Fault(
@@ -243,7 +243,7 @@ def _id_faults(rows):
 # %% ../../nbs/data/40_check.ipynb #680ab9a9
 def _said_in(sample):
     "Pictures and turns of a sample as one text; `None` if it is too long or too deeply nested."
-    try: return repr((sample.get('image'), sample.get('video'), sample_turns(sample)))
+    try: return repr((media_of(sample, 'images'), media_of(sample, 'videos'), sample_turns(sample)))
     except (ValueError, RecursionError): return None
 
 def _same_faults(rows):
@@ -275,9 +275,9 @@ def _shown_in(samples, key):
     rows = {}
     for i, s in enumerate(samples):
         if not isinstance(s, dict): continue
-        clips = as_list(s.get('video')) if key == 'image' else []
+        clips = media_of(s, 'videos') if key == 'images' else []
         frames = [f for item in clips if isinstance(item, list) for f in item]
-        for path in as_list(s.get(key)) + frames:
+        for path in media_of(s, key) + frames:
             if isinstance(path, str): rows.setdefault(path, i)
     return rows
 
@@ -300,15 +300,15 @@ def _named(path, fault):
 def _item_faults(key, item, looks, leaks, copies):
     "Faults of one picture or clip; for those that were mended, the cure names the copy."
     if isinstance(item, str):
-        faults = [*looks[key == 'video'][item].faults, *leaks.get(item, [])]
+        faults = [*looks[key == 'videos'][item].faults, *leaks.get(item, [])]
         mended = lambda f: f._replace(cure=f'Mended in the copy {copies[item]}', level='mended')
         return [_named(item, mended(f) if f.mends and item in copies else f) for f in faults]
-    if key == 'video' and isinstance(item, list) and item:
-        return [f for frame in item for f in _item_faults('image', frame, looks, leaks, copies)]
+    if key == 'videos' and isinstance(item, list) and item:
+        return [f for frame in item for f in _item_faults('images', frame, looks, leaks, copies)]
     return [Fault(f'The path is {show_value(item)}, not text.', 'Give the path of a file.')]
 
 def _media_faults(sample, *about):
-    return [(key, fault) for key in ('image', 'video') for item in as_list(sample.get(key))
+    return [(media_key(sample, key), fault) for key in ('images', 'videos') for item in media_of(sample, key)
             for fault in _item_faults(key, item, *about)]
 
 def _length_faults(rows, text, media, cutoff_len):
@@ -352,7 +352,7 @@ def _mended_text(value):
 
 def _mended_sample(sample, copies):
     if not isinstance(sample, dict): return sample
-    try: text = {k: _mended_text(v) for k,v in sample.items() if k not in ('image', 'video')}
+    try: text = {k: _mended_text(v) for k,v in sample.items() if k not in ('images', 'image', 'videos', 'video')}
     except RecursionError: text = {}
     return map_media(sample | text, lambda path: copies.get(path, path))
 
@@ -360,7 +360,7 @@ def _mended_sample(sample, copies):
 def _leaks_of(looks, against, pictures, clips, workers):
     "Path → faults, for pictures and clips that the samples `against` also contain."
     others, leaks = look_at_samples(against, pictures, clips, workers), {}
-    for key, mine, theirs in zip(('image', 'video'), looks, others):
+    for key, mine, theirs in zip(('images', 'videos'), looks, others):
         for path, fault in _leaks(mine, theirs, against, key): leaks.setdefault(path, []).append(fault)
     return leaks
 

@@ -9,7 +9,7 @@ __all__ = ['show_samples', 'Plots', 'describe_samples']
 import warnings
 from collections import Counter
 from ..display import BLUE, GREY, ORANGE, PictureGrid, RED, plain_axes
-from .samples import as_list, sample_turns, without_tags
+from .samples import media_of, sample_turns, without_tags
 from .tokens import count_tokens, glance_at_samples, known_limits
 
 # %% ../../nbs/data/70_describe.ipynb #4a2dfdb2
@@ -19,7 +19,7 @@ _asks = {'user': 'prompt', 'assistant': 'answer', 'system': 'system', 'observati
 def _card(sample):
     lines = [(_asks.get(role, str(role)), without_tags(str(text)), None)
              for _, role, text in sample_turns(sample)]
-    return as_list(sample.get('image')) + as_list(sample.get('video')), lines
+    return media_of(sample, 'images') + media_of(sample, 'videos'), lines
 
 def show_samples(
     samples:list, # Samples

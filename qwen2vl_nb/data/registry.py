@@ -18,7 +18,7 @@ from ..boot import child_env
 from ..files import read_bytes, sweep, write_text
 from ..findings import Finding, findings_class, in_words
 from ..questions import ask, loaded
-from .samples import in_one_form, sample_turns
+from .samples import in_one_form, media_key, sample_turns
 from .sources import MediaPlace, dialogue_sample, question_sample, read_rows
 from .write import write_samples
 
@@ -28,14 +28,15 @@ _dialogue_tags = {'role_tag': 'role', 'content_tag': 'content', 'user_tag': 'use
 
 def sample_entry(
     samples:list, # Samples
-    file_name:str, # JSON file that contains them, relative to the registry's folder
+    file_name:str, # JSON file of `write_samples` that contains them, relative to the registry's folder
 )->dict: # The entry
     "The registry entry for samples; one dialogue among them makes it sharegpt."
     def named(**columns): return {k: key for k,key in columns.items() if any(key in s for s in samples)}
+    media = {kind: kind for kind in ('images', 'videos') if any(media_key(s, kind) in s for s in samples)}
     if not any('messages' in s for s in samples):
-        rest = named(query='input', images='image', videos='video', system='system', history='history', tools='tools')
+        rest = media | named(query='input', system='system', history='history', tools='tools')
         return {'file_name': file_name, 'columns': {'prompt': 'instruction', 'response': 'output'} | rest}
-    columns = named(messages='messages', images='image', videos='video', system='system', tools='tools')
+    columns = named(messages='messages') | media | named(system='system', tools='tools')
     return {'file_name': file_name, 'formatting': 'sharegpt', 'columns': columns, 'tags': dict(_dialogue_tags)}
 
 # %% ../../nbs/data/80_registry.ipynb #bebd68f2
@@ -503,7 +504,7 @@ def dataset_rows(
     "The prompts of a registered data set and their labels, in the order of its rows."
     def described(i, s):
         *said, label = [str(text or '') for _, role, text in sample_turns(s) if role != 'system'] or ['']
-        videos = {'videos': s['video']} if 'video' in s else {}
-        return {'id': s.get('id', i), 'images': s['image'], 'prompt': '\n'.join(filter(None, said)),
+        videos = {'videos': s['videos']} if 'videos' in s else {}
+        return {'id': s.get('id', i), 'images': s['images'], 'prompt': '\n'.join(filter(None, said)),
                 'label': label} | videos
     return [described(i, s) for i, s in enumerate(dataset_samples(registry, name, n, media_dir))]

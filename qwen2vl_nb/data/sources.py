@@ -407,7 +407,7 @@ def _read_class_folder(folder):
     if classes.keys() <= _split_names:
         raise ValueError(f'{folder} holds splits, not classes: '
                          f'read each, as in read_samples({str(folder/next(iter(classes)))!r}, …).')
-    key = lambda f: 'video' if f.suffix.lower() in video_endings else 'image'
+    key = lambda f: 'videos' if f.suffix.lower() in video_endings else 'images'
     rows = [{key(f): [str(f.resolve())], 'output': f.relative_to(folder).parts[0]} for f in files]
     passed = f' ({len(others)} other file(s) passed over: {_some(others)})' if others else ''
     return rows, f'a folder of {len(classes)} classes{passed}'
@@ -508,7 +508,7 @@ def question_sample(
     used = {c for c in key.values() if isinstance(c, str)} | set(pictures)
     sample = {k: v for k,v in row.items() if k not in used}
     sample |= {k: row[key[k]] for k in ('system', 'tools', 'history') if key.get(k) in row}
-    sample |= {'image': images} | ({'video': videos} if videos else {})
+    sample |= {'images': images} | ({'videos': videos} if videos else {})
     if tag: text = _tagged(text, [more, *history_turns(history)], images, videos)
     return sample | {'instruction': text, 'input': more, 'output': row.get(key.get('response'))}
 
@@ -620,7 +620,7 @@ def dialogue_sample(
     sample = {k: v for k,v in row.items() if k not in columns.values()}
     sample |= {k: key(k) for k in ('system', 'tools') if columns.get(k) in row}
     if isinstance(sample.get('tools'), list): sample['tools'] = json.dumps(sample['tools'], ensure_ascii=False)
-    sample |= {'image': images} | ({'video': videos} if videos else {})
+    sample |= {'images': images} | ({'videos': videos} if videos else {})
     return sample | {'messages': _tagged_turns(turns, images, videos) if tag else turns}
 
 def _turns(given, tags, roles, key, place):
@@ -794,7 +794,7 @@ def read_samples(
     video:str=None, # Column with clips, as `image`; `None`: `video` or `videos`
     media_dir=None, # Folder of the pictures, or for those that are written out; `None`: beside the source
     encoding:str=None, # Of a text file; `None`: UTF-8, UTF-16, UTF-32 or GB18030, by its bytes
-)->list: # Questions or dialogues: `image`, `instruction`, `input`, `output` or `messages`, and other columns
+)->list: # Questions or dialogues: `images`, `instruction`, `input`, `output` or `messages`, and other columns
     "Read labels into samples, and say what they were taken for."
     from tqdm import tqdm
     path = Path(source[0] if isinstance(source, (list, tuple)) else source)

@@ -12,7 +12,7 @@ from pathlib import Path
 from ..model import pixel_limits, processor_limits, tokens_within, with_system
 from ..findings import text_table
 from .media import glance_at_picture, glance_at_video, look_at_all
-from .samples import as_list, trained_turns
+from .samples import media_of, trained_turns
 
 # %% ../../nbs/data/30_tokens.ipynb #17394b78
 _frames = {'system': '<|im_start|>system\n{}<|im_end|>\n',
@@ -81,7 +81,7 @@ def look_at_samples(
 )->tuple: # Path → `Look`, for the pictures (including the frames of clips) and for the clips
     "Look once at each picture and clip, however many samples show it."
     rows = [s for s in samples if isinstance(s, dict)]
-    images, videos = ([item for s in rows for item in as_list(s.get(key))] for key in ('image', 'video'))
+    images, videos = ([item for s in rows for item in media_of(s, key)] for key in ('images', 'videos'))
     frames = [frame for item in videos if isinstance(item, list) for frame in item]
     text = lambda items: [item for item in items if isinstance(item, str)]
     return (look_at_all(pictures, text(images + frames), workers=workers),
@@ -109,8 +109,8 @@ def media_tokens(
         one = _tokens_of(look, 'video', limits, frame)
         return one and one*math.ceil(frames/2)
     def media(sample):
-        each = [pictures.get(p) if isinstance(p, str) else None for p in as_list(sample.get('image'))]
-        each += [clip(v) for v in as_list(sample.get('video'))]
+        each = [pictures.get(p) if isinstance(p, str) else None for p in media_of(sample, 'images')]
+        each += [clip(v) for v in media_of(sample, 'videos')]
         return None if None in each else sum(each)
     return [media(s) if isinstance(s, dict) else None for s in samples]
 

@@ -14,20 +14,21 @@ from .. import hidden
 from ..files import Damaged, read_json, whole_lines, write_json, write_text
 from ..findings import Finding
 from ..recipe import absolute_recipe
-from ..data.samples import as_list, sample_turns, trained_turns
+from ..data.samples import media_key, media_of, sample_turns, trained_turns
 from .rows import json_line, rows_digest
 from ..run.folder import ANSWERS, ASKED, QUESTION
 
 # %% ../../nbs/prediction/35_question.ipynb #3259dbb1
-_consumed = {True: ('image', 'video', 'messages', 'system', 'tools'), # of a dialogue
-             False: ('image', 'video', 'instruction', 'input', 'output', 'history', 'system', 'tools')}
+_consumed = {True: {'messages', 'system', 'tools'}, # of a dialogue
+             False: {'instruction', 'input', 'output', 'history', 'system', 'tools'}}
 _own = 'row|images|videos|prompt|label|asked|predict|finish_reason|prompt_tokens|tokens|engine|error'
 _taken = re.compile(rf'(column\.)*({_own})')
 
 def _columns(sample):
     """The other columns of a sample; a column is prefixed with `column.` if its name is one of the row's own keys,
     or such a key that is already prefixed."""
-    others = {str(k): v for k, v in sample.items() if k not in _consumed['messages' in sample]}
+    consumed = _consumed['messages' in sample] | {media_key(sample, kind) for kind in ('images', 'videos')}
+    others = {str(k): v for k, v in sample.items() if k not in consumed}
     return {f'column.{k}' if _taken.fullmatch(k) else k: v for k, v in others.items()}
 
 def _turns(sample):
@@ -49,9 +50,10 @@ def asked_row(
     "Return the row that asks the question of a sample."
     turns = _turns(sample)
     label = turns.pop()[1] if turns and turns[-1][0] in ('assistant', 'function') else None
-    videos = {'videos': _full(as_list(sample['video']))} if sample.get('video') else {}
+    videos = _full(media_of(sample, 'videos'))
     return _columns(sample) | {
-        'row': i, 'id': sample.get('id', i), 'images': _full(as_list(sample.get('image')))} | videos | {
+        'row': i, 'id': sample.get('id', i), 'images': _full(media_of(sample, 'images')),
+        **({'videos': videos} if videos else {}),
         'prompt': '\n'.join(text for _, text in turns if text), 'label': label or None,
         'asked': {'system': _system(sample), 'tools': sample.get('tools') or '', 'turns': turns}}
 
@@ -141,7 +143,7 @@ def _changed_values(what, before, now):
 
 def _as_before(lines):
     "Lines of rows as earlier versions wrote them; these versions kept the original names of all columns."
-    parts = set(_consumed[True] + _consumed[False])
+    parts = _consumed[True] | _consumed[False] | {'image', 'video'}
     return [json_line({k.removeprefix('column.'): v for k, v in json.loads(line).items() if k not in parts}).decode()
             for line in lines]
 

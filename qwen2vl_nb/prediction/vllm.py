@@ -14,7 +14,7 @@ from ..files import write_text
 from ..model import chat_template, model_config, recipe_limits
 from ..questions import ask, versions
 from ..stack import GiB
-from ..data.samples import as_list, is_dialogue
+from ..data.samples import is_dialogue, media_of
 from ..data.tokens import count_tokens
 from ..memory.estimate import predict_memory
 
@@ -48,13 +48,13 @@ def data_needs(
     """How long the rows are, and how many pictures and clips they have.
     A row that can't be read does not count towards the length."""
     tokens = count_tokens(list(map(_question, samples)), recipe['model_name_or_path'], **recipe_limits(recipe)).dropna()
-    most = lambda key: max((len(as_list(s.get(key))) for s in samples), default=0)
+    most = lambda kind: max((len(media_of(s, kind)) for s in samples), default=0)
     config = model_config(recipe['model_name_or_path'])
     longest = config.get('text_config', config)['max_position_embeddings']
     prompt, media = (int(max(tokens[key], default=0)) for key in ('total', 'media'))
     wanted = math.ceil((prompt + recipe.get('max_new_tokens', 1024))/16)*16
-    return {'prompt': prompt, 'media': media, 'images': most('image'), 'videos': most('video'),
-            'max_model_len': longest if most('video') else min(wanted, longest)}
+    return {'prompt': prompt, 'media': media, 'images': most('images'), 'videos': most('videos'),
+            'max_model_len': longest if most('videos') else min(wanted, longest)}
 
 # %% ../../nbs/prediction/30_vllm.ipynb #653603b1
 _ranks = 8, 16, 32, 64, 128, 256, 320, 512
