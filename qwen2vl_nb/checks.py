@@ -11,6 +11,7 @@ import json, os, re, sys, tempfile
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 import psutil
 from .boot import child_env
 from .model import recipe_limits
@@ -25,6 +26,7 @@ from .data.samples import is_dialogue, media_paths, without_tags
 from .data.tokens import count_tokens
 from .memory.estimate import predict_memory
 from .memory.plan import memory_findings
+if TYPE_CHECKING: import pandas as pd
 
 # %% ../nbs/20_checks.ipynb #7e31373a
 def half_findings(
@@ -399,7 +401,7 @@ def late_findings(
 def check_recipe(
     recipe:dict, # The recipe
     nproc:int=None, # Number of processes that it will run on; `None`: one for each GPU here
-): # Findings as a `DataFrame`: level, where, what, cure; empty is good
+)->'pd.DataFrame': # Columns level, where, what, cure; empty is good
     "Everything that is wrong with a recipe on this machine, in words, before anything starts."
     cards = gpus()
     ranks = nproc or max(1, len(cards))

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import cache, partial, wraps
 from itertools import takewhile
 from types import TracebackType
+from typing import TYPE_CHECKING
+if TYPE_CHECKING: import pandas as pd
 
 # %% ../nbs/04_findings.ipynb #b7ea5455
 @dataclass
@@ -44,7 +46,7 @@ def _text_class():
 
 def text_table(
     table, # A pandas `DataFrame`
-): # The same data as a `DataFrame` in which MathJax typesets nothing
+)->'pd.DataFrame': # The same data as a `DataFrame` in which MathJax typesets nothing
     "A table of the user's data, in which dollar signs are dollar signs."
     return _text_class()(table, copy=False)
 
@@ -84,7 +86,7 @@ def findings_class()->type: # Of `DataFrame`
 def findings_table(
     findings:list, # `Finding`s, or dicts with the keys `columns`
     columns:tuple=('level', 'where', 'what', 'cure'), # Column names, in order
-): # A pandas `DataFrame`, one row a finding
+)->'pd.DataFrame': # One row a finding
     "Findings as a table that shows well."
     rows = [f if isinstance(f, dict) else vars(f) for f in findings]
     return findings_class()(rows, columns=list(columns))

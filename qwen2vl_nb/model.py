@@ -77,7 +77,7 @@ def image_tokens(
     height:int, # Picture height in pixels
     image_max_pixels:int=768*768, # LLaMA-Factory scales pictures above this area down
     image_min_pixels:int=32*32, # and pictures below this area up
-    model=None, # Model folder, for the processor's own limits; `None`: the published ones
+    model:str|Path=None, # Model folder, for the processor's own limits; `None`: the published ones
 )->int: # Number of tokens
     "Tokens that one picture takes in the prompt."
     return tokens_within(width, height, image_max_pixels, image_min_pixels, processor_limits(model))
@@ -101,7 +101,7 @@ def video_tokens(
     height:int, # Height of the clip in pixels
     video_max_pixels:int=256*256, # LLaMA-Factory scales frames above this area down
     video_min_pixels:int=16*16, # and frames below this area up
-    model=None, # Model folder, for the processor's own limits; `None`: the published ones
+    model:str|Path=None, # Model folder, for the processor's own limits; `None`: the published ones
 )->int: # Number of tokens
     "Tokens that one clip takes in the prompt."
     limits = processor_limits(model, video=True)

@@ -26,9 +26,9 @@ def _recipe(defaults, changes):
     return recipe
 
 def train_recipe(
-    model, # Model folder, or a name that LLaMA-Factory can download
+    model:str|Path, # Model folder, or a name that LLaMA-Factory can download
     dataset:str, # Registered data set, or several separated by commas
-    output_dir=None, # Folder for the run; `None`: `saves/<model>/<finetuning_type>/<dataset>`
+    output_dir:str|Path=None, # Folder for the run; `None`: `saves/<model>/<finetuning_type>/<dataset>`
     **changes, # Any other argument of LLaMA-Factory, whose names Tab completes; `None` removes a default
 )->dict: # The recipe
     "A recipe for fine-tuning Qwen2-VL, with LoRA unless `finetuning_type` says otherwise."
@@ -119,10 +119,10 @@ def find_adapter(
 
 # %% ../nbs/10_recipe.ipynb #bb0cf879
 def predict_recipe(
-    model, # Model folder, or a name that LLaMA-Factory can download
+    model:str|Path, # Model folder, or a name that LLaMA-Factory can download
     dataset:str=None, # Registered data set to predict; `None`: samples are given later
-    output_dir=None, # Folder for the predictions; `None`: next to the adapter, or under `saves/<model>`
-    adapter=None, # A training run, its folder, or an adapter's folder; `None`: the model as it is
+    output_dir:str|Path=None, # Folder for the predictions; `None`: next to the adapter, or under `saves/<model>`
+    adapter:str|os.PathLike=None, # A training run, its folder, or an adapter's folder; `None`: the model as it is
     **changes, # Any other argument of LLaMA-Factory, whose names Tab completes; `None` removes a default
 )->dict: # The recipe
     "A recipe for predicting a data set in bulk."
@@ -156,7 +156,7 @@ def _size(node, known):
     return known[id(node)]
 
 def load_recipe(
-    path, # YAML file
+    path:str|Path, # YAML file
 )->dict: # The recipe
     "Read a recipe from YAML; raises `ValueError` if the file is not a recipe."
     path = Path(path)
@@ -206,7 +206,7 @@ def _zero_file(folder, config):
 
 def save_recipe(
     recipe:dict, # The recipe
-    path, # YAML file to write
+    path:str|Path, # YAML file to write
     private:bool=False, # Make the file readable only by its owner (0600)
 )->Path: # The file
     "Write a recipe as the YAML that `llamafactory-cli train` reads."

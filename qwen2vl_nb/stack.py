@@ -9,11 +9,13 @@ __all__ = ['bad_pairs', 'USES', 'GiB', 'BadPair', 'installed_versions', 'version
 # %% ../nbs/08_stack.ipynb #b3f6779d
 import importlib.metadata, os, shutil, sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from .findings import Finding, findings_table
 from .questions import ask, versions
+if TYPE_CHECKING: import pandas as pd
 
 # %% ../nbs/08_stack.ipynb #36c125df
 @dataclass
@@ -190,6 +192,6 @@ def machine_findings()->list: # `Finding`s
     return [Finding(*finding) for holds, *finding in rules if holds]
 
 # %% ../nbs/08_stack.ipynb #fe6d8180
-def check_stack(): # Findings as a `DataFrame`: level, where, what, cure
+def check_stack()->'pd.DataFrame': # Columns level, where, what, cure
     "What is known to break on this machine with these versions, each with its cure."
     return findings_table(version_findings(installed_versions()) + machine_findings())

@@ -116,4 +116,6 @@ def test_help_explains_every_parameter(name):
     for f in (thing, *methods):
         said = inspect.getdoc(f)
         assert len(said) > 15
-        for parameter in inspect.signature(f).parameters: assert parameter == 'self' or re.search(rf'^\**{parameter}( : .*)?\n    \S', said, re.M), f'{f.__qualname__}({parameter})'
+        for parameter, about in inspect.signature(f).parameters.items():
+            assert about.annotation is not about.empty or parameter == 'self' or about.kind in (about.VAR_KEYWORD, about.VAR_POSITIONAL), f'{f.__qualname__}({parameter})'
+            assert parameter == 'self' or re.search(rf'^\**{parameter}( : .*)?\n    \S', said, re.M), f'{f.__qualname__}({parameter})'

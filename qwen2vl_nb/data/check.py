@@ -11,12 +11,14 @@ from bisect import bisect_left
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 from ..model import special_tokens
 from ..findings import findings_table, show_value
 from .media import Fault, look_at_picture, look_at_video, mend_picture, near_duplicates
 from .samples import (is_dialogue, media_key, media_of, map_media, media_paths, media_tags, sample_turns,
                                      without_tags)
 from .tokens import clip_sampling, known_limits, look_at_samples, media_tokens, text_tokens
+if TYPE_CHECKING: import pandas as pd
 
 # %% ../../nbs/data/40_check.ipynb #930ce439
 _says = {'user': 'prompt', 'assistant': 'answer', 'system': 'system prompt', 'observation': 'observation',
@@ -417,19 +419,19 @@ def _check(samples, fix, against, model, cutoff_len, media, workers, **limits):
 def check_samples(
     samples:list, # Samples, as `read_samples` gives them
     against:list=None, # Samples of another split, which should share no picture with these
-    model=None, # Model folder, whose tokenizer counts the text; `None`: only pictures and clips are counted
+    model:str|Path=None, # Model folder, whose tokenizer counts the text; `None`: only pictures and clips are counted
     cutoff_len:int=2048, # Number of tokens that LLaMA-Factory keeps of a row, as in the recipe
     media:bool=True, # Also look at pictures and clips; `False`: ignore them and their tokens
     workers:int=None, # Number of threads that look at pictures; `None`: one per core
     **limits, # `image_max_pixels`, `image_min_pixels`, `video_fps`, `video_maxlen`, …, as in the recipe
-): # Findings as a `DataFrame`: row, field, what, cure, level
+)->'pd.DataFrame': # Columns row, field, what, cure, level
     "Find every fault of the samples before training runs into it; never raises on bad data. See `mend_samples`."
     return _rows_table(_check(samples, False, against, model, cutoff_len, media, workers, **limits)[0])
 
 def mend_samples(
     samples:list, # Samples, as `read_samples` gives them
     against:list=None, # As for `check_samples`
-    model=None, # As for `check_samples`
+    model:str|Path=None, # As for `check_samples`
     cutoff_len:int=2048, # As for `check_samples`
     media:bool=True, # As for `check_samples`
     workers:int=None, # As for `check_samples`

@@ -8,6 +8,7 @@ __all__ = ['show_samples', 'Plots', 'describe_samples']
 # %% ../../nbs/data/70_describe.ipynb #datadescribe02
 import warnings
 from collections import Counter
+from pathlib import Path
 from ..display import BLUE, GREY, ORANGE, PictureGrid, RED, plain_axes
 from .samples import media_of, sample_turns, without_tags
 from .tokens import count_tokens, glance_at_samples, known_limits
@@ -85,7 +86,7 @@ class Plots:
 
 def describe_samples(
     samples:list, # Samples
-    model=None, # Model folder, whose tokenizer counts the text; `None`: only pictures and clips are counted
+    model:str|Path=None, # Model folder, whose tokenizer counts the text; `None`: only pictures and clips are counted
     cutoff_len:int=2048, # Number of tokens that LLaMA-Factory keeps of a row, as in the recipe
     **limits, # `image_max_pixels`, `video_fps`, … as in the recipe
 )->Plots: # Shows itself in a notebook; its `figure` can be saved

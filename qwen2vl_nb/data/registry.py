@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 from fastcore.basics import patch
 from filelock import FileLock
 from ..boot import child_env
@@ -21,6 +22,7 @@ from ..questions import ask, loaded
 from .samples import in_one_form, media_key, sample_turns
 from .sources import MediaPlace, dialogue_sample, question_sample, read_rows
 from .write import write_samples
+if TYPE_CHECKING: import pandas as pd
 
 # %% ../../nbs/data/80_registry.ipynb #e977fb69
 _dialogue_tags = {'role_tag': 'role', 'content_tag': 'content', 'user_tag': 'user', 'assistant_tag': 'assistant',
@@ -336,7 +338,7 @@ def _check_choice(what, value, choices):
 class Registry(MutableMapping):
     "The data sets of a folder: its `dataset_info.json`, name → entry."
     def __init__(self,
-        dataset_dir='data', # Folder of the registry and its files, LLaMA-Factory's `dataset_dir`
+        dataset_dir:str|Path='data', # Folder of the registry and its files, LLaMA-Factory's `dataset_dir`
     ):
         self.dataset_dir = Path(dataset_dir).absolute()
         self.path = self.dataset_dir/'dataset_info.json'
@@ -440,9 +442,9 @@ def add(self:Registry,
 @patch
 def find(self:Registry,
     modality:str=None, # `'text'`, `'image'`, `'video'` or `'audio'`
-    hub=None, # `'hf'`, `'ms'` or `'om'`: data sets on this hub; `False`: data sets on none of them
+    hub:str|bool=None, # `'hf'`, `'ms'` or `'om'`: data sets on this hub; `False`: data sets on none of them
     ranking:bool=None, # `True`: only rankings; `False`: only others
-): # A pandas `DataFrame`, one row per entry
+)->'pd.DataFrame': # One row per entry
     "The entries that meet all the given conditions."
     _check_choice('modality', modality, (None, 'text', *_media.values()))
     _check_choice('hub', hub, (None, *_hubs, False))
@@ -457,8 +459,8 @@ def find(self:Registry,
 
 @patch
 def check(self:Registry,
-    names=None, # A data set, or several; `None`: all
-): # A pandas `DataFrame`, one row per entry: name, what, loads, why, cure
+    names:str|list=None, # A data set, or several; `None`: all
+)->'pd.DataFrame': # One row per entry: name, what, loads, why, cure
     "What each entry is, and whether LLaMA-Factory would load it; local files are loaded, nothing is fetched."
     if not self.path.exists(): raise FileNotFoundError(f'There is no {self.path}: nothing is registered here.')
     entries, text = self._read()
@@ -480,7 +482,7 @@ def dataset_samples(
     registry:Registry, # The registry
     name:str, # A data set that has its rows in a local file
     n:int=None, # Number of rows, counted from the first, like LLaMA-Factory's `max_samples`; `None`: all
-    media_dir=None, # Folder of the pictures; `None`: the registry's
+    media_dir:str|Path=None, # Folder of the pictures; `None`: the registry's
 )->list: # Samples
     "The samples of a registered data set, in their order."
     entry = registry[name]

@@ -787,12 +787,12 @@ def _say(source, samples, taken, place, how, media_dir):
 
 # %% ../../nbs/data/20_sources.ipynb #adaf857d
 def read_samples(
-    source, # CSV, TSV, JSON, JSONL, Parquet, Excel; folder by class; saved data set; (questions, annotations)
-    image=None, # Column with a picture's path or paths, or a list of such columns; `None`: `image` or `images`
+    source:str|Path|tuple, # CSV, TSV, JSON, JSONL, Parquet, Excel; folder by class; data set; (questions, answers)
+    image:str|list=None, # Column with a picture's path or paths, or a list of such columns; `None`: `image` or `images`
     prompt:str=None, # Column with the prompt, or its words; `None`: `instruction`, `prompt` or `question`
     response:str=None, # Column with the answer; `None`: `output`, `response` or `answer`
     video:str=None, # Column with clips, as `image`; `None`: `video` or `videos`
-    media_dir=None, # Folder of the pictures, or for those that are written out; `None`: beside the source
+    media_dir:str|Path=None, # Folder of the pictures, or for those that are written out; `None`: beside the source
     encoding:str=None, # Of a text file; `None`: UTF-8, UTF-16, UTF-32 or GB18030, by its bytes
 )->list: # Questions or dialogues: `images`, `instruction`, `input`, `output` or `messages`, and other columns
     "Read labels into samples, and say what they were taken for."

@@ -9,10 +9,12 @@ __all__ = ['text_tokens', 'known_limits', 'clip_sampling', 'look_at_samples', 'm
 import math, sys
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 from ..model import pixel_limits, processor_limits, tokens_within, with_system
 from ..findings import text_table
 from .media import glance_at_picture, glance_at_video, look_at_all
 from .samples import media_of, trained_turns
+if TYPE_CHECKING: import pandas as pd
 
 # %% ../../nbs/data/30_tokens.ipynb #17394b78
 _frames = {'system': '<|im_start|>system\n{}<|im_end|>\n',
@@ -124,10 +126,10 @@ def glance_at_samples(
 
 def count_tokens(
     samples:list, # Samples
-    model=None, # Model folder, for its tokenizer and processor; `None`: no text is counted
+    model:str|Path=None, # Model folder, for its tokenizer and processor; `None`: no text is counted
     looks:tuple=None, # Path → `Look` for the pictures, and the same for the clips, if they were looked at before
     **limits, # `image_max_pixels`, `video_fps`, … as in the recipe
-): # A pandas `DataFrame` with `text`, `media`, `total` for each sample; <NA> if a picture can't be read
+)->'pd.DataFrame': # `text`, `media`, `total` for each sample; <NA> if a picture can't be read
     "Count the tokens that LLaMA-Factory makes of each sample."
     import pandas as pd
     limits = known_limits(limits)

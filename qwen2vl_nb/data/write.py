@@ -60,8 +60,8 @@ def _bring_all(samples, folder, how):
 # %% ../../nbs/data/60_write.ipynb #84976748
 def write_samples(
     samples:list, # Samples; if both forms occur, all become dialogues
-    path, # JSON file to write
-    media_dir=None, # Paths inside this folder are written relative to it; `None`: all absolute
+    path:str|Path, # JSON file to write
+    media_dir:str|Path=None, # Paths inside this folder are written relative to it; `None`: all absolute
     media:str='refer', # `'refer'` to pictures and clips, `'link'` or `'copy'` them to a folder next to the file
     overwrite:bool=False, # Replace a file that this package did not write, or that has changed since
 ):

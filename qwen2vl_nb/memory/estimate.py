@@ -196,7 +196,7 @@ def _faults(recipe, stage, ranks):
     "Why a recipe can't run."
     train, kind, bits = recipe.get('do_train'), recipe.get('finetuning_type', 'lora'), recipe.get('quantization_bit')
     batch = f"per_device_{'train' if train else 'eval'}_batch_size"
-    less = {k: v for k,v in {'world_size': ranks, batch: recipe.get(batch, 1),
+    less = {k: v for k,v in {'gpus': ranks, batch: recipe.get(batch, 1),
                              'cutoff_len': recipe.get('cutoff_len', 2048),
                              'gradient_accumulation_steps': recipe.get('gradient_accumulation_steps', 1)}.items()
             if v < 1}
@@ -258,15 +258,17 @@ def _estimate(rank, recipe, config, gpu, source, disk):
 # %% ../../nbs/memory/20_estimate.ipynb #7ebe7edb
 def predict_memory(
     recipe:dict, # A recipe for training or prediction
-    zero=None, # ZeRO config: a name or a dict; `None`: the recipe's own, if it has one
-    world_size:int=1, # Number of ranks, which is GPUs
-    gpu:bool=True, # `False`: ranks on the CPU, with their own attention kernels and nothing but tensors
+    zero:str|dict=None, # ZeRO config: a name or a dict; `None`: the recipe's own, if it has one
+    gpus:int=1, # Number of GPUs in the run, with a rank on each
+    gpu:bool=True, # `False`: the ranks are on the CPU, with its attention kernels and nothing but tensors
     sample:dict=None, # The longest sample: its `tokens`, and those of each of its `pictures`; `None`: ask the data
+    world_size:int=None, # Another name for `gpus`
 )->MemoryEstimate:
     """Predict the peak memory of each GPU.
     `NotPredicted` for what may run and isn't predicted, ValueError for what can't run; with all reasons."""
+    if world_size is not None: gpus = world_size
     config, stage = _zero(recipe, zero)
-    faults, unpredicted = _faults(recipe, stage, world_size), _unpredicted(recipe, config, stage)
+    faults, unpredicted = _faults(recipe, stage, gpus), _unpredicted(recipe, config, stage)
     if faults or unpredicted: raise (ValueError if faults else NotPredicted)('\n'.join(faults + unpredicted))
     sample, source = (sample, f"samples of {sample['tokens']} tokens") if sample else longest_sample(recipe)
     if sum(sample['pictures']) > sample['tokens']:
@@ -276,6 +278,6 @@ def predict_memory(
     text = job['config'].get('text_config', job['config'])
     kind = {None: Rank, 0: Stage0, 2: Stage2, 3: Stage3}[stage if recipe.get('do_train') else None]
     zero = _filled(config['zero_optimization'], text['hidden_size']) if config else None
-    rank = kind(step, recipe, world_size, zero, 2 if half else 4).run()
+    rank = kind(step, recipe, gpus, zero, 2 if half else 4).run()
     if not recipe.get('do_train'): _answer(rank, recipe, sample['tokens'], text['num_hidden_layers'])
     return _estimate(rank, recipe, config, gpu, source, _disk(step, recipe, stage, half))

@@ -9,11 +9,13 @@ __all__ = ['ZeroRow', 'ZeroTable', 'zero_table', 'what_would_fit', 'pick_zero', 
 import html
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 from ..model import recipe_limits
 from ..findings import Finding, as_text, text_table
 from ..stack import GiB, gpus as gpus_here
 from ..zero import zero_config
 from .estimate import MemoryEstimate, NotPredicted, longest_sample, predict_memory
+if TYPE_CHECKING: import pandas as pd
 
 # %% ../../nbs/memory/30_plan.ipynb #aac8c10c
 _speed = {'z0': 'fastest: gradients are summed over the GPUs once a step',
@@ -97,7 +99,7 @@ class ZeroTable:
         "The GPUs in words."
         return f'{self.gpus} GPU{"s"*(self.gpus > 1)} of {self.gpu_gib:g} GiB'
 
-    def to_pandas(self):
+    def to_pandas(self)->'pd.DataFrame':
         "The table as a pandas `DataFrame`; memory in GiB."
         import pandas as pd
         def figures(e):

@@ -192,7 +192,7 @@ def predict(
     engine:str='hf', # What answers: `'hf'`, `'vllm'`, `'openai'` or `'llamafactory'`
     nproc:int=None, # Number of workers; `None`: one for each GPU on this machine, or one if there is no GPU
     env:dict=None, # Environment variables for the workers
-    python=None, # Interpreter of another environment with LLaMA-Factory, or vLLM for `'vllm'`; `None`: this one
+    python:str|Path=None, # Interpreter of an environment with LLaMA-Factory, or vLLM for `'vllm'`; `None`: this one
     **options, # `'openai'`: parameters of `server_options`, at least `base_url`; `'vllm'`: `concurrency`, `media`
 )->Predictions:
     """Predict, and wait with progress until the rows are done.

@@ -10,6 +10,7 @@ import os, re, warnings
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 import orjson
 from fastcore.basics import patch
 from ..files import Damaged, open_regular, whole_lines
@@ -17,6 +18,7 @@ from ..findings import text_table
 from .rows import Index, is_at, load_line, parse_row, with_own_keys
 from ..run.folder import ANSWERS, ASKED, GENERATED
 from ..run.life import status
+if TYPE_CHECKING: import pandas as pd
 
 # %% ../../nbs/prediction/40_predictions.ipynb #17c5656a
 _pictures = re.compile(r'<\|vision_start\|>(?:<\|(image|video)_pad\|>)+<\|vision_end\|>')
@@ -67,7 +69,7 @@ class Predictions(Sequence):
     """The predictions in a folder: a sequence of dicts, in the order of the data set, each of which is read from the
     file when it is accessed."""
     def __init__(self,
-        output_dir, # Folder with `predictions.jsonl`, or with LLaMA-Factory's `generated_predictions.jsonl`
+        output_dir:str|Path, # Folder with `predictions.jsonl`, or with LLaMA-Factory's `generated_predictions.jsonl`
     ):
         self.output_dir = Path(output_dir).absolute()
         own, generated = self.output_dir/ANSWERS, self.output_dir/GENERATED
@@ -128,7 +130,7 @@ def failed(self:Predictions):
     return [self._row(k) for k, failed in enumerate(self._index.failed) if failed]
 
 @patch
-def to_pandas(self:Predictions):
+def to_pandas(self:Predictions)->'pd.DataFrame':
     "The rows as a pandas `DataFrame`."
     import pandas as pd
     return text_table(pd.DataFrame(self.rows))

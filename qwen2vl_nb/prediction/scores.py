@@ -13,8 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Context, Decimal
 from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING
 from fastcore.basics import patch
 from ..findings import as_text, text_table
+if TYPE_CHECKING: import pandas as pd
 
 # %% ../../nbs/prediction/50_scores.ipynb #faeaf9a1
 _text = str, type(None)
@@ -275,7 +277,7 @@ def _values(self:Scores, column):
 @patch
 def by(self:Scores,
     column, # A column; a field of JSON labels, such as `'label.color'`; a function of a row; or the values
-): # A pandas `DataFrame` with the worst values first: number of rows, and each measure with its interval
+)->'pd.DataFrame': # The worst values first: number of rows, and each measure with its interval
     "The figures for each value of a column."
     import pandas as pd
     name = column if isinstance(column, str) else getattr(column, '__name__', getattr(column, 'name', None))
@@ -385,7 +387,7 @@ def scores(self:_Measured, given):
 
 # %% ../../nbs/prediction/50_scores.ipynb #c40118d9
 def score(
-    predictions, # `Predictions`, or any sequence of their rows
+    predictions:Sequence, # `Predictions`, or any sequence of their rows
     tolerance:float=0, # By how much a number may be off, in JSON fields and in labels that are numbers
     measures:dict=None, # Your own functions by name; each takes a row and returns a number
 )->Scores:
@@ -482,8 +484,8 @@ def _table(one, two, is_sharp):
         index=sides.rename('before'), columns=sides.rename('after'), fill_value=0)
 
 def compare(
-    before, # `Predictions`, or any sequence of their rows
-    after, # Other predictions of the same rows
+    before:Sequence, # `Predictions`, or any sequence of their rows
+    after:Sequence, # Other predictions of the same rows
     measure:str='exact', # A measure of `score` for which higher is better
     tolerance:float=0, # As in `score`
     measures:dict=None, # As in `score`

@@ -8,6 +8,7 @@ __all__ = ['PredictionView', 'show_predictions']
 # %% ../../nbs/prediction/60_show.ipynb #cea2d316
 import csv, html, json, math, os, re
 from collections import Counter
+from collections.abc import Sequence
 from difflib import SequenceMatcher
 from functools import cached_property, lru_cache
 from fastcore.basics import patch
@@ -336,7 +337,7 @@ def to_excel(self:PredictionView,
 
 # %% ../../nbs/prediction/60_show.ipynb #8d943b6e
 def show_predictions(
-    predictions, # `Predictions`, or any sequence of their rows
+    predictions:Sequence, # `Predictions`, or any sequence of their rows
     wrong:bool=False, # Start with the rows that are not exactly right
     n:int=8, # Cards on a page
     columns:int=4, # Cards side by side

@@ -9,12 +9,14 @@ __all__ = ['Rows', 'Log', 'read_log', 'best_evaluation', 'plot_loss']
 import io, math, os, re, reprlib, textwrap
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 from fastcore.basics import patch
 from ..files import Damaged, lines_of, open_regular, parse_json, whole_file
 from ..findings import text_table
 from ..display import GREY, plain_axes
 from ..recipe import load_recipe
 from .folder import RECIPE, TRAINER_LOG
+if TYPE_CHECKING: import pandas as pd
 
 # %% ../../nbs/run/50_loss.ipynb #572a0e56
 _most_steps = 2**53 # Above this a float can no longer represent every step
@@ -217,7 +219,7 @@ def columns(self:Rows)->dict: # Name → array, and `_KIND` → the kind of each
 
 # %% ../../nbs/run/50_loss.ipynb #d0febfd2
 @patch
-def table(self:Rows): # A pandas `DataFrame`, the same object until something changes
+def table(self:Rows)->'pd.DataFrame': # The same object until something changes
     "The rows as a table."
     import pandas as pd
     if self._table is None:
@@ -233,7 +235,7 @@ _block = 2**22 # Bytes that are read at once
 class Log:
     "What a run has logged, read as it grows; the file has been read up to `offset`, and `rows` contains its rows."
     def __init__(self,
-        run, # A run, or its folder
+        run:str|os.PathLike, # A run, or its folder
     ):
         self.folder = Path(run)
         self._start_over()
@@ -285,7 +287,7 @@ def update(self:Log)->bool: # Whether there was anything new
         return self._read_on(file) or bool(not same and had)
 
 @patch
-def table(self:Log): # A pandas `DataFrame`, the same object until something changes
+def table(self:Log)->'pd.DataFrame': # The same object until something changes
     "The log as a table, one row for each logged step."
     return self.rows.table()
 
@@ -309,8 +311,8 @@ def _read(run):
     return log
 
 def read_log(
-    run, # A run, or its folder
-): # A pandas `DataFrame` with the columns of `trainer_log.jsonl`: current_steps, loss, eval_loss, lr, epoch, …
+    run:str|os.PathLike, # A run, or its folder
+)->'pd.DataFrame': # The columns of `trainer_log.jsonl`: current_steps, loss, eval_loss, lr, epoch, …
     "The log of a run as a table, one row for each logged step."
     return _read(run).table()
 
@@ -535,7 +537,7 @@ def plot_loss(
     log:bool=False, # Draw the loss on a log scale
     lr:bool=False, # Also draw the learning rate
     throughput:bool=False, # Also draw the throughput: tokens per second if all runs count them, otherwise steps
-    path=None, # File to write the figure to, .png for print or .svg; its background is transparent
+    path:str|Path=None, # File to write the figure to, .png for print or .svg; its background is transparent
 ): # A matplotlib `Figure`
     "Draw the training and evaluation loss of one or several runs."
     from matplotlib.figure import Figure

@@ -23,8 +23,8 @@ def _precision(model):
 
 @in_words
 def export(
-    run, # A LoRA run, or its folder
-    path, # Folder for the model; it must not exist yet
+    run:str|os.PathLike, # A LoRA run, or its folder
+    path:str|Path, # Folder for the model; it must not exist yet
 )->Path: # The folder
     "Merge the adapter of a run into its base, which gives a standalone model."
     recipe, path = Run(run).recipe, Path(path).absolute()

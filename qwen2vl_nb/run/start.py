@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 import psutil
 from fastcore.basics import patch
 from filelock import FileLock
@@ -31,6 +32,7 @@ from .folder import (EARLIER, PROGRESS, RECIPE, REFUSED, RUN, RUN_LOG, TRAINER_L
                                    is_count, is_number, last_start, state_or_empty, write_start)
 from .loss import best_evaluation
 from .owner import note_start, refuse_foreign, refuse_stranger
+if TYPE_CHECKING: import pandas as pd
 
 # %% ../../nbs/run/60_start.ipynb #48d7a074
 @dataclass
@@ -93,7 +95,7 @@ def _latest(path):
 class Run:
     "A run, seen through its folder. Functions that take a folder take a run too."
     def __init__(self,
-        output_dir, # The run's folder
+        output_dir:str|Path, # The run's folder
     ): self.output_dir = Path(output_dir).absolute()
 
     def __fspath__(self): return str(self.output_dir)
@@ -117,7 +119,7 @@ class Run:
 
 @in_words
 def attach(
-    output_dir, # Folder of a run that was launched, now or on another day
+    output_dir:str|Path, # Folder of a run that was launched, now or on another day
 )->Run:
     "Return the run of a folder."
     run = Run(output_dir)
@@ -269,8 +271,8 @@ def _row(folder, run):
             'loss': now.loss, 'best eval_loss': lowest}
 
 def runs(
-    folder, # Folder below which to look
-): # A `DataFrame`, a row for each run: run (path below the folder), state, started, step, of, loss, best eval_loss
+    folder:str|Path, # Folder below which to look
+)->'pd.DataFrame': # A row for each run: run (path below the folder), state, started, step, of, loss, best eval_loss
     "All runs below a folder."
     import pandas as pd
     folder = Path(folder).absolute()
@@ -413,7 +415,7 @@ def launch(
     node_rank:int=0, # This machine's number among them
     master:str=None, # Address and port of the first machine, as the others reach it, such as '10.0.0.1:29500'
     env:dict=None, # Environment variables for the run, besides those of this process; secrets aren't written down
-    python=None, # Interpreter of another environment, with LLaMA-Factory; `None`: this one
+    python:str|Path=None, # Interpreter of another environment, with LLaMA-Factory; `None`: this one
     force:bool=False, # Start even if the checks say that the recipe can't run
 )->Run: # The run, started
     "Start a recipe in its `output_dir`, independently of this kernel."

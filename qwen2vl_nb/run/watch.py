@@ -6,7 +6,7 @@
 __all__ = ['Seen', 'Paced', 'RunView', 'watch_loss']
 
 # %% ../../nbs/run/70_watch.ipynb #10bb2611
-import sys, time
+import os, sys, time
 from dataclasses import dataclass
 from html import escape
 from threading import Event, Lock, Thread
@@ -244,7 +244,7 @@ def _print(run):
     print(*filter(None, [_headline(seen), figures, unread or _cause(run)]), sep='\n')
 
 def watch_loss(
-    run, # A run, or its folder
+    run:str|os.PathLike, # A run, or its folder
 )->RunView: # The widget; it is shown if it is the last line of a cell
     "Show a run live, with its curve and buttons. Outside a notebook, print its state."
     run = attach(run)
