@@ -149,6 +149,7 @@ def checkpoints(
              if re.fullmatch(r'checkpoint-\d+|torn-checkpoint-\d+(\.\d+)?', p.name)]
     return sorted(found, key=lambda p: (_number(p), p.name.startswith('checkpoint'), p.name))
 
+# %% ../nbs/12_checkpoint.ipynb #1f24bed7
 def when_written(
     folder, # Folder of a checkpoint
 )->int: # Seconds since 1970; 0 if its last file is missing

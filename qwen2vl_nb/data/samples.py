@@ -47,6 +47,7 @@ def media_paths(
     items = media_of(sample, 'images') + media_of(sample, 'videos')
     return [p for item in items for p in (item if isinstance(item, list) else [item]) if isinstance(p, str)]
 
+# %% ../../nbs/data/00_samples.ipynb #50910b3d
 def is_dialogue(sample):
     "Whether a sample is a dialogue rather than a question."
     return 'messages' in sample

@@ -49,6 +49,7 @@ def _place(path, media_dir=None):
     out = Path(media_dir or path.resolve().with_name(f'{path.stem}_media'))
     return MediaPlace(_roots(path, media_dir), out.resolve())
 
+# %% ../../nbs/data/20_sources.ipynb #07f04868
 def _media_ending(data):
     "The ending that a file of these bytes should have; `None` where they are no picture or clip."
     if data[4:8] == b'ftyp': return 'mp4'

@@ -75,6 +75,7 @@ def clip_sampling(
     "Those of the limits that say which frames of a clip are taken."
     return {k: limits[k] for k in ('video_fps', 'video_maxlen')}
 
+# %% ../../nbs/data/30_tokens.ipynb #118c43f6
 def look_at_samples(
     samples:list, # Samples
     pictures, # Returns the `Look` of a picture, given its path

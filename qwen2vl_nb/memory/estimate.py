@@ -90,6 +90,7 @@ def _job(recipe, config, stage, sample, gpu):
             'kernel': 'fa2' if recipe.get('flash_attn') == 'fa2' else 'cuda' if gpu else 'cpu',
             'padded': True, **sample}
 
+# %% ../../nbs/memory/20_estimate.ipynb #21e816eb
 def _cache_file(job):
     "Where a job's result lies: named by the job, the code that does it and the versions that it stands on."
     versions = [importlib.metadata.version(p) for p in ('torch', 'transformers', 'peft', 'accelerate', 'llamafactory')]
@@ -172,6 +173,7 @@ def _zero(recipe, zero):
     config = zero if zero is not None else read_zero(recipe.get('deepspeed'))
     return config, config.get('zero_optimization', {}).get('stage', 0) if config else None
 
+# %% ../../nbs/memory/20_estimate.ipynb #8940c088
 def _unpredicted(recipe, config, stage):
     "What LLaMA-Factory runs, and nobody has predicted."
     train, kind, bits = recipe.get('do_train'), recipe.get('finetuning_type', 'lora'), recipe.get('quantization_bit')

@@ -159,6 +159,7 @@ def _set_aside(path, rows):
                       f'{list_damaged(wrong)}\nWhere their rows have no other answer, they are asked again.',
                       stacklevel=4)
 
+# %% ../../nbs/prediction/45_engines.ipynb #4862a3a2
 def _kept(folder, n):
     done = n - len(missing(folder/ANSWERS, n))
     return f'{done} of {n} rows are done and kept; call predict again to go on.'

@@ -207,6 +207,7 @@ class Halving:
         parts = numbers[:len(numbers)//2], numbers[len(numbers)//2:]
         return [row for part in parts for row in self(*self.make(part))] + failed
 
+# %% ../../nbs/prediction/20_hf.ipynb #fed7fe33
 def _free_memory():
     import torch
     gc.collect()

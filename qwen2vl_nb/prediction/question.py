@@ -187,6 +187,7 @@ def _changes(folder, before, asked, rows):
     same = before['rows'] == asked['rows'] or before['rows'] == _rows_hash(_as_before(rows))
     return engine + sum(parts, []) + ([] if same else _changed_rows(folder/ASKED, rows))
 
+# %% ../../nbs/prediction/35_question.ipynb #0812981a
 def ask_question(
     folder:Path, # Folder of a prediction
     asked:dict, # As from `question`

@@ -41,6 +41,7 @@ def load_line(
     try: return json.loads(json.dumps(value, ensure_ascii=False).encode(errors='replace'))
     except RecursionError: raise ValueError('it is nested too deeply') from None
 
+# %% ../../nbs/prediction/00_rows.ipynb #cf1d2563
 def with_own_keys(row):
     """A row with its current keys: earlier versions kept the data set's column `error` under that name in an
     answered row."""

@@ -138,6 +138,7 @@ article { FRAME }
 <main>
 """
 
+# %% ../../nbs/prediction/60_show.ipynb #18882c43
 _file_tail = """</main>
 <script>
 const $ = id => document.getElementById(id)

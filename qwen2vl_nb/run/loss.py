@@ -86,6 +86,7 @@ def _packed(rows, names):
     columns = {name: _array(name, [row.get(name) for row in rows]) for name in names}
     return columns | {_KIND: np.array([a + 2*b for a,b in map(_kind, rows)], 'uint8')}
 
+# %% ../../nbs/run/50_loss.ipynb #98acc93b
 def _joined(parts):
     "Concatenate parts; each column is freed as soon as it has been copied."
     import numpy as np

@@ -161,6 +161,7 @@ def _load_on_cpu():
     torch.serialization.register_package(9, lambda storage: None, lambda storage, where: storage
                                          if re.fullmatch(r'cpu:\d+', where) else None)
 
+# %% ../../nbs/run/20_rank.ipynb #9908dc7d
 def keeping_epoch(
     skip, # accelerate's `skip_first_batches`
 ): # The same function, with which the loader stays in its epoch

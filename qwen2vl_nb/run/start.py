@@ -182,6 +182,7 @@ def log(self:Run,
     files = [own/'stdout.log', own/'stderr.log'] if own else [self.output_dir/RUN_LOG]
     return ''.join(_end_of(f) for f in files if f.is_file())
 
+# %% ../../nbs/run/60_start.ipynb #16c3b040
 @patch(as_prop=True)
 def failure(self:Run):
     """Why the run failed, or what is damaged, and what to do if that is known, as a `Finding`; `None` if it did not
@@ -318,6 +319,7 @@ def keep_earlier(
     if (folder/RECIPE).is_file(): shutil.copy2(folder/RECIPE, earlier)
     for p in found: p.rename(earlier/p.name)
 
+# %% ../../nbs/run/60_start.ipynb #9638d6c6
 def _before(run, make_room):
     "How far an earlier start had come that is now being resumed."
     now = run.progress if make_room is keep_earlier else Progress()
