@@ -209,7 +209,7 @@ def test_each_worker_has_a_gpu_of_its_own():
 
 def test_a_row_that_the_model_fails_of_does_not_take_the_others_along(ask, many, tmp_path):
     "The text of one is the model's own mark for a picture. Columns that are called like keys of a row change nothing in this."
-    columns = {'error': 'none', 'videos': 'b.mp4', 'predict': None, 'label': 7, 'tokens': [], 'asked': {}, 'finish_reason': 'length', 'row': -1, 'images': 3}
+    columns = {'error': 'none', 'predict': None, 'label': 7, 'tokens': [], 'asked': {}, 'finish_reason': 'length', 'row': -1}
     asked = [sample | columns for sample in [*many[:9], many[9] | {'instruction': '<image>What is <|image_pad|>?'}]]
     with pytest.warns(UserWarning, match='1 of 10 rows have no answer'): p = predict(ask(tmp_path/'out'), asked)
     assert [r['row'] for r in p.failed] == [9] and 'tokens' in p[9]['error'] and all(r['predict'] for r in p[:9])

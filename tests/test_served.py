@@ -523,7 +523,7 @@ def test_answers_that_are_bombs_take_little_memory(loopback, tmp_path):
     assert not first.get('error') and all('larger than 16,777,216 bytes' in row['error'] for row in rows), rows
     assert int(said.stdout.splitlines()[-1]) < 400_000, 'KiB'
 
-COLUMNS = ['row', 'id', 'images', 'videos', 'prompt', 'label', 'asked', 'predict', 'finish_reason', 'prompt_tokens', 'tokens', 'engine', 'error', 'column.error', 'camera', 'budget', 'options']
+COLUMNS = ['row', 'id', 'prompt', 'label', 'asked', 'predict', 'finish_reason', 'prompt_tokens', 'tokens', 'engine', 'error', 'column.error', 'camera', 'budget', 'options']
 
 @pytest.mark.parametrize('value', [7, ['a.mp4'], {'a': None}], ids=str)
 def test_columns_that_are_called_like_keys_of_a_row_are_columns(loopback, tiny, tmp_path, value):
