@@ -6,7 +6,7 @@
 __all__ = ['predict']
 
 # %% ../../nbs/prediction/45_engines.ipynb #58c9c1c3
-import sys, warnings
+import os, sys, warnings
 from contextlib import suppress
 from pathlib import Path
 from ..boot import script
@@ -17,6 +17,7 @@ from ..stack import GiB
 from ..checks import quick_findings
 from . import hf
 from ..data.registry import Registry, dataset_samples
+from ..data.samples import media_of
 from ..memory.estimate import predict_memory
 from .openai import server_options
 from .predictions import Predictions, list_damaged, parse_generated, without_end
@@ -138,6 +139,16 @@ def _asked_samples(recipe):
     registry = Registry(recipe.get('dataset_dir', 'data'))
     return dataset_samples(registry, recipe['eval_dataset'], recipe.get('max_samples'), recipe.get('media_dir'))
 
+def _is_shown(item): return isinstance(item, (str, os.PathLike)) or isinstance(item, list) and all(map(_is_shown, item))
+
+def _given_samples(samples):
+    "The samples that the caller gives, as a list."
+    samples = list(samples)
+    is_sound = lambda s: isinstance(s, dict) and _is_shown(media_of(s, 'images') + media_of(s, 'videos'))
+    bad = [i for i, s in enumerate(samples) if not is_sound(s)]
+    if bad: raise ValueError(f'Rows {bad[:10]} are not dicts, or their pictures are not paths; see `check_samples`.')
+    return samples
+
 def _checked_against(rows):
     "Return a function that parses a line of answers and checks whether it answers one of these rows."
     def parse(i, line):
@@ -201,7 +212,7 @@ def predict(
     if engine not in _engines: raise ValueError(f"There is no engine {engine!r}; available: {', '.join(_engines)}.")
     _check_options(engine, options)
     folder, given = Path(recipe['output_dir']).absolute(), samples is not None
-    samples = list(samples) if given else _asked_samples(recipe)
+    samples = _given_samples(samples) if given else _asked_samples(recipe)
     if not samples: raise ValueError('There is nothing to predict: no samples.')
     if given: recipe = recipe | {'eval_dataset': _given}
     asked = [asked_row(i, s) for i, s in enumerate(samples)]
