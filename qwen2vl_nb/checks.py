@@ -145,7 +145,7 @@ def model_findings(
     if kind != 'qwen2_vl':
         found.append(Finding('model_name_or_path',
             f'{folder} holds a {kind} model, not qwen2_vl.',
-            'Give the folder of a Qwen2-VL (2B, 7B or 72B).'))
+            'Give the folder of a Qwen2-VL model (2B, 7B or 72B).'))
     return found
 
 # %% ../nbs/20_checks.ipynb #071e26a0
@@ -301,7 +301,7 @@ def _argument_findings(recipe):
     trackers = [] if 'report_to' in recipe else list(filter(find_spec, _trackers))
     if trackers:
         yield Finding('report_to',
-            f'Without it the run reports to {", ".join(trackers)}, and may stand still waiting for a login.',
+            f'Without it the run reports to {", ".join(trackers)}, and may hang waiting for a login.',
             'Set report_to: none, or the tracker you want.', 'warning')
     if recipe.get('trust_remote_code'):
         yield Finding('trust_remote_code',

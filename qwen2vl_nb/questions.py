@@ -69,7 +69,7 @@ def _missing_packages(recipe, model, training):
             why = f"It would stop the run once the model is loaded: {' '.join(str(e).split())}"
             yield key, why, 'Install what it needs, or remove it.'
     if model.flash_attn == 'fa2' and not importlib.util.find_spec('flash_attn'):
-        yield ('flash_attn', 'FlashAttention-2 is not installed, and LLaMA-Factory goes on without it.',
+        yield ('flash_attn', 'FlashAttention-2 is not installed, and LLaMA-Factory continues without it.',
                'Install flash-attn, or leave flash_attn out.', 'warning')
 
 # %% ../nbs/07_questions.ipynb #468716b0

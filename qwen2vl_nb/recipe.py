@@ -113,7 +113,7 @@ def find_adapter(
     folder = Path(run).absolute()
     for found in (*_best_checkpoint(folder), folder, *reversed(checkpoints(folder))):
         if is_adapter(found): return found
-    why = '; has the run ended well?' if folder.is_dir() else ': the folder does not exist.'
+    why = '; did the run end without an error?' if folder.is_dir() else ': the folder does not exist.'
     raise FileNotFoundError(f'There is no adapter in {folder}{why} '
                             'A fully fine-tuned model is not an adapter: give its folder as the model.')
 
@@ -169,7 +169,7 @@ def load_recipe(
     except (yaml.YAMLError, ValueError, LookupError, OverflowError, RecursionError) as e:
         raise ValueError(f'{path} is not YAML that can be read: {e}') from None
     if not isinstance(recipe, dict):
-        raise ValueError(f'{path} holds no recipe: it should be lines of `key: value`.')
+        raise ValueError(f'{path} contains no recipe: it should have lines of `key: value`.')
     return recipe
 
 # %% ../nbs/10_recipe.ipynb #02d0625e

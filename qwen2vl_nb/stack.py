@@ -38,11 +38,11 @@ bad_pairs = [
         'is one (ValueError: Unsupported torch version).',
         _torch_28),
     BadPair({'torch': '>=2.10', 'transformers': '<5'},
-        'LoRA with DeepSpeed dies at the first scheduler step '
+        'LoRA with DeepSpeed fails at the first scheduler step '
         '(ValueError: zip() argument 2 is longer than argument 1).',
         f'{_torch_28}, or keep torch and pip install transformers==5.6.0', breaks='LoRA with DeepSpeed'),
     BadPair({'transformers': '>=5.3,<5.6'},
-        'Qwen2-VL gets wrong M-RoPE time positions for video: training runs, and learns nonsense.',
+        'Qwen2-VL gets wrong M-RoPE time positions for video: training runs, but learns nonsense.',
         _transformers, breaks='video'),
     BadPair({'transformers': '==5.6.0'},
         'FlashAttention 2 is broken in this release (transformers issue 45588).',
@@ -54,7 +54,7 @@ bad_pairs = [
         'Plan with it: `predict_memory` counts it. Or pip install transformers==4.57.6 with torch 2.8.0.',
         'warning'),
     BadPair({'deepspeed': '>=0.19'},
-        'ZeRO-3 with LoRA keeps frozen weights gathered until the backward pass is through, as 0.18.4 does not: '
+        'ZeRO-3 with LoRA keeps frozen weights gathered until the backward pass is over, unlike 0.18.4: '
         '10 GiB more for 7B on four GPUs (counted on small models, predicted for 7B).',
         'Plan with it: `predict_memory` counts it. Or take z2, or pip install deepspeed==0.18.4 (with torch 2.8.0).',
         'warning'),
@@ -83,7 +83,7 @@ def installed_versions(
     "Versions of the packages that the work stands on, without importing them."
     names = (*_needed, *_scores, 'nbdev', 'execnb')
     answers, why = ask(versions, *names, python=python)
-    if why or not answers: raise ValueError(f'{python} cannot tell its versions: {why or "it said nothing"}')
+    if why or not answers: raise ValueError(f'{python} cannot report its versions: {why or "it said nothing"}')
     return answers[0]
 
 # %% ../nbs/08_stack.ipynb #4b1c06f2
@@ -182,13 +182,14 @@ def machine_findings()->list: # `Finding`s
     ninja = shutil.which('ninja', path=f'{sys.prefix}/bin') or shutil.which('ninja')
     rules = [
         (not gpus(), 'GPU', 'No NVIDIA GPU is visible here: only small models will train.',
-            'Fine for trying things out; else install the NVIDIA driver or go where a GPU is.', 'note'),
+            'This is fine for trying things out; otherwise install the NVIDIA driver, or use a machine with a GPU.',
+            'note'),
         (not shutil.which('g++'), 'g++', f'No C++ compiler: {adam}', 'apt-get install g++', 'warning'),
         (not ninja, 'ninja', f'No ninja: {adam}', 'pip install ninja', 'warning'),
         (' ' in sys.prefix, sys.prefix,
             'The path of this Python environment has a space, '
             'at which `llamafactory-cli` splits its torchrun command.',
-            '`launch` goes round it; by hand, start torchrun yourself.', 'note')]
+            '`launch` avoids the problem; without it, start torchrun yourself.', 'note')]
     return [Finding(*finding) for holds, *finding in rules if holds]
 
 # %% ../nbs/08_stack.ipynb #fe6d8180

@@ -87,7 +87,7 @@ def test_a_broken_registry_is_left_alone(tmp_path):
 OTHERS = {
     'a batch of none': (lambda t: train_recipe('m', 'd', per_device_eval_batch_size=0), 'at least 1'),
     'a recipe as .json': (lambda t: save_recipe({}, t/'r.json'), 'must end in .yaml'),
-    'a recipe that is none': (lambda t: load_recipe(_csv(t, 'just words', 'r.yaml')), 'holds no recipe'),
+    'a recipe that is none': (lambda t: load_recipe(_csv(t, 'just words', 'r.yaml')), 'contains no recipe'),
     'no adapter there': (lambda t: predict_recipe('m', 'd', adapter=t), 'There is no adapter'),
     'no run there': (lambda t: attach(t), 'No run was launched'),
     'no predictions there': (lambda t: Predictions(t), 'nothing was predicted here'),

@@ -125,7 +125,7 @@ def terminated(room):
     rank(run).terminate()
     return failure_of(run)
 
-@case(r'^run.log, api.py:\d+ in ', 'torchrun was told to end. torch.*SignalException: .*got signal: 15', cure='from outside')
+@case(r'^run.log, api.py:\d+ in ', 'torchrun was asked to end. torch.*SignalException: .*got signal: 15', cure='from outside')
 def terminated_torchrun(room):
     run = room.start(2, deepspeed=zero_config('z0'))
     rank(run, 1)
@@ -201,7 +201,7 @@ def picture_is_a_web_page(room):
     room.picture(7).write_text('<html>404</html>')
     return room.fail(**changes)
 
-@case(r'^rank 0, mm_plugin.py:\d+ in _validate_messages', 'another number of tags than of pictures.* ValueError: The number of images does not match', cure='check_samples')
+@case(r'^rank 0, mm_plugin.py:\d+ in _validate_messages', 'does not have as many tags as pictures.* ValueError: The number of images does not match', cure='check_samples')
 def tag_without_picture_in_a_worker(room):
     "Two worker processes of `datasets`."
     rows = [row | {'instruction': '<image>'*(i == 9) + row['instruction']} for i,row in enumerate(good_rows)]

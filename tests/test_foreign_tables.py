@@ -165,7 +165,7 @@ def test_a_column_that_begins_with_empty_rows(key, value, factory, tmp_path):
         samples = [{'images': [], 'instruction': f'What is {i}?', 'input': '', 'output': f'{i}'} for i in range(n)] + [last]
         found = check_samples(samples).query('level != "note"')
         Registry(tmp_path).add('x', samples)
-        assert found.row.tolist() == [1000]*(n == 1000) and found.what.str.contains('takes the column to be empty').all()
+        assert found.row.tolist() == [1000]*(n == 1000) and found.what.str.contains('considers the column empty').all()
         if n < 1000: assert len(factory.load(tmp_path, 'x')) == n + 1
         else:
             with pytest.raises(TypeError, match='to null'): factory.load(tmp_path, 'x')

@@ -185,7 +185,7 @@ def test_an_interrupted_cell_leaves_it_at_work_and_another_call_attaches(ask, ma
     with _held(run):
         caller.send_signal(signal.SIGINT)
         said = caller.communicate(timeout=PATIENCE)[0]
-        assert 'The run goes on without you' in said and 'KeyboardInterrupt' in said and run.is_running
+        assert 'The run continues in the background' in said and 'KeyboardInterrupt' in said and run.is_running
         with pytest.raises(ValueError, match='recipe, max_new_tokens: 24 before, 8 now'): predict(ask(tmp_path/'out', max_new_tokens=8), many)
         assert run.is_running
     p = predict(recipe, many)

@@ -24,7 +24,7 @@ REFUSED = {  # Cell → a part of the message
     'launch(recipe | {"dataset": "car_itme"}, nproc=1)': "did you mean 'car_item'",
     'launch(recipe, nproc=2, nnodes=2)': 'master=None',
     'launch(recipe, python="/no/python")': 'is not an interpreter',
-    'launch(recipe | {"output_dir": folder})': 'no run of this package made',
+    'launch(recipe | {"output_dir": folder})': 'were not created by a run',
     'attach(folder)': 'No run was launched',
     'Run(folder).resume()': 'There is nothing to resume',
     'Run(damaged).wait()': 'run.json',

@@ -77,7 +77,7 @@ except KeyboardInterrupt: print("interrupted", flush=True)'''
         _at_step(run, 1)
         kernel.send_signal(signal.SIGINT)
         said = kernel.communicate(timeout=PATIENCE)[0]
-        assert 'The run goes on without you' in said and 'interrupted' in said and run.is_running
+        assert 'The run continues in the background' in said and 'interrupted' in said and run.is_running
     finally: run.stop(patience=0)
     assert run.status == 'stopped'
 

@@ -46,10 +46,10 @@ def _place_fault(role, text, name):
 def _stray_fault(text):
     "Characters that are left over from a file's encoding."
     if '\ufeff' in text:
-        return Fault('It has a byte-order mark (U+FEFF) in it, a token of its own.',
+        return Fault('It contains a byte-order mark (U+FEFF), which is a token of its own.',
                      'Remove it.', 'warning', 'text')
     if '\0' in text:
-        return Fault('It has the character NUL in it, as damaged files do.', 'Remove it.', 'warning', 'text')
+        return Fault('It contains the character NUL, as damaged files do.', 'Remove it.', 'warning', 'text')
 
 def _text_faults(role, text):
     "Faults in the text of one turn."
@@ -119,14 +119,14 @@ def _weight_faults(turns):
         yield f'messages[{i}]', Fault(
             f'Its loss_weight is {show_value(turn["loss_weight"])}, which LLaMA-Factory '
             f'{"trains as 1" if turn.get("role") in _answering else "takes for 0"} in this form.',
-            'Where only last answers should count, set mask_history: true in the recipe; otherwise remove the key.',
+            'If only last answers should count, set mask_history: true in the recipe; otherwise remove the key.',
             'warning')
 
 # %% ../../nbs/data/40_check.ipynb #52fff3d6
 def _system_faults(sample):
     "The finding if there are two system prompts; LLaMA-Factory uses the one in the turn."
     if sample.get('system') and sample['messages'] and sample['messages'][0].get('role') == 'system':
-        yield 'system', Fault('It has a system prompt twice; the one in the first turn counts.',
+        yield 'system', Fault('It has two system prompts; the one in the first turn counts.',
                               'Remove one of them.', 'warning')
 
 def _history_faults(sample):
@@ -163,7 +163,7 @@ def _json_faults(sample):
         found = [(str(k), fault) for k,v in sample.items() if (fault := _unwritable(v))]
         return found or [('', _unwritable(sample))]
     nul = [k for k,v in sample.items() if _has_nul_key({k: v})] if '\\u0000' in text else []
-    what = 'A key has the character NUL in it, at which Arrow ends the name.'
+    what = 'A key contains the character NUL, at which Arrow ends the name.'
     return [(k, Fault(what, 'Remove it.')) for k in nul]
 
 def _has_nul_key(value):
@@ -180,7 +180,7 @@ def _key_faults(sample):
 def _unwritable(value):
     try: json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError:
-        return Fault('It holds half a character (a lone surrogate) and cannot be written.', 'Correct the text.')
+        return Fault('It contains half a character (a lone surrogate) and cannot be written.', 'Correct the text.')
     except (TypeError, ValueError, RecursionError) as e:
         return Fault(f'It cannot be written as JSON: {e}.', 'Give text, numbers, lists or dicts.')
 
@@ -232,7 +232,7 @@ def _late_faults(rows):
         if first < 1000: continue
         yield rows[first][0], key, Fault(
             f'{first:,} rows without {key!r} come before it: if one worker prepares them (preprocessing_num_workers is '
-            'not set), LLaMA-Factory takes the column to be empty, and stops.',
+            'not set), LLaMA-Factory considers the column empty, and stops.',
             'Move a row that has one to the front, or shuffle the samples.', 'warning')
 
 def _id_faults(rows):
@@ -240,7 +240,7 @@ def _id_faults(rows):
     for i, s in rows:
         if isinstance(s.get('id'), (str, int)) and first.setdefault(s['id'], i) != i:
             yield i, 'id', Fault(f"The id {show_value(s['id'])} is also that of row {first[s['id']]}.",
-                                 'Give each row an id of its own.', 'warning')
+                                 'Give each row its own id.', 'warning')
 
 # %% ../../nbs/data/40_check.ipynb #680ab9a9
 def _said_in(sample):
@@ -255,7 +255,7 @@ def _same_faults(rows):
         what = hash(said)
         if first.setdefault(what, i) != i:
             yield i, '', Fault(f'The row says the same as row {first[what]}.',
-                               'Drop one of them, unless it is to count twice.', 'note')
+                               'Drop one of them, unless it should count twice.', 'note')
 
 _rare = 10  # an answer that is this many times as frequent as the rarest one is noted as imbalance
 
@@ -269,7 +269,7 @@ def _balance_faults(rows):
     if most >= _rare*least:
         yield next(i for i, a in answers if a == rare), 'output', Fault(
             f'{show_value(rare)} is the answer of {least} row(s), {show_value(common)} of {most}.',
-            'Gather more of it, and score it by itself.', 'note')
+            'Collect more of it, and score it separately.', 'note')
 
 # %% ../../nbs/data/40_check.ipynb #33983140
 def _shown_in(samples, key):

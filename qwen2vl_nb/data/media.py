@@ -91,14 +91,15 @@ def _true_kind(data):
 
 def _unreadable(path, data, error):
     if isinstance(error, PermissionError):
-        return Fault(f'{path} may not be read by you.', 'Change its permissions, or drop the row.')
+        return Fault(f'{path} cannot be read by you: its permissions forbid it.',
+                     'Change its permissions, or drop the row.')
     if data.startswith((b'%!PS', b'\xc5\xd0\xd3\xc6')):
         return Fault(f'{path} is a PostScript program (EPS): Pillow would run Ghostscript on it, which is not done '
                      'here.',
                      'Save the picture as PNG.', 'warning' if shutil.which('gs') else 'error')
     kind, why = _true_kind(data), str(error) or type(error).__name__
     if kind: why = f'it is {kind}'
-    elif 'cannot identify' in why: why = 'Pillow knows no such picture'
+    elif 'cannot identify' in why: why = 'Pillow does not recognise it as a picture'
     return Fault(f'{path} cannot be read: {why}.', 'Save the picture again, or drop the row.')
 
 # %% ../../nbs/data/10_media.ipynb #9ea2debe
@@ -111,8 +112,8 @@ def _animated(im):
 def _turned(im):
     orientation = im.getexif().get(0x0112, 1)
     if orientation in (0, 1): return
-    return Fault(f'Its EXIF data say that it must be turned (orientation {orientation}), '
-                 'and LLaMA-Factory does not.', 'Turn it and save it again.', 'warning', 'pixels')
+    return Fault(f'Its EXIF data say that it must be rotated (orientation {orientation}), '
+                 'and LLaMA-Factory does not.', 'Rotate it and save it again.', 'warning', 'pixels')
 
 def _is_clear(im):
     "Whether parts of the picture are transparent."
@@ -122,10 +123,10 @@ def _is_clear(im):
 def _spoilt(im):
     "What conversion to RGB does to the colours."
     if im.mode.startswith('I;16'):
-        return Fault('It has 16 bits a channel, and the conversion clips what is above 255.',
-                     'Save it with 8 bits a channel.', 'warning', 'pixels')
+        return Fault('It has 16 bits per channel, and the conversion clips what is above 255.',
+                     'Save it with 8 bits per channel.', 'warning', 'pixels')
     if im.mode in ('I', 'F'):
-        return Fault('Its pixels are numbers of 32 bits, and the conversion clips what is above 255.',
+        return Fault('Its pixels are 32-bit numbers, and the conversion clips what is above 255.',
                      'Scale it to 0…255 and save it as PNG.', 'warning')
     if im.mode in ('CMYK', 'LAB', 'YCbCr', 'HSV'):
         return Fault(f'Its colours are {im.mode}, as for print or film, and are converted roughly.',
@@ -160,10 +161,10 @@ def _shape_fault(size, image_max_pixels=pixel_limits['image_max_pixels'],
     try: trainer_size(width, height, image_max_pixels, image_min_pixels)
     except ValueError:
         return Fault(f'It has {width}×{height} pixels: scaled down, nothing is left of one side.',
-                     'Cut it, or drop the row.')
+                     'Crop it, or drop the row.')
     if max(size) > 200*min(size):
         return Fault(f'It has {width}×{height} pixels: the processor refuses more than 200:1, '
-                     'and LLaMA-Factory squeezes it to 180:1.', 'Cut it, or drop the row.', 'warning')
+                     'and LLaMA-Factory squeezes it to 180:1.', 'Crop it, or drop the row.', 'warning')
 
 # %% ../../nbs/data/10_media.ipynb #5d12ede4
 def _digest_of(file):
@@ -234,7 +235,7 @@ def _stream_facts(stream):
 def _header_fault(stream):
     frames, seconds = _stream_facts(stream)
     if not stream.average_rate:
-        return Fault('It does not say how many frames a second it has.', 'Save it as MP4 again.')
+        return Fault('It does not say how many frames per second it has.', 'Save it as MP4 again.')
     if frames and not seconds: return Fault('It does not say how long it is.', 'Save it as MP4 again.')
     if not frames:
         return Fault('It does not say how many frames it has (as MKV and WebM): '
@@ -263,8 +264,8 @@ def _watch(look, container, video_fps, video_maxlen):
     look.frames = sum(i < decoded for i in taken)
     look.faults += _frame_faults(look.frames, taken, decoded, stream.frames)
     if rotation:
-        look.faults.append(Fault(f'It says that it must be turned ({rotation}°), and LLaMA-Factory does not.',
-                                 'Turn it and save it again.', 'warning'))
+        look.faults.append(Fault(f'It says that it must be rotated ({rotation}°), and LLaMA-Factory does not.',
+                                 'Rotate it and save it again.', 'warning'))
 
 # %% ../../nbs/data/10_media.ipynb #98dae9b6
 def _undecodable(path, head, error):

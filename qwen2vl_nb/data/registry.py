@@ -45,7 +45,7 @@ def sample_entry(
 def _broken(path, what, text, at):
     "The error for a registry file that is broken at a place in its text."
     line, column = text.count('\n', 0, at) + 1, at - text.rfind('\n', 0, at)
-    return ValueError(f'{path}, line {line}, column {column}: {what}. It was left as it is; correct it there.')
+    return ValueError(f'{path}, line {line}, column {column}: {what}. Nothing was changed; correct it there.')
 
 def _read_text(path):
     "The text of a registry file, with its line endings unchanged."
@@ -75,10 +75,10 @@ def _read_registry(path):
     except json.JSONDecodeError as e: raise _broken(path, e.msg, text, e.pos) from None
     except RecursionError: raise _broken(path, 'it is nested too deeply', text, 0) from None
     if not isinstance(whole, dict):
-        what = f'{json.dumps(whole)[:40]} where an object with an entry for each data set should be'
+        what = f'{json.dumps(whole)[:40]} instead of an object with an entry for each data set'
         raise _broken(path, what, text, len(text) - len(text.lstrip()))
     for at, name, entry in _placed(text):
-        if name in entries: raise _broken(path, f'{name!r} stands there for the second time', text, at)
+        if name in entries: raise _broken(path, f'{name!r} occurs a second time', text, at)
         entries[name] = entry
     return entries, text
 
@@ -174,7 +174,7 @@ def _name_faults(entry, stage):
     "Names that are missing, as (what, cure)."
     for part, k in _needed(entry, stage):
         if _part(entry, part).get(k): continue
-        yield (f'Its {part} name no {k!r}: LLaMA-Factory then reads none, not the usual one.',
+        yield (f'Its {part} name no {k!r}: LLaMA-Factory then reads none instead of the usual one.',
                f'Add {k!r} to its {part} in dataset_info.json.')
 
 def _remarks(entry):
@@ -184,9 +184,9 @@ def _remarks(entry):
             if k in known: continue
             near = get_close_matches(k, known, 1)
             hint = f'; did you mean {near[0]!r}?' if near else '.'
-            yield f'LLaMA-Factory passes over {k!r} among its {part}{hint}', 'Correct the name, or remove it.'
+            yield f'LLaMA-Factory ignores {k!r} among its {part}{hint}', 'Correct the name, or remove it.'
     if 'script_url' in entry and not entry.keys() & _hubs.values():
-        yield ('Its rows come out of a script, and datasets runs none from version 4.0 on.',
+        yield ('Its rows come from a script, and datasets runs no scripts since version 4.0.',
                'Get them from a hub, or as a file.')
     if entry.get('formatting') == 'openai':
         yield ('formatting: openai adds "detailed thinking off" to every system prompt.',
@@ -229,7 +229,7 @@ def _load_all(entries, dataset_dir):
     if not entries: return {}
     with tempfile.TemporaryDirectory() as folder:
         answers, why = ask(loaded, entries, str(dataset_dir), env=_offline_env(folder), cwd=folder)
-    died = {'error': f'LLaMA-Factory ended before it came to an answer: {why}.'}
+    died = {'error': f'LLaMA-Factory ended before it gave an answer: {why}.'}
     return {name: dict(answers).get(name, died) for name in entries}
 
 # %% ../../nbs/data/80_registry.ipynb #a337333f
@@ -237,16 +237,17 @@ def _absent_faults(answer):
     for k, name in answer['absent'].items():
         near = get_close_matches(name, answer['columns'], 1)
         hint = f'; did you mean {near[0]!r}?' if near else '.'
-        yield (f'The file has no {name!r}, which the entry takes for its {k}{hint}',
+        yield (f'The file has no {name!r}, which the entry uses for its {k}{hint}',
                f'Correct columns in dataset_info.json; the file has {", ".join(answer["columns"])}.')
 
 def _answer_faults(answer):
     "What the loader found, as (what, cure)."
     if answer.get('absent'): yield from _absent_faults(answer)
-    elif 'error' in answer: yield answer['error'], 'Mend the file, or its entry; `read_samples(file)` says more.'
+    elif 'error' in answer: yield answer['error'], 'Correct the file or its entry; `read_samples(file)` says more.'
     if answer.get('lost'):
         yield (f'{len(answer["lost"])} of its pictures or videos are not there; the first is {answer["lost"][0]}.',
-               'Put them where the paths say, seen from the registry, or give the recipe their media_dir.')
+               'Put them where the paths say, relative to the registry, or set media_dir in the recipe to their '
+               'folder.')
     if answer.get('dropped'):
         rows = answer['dropped']
         yield (f'LLaMA-Factory drops {len(rows)} of {answer["rows"]} rows; the first is row {rows[0]}.',
@@ -288,7 +289,7 @@ def _loads(where, answer, faults):
 def _checked(name, entry, folder, answer, marked):
     "The row of an entry; `marked`: the registry begins with a byte order mark."
     mark = Finding(name, 'dataset_info.json begins with a byte order mark, on which LLaMA-Factory stops.',
-                   'The next entry written here takes it away; or save the file as UTF-8 without it.')
+                   'The next entry that is written here removes it; or save the file as UTF-8 without it.')
     faults = [mark]*marked + _row_faults(name, entry, folder, answer)
     return {'name': name, 'what': _what(entry, folder, answer.get('rows')),
             'loads': _loads(entry_source(entry, folder)[0], answer, faults),
@@ -427,7 +428,7 @@ def add(self:Registry,
     file_name = os.path.normpath(file_name or f'{name}.json')
     if not samples: raise ValueError(f'{name}: there are no samples to add.')
     if not file_name.endswith('.json'):
-        raise ValueError(f'{file_name}: the name must end in .json; LLaMA-Factory goes by the ending.')
+        raise ValueError(f'{file_name}: the name must end in .json; LLaMA-Factory decides by the ending.')
     samples = in_one_form(samples)
     entry, file = sample_entry(samples, file_name), self.dataset_dir/file_name
     with self._lock(file.parent):

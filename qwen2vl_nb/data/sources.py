@@ -187,8 +187,8 @@ def _swallowed(rows, width, between):
              for i, cell in enumerate(cells)
              if '\n' in cell and any(part.count(between) >= width-1 for part in cell.split('\n')[1:])]
     if not lines or width < 2: return ''
-    return (f' ({len(lines)} cell(s) in quotes hold what looks like rows; the first quote opens in line {lines[0]}: '
-            'is it closed where it should be?)')
+    return (f' ({len(lines)} cell(s) in quotes contain what looks like rows; the first quote opens in line {lines[0]}: '
+            'is it closed in the right place?)')
 
 def _read_table(path, place, encoding):
     text, encoding = _read_text(path, encoding)

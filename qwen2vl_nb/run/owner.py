@@ -48,7 +48,8 @@ def refuse_foreign(
     found = _foreign(folder, recipe, about)
     if os.path.lexists(folder/EARLIER) and not (folder/EARLIER).is_dir(): found.append(EARLIER)
     if found:
-        raise ValueError(f"{folder} has files that no run of this package made, and a run would write over them: "
+        raise ValueError(f"{folder} contains files that were not created by a run of this package, and a run would "
+                         "overwrite them: "
                          f"{', '.join(found)}. "
                          'Nothing was touched. Move them away, or choose another output_dir.')
 
@@ -80,8 +81,8 @@ def _stranger(folder, output_dir):
         if (owner := path.stat().st_uid) != os.geteuid(): return f'{path} belongs to the user {_user(owner)}'
     noted = json_or({}, _note(folder)).get(RUN)
     if not noted:
-        return f'no run in this folder is noted in {_note(folder).parent}, where the runs are that you have started'
-    return '' if noted == _fingerprint(folder) else 'its run.json was changed after you had started it'
+        return f'no run in this folder is listed in {_note(folder).parent}, which lists the runs that you have started'
+    return '' if noted == _fingerprint(folder) else 'its run.json was changed after you started it'
 
 def refuse_stranger(
     run, # A `Run` that is to be resumed
@@ -92,7 +93,7 @@ def refuse_stranger(
     try: why = _stranger(run.output_dir, recipe['output_dir'])
     except (OSError, Damaged) as e: why = str(e)
     if why:
-        raise RuntimeError(f"It can't be told that you started the run in {run.output_dir} yourself: {why}. Resuming "
+        raise RuntimeError(f"It is not certain that you started the run in {run.output_dir} yourself: {why}. Resuming "
                            f"it would execute {about['python']}, with the "
     'environment variables in its run.json, and the pickles in its checkpoints. If you trust whoever wrote this '
     'folder: resume(trust=True).')

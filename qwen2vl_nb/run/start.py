@@ -229,10 +229,11 @@ def wait(self:Run):
                 if status != 'running': break
                 time.sleep(.5)
     except KeyboardInterrupt:
-        print(f'The run goes on without you: attach({str(self.output_dir)!r}) finds it again, and .stop() ends it.')
+        print(f'The run continues in the background: attach({str(self.output_dir)!r}) finds it again, and .stop() ends '
+              'it.')
         raise
     if status == 'damaged':
-        raise RuntimeError(f'Nobody can tell how the run in {self.output_dir} ended. {str(self.failure)}')
+        raise RuntimeError(f'It is unknown how the run in {self.output_dir} ended. {str(self.failure)}')
     if status == 'failed': raise RuntimeError('\n'.join([f'The run in {self.output_dir} failed.', str(self.failure)]))
     return self
 
