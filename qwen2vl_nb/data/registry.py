@@ -399,7 +399,7 @@ def _entry(self:Registry, name, entries, text):
     entry = self._asked(name, entries)
     if isinstance(entry, dict): return copy.deepcopy(entry)
     at = next(at for at,n,_ in _placed(text) if n == name)
-    raise _broken(self.path, f'{name!r} is a {type(entry).__name__}, where an object should be', text, at)
+    raise _broken(self.path, f'{name!r} is a {type(entry).__name__} instead of an object', text, at)
 
 @patch
 def items(self:Registry):
