@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 import psutil
 from .boot import child_env
-from .model import recipe_limits
+from .model import families, model_type, recipe_limits, usual_template
 from .findings import Finding, findings_table
 from .questions import arguments, ask, hub
 from .stack import GiB, gpus, installed_versions, version_findings
@@ -117,20 +117,14 @@ def _weight_files(folder):
     if not index.is_file(): return ['model.safetensors']
     return sorted(set(json.loads(index.read_text(encoding='utf-8'))['weight_map'].values()))
 
-def _model_kind(folder):
-    """The `model_type` of a model folder; `qwen2_vl` if it has no config, because only the missing file is then
-    reported."""
-    if not (folder/'config.json').is_file(): return 'qwen2_vl'
-    return json.loads((folder/'config.json').read_text(encoding='utf-8')).get('model_type')
-
 # %% ../nbs/20_checks.ipynb #99992d01
 def model_findings(
     model, # Model folder
 )->list: # `Finding`s
-    "Check whether a folder contains a complete Qwen2-VL: config, every shard, tokenizer and processor."
+    "Check whether a folder contains a complete model of a known family: config, every shard, tokenizer and processor."
     folder = Path(model)
     is_there = lambda name: (folder/name).is_file()
-    try: weights, kind = _weight_files(folder), _model_kind(folder)
+    try: weights, kind = _weight_files(folder), model_type(folder)
     except (ValueError, KeyError, AttributeError) as e:
         return [Finding(str(folder), f'A JSON file of the model folder is broken: {e}', 'Download it again.')]
     needed = ['config.json', 'tokenizer_config.json', 'preprocessor_config.json']
@@ -142,10 +136,10 @@ def model_findings(
     # without tokenizer_config.json, the tokenizer is built from what the other files say
     level = lambda name: 'warning' if name == 'tokenizer_config.json' else 'error'
     found = [Finding(str(folder/name), what, 'Download it again.', level(name)) for name, what in faults.items()]
-    if kind != 'qwen2_vl':
-        found.append(Finding('model_name_or_path',
-            f'{folder} holds a {kind} model, not qwen2_vl.',
-            'Give the folder of a Qwen2-VL model (2B, 7B or 72B).'))
+    if kind not in families:
+        known = ', '.join(f'{family.name} ({kind})' for kind, family in families.items())
+        found.append(Finding('model_name_or_path', f'{folder} contains a {kind} model; supported are {known}.',
+                             'Give the folder of one of these, without mixture of experts.'))
     return found
 
 # %% ../nbs/20_checks.ipynb #071e26a0
@@ -155,7 +149,8 @@ def _length_findings(name, samples, recipe):
     "Rows with pictures that can't be read, and rows that are longer than `cutoff_len`."
     model, cutoff = Path(recipe.get('model_name_or_path') or ''), recipe.get('cutoff_len', 2048)
     counts = all((model/file).is_file() for file in ('preprocessor_config.json', 'tokenizer.json'))
-    tokens = count_tokens(samples, model if counts else None, **recipe_limits(recipe))
+    about = {'template': recipe.get('template'), 'enable_thinking': recipe.get('enable_thinking')}
+    tokens = count_tokens(samples, model if counts else None, **about, **recipe_limits(recipe))
     lost = tokens.index[tokens.media.isna()]
     if len(lost):
         yield Finding(name, f'{len(lost)} row(s) have pictures or clips that cannot be read; '
@@ -289,12 +284,17 @@ def _adapter_findings(recipe):
 _numbers = [k for k,v in train_recipe('', '').items() if isinstance(v, (int, float)) and not isinstance(v, bool)]
 _trackers = ('wandb', 'swanlab', 'mlflow', 'comet_ml', 'clearml', 'neptune')
 
+def _family(recipe):
+    "The family of the recipe's model; Qwen2-VL if it is of another or can't be read, which is reported elsewhere."
+    try: return families.get(model_type(recipe.get('model_name_or_path') or ''), families['qwen2_vl'])
+    except ValueError: return families['qwen2_vl']
+
 def _argument_findings(recipe):
     template = recipe.get('template')
-    if template != 'qwen2_vl':
-        yield Finding('template',
-            f'The template is {template!r}; Qwen2-VL was trained with qwen2_vl.',
-            'Set template: qwen2_vl.', 'warning')
+    family, usual = _family(recipe), usual_template(recipe.get('model_name_or_path') or '')
+    if template not in family.templates:
+        yield Finding('template', f'The template is {template!r}; {family.name} was trained with {usual}.',
+                      f'Set template: {usual}.', 'warning')
     for key in (k for k in _numbers if isinstance(recipe.get(k), str)):
         yield Finding(key, f'LLaMA-Factory needs a number here, and {recipe[key]!r} is text.',
                       'Write a number, without quotes.')
@@ -305,7 +305,7 @@ def _argument_findings(recipe):
             'Set report_to: none, or the tracker you want.', 'warning')
     if recipe.get('trust_remote_code'):
         yield Finding('trust_remote_code',
-            'Code from the model folder would run; Qwen2-VL needs none.',
+            'Code from the model folder would run; the model needs none.',
             'Remove trust_remote_code.', 'note')
 
 # %% ../nbs/20_checks.ipynb #ad8a5285

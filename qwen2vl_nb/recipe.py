@@ -14,6 +14,7 @@ from itertools import chain, count
 from pathlib import Path
 import yaml
 from .files import json_or, read_text, write_text
+from .model import usual_template
 from .checkpoint import checkpoints, is_whole_file
 
 # %% ../nbs/10_recipe.ipynb #eca681f9
@@ -31,12 +32,12 @@ def train_recipe(
     output_dir:str|Path=None, # Folder for the run; `None`: `saves/<model>/<finetuning_type>/<dataset>`
     **changes, # Any other argument of LLaMA-Factory, whose names Tab completes; `None` removes a default
 )->dict: # The recipe
-    "A recipe for fine-tuning Qwen2-VL, with LoRA unless `finetuning_type` says otherwise."
+    "A recipe for fine-tuning a Qwen-VL model, with LoRA unless `finetuning_type` says otherwise."
     model, kind = os.fspath(model), changes.get('finetuning_type', 'lora')
     is_lora, saves = kind == 'lora', f"saves/{Path(model).name}/{kind}/{dataset.replace(',', '+')}"
     defaults = {'model_name_or_path': model, 'stage': 'sft', 'do_train': True,
         'finetuning_type': 'lora', 'lora_target': 'all' if is_lora else None,
-        'dataset': dataset, 'template': 'qwen2_vl', 'cutoff_len': 2048, 'overwrite_cache': True,
+        'dataset': dataset, 'template': usual_template(model), 'cutoff_len': 2048, 'overwrite_cache': True,
         'preprocessing_num_workers': 4, 'output_dir': os.fspath(output_dir or saves), 'logging_steps': 10,
         'save_steps': 500, 'plot_loss': True, 'report_to': 'none',
         'per_device_train_batch_size': 1, 'gradient_accumulation_steps': 8,
@@ -133,7 +134,7 @@ def predict_recipe(
         'stage': 'sft', 'do_train': False, 'do_predict': True, 'predict_with_generate': True,
         # LLaMA-Factory quantises with no other type
         'finetuning_type': 'lora' if adapter or changes.get('quantization_bit') else 'full',
-        'eval_dataset': dataset, 'template': 'qwen2_vl', 'cutoff_len': 2048, 'overwrite_cache': True,
+        'eval_dataset': dataset, 'template': usual_template(model), 'cutoff_len': 2048, 'overwrite_cache': True,
         'preprocessing_num_workers': 4, 'output_dir': os.fspath(output_dir or beside), 'report_to': 'none',
         'per_device_eval_batch_size': 4, 'max_new_tokens': 128, 'do_sample': False}
     return _recipe(defaults, changes)

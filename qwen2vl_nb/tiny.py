@@ -13,7 +13,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from PIL import Image, ImageDraw
 from .files import whole_file, write_text
-from .model import chat_template, default_system
+from .model import chat_template, families
 
 # %% ../nbs/80_tiny.ipynb #f82ccbdf
 SIZE = 112, 84 # Picture in pixels: 4 x 3 image tokens of 28 pixels
@@ -354,7 +354,7 @@ def _task_texts()->list: # Texts
     "Every word that the tasks show to the model, each in its context."
     answers = [string.Template(o).substitute(item=i, color=c) for o in [*FORMS.values(), *CARD.values()]
                for i in ITEMS for c in COLORS]
-    return [default_system, 'system\n', 'user\n', 'assistant\n', *FORMS, *CARD, *answers]
+    return [families['qwen2_vl'].system, 'system\n', 'user\n', 'assistant\n', *FORMS, *CARD, *answers]
 
 def _tokenizer(
     folder:Path, # Folder that receives `vocab.json` and `merges.txt`
@@ -375,30 +375,50 @@ def _tokenizer(
     return tokenizer
 
 # %% ../nbs/80_tiny.ipynb #39b65192
+def _class(family, name):
+    "A class of a family; families without one of their own use Qwen2-VL's."
+    import transformers
+    return getattr(transformers, families[family].classes + name, None) or getattr(transformers, f'Qwen2VL{name}')
+
+def _limits(least, most):
+    return dict(min_pixels=least, max_pixels=most, size=dict(shortest_edge=least, longest_edge=most))
+
 def _processor(
     folder:Path, # Folder that also receives the tokenizer's files
-): # A `Qwen2VLProcessor`
-    "A processor with the picture limits of the published model folders."
-    from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
-    low,high = 56*56,28*28*16384 # Pixels
-    limits = dict(min_pixels=low, max_pixels=high, size=dict(shortest_edge=low, longest_edge=high))
-    return Qwen2VLProcessor(Qwen2VLImageProcessor(**limits), _tokenizer(folder), Qwen2VLVideoProcessor(**limits),
-                            chat_template=chat_template)
+    family:str,  # A key of `families`
+): # A `Qwen2VLProcessor`, or the like of the family
+    "A processor with the limits on pictures of the published model folders."
+    facts = families[family]
+    sizes = dict(patch_size=facts.patch, merge_size=2, temporal_patch_size=2)
+    if family == 'qwen3_vl': sizes |= dict(image_mean=[.5]*3, image_std=[.5]*3)
+    return _class(family, 'Processor')(
+        _class(family, 'ImageProcessor')(**_limits(*facts.picture), **sizes), _tokenizer(folder),
+        _class(family, 'VideoProcessor')(**_limits(*facts.clip), **sizes), chat_template=chat_template(facts.name))
+
+_towers = { # Small vision towers, in the words of each family's config
+    'qwen2_vl': dict(depth=2, embed_dim=64, hidden_size=128, num_heads=4, initializer_range=.1),
+    'qwen2_5_vl': dict(depth=3, hidden_size=64, intermediate_size=128, out_hidden_size=128, num_heads=4, window_size=56,
+                       fullatt_block_indexes=[2], tokens_per_second=2, initializer_range=.1),
+    'qwen3_vl': dict(depth=3, hidden_size=64, intermediate_size=128, out_hidden_size=128, num_heads=4,
+                     num_position_embeddings=256, deepstack_visual_indexes=[0, 1], initializer_range=.1)}
 
 def _config(
     ids, # Function from a special token's name to its id
-): # A `Qwen2VLConfig`
-    """A small Qwen2-VL: 1.1 million parameters, tied embeddings as in the 2B model, and a wider range of random
-    weights because it is narrow."""
-    from transformers import Qwen2VLConfig
+    family:str, # A key of `families`
+): # A `Qwen2VLConfig`, or the like of the family
+    """A small model: 1.1 million parameters, tied embeddings as in the smallest published ones, and a wider range of
+    random weights because it is narrow."""
+    rope = dict(type='mrope', mrope_section=[4,6,6])
+    if family == 'qwen3_vl': rope = dict(rope_type='default', mrope_section=[6,5,5], mrope_interleaved=True)
     text = dict(vocab_size=VOCAB, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
                 num_key_value_heads=2, max_position_embeddings=CONTEXT, rope_theta=1e6, tie_word_embeddings=True,
-                rope_scaling=dict(type='mrope', mrope_section=[4,6,6]), initializer_range=.05,
-                eos_token_id=ids('im_end'), pad_token_id=ids('endoftext'))
-    vision = dict(depth=2, embed_dim=64, hidden_size=128, num_heads=4, initializer_range=.1)
-    return Qwen2VLConfig(text_config=text, vision_config=vision, architectures=['Qwen2VLForConditionalGeneration'],
-                         image_token_id=ids('image_pad'), video_token_id=ids('video_pad'),
-                         vision_start_token_id=ids('vision_start'), vision_end_token_id=ids('vision_end'))
+                rope_scaling=rope, initializer_range=.05, eos_token_id=ids('im_end'), pad_token_id=ids('endoftext'))
+    if family == 'qwen3_vl': text['head_dim'] = 32
+    return _class(family, 'Config')(
+        text_config=text, vision_config=_towers[family], tie_word_embeddings=True,
+        architectures=[f'{families[family].classes}ForConditionalGeneration'],
+        image_token_id=ids('image_pad'), video_token_id=ids('video_pad'),
+        vision_start_token_id=ids('vision_start'), vision_end_token_id=ids('vision_end'))
 
 # %% ../nbs/80_tiny.ipynb #dd8947fb
 def _say_tied(
@@ -413,17 +433,19 @@ def tiny_model(
     folder:str|Path,       # Where the model folder goes
     weights:str|Path=None, # Model folder to take trained weights from; without it they are random
     seed:int=0,            # Decides the random weights
+    family:str='qwen2_vl', # `'qwen2_vl'`, `'qwen2_5_vl'` or `'qwen3_vl'`; trained weights exist for the first
 )->Path: # The folder
-    "Write a small Qwen2-VL as a model folder: real classes, bf16 weights, processor and generation settings."
+    "Write a small model as a model folder: real classes, bf16 weights, processor and generation settings."
+    if family not in families: raise ValueError(f"There is no family {family!r}; available: {', '.join(families)}.")
     import torch
-    from transformers import GenerationConfig, Qwen2VLForConditionalGeneration
+    from transformers import GenerationConfig
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    processor = _processor(folder)
+    processor, made = _processor(folder, family), _class(family, 'ForConditionalGeneration')
     ids = lambda name: processor.tokenizer.convert_tokens_to_ids(f'<|{name}|>')
     torch.manual_seed(seed)
-    model = Qwen2VLForConditionalGeneration(_config(ids))
-    if weights: model.load_state_dict(Qwen2VLForConditionalGeneration.from_pretrained(os.fspath(weights)).state_dict())
+    model = made(_config(ids, family))
+    if weights: model.load_state_dict(made.from_pretrained(os.fspath(weights)).state_dict())
     model.generation_config = GenerationConfig(
         bos_token_id=ids('endoftext'), pad_token_id=ids('endoftext'), eos_token_id=[ids('im_end'), ids('endoftext')],
         do_sample=True, temperature=.01, top_k=1, top_p=.001)

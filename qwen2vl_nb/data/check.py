@@ -404,7 +404,6 @@ def _check(samples, fix, against, model, cutoff_len, media, workers, **limits):
         raise TypeError('Samples are checked, not files: check_samples(read_samples(…)).')
     limits, samples = known_limits(limits), list(samples)
     rows = [(i, s) for i, s in enumerate(samples) if isinstance(s, dict)]
-    text = text_tokens(samples, model) if model else [0]*len(samples)
     bar = tqdm(samples, desc='Checking rows', unit='row', delay=2, file=sys.stdout)
     found = [(i, *fault) for i, s in enumerate(bar) for fault in _row_faults(s)]
     found += _said_before(rows, against or [])
@@ -412,6 +411,7 @@ def _check(samples, fix, against, model, cutoff_len, media, workers, **limits):
     if media: found += [(i, *fault) for i, s in rows for fault in _media_faults(s, looks, leaks, copies)]
     told = {(i, field.split('[')[0]) for i, field, fault in found if fault.level == 'error'}
     found += _between_rows(rows, told)
+    text = text_tokens(samples, model, looks, fps=limits['video_fps']) if model else [0]*len(samples)
     shown = media_tokens(samples, looks, model, limits) if media else [0]*len(samples)
     return [*found, *_length_faults(rows, text, shown, cutoff_len)], copies
 

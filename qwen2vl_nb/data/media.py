@@ -29,6 +29,7 @@ class Look:
     "What was seen of one picture or clip."
     size:tuple=None # Width and height in pixels; `None` if it can't be read
     frames:int=1 # Frames that LLaMA-Factory takes: 1 of a picture
+    times:tuple=() # When each of them was taken, in seconds from the beginning of the clip
     faults:list=field(default_factory=list) # `Fault`s
     digest:bytes=b'' # Of the file's bytes: equal for equal files
     hash:int=None # Perceptual hash, 64 bits: near for pictures that look alike
@@ -232,6 +233,10 @@ def _stream_facts(stream):
     "Frames and seconds of a clip by its header; 0 and `None` where it doesn't say."
     return stream.frames, stream.duration and float(stream.duration*stream.time_base)
 
+def _times(taken, stream):
+    "When frames of a clip are shown, in seconds, as LLaMA-Factory computes it."
+    return tuple(i/float(stream.average_rate) for i in taken) if stream.average_rate else ()
+
 def _header_fault(stream):
     frames, seconds = _stream_facts(stream)
     if not stream.average_rate:
@@ -262,6 +267,7 @@ def _watch(look, container, video_fps, video_maxlen):
     taken, decoded, rotation = sampled_frames(*_stream_facts(stream), video_fps, video_maxlen), 0, 0
     for frame in container.decode(stream): decoded, rotation = decoded + 1, frame.rotation
     look.frames = sum(i < decoded for i in taken)
+    look.times = _times(taken[:look.frames], stream)
     look.faults += _frame_faults(look.frames, taken, decoded, stream.frames)
     if rotation:
         look.faults.append(Fault(f'It says that it must be rotated ({rotation}°), and LLaMA-Factory does not.',
@@ -312,7 +318,7 @@ def glance_at_video(
         with open_clip(path) as container:
             stream = container.streams.video[0]
             taken = sampled_frames(*_stream_facts(stream), video_fps, video_maxlen)
-            return Look(size=(stream.width, stream.height), frames=len(taken))
+            return Look(size=(stream.width, stream.height), frames=len(taken), times=_times(taken, stream))
     except Exception as e: return Look(faults=[_undecodable(path, b'', e)])
 
 # %% ../../nbs/data/10_media.ipynb #60749bf5

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from .. import hidden
 from ..hidden import mask
 from ..files import read_json, read_text
-from ..model import default_system, pixel_limits, recipe_limits
+from ..model import pixel_limits, recipe_limits, systems, thinking_templates
 from ..run import rank as worker
 from .rows import Answers, Asked, without_question
 from ..run.folder import ANSWERS, ASKED, MISSING, RECIPE, RUN
@@ -155,8 +155,8 @@ def request(
     _check(row)
     pictures = (picture_uri(path, recipe, media) for path in row['images'])
     clips = (clip_uri(path, media) for path in row.get('videos', []))
-    system = row['asked']['system'] or recipe.get('default_system') or default_system
-    messages = [{'role': 'system', 'content': system}]
+    system = row['asked']['system'] or recipe.get('default_system') or systems[recipe.get('template', 'qwen2_vl')]
+    messages = [{'role': 'system', 'content': system}] if system else []
     for role, text in row['asked']['turns']:
         messages.append({'role': role, 'content': _content(text, pictures, clips) if role == 'user' else text})
     return {'model': model, 'messages': messages} | answer_settings(recipe, row['row'])
@@ -473,8 +473,12 @@ def work(
     recipe, run = yaml.safe_load(read_text(folder/RECIPE)), read_json(folder/RUN)
     options = server_options(**run['options'] | hidden.given('options'))
     engine = {'engine': run.get('engine', 'openai')}
-    if recipe.get('template') != 'qwen2_vl':
-        raise ValueError(f"The template is {recipe.get('template')!r}; servers are asked as qwen2_vl has it.")
+    if recipe.get('template') not in systems:
+        raise ValueError(f"The template is {recipe.get('template')!r}; servers can be asked in those of "
+                         f"{', '.join(systems)}.")
+    if recipe['template'] in thinking_templates and recipe.get('enable_thinking') is False:
+        raise ValueError("enable_thinking: false begins the answer with an empty thought, which a server can't be "
+                         "asked for: use engine 'hf', or leave it out.")
     answer_settings(recipe, 0)  # a setting that no server supports is not an error of a row
     rows, file = Asked(folder/ASKED), Answers(folder/ANSWERS)
     todo = read_json(folder/MISSING, list)

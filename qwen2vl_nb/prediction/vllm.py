@@ -205,5 +205,5 @@ def vllm_servers(
         return {'command': command, 'env': _own | env, 'url': f'http://127.0.0.1:{port}/v1',
                 'log': f'server-{i}.log', 'model': model}
     described = [one(i, port, *s) for i, (port, s) in enumerate(zip(_free_ports(len(servers)), servers))]
-    write_text(Path(recipe['output_dir'])/_template, chat_template)
+    write_text(Path(recipe['output_dir'])/_template, chat_template(recipe['model_name_or_path']))
     return described

@@ -40,6 +40,6 @@ def export(
                               env=child_env(), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode: raise RuntimeError(f'LLaMA-Factory could not merge the adapter:\n{done.stdout[-2000:]}')
         # LLaMA-Factory's own template does not support pictures
-        write_text(f'{folder}/model/chat_template.jinja', chat_template)
+        write_text(f'{folder}/model/chat_template.jinja', chat_template(recipe['model_name_or_path']))
         os.replace(f'{folder}/model', path)
     return path

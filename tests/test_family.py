@@ -1,0 +1,92 @@
+"Each model family against what LLaMA-Factory and the real classes make of it."
+import random
+import pytest
+from PIL import Image
+
+from qwen2vl_nb.data.check import check_samples
+from qwen2vl_nb.data.registry import Registry
+from qwen2vl_nb.data.tokens import count_tokens
+from qwen2vl_nb.model import families, image_tokens, usual_template
+from qwen2vl_nb.tiny import tiny_model
+
+@pytest.fixture(scope='session', params=['qwen2_5_vl', 'qwen3_vl'])
+def family(request): return request.param
+
+@pytest.fixture(scope='session')
+def small(family, tmp_path_factory): return tiny_model(tmp_path_factory.mktemp('models')/family, family=family)
+
+@pytest.fixture(scope='session')
+def parts(small):
+    "(LLaMA-Factory's plugin, the processor) of a family."
+    from llamafactory.data.mm_plugin import get_mm_plugin
+    from transformers import AutoProcessor
+    name = usual_template(small).removesuffix('_nothink')
+    return get_mm_plugin(name, image_token='<|image_pad|>', video_token='<|video_pad|>'), AutoProcessor.from_pretrained(small)
+
+def _side(rng): return int(10**rng.uniform(0, 3.6))
+
+def test_the_limits_are_those_of_the_published_processors(small, family, parts):
+    real = parts[1].image_processor
+    assert (real.patch_size*real.merge_size, real.size['shortest_edge'], real.size['longest_edge']) == (2*families[family].patch, *families[family].picture)
+
+def test_image_tokens_are_those_of_the_trainer(small, parts):
+    "2,000 random sizes and limits through LLaMA-Factory's steps and the real resize; every tenth through all of the processor."
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+    rng, plugin, real = random.Random(0), parts[0], parts[1].image_processor
+    unit = real.patch_size*real.merge_size
+    for i in range(2000):
+        size, limits = (_side(rng), _side(rng)), dict(image_max_pixels=int(10**rng.uniform(4, 6.5)), image_min_pixels=int(10**rng.uniform(2, 4)))
+        image = plugin._preprocess_image(Image.new('L', size), **limits)
+        height, width = smart_resize(image.height, image.width, unit, real.size['shortest_edge'], real.size['longest_edge'])
+        assert image_tokens(*size, **limits, model=small) == height*width//unit**2, (size, limits)
+        if i % 10 == 0 and height*width < 400_000:
+            grid = real(images=[plugin._preprocess_image(Image.new('RGB', size), **limits)], return_tensors='pt')['image_grid_thw'][0]
+            assert int(grid.prod())//4 == height*width//unit**2, (size, limits)
+
+@pytest.fixture(scope='session')
+def clips(tmp_path_factory):
+    "Thirty real clips of random sizes, lengths and rates, with limits on each."
+    import av
+    rng, folder, made = random.Random(0), tmp_path_factory.mktemp('clips'), []
+    for i in range(30):
+        frames, size = rng.randint(4, 60), (2*rng.randint(16, 200), 2*rng.randint(16, 200))
+        with av.open(str(folder/f'{i}.mp4'), 'w') as container:
+            stream = container.add_stream('libx264', rate=rng.choice([5, 8, 24, 30]), options={'preset': 'ultrafast'})
+            stream.width, stream.height, stream.pix_fmt = *size, 'yuv420p'
+            for _ in range(frames): container.mux(stream.encode(av.VideoFrame.from_image(Image.new('RGB', size))))
+            container.mux(stream.encode())
+        limits = dict(video_fps=rng.choice([.5, 1., 2., 4.]), video_maxlen=rng.choice([2, 4, 7, 128]), video_max_pixels=rng.choice([256*256, 20_000]), video_min_pixels=rng.choice([16*16, 10_000]))
+        made.append((str(folder/f'{i}.mp4'), limits))
+    return made
+
+def test_video_tokens_are_those_of_the_trainer(small, parts, clips, monkeypatch):
+    plugin, processor = parts
+    for path, limits in clips:
+        for key, value in limits.items(): monkeypatch.setattr(processor, key, value, raising=False)
+        sample = {'videos': [path], 'instruction': '<video>What?', 'output': 'x'}
+        promised = plugin._get_mm_token_metadata([], [path], [], processor)['video_grid_thw']
+        given = plugin._get_mm_inputs([], [path], [], processor)['video_grid_thw']
+        assert [int(count_tokens([sample], small, **limits).media[0])]*2 == [int(grid[0].prod())//4 for grid in (promised, given)], (path, limits)
+        assert not len(check_samples([sample], model=small, **limits))
+
+TALK = ['Hello', ' what is\nthis? ', '一辆车 😀', 'a  b\t', '<b>', "don't"]
+THOUGHTS = ['', '', '<think>\nIt is red.\n</think>\n\n']
+
+def test_tokens_are_those_of_llamafactory(small, family, factory, clips, data, tmp_path):
+    "Rows with pictures and a clip, every turn, under each template of the family, with thoughts and without."
+    rng, picture = random.Random(0), str(data/'car_item'/'images'/'0001.png')
+    words = lambda: ''.join(rng.choices(TALK, k=rng.randint(1, 4)))
+    def talk():
+        pictures, films = [picture]*rng.randint(0, 2), [clip for clip, _ in rng.sample(clips, rng.randint(0, 1))]
+        turns = [('user', words() + '<video>'*len(films) + '<image>'*len(pictures) + words())] + [('assistant', rng.choice(THOUGHTS) + words()), ('user', words())]*rng.randint(0, 1)
+        turns.append(('assistant', rng.choice(THOUGHTS) + words()))
+        system = [('system', words())]*rng.randint(0, 1)
+        return {'images': pictures, 'videos': films, 'messages': [{'role': role, 'content': text} for role, text in system + turns]}
+    samples = [talk() for _ in range(40)]
+    Registry(tmp_path).add('talks', samples)
+    for template in families[family].templates:
+        for thinks in (None, True, False):
+            about = dict(template=template) | ({} if thinks is None else dict(enable_thinking=thinks))
+            ids, _ = factory.prepare(tmp_path, 'talks', cutoff_len=8192, model_name_or_path=str(small), **about)
+            counted = count_tokens(samples, small, **about)
+            assert list(counted.total) == list(map(len, ids)), about
