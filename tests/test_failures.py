@@ -119,13 +119,13 @@ def killed_torchrun(room):
     assert not orphan.is_running()
     return found
 
-@case('^rank 0$', 'ended by SIGTERM', cure='from outside')
+@case('^rank 0$', 'ended by SIGTERM', cure='Something else ended it')
 def terminated(room):
     run = room.start()
     rank(run).terminate()
     return failure_of(run)
 
-@case(r'^run.log, api.py:\d+ in ', 'torchrun was asked to end. torch.*SignalException: .*got signal: 15', cure='from outside')
+@case(r'^run.log, api.py:\d+ in ', 'torchrun was asked to end. torch.*SignalException: .*got signal: 15', cure='Something else ended it')
 def terminated_torchrun(room):
     run = room.start(2, deepspeed=zero_config('z0'))
     rank(run, 1)
@@ -278,7 +278,7 @@ def torch_2_9(room): return other_version(room, 'torch', '2.9.1')
 @case(r'^rank 0, versions.py:\d+ in ', 'do not work together. ImportError: transformers.* but found transformers==4.40.0', cure='check_stack')
 def old_transformers(room): return other_version(room, 'transformers', '4.40.0')
 
-@case(r'^rank 0, rank.py:\d+ in work', "not there. ModuleNotFoundError: No module named 'torch'", cure='python=')
+@case(r'^rank 0, rank.py:\d+ in work', "missing. ModuleNotFoundError: No module named 'torch'", cure='python=')
 def no_llamafactory(room):
     venv.create(room.folder/'bare', symlinks=True)
     return room.fail(python=str(room.folder/'bare'/'bin'/'python'))

@@ -2,6 +2,7 @@
 its own trainer, PEFT and DeepSpeed on the CPU. All runs are done once, then each case is a test of its own."""
 import json, os, shutil, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from itertools import accumulate
 
 import pytest
@@ -11,6 +12,7 @@ from qwen2vl_nb.model import model_config
 from qwen2vl_nb.memory.estimate import predict_memory
 from qwen2vl_nb.recipe import predict_recipe, train_recipe
 from qwen2vl_nb.data.registry import Registry
+from qwen2vl_nb.tiny import tiny_model
 from qwen2vl_nb.zero import zero_config
 
 SMALL = {'z0': dict(reduce_bucket_size=200_000, allgather_bucket_size=200_000), # else buckets of 2 GB drown all else
@@ -33,27 +35,45 @@ MORE = {'lora tower': tower, 'full bf16 z0': full | bf16 | dict(zero='z0'), 'ful
         'full tower and projector': full | tower | projector, 'full bf16': full | bf16, 'full bf16 plain': full | bf16 | plain,
         'lora bf16 z0': bf16 | dict(zero='z0'), 'full bf16 z2': full | bf16 | dict(zero='z2'), 'full z0': full | dict(zero='z0'),
         'lora z2': dict(zero='z2'), 'full z2': full | dict(zero='z2'), 'tiny lora z3': dict(model='tiny', zero='z3'), 'full z3': full | dict(zero='z3')}
-CASES = ALONE | RANKS | MORE
+# The same for the other families: two of each here, the rest in `make soak`
+KINDS = {'lora': {}, 'lora bf16 z3': bf16 | dict(zero='z3'), 'lora plain pairs': plain | pairs, 'full': full, 'full bf16 plain by four': full | bf16 | plain | by_four, 'full z0': full | dict(zero='z0'),
+         'full bf16 z2': full | bf16 | dict(zero='z2'), 'full z3': full | dict(zero='z3'), 'lora pairs twice z3': pairs | twice | dict(zero='z3'), 'lora tower': tower, 'answers': dict(asks=True)}
+FAMILIES = {f'{family} {name}': changes | dict(model=family) for family in ('qwen2_5_vl', 'qwen3_vl') for name, changes in KINDS.items()}
+FEW = [f'{family} {name}' for family in ('qwen2_5_vl', 'qwen3_vl') for name in ('lora plain pairs', 'full bf16 z2')]
+CASES = ALONE | RANKS | MORE | FAMILIES
 
-@pytest.fixture(scope='session')
-def medium(tiny, tmp_path_factory):
+TOWERS = {'qwen2_vl': dict(embed_dim=160, hidden_size=256), 'qwen2_5_vl': dict(hidden_size=160, intermediate_size=320, out_hidden_size=256, fullatt_block_indexes=[2, 5]),
+          'qwen3_vl': dict(hidden_size=160, intermediate_size=320, out_hidden_size=256, deepstack_visual_indexes=[1, 3])}
+
+def _medium(family, small, folder):
     "A model folder with seven million random weights: more layers, wider ones, embedding and head apart."
     import torch
     from safetensors.torch import save_file
-    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
-    folder = tmp_path_factory.mktemp('models')/'medium'
-    shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns('*.safetensors'))
-    config = json.loads((tiny/'config.json').read_text()) | {'tie_word_embeddings': False}
+    from qwen2vl_nb.memory.simulate import family_class
+    shutil.copytree(small, folder, ignore=shutil.ignore_patterns('*.safetensors'))
+    config = json.loads((small/'config.json').read_text()) | {'tie_word_embeddings': False}
     config['text_config'] |= dict(hidden_size=256, num_hidden_layers=6, intermediate_size=704, num_attention_heads=8, num_key_value_heads=4,
-                                  vocab_size=4096, tie_word_embeddings=False, layer_types=['full_attention']*6)
-    config['vision_config'] |= dict(depth=6, embed_dim=160, hidden_size=256, num_heads=5)
+                                  vocab_size=4096, tie_word_embeddings=False) | ({} if family == 'qwen3_vl' else dict(layer_types=['full_attention']*6))
+    config['vision_config'] |= dict(depth=6, num_heads=5) | TOWERS[family]
     (folder/'config.json').write_text(json.dumps(config))
-    model = Qwen2VLForConditionalGeneration(Qwen2VLConfig.from_pretrained(folder)).to(torch.bfloat16)
+    model = family_class(config, 'ForConditionalGeneration')(family_class(config, 'Config').from_pretrained(folder)).to(torch.bfloat16)
     save_file(model.state_dict(), folder/'model.safetensors', {'format': 'pt'})
     return folder
 
 @pytest.fixture(scope='session')
-def make(tiny, medium, data, tmp_path_factory):
+def mediums(tiny, tmp_path_factory):
+    "A medium model of each family, made when it is asked for."
+    folder = tmp_path_factory.mktemp('models')
+    @cache
+    def medium(family):
+        return _medium(family, tiny if family == 'qwen2_vl' else tiny_model(folder/f'small-{family}', family=family), folder/f'medium-{family}')
+    return medium
+
+@pytest.fixture(scope='session')
+def medium(mediums): return mediums('qwen2_vl')
+
+@pytest.fixture(scope='session')
+def make(tiny, medium, mediums, data, tmp_path_factory):
     "The recipe of a case."
     work = tmp_path_factory.mktemp('runs')
     rows = json.loads((data/'car_item'/'train.json').read_text())[:8]
@@ -63,12 +83,12 @@ def make(tiny, medium, data, tmp_path_factory):
     Registry(work/'data').add('pairs', [s | {'images': [s['images'][0], p], 'instruction': '<image>' + s['instruction']} for s,p in zip(singles, reversed(pictures))])
     def make(name, model='medium', zero=None, asks=False, **changes):
         common = dict(image_min_pixels=200_000, image_max_pixels=262_144, preprocessing_num_workers=None, dataset_dir=str(work/'data'), cache_dir=str(work/'cache'))
-        if asks: return predict_recipe(medium, 'single', work/name, **common | dict(use_cpu=True, per_device_eval_batch_size=4, max_new_tokens=8) | changes)
+        folder = {'tiny': tiny, 'medium': medium}.get(model) or mediums(model)
+        if asks: return predict_recipe(folder, 'single', work/name, **common | dict(use_cpu=True, per_device_eval_batch_size=4, max_new_tokens=8) | changes)
         shared = common | dict(lora_rank=8, max_steps=2, save_strategy='no', plot_loss=None, gradient_accumulation_steps=1, bf16=None)
         config = zero and zero_config(zero)
         if zero: config['zero_optimization'] |= SMALL[zero]
         engine = {'deepspeed': config} if zero else {'use_cpu': True}
-        folder = {'tiny': tiny, 'medium': medium}[model]
         return train_recipe(folder, changes.pop('dataset', 'single'), work/name, **shared | engine | changes)
     make.work = work
     return make
@@ -103,7 +123,7 @@ def cases(make, request):
         return most['peak'], predict_memory(recipes[name], None, len(found), gpu=False, sample=_sample(most['batches']))
     with ThreadPoolExecutor(2) as pool: return {name: pool.submit(compare, name) for name in recipes}
 
-@pytest.mark.parametrize('name', [*ALONE, *RANKS, *(pytest.param(name, marks=pytest.mark.soak) for name in MORE)])
+@pytest.mark.parametrize('name', [*ALONE, *RANKS, *FEW, *(pytest.param(name, marks=pytest.mark.soak) for name in [*MORE, *FAMILIES] if name not in FEW)])
 def test_real_runs(name, cases):
     "Within 2 %, and not more than 1 % too low."
     real, predicted = cases[name].result()
@@ -187,7 +207,7 @@ def _model(folder, text):
     return dict(model_name_or_path=str(folder))
 
 FAULTS = {
-    'a name without a size': (lambda f: dict(model_name_or_path='Qwen/Qwen2-VL'), {}, 'Qwen/Qwen2-VL is not a model folder, and its name has none of the sizes 2B, 7B, 72B'),
+    'a name without a size': (lambda f: dict(model_name_or_path='Qwen/Qwen2-VL'), {}, 'Qwen/Qwen2-VL is not a model folder, and its name has none of the sizes of Qwen2-VL: 2B, 7B, 72B'),
     'a size that is not published': (lambda f: dict(model_name_or_path='Qwen/Qwen2-VL-3B'), {}, 'none of the sizes 2B, 7B, 72B'),
     'a model of another kind': (lambda f: _model(f, '{"model_type": "llama"}'), {}, 'is of a llama model; predicted are Qwen2-VL models'),
     'a config of no kind': (lambda f: _model(f, '{}'), {}, 'predicted are Qwen2-VL models'),

@@ -324,7 +324,7 @@ def test_what_llamafactory_cannot_resume_is_said(changes, word, resumed):
 # Whose run it is
 
 def test_a_run_that_nobody_here_started_is_resumed_only_with_trust(resumed, tmp_path):
-    with pytest.raises(RuntimeError, match=r'no run in this folder is noted(?s:.*)would execute .*python.*pickles.*trust=True'): resumed(trust=False)
+    with pytest.raises(RuntimeError, match=r'no run in this folder is listed(?s:.*)would execute .*python.*pickles.*trust=True'): resumed(trust=False)
     assert attach(tmp_path/'run').status == 'stopped', 'to look is free'
     resumed(trust=True)
 
