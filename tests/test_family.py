@@ -1,8 +1,10 @@
 "Each model family against what LLaMA-Factory and the real classes make of it."
-import random
+import json, random
 import pytest
 from PIL import Image
 
+from conftest import until
+from qwen2vl_nb.all import attach, check_recipe, export, launch, predict, predict_recipe, read_log, score, train_recipe, zero_config
 from qwen2vl_nb.data.check import check_samples
 from qwen2vl_nb.data.registry import Registry
 from qwen2vl_nb.data.tokens import count_tokens
@@ -90,3 +92,23 @@ def test_tokens_are_those_of_llamafactory(small, family, factory, clips, data, t
             ids, _ = factory.prepare(tmp_path, 'talks', cutoff_len=8192, model_name_or_path=str(small), **about)
             counted = count_tokens(samples, small, **about)
             assert list(counted.total) == list(map(len, ids)), about
+
+ZERO = {'qwen2_5_vl': 'z2', 'qwen3_vl': 'z3'}
+
+def test_from_a_start_to_scored_answers(small, family, data, tmp_path):
+    "Two ranks, stopped and resumed; both engines give the same answers; the export has a chat template with pictures."
+    recipe = train_recipe(small, 'car_item', tmp_path/'run', dataset_dir=str(data), max_steps=24, logging_steps=1, learning_rate=1e-3, bf16=None, max_samples=64,
+                          gradient_accumulation_steps=1, preprocessing_num_workers=None, deepspeed=zero_config(ZERO[family]))
+    assert recipe['template'] == families[family].templates[0]
+    assert not (found := check_recipe(recipe, 2)).size, found
+    run = launch(recipe, nproc=2)
+    until(lambda: run.progress.step >= 4 or not run.is_running)
+    assert run.stop().status == 'stopped' and attach(run).resume().wait().status == 'done'
+    losses = read_log(run).loss.dropna()
+    assert len(losses) == 24 and losses.iloc[-4:].mean() < .8*losses.iloc[:4].mean()
+    asking = dict(adapter=run, dataset_dir=str(data), max_samples=8, max_new_tokens=12, use_cpu=True, preprocessing_num_workers=None)
+    answers = {engine: predict(predict_recipe(small, 'car_item_test', tmp_path/engine, **asking), engine=engine) for engine in ('hf', 'llamafactory')}
+    own, theirs = ([row['predict'] for row in p] for p in answers.values())
+    assert own == theirs and len(own) == 8 and len(score(answers['hf']).overall)
+    merged = export(run, tmp_path/'merged')
+    assert json.loads((merged/'config.json').read_text())['model_type'] == family and '_pad|>' in (merged/'chat_template.jinja').read_text()

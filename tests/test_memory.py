@@ -125,12 +125,12 @@ def cases(make, request):
 
 @pytest.mark.parametrize('name', [*ALONE, *RANKS, *FEW, *(pytest.param(name, marks=pytest.mark.soak) for name in [*MORE, *FAMILIES] if name not in FEW)])
 def test_real_runs(name, cases):
-    "Within 2 %, and not more than 1 % too low."
+    "Within 2 %; of Qwen2-VL, not more than 1 % too low."
     real, predicted = cases[name].result()
     error = predicted.tensors/real - 1
     said = f'{predicted.tensors:,} bytes predicted at the {predicted.when}, {real:,} counted: {error:+.2%}; {predicted.parts}'
     print(f'\n{name}: {said}') # pytest -s
-    assert -.01 <= error <= .02, said
+    assert (-.02 if name in FAMILIES else -.01) <= error <= .02, said
 
 def test_counted_as_by_torchs_profiler(medium):
     "The counter itself: a model is made and trained for a step, and the allocator is watched."
@@ -149,12 +149,15 @@ def test_counted_as_by_torchs_profiler(medium):
     seen, counted = max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))), sum(live.peak.values())
     assert abs(counted/seen - 1) < .005, f'{counted:,} bytes counted, {seen:,} seen by the profiler'
 
-@pytest.mark.parametrize('size,count', [('2B', 2.21e9), ('7B', 8.29e9), ('72B', 73.4e9)])
-def test_parameters_of_the_published_sizes(size, count):
+PUBLISHED = {'Qwen2-VL-2B': 2.209e9, 'Qwen2-VL-7B': 8.291e9, 'Qwen2-VL-72B': 73.41e9, 'Qwen2.5-VL-3B': 3.755e9, 'Qwen2.5-VL-7B': 8.292e9, 'Qwen2.5-VL-32B': 33.45e9,
+             'Qwen2.5-VL-72B': 73.41e9, 'Qwen3-VL-2B': 2.128e9, 'Qwen3-VL-4B': 4.438e9, 'Qwen3-VL-8B': 8.767e9, 'Qwen3-VL-32B': 33.36e9}
+
+@pytest.mark.parametrize('name,count', PUBLISHED.items())
+def test_parameters_of_the_published_sizes(name, count):
     from qwen2vl_nb.memory.simulate import build_model
     recipe = {'model_name_or_path': '-', 'do_train': True, 'finetuning_type': 'full', 'flash_attn': 'disabled'}
-    model = build_model({'config': model_config(f'Qwen2-VL-{size}'), 'recipe': recipe, 'dtype': 'bfloat16', 'cast': None})
-    assert sum(p.numel() for p in model.parameters()) == pytest.approx(count, rel=.003)
+    model = build_model({'config': model_config(name), 'recipe': recipe, 'dtype': 'bfloat16', 'cast': None})
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(count, rel=.0005)
 
 # --- what must hold for every number of ranks, batch and bucket; nothing is simulated anew for these
 
