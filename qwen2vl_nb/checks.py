@@ -22,7 +22,7 @@ from .checkpoint import checkpoints, is_whole_file
 from .recipe import dataset_names, is_adapter, read_zero, train_recipe
 from .data.check import check_samples
 from .data.registry import Registry, dataset_samples, entry_faults, entry_source
-from .data.samples import is_dialogue, media_paths, without_tags
+from .data.samples import is_dialogue, media_of, media_paths, trained_turns, without_tags
 from .data.tokens import count_tokens
 from .memory.estimate import predict_memory
 from .memory.plan import memory_findings
@@ -143,6 +143,11 @@ def model_findings(
     return found
 
 # %% ../nbs/20_checks.ipynb #071e26a0
+def _family(recipe):
+    "The family of the recipe's model; Qwen2-VL if it is of another or can't be read, which is reported elsewhere."
+    try: return families.get(model_type(recipe.get('model_name_or_path') or ''), families['qwen2_vl'])
+    except ValueError: return families['qwen2_vl']
+
 def _see(name): return f'See `check_samples(dataset_samples(registry, {name!r}))` for each of them.'
 
 def _length_findings(name, samples, recipe):
@@ -165,6 +170,26 @@ def _length_findings(name, samples, recipe):
             f'Set cutoff_len to {most} or more, or a smaller image_max_pixels.',
             'error' if tokens.media[row] else 'warning')
 
+def _is_out_of_place(sample):
+    "Whether LLaMA-Factory finds no times for a clip: it looks them up by the number of the turn, not of the clip."
+    turns = [text for role, text in trained_turns(sample) if role != 'system']
+    clips = len(media_of(sample, 'videos'))
+    return any(isinstance(text, str) and '<video>' in text and i >= clips for i, text in enumerate(turns))
+
+def _clip_findings(name, samples, recipe):
+    "Rows whose clips LLaMA-Factory 0.9.5 cannot put into the prompt of a family with time stamps."
+    if not _family(recipe).has_times: return
+    lost = [i for i, s in enumerate(samples) if _is_out_of_place(s)]
+    if lost:
+        yield Finding(name, f'{len(lost)} row(s) have a clip in a later turn, for which LLaMA-Factory finds no times '
+                            f'and stops; the first is row {lost[0]}.',
+                      'Put the <video> tags of these rows into their first turn.')
+    several = [i for i, s in enumerate(samples) if len(media_of(s, 'videos')) > 1]
+    if several:
+        yield Finding(name, f'{len(several)} row(s) have several clips, and LLaMA-Factory gives them all the times and '
+                            f'the number of frames of the first; the first is row {several[0]}.',
+                      'Use one clip per row.', 'warning')
+
 def _row_findings(name, samples, recipe, stage):
     "What is wrong with the text of the rows, with the first fault of each kind; and with their lengths."
     answered = lambda s: s if is_dialogue(s) or s.get('output') else s | {'output': '?'}
@@ -179,7 +204,7 @@ def _row_findings(name, samples, recipe, stage):
         yield Finding(name,
             f'{rows.row.nunique()} row(s) have a fault in {field or "their form"}; '
             f'the first is row {first.row}: {first.what}', _see(name))
-    if stage != 'pt': yield from _length_findings(name, samples, recipe)
+    if stage != 'pt': yield from (*_clip_findings(name, samples, recipe), *_length_findings(name, samples, recipe))
 
 # %% ../nbs/20_checks.ipynb #f9ad7cb3
 def _stage_of(name, recipe):
@@ -283,11 +308,6 @@ def _adapter_findings(recipe):
 
 _numbers = [k for k,v in train_recipe('', '').items() if isinstance(v, (int, float)) and not isinstance(v, bool)]
 _trackers = ('wandb', 'swanlab', 'mlflow', 'comet_ml', 'clearml', 'neptune')
-
-def _family(recipe):
-    "The family of the recipe's model; Qwen2-VL if it is of another or can't be read, which is reported elsewhere."
-    try: return families.get(model_type(recipe.get('model_name_or_path') or ''), families['qwen2_vl'])
-    except ValueError: return families['qwen2_vl']
 
 def _argument_findings(recipe):
     template = recipe.get('template')

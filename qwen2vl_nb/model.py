@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['families', 'pixel_limits', 'special_tokens', 'thinking_templates', 'systems', 'Family', 'model_type', 'family_of',
            'usual_template', 'trainer_size', 'processor_limits', 'tokens_within', 'image_tokens', 'sampled_frames',
-           'video_tokens', 'recipe_limits', 'with_system', 'with_thoughts', 'chat_template', 'model_config']
+           'video_tokens', 'recipe_limits', 'with_system', 'with_thoughts', 'chat_template', 'model_config',
+           'head_size', 'tower_size']
 
 # %% ../nbs/03_model.ipynb #model02
 import json, math, re
@@ -294,3 +295,18 @@ def model_config(
     if missing or 'vision_config' not in config:
         raise ValueError(f"{file} lacks {', '.join(missing or ['vision_config'])}.")
     return config
+
+# %% ../nbs/03_model.ipynb #c3b9c35b
+def head_size(
+    config:dict, # As from `model_config`
+)->int:
+    "The width of an attention head of the text model."
+    text = config.get('text_config', config)
+    return text.get('head_dim') or text['hidden_size']//text['num_attention_heads']
+
+def tower_size(
+    config:dict, # As from `model_config`
+)->int:
+    "The width of the vision tower; in Qwen2-VL, `hidden_size` is that of its output."
+    vision = config['vision_config']
+    return vision.get('embed_dim') or vision['hidden_size']

@@ -5,6 +5,7 @@ from PIL import Image
 
 from conftest import until
 from qwen2vl_nb.all import attach, check_recipe, export, launch, predict, predict_recipe, read_log, score, train_recipe, zero_config
+from qwen2vl_nb.checks import data_findings
 from qwen2vl_nb.data.check import check_samples
 from qwen2vl_nb.data.registry import Registry
 from qwen2vl_nb.data.tokens import count_tokens
@@ -112,3 +113,20 @@ def test_from_a_start_to_scored_answers(small, family, data, tmp_path):
     assert own == theirs and len(own) == 8 and len(score(answers['hf']).overall)
     merged = export(run, tmp_path/'merged')
     assert json.loads((merged/'config.json').read_text())['model_type'] == family and '_pad|>' in (merged/'chat_template.jinja').read_text()
+
+def test_clips_that_llamafactory_cannot_place(small, family, factory, clips, tmp_path):
+    "Qwen3-VL's clips get their times by the number of the turn: what is called an error stops LLaMA-Factory, and nothing else does."
+    (one, _), (two, _) = clips[:2]
+    said = lambda *turns: [{'role': ('user', 'assistant')[i % 2], 'content': text} for i, text in enumerate(turns)]
+    rows = {'first turn': {'videos': [one], 'messages': said('<video>What?', 'A car.', 'And?', 'Yes.')},
+            'later turn': {'videos': [one], 'messages': said('Hello', 'Hi', '<video>What?', 'A car.')},
+            'several': {'videos': [one, two], 'messages': said('<video><video>What?', 'A car.')}}
+    registry, has_times = Registry(tmp_path/'data'), families[family].has_times
+    for name, row in rows.items():
+        registry.add(name, [row])
+        found = [f for f in data_findings(train_recipe(small, name, tmp_path/'run', dataset_dir=str(tmp_path/'data'), cutoff_len=8192)) if 'clip' in f.what]
+        assert [f.level for f in found] == {'first turn': [], 'later turn': ['error'], 'several': ['warning']}[name]*has_times, (name, found)
+        prepare = lambda: factory.prepare(tmp_path/'data', name, cutoff_len=8192, model_name_or_path=str(small), template=usual_template(small))
+        if found and found[0].level == 'error':
+            with pytest.raises(IndexError): prepare()
+        else: prepare()

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from .. import hidden
 from ..files import read_json, read_text
-from ..model import recipe_limits
+from ..model import head_size, recipe_limits, tower_size
 from .rows import Answers, Asked, without_question
 from ..run.folder import ANSWERS, ASKED, MISSING, RECIPE, RUN
 from ..run.rank import main as run_worker, show_downloads
@@ -217,16 +217,15 @@ def _free_memory():
 _on_cpu = 4096 # Tokens in a batch
 
 def token_budget(
-    config:dict, # The `config.json` of a Qwen2-VL model
+    config:dict, # As from `model_config`
     weights:int, # Bytes of the weights
     memory:int, # Bytes of the GPU; 0: no GPU
 )->int: # Tokens
     "The number of tokens that a batch may have."
     if not memory: return _on_cpu
-    text, vision = config.get('text_config', config), config['vision_config']
-    hidden, layers, heads = text['hidden_size'], text['num_hidden_layers'], text['num_attention_heads']
-    kept = 2*layers*text['num_key_value_heads']*hidden//heads
-    passing = 8*hidden + 3*text['intermediate_size'] + 4*16*vision['embed_dim']
+    text = config.get('text_config', config)
+    kept = 2*text['num_hidden_layers']*text['num_key_value_heads']*head_size(config)
+    passing = 8*text['hidden_size'] + 3*text['intermediate_size'] + 4*16*tower_size(config)
     return max(1024, int((.8*memory - weights)/2/(2*(kept + passing))))
 
 # %% ../../nbs/prediction/20_hf.ipynb #645f5816

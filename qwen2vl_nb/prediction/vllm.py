@@ -11,7 +11,7 @@ import json, math, os, shutil, socket
 from contextlib import ExitStack
 from pathlib import Path
 from ..files import write_text
-from ..model import chat_template, model_config, recipe_limits
+from ..model import chat_template, head_size, model_config, recipe_limits
 from ..questions import ask, versions
 from ..stack import GiB
 from ..data.samples import is_dialogue, media_of
@@ -88,13 +88,13 @@ _context, _trial = 1.5*GiB, 4*GiB
 def _is_float32(config): return (config.get('dtype') or config.get('torch_dtype')) == 'float32'
 
 def cache_size(
-    config:dict, # The `config.json` of a Qwen2-VL model
+    config:dict, # As from `model_config`
     tokens:int, # Number of tokens that the cache must hold
 )->int: # Bytes
     "The size of the keys and values of tokens."
     text = config.get('text_config', config)
-    head = text['hidden_size']//text['num_attention_heads']
-    return tokens*2*text['num_hidden_layers']*text['num_key_value_heads']*head*(4 if _is_float32(config) else 2)
+    number = 4 if _is_float32(config) else 2
+    return tokens*2*text['num_hidden_layers']*text['num_key_value_heads']*head_size(config)*number
 
 def memory_needs(
     recipe:dict, # A prediction recipe
