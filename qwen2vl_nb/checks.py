@@ -143,10 +143,14 @@ def model_findings(
     return found
 
 # %% ../nbs/20_checks.ipynb #071e26a0
+def _kind(recipe):
+    "The `model_type` of the recipe's model; empty if it can't be read, which is reported elsewhere."
+    try: return model_type(recipe.get('model_name_or_path') or '')
+    except ValueError: return ''
+
 def _family(recipe):
-    "The family of the recipe's model; Qwen2-VL if it is of another or can't be read, which is reported elsewhere."
-    try: return families.get(model_type(recipe.get('model_name_or_path') or ''), families['qwen2_vl'])
-    except ValueError: return families['qwen2_vl']
+    "The family of the recipe's model; Qwen2-VL if it is of another, which is reported elsewhere."
+    return families.get(_kind(recipe), families['qwen2_vl'])
 
 def _see(name): return f'See `check_samples(dataset_samples(registry, {name!r}))` for each of them.'
 
@@ -154,6 +158,7 @@ def _length_findings(name, samples, recipe):
     "Rows with pictures that can't be read, and rows that are longer than `cutoff_len`."
     model, cutoff = Path(recipe.get('model_name_or_path') or ''), recipe.get('cutoff_len', 2048)
     counts = all((model/file).is_file() for file in ('preprocessor_config.json', 'tokenizer.json'))
+    counts = counts and _kind(recipe) in families
     about = {'template': recipe.get('template'), 'enable_thinking': recipe.get('enable_thinking')}
     tokens = count_tokens(samples, model if counts else None, **about, **recipe_limits(recipe))
     lost = tokens.index[tokens.media.isna()]

@@ -76,8 +76,8 @@ def test_a_torn_model_is_seen(tiny, data, tmp_path):
 def test_a_model_of_another_kind(tiny, data, tmp_path):
     model = shutil.copytree(tiny, tmp_path/'model')
     (model/'config.json').write_text(json.dumps(json.loads((model/'config.json').read_text()) | {'model_type': 'llama'}))
-    with pytest.raises(ValueError, match='holds a llama model'): launch(_recipe(model, data, tmp_path))
-    with pytest.raises(ValueError, match='predicted are Qwen2-VL models'): predict_memory(_recipe(model, data, tmp_path))
+    with pytest.raises(ValueError, match='contains a llama model'): launch(_recipe(model, data, tmp_path))
+    with pytest.raises(ValueError, match='supported are Qwen2-VL'): predict_memory(_recipe(model, data, tmp_path))
 
 def test_a_broken_registry_is_left_alone(tmp_path):
     (tmp_path/'dataset_info.json').write_text('{"a": {}, b}')
@@ -95,7 +95,7 @@ OTHERS = {
     'an unknown config': (lambda t: zero_config('z5'), 'choose one of z0'),
     'an unknown engine': (lambda t: predict(predict_recipe('m', 'd'), engine='abacus'), 'no engine'),
     'no GPUs': (lambda t: zero_table(train_recipe('model_7b', 'd')), 'No GPU is visible here'),
-    'a model of unknown size': (lambda t: zero_table(train_recipe('my_model', 'd'), gpus=1, gpu_gib=80), 'none of the sizes 2B, 7B, 72B'),
+    'a model of unknown size': (lambda t: zero_table(train_recipe('my_model', 'd'), gpus=1, gpu_gib=80), 'none of the sizes of Qwen2-VL: 2B, 7B, 72B'),
     'a prediction with ZeRO': (lambda t: pick_zero(predict_recipe('model_7b', 'd', t/'out'), gpus=1, gpu_gib=8), 'Only training takes'),
     'nothing to score': (lambda t: score([]), 'no predictions'),
     'a file to register': (lambda t: Registry(t).add('x', 'labels.csv'), 'are not samples'),

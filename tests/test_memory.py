@@ -211,9 +211,9 @@ def _model(folder, text):
 
 FAULTS = {
     'a name without a size': (lambda f: dict(model_name_or_path='Qwen/Qwen2-VL'), {}, 'Qwen/Qwen2-VL is not a model folder, and its name has none of the sizes of Qwen2-VL: 2B, 7B, 72B'),
-    'a size that is not published': (lambda f: dict(model_name_or_path='Qwen/Qwen2-VL-3B'), {}, 'none of the sizes 2B, 7B, 72B'),
-    'a model of another kind': (lambda f: _model(f, '{"model_type": "llama"}'), {}, 'is of a llama model; predicted are Qwen2-VL models'),
-    'a config of no kind': (lambda f: _model(f, '{}'), {}, 'predicted are Qwen2-VL models'),
+    'a size that is not published': (lambda f: dict(model_name_or_path='Qwen/Qwen2-VL-3B'), {}, 'none of the sizes of Qwen2-VL: 2B, 7B, 72B'),
+    'a model of another kind': (lambda f: _model(f, '{"model_type": "llama"}'), {}, 'is of a llama model; supported are Qwen2-VL'),
+    'a config of no kind': (lambda f: _model(f, '{}'), {}, 'supported are Qwen2-VL'),
     'a config that is a list': (lambda f: _model(f, '[]'), {}, 'config.json'),
     'a config that is torn': (lambda f: _model(f, '{"model_type": "qwen2_'), {}, 'config.json is not JSON'),
     'a config that is not text': (lambda f: (f/'config.json').write_bytes(b'\xff\xfe\x00') and dict(model_name_or_path=str(f)), {}, 'config.json is not JSON'),
