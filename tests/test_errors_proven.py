@@ -321,6 +321,7 @@ ELSEWHERE = { # function, or more of the line → the test in which it is proven
     "checks._output_findings: Finding('output_dir', 'There is no": 'a run is a folder: without one there is nothing that could be started',
     "media._file_fault: Fault(f'The path is {path!r}, not text": 'check_samples says it before, in words of its own that are proven',
     "checks._config_findings: Finding('deepspeed'": 'test_failures.py::zero3_generates',
+    "checks._clip_findings: Finding(name, f'{len(lost)}": 'test_family.py::test_clips_that_llamafactory_cannot_place',
     "checks._config_findings: Finding('use_cpu'": 'test_failures.py::use_cpu_with_zero3',
     "checks._argument_findings: Finding(key, f'LLaMA-Factory needs a number": 'test_checks.py::test_llamafactory_fails_where_it_is_called_an_error',
     "checks.hub_findings: Finding('model_name_or_path', f'There is no folder": 'test_hub.py::test_a_hub_that_cannot_be_reached_is_said_before_the_start',
