@@ -52,7 +52,7 @@ def model_type(
 )->str: # A key of `families`, or another type that a config names
     "The family of a model, by its config or its name; Qwen2-VL if neither says."
     file = Path(model)/'config.json'
-    if file.is_file(): return _read_config(file).get('model_type') or 'different'
+    if str(model) and file.is_file(): return _read_config(file).get('model_type') or 'different'
     name = re.sub('[^a-z0-9]', '', str(model).lower())
     return next((kind for kind, family in families.items() if re.sub('[^a-z0-9]', '', family.name.lower()) in name),
                 'qwen2_vl')
@@ -74,9 +74,9 @@ def usual_template(
     That of Qwen2-VL for other families and folders that can't be read, which `check_recipe` reports."""
     try: templates = families.get(model_type(model), families['qwen2_vl']).templates
     except ValueError: return 'qwen2_vl'
-    files = [file for file in Path(model).glob('chat_template.*') if file.is_file()]
-    thinks = 'thinking' in str(model).lower() or any('assistant\\n<think>' in file.read_text(encoding='utf-8')
-                                                     for file in files)
+    files = [file for file in Path(model).glob('chat_template.*') if str(model) and file.is_file()]
+    texts = (file.read_text(encoding='utf-8', errors='replace') for file in files)
+    thinks = 'thinking' in str(model).lower() or any('assistant\\n<think>' in text for text in texts)
     return templates[-1 if thinks else 0]
 
 # %% ../nbs/03_model.ipynb #39be7d3e
