@@ -1,5 +1,5 @@
 "Each model family against what LLaMA-Factory and the real classes make of it."
-import json, random
+import json, random, shutil
 import pytest
 from PIL import Image
 
@@ -9,7 +9,7 @@ from qwen2vl_nb.checks import data_findings
 from qwen2vl_nb.data.check import check_samples
 from qwen2vl_nb.data.registry import Registry
 from qwen2vl_nb.data.tokens import count_tokens
-from qwen2vl_nb.model import families, image_tokens, usual_template
+from qwen2vl_nb.model import families, image_tokens, usual_template, video_tokens
 from qwen2vl_nb.tiny import tiny_model
 
 @pytest.fixture(scope='session', params=['qwen2_5_vl', 'qwen3_vl'])
@@ -71,6 +71,23 @@ def test_video_tokens_are_those_of_the_trainer(small, parts, clips, monkeypatch)
         given = plugin._get_mm_inputs([], [path], [], processor)['video_grid_thw']
         assert [int(count_tokens([sample], small, **limits).media[0])]*2 == [int(grid[0].prod())//4 for grid in (promised, given)], (path, limits)
         assert not len(check_samples([sample], model=small, **limits))
+
+def test_video_tokens_of_many_sizes(small, family, parts, tmp_path):
+    "The arithmetic alone, on 2,000 sizes, lengths and limits: of a frame, or of all frames together."
+    folder, rng, plugin = shutil.copytree(small, tmp_path/'model'), random.Random(1), parts[0]
+    file, patch = folder/'video_preprocessor_config.json', families[family].patch
+    least, most = (200_000, 1_000_000) if families[family].has_times else (10_000, 40_000)
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(min_pixels=least, max_pixels=most, size=dict(shortest_edge=least, longest_edge=most))))
+    scaled = 0
+    for _ in range(2000):
+        size, n = (_side(rng), _side(rng)), 2*rng.randint(1, 64)
+        low, high = int(10**rng.uniform(2, 4)), int(10**rng.uniform(4, 6.5))
+        w, h = plugin._get_qwen_video_size_after_regularization(*size, high, low)
+        if min(w, h) < 2*patch: continue  # refused by the processor of Qwen3-VL
+        height, width = plugin._get_qwen_video_resize(n, h, w, patch, 2, 2, least, most)
+        scaled += abs(width - w) > patch
+        assert video_tokens(n, *size, high, low, folder) == n//2*height*width//(2*patch)**2, (size, n, low, high)
+    assert scaled > 100
 
 TALK = ['Hello', ' what is\nthis? ', '一辆车 😀', 'a  b\t', '<b>', "don't"]
 THOUGHTS = ['', '', '<think>\nIt is red.\n</think>\n\n']
