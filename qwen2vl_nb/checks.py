@@ -163,7 +163,7 @@ def _length_findings(name, samples, recipe):
     tokens = count_tokens(samples, model if counts else None, **about, **recipe_limits(recipe))
     lost = tokens.index[tokens.media.isna()]
     if len(lost):
-        yield Finding(name, f'{len(lost)} row(s) have pictures or clips that cannot be read; '
+        yield Finding(name, f'{len(lost)} row(s) have pictures or clips that cannot be read, or are too small; '
                             f'the first is row {lost[0]}: {media_paths(samples[lost[0]])}.', _see(name))
     total = tokens.total.dropna()
     if len(total) and total.max() > cutoff:

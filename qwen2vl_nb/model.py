@@ -140,7 +140,10 @@ def tokens_within(
 )->int:
     "Tokens of one picture or frame."
     if width < 1 or height < 1: raise ValueError(f'A picture of {width}×{height} pixels has no tokens.')
-    w, h = _processor_size(*trainer_size(width, height, max_pixels, min_pixels), **limits, frames=frames)
+    size = trainer_size(width, height, max_pixels, min_pixels)
+    if frames > 1 and min(size) < limits['unit']:
+        raise ValueError(f"A clip of {size[0]}×{size[1]} pixels is too small: each side needs {limits['unit']}.")
+    w, h = _processor_size(*size, **limits, frames=frames)
     return w*h // limits['unit']**2
 
 def image_tokens(

@@ -419,7 +419,7 @@ def test_data_found_bad_beside_the_start(tmp_path, tiny, data, monkeypatch):
     room.picture(7).unlink()
     run = launch(train_recipe(tiny, output_dir=tmp_path/'run', bf16=None, use_cpu=True, **changes))
     found = failure_of(run)
-    assert found.where == 'rows' and '1 row(s) have pictures or clips that cannot be read; the first is row 6' in found.what and 'check_samples' in found.cure
+    assert found.where == 'rows' and '1 row(s) have pictures or clips that cannot be read, or are too small; the first is row 6' in found.what and 'check_samples' in found.cure
 
 def test_two_launches_at_the_same_moment(tmp_path, few_steps):
     "From two processes into one folder: exactly one starts."
