@@ -80,8 +80,8 @@ def _deepspeed(folder):
     stage, data, model = saved.get('stage') or 0, saved['dp_world_size'], saved.get('mp_world_size') or 1
     bf16 = 'bf16_'*any(step.glob('bf16_*_optim_states.pt'))
     parts = [f'zero_pp_rank_{rank}_mp_rank_{part:02d}' for part in range(model) for rank in range(data)]
-    needed = [f'{part}_model_states.pt' for part in parts] if stage == 3 else [f'mp_rank_{part:02d}_model_states.pt'
-                                                                               for part in range(model)]
+    weights = parts if stage == 3 else [f'mp_rank_{part:02d}' for part in range(model)]
+    needed = [f'{part}_model_states.pt' for part in weights]
     if stage: needed += [f'{bf16}{part}_optim_states.pt' for part in parts]
     return [step/name for name in needed], data*model if stage else None
 
@@ -166,8 +166,8 @@ def newest_complete(
     passed = []
     for folder in reversed(checkpoints(output_dir)):
         is_stale = (written := (stale or {}).get(folder.name)) and written == when_written(folder)
-        why = f'{folder.name} was written by an earlier run in this folder.' if is_stale else why_not(folder,
-                                                                                                      world_size)
+        if is_stale: why = f'{folder.name} was written by an earlier run in this folder.'
+        else: why = why_not(folder, world_size)
         if not why: return folder, passed
         passed.append(why)
     return None, passed

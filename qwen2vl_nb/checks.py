@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 import psutil
 from .boot import child_env
-from .model import families, model_type, recipe_limits, usual_template
+from .model import families, model_type, recipe_limits, supported, usual_template
 from .findings import Finding, findings_table
 from .questions import arguments, ask, hub
 from .stack import GiB, gpus, installed_versions, version_findings
@@ -44,8 +44,8 @@ def half_findings(
 
 def _has_clips(recipe):
     "Whether a data set of the recipe has clips, by its entry."
-    registry, named = Registry(recipe.get('dataset_dir') or 'data'), ','.join(str(recipe.get(k) or '')
-                                                                              for k in ('dataset', 'eval_dataset'))
+    registry = Registry(recipe.get('dataset_dir') or 'data')
+    named = ','.join(str(recipe.get(k) or '') for k in ('dataset', 'eval_dataset'))
     try: return any('videos' in str(registry[name.strip()].get('columns')) for name in named.split(',') if name.strip())
     except (OSError, ValueError, KeyError): return False  # what is wrong there is said elsewhere
 
@@ -137,8 +137,7 @@ def model_findings(
     level = lambda name: 'warning' if name == 'tokenizer_config.json' else 'error'
     found = [Finding(str(folder/name), what, 'Download it again.', level(name)) for name, what in faults.items()]
     if kind not in families:
-        known = ', '.join(f'{family.name} ({kind})' for kind, family in families.items())
-        found.append(Finding('model_name_or_path', f'{folder} contains a {kind} model; supported are {known}.',
+        found.append(Finding('model_name_or_path', f'{folder} contains a {kind} model; supported are {supported}.',
                              'Give the folder of one of these, without mixture of experts.'))
     return found
 
@@ -157,8 +156,8 @@ def _see(name): return f'See `check_samples(dataset_samples(registry, {name!r}))
 def _length_findings(name, samples, recipe):
     "Rows with pictures that can't be read, and rows that are longer than `cutoff_len`."
     model, cutoff = Path(recipe.get('model_name_or_path') or ''), recipe.get('cutoff_len', 2048)
-    counts = all((model/file).is_file() for file in ('preprocessor_config.json', 'tokenizer.json'))
-    counts = counts and _kind(recipe) in families
+    files = [model/name for name in ('preprocessor_config.json', 'tokenizer.json')]
+    counts = _kind(recipe) in families and all(file.is_file() for file in files)
     about = {'template': recipe.get('template'), 'enable_thinking': recipe.get('enable_thinking')}
     tokens = count_tokens(samples, model if counts else None, **about, **recipe_limits(recipe))
     lost = tokens.index[tokens.media.isna()]

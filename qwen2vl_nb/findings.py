@@ -73,8 +73,7 @@ def findings_class()->type: # Of `DataFrame`
             worst, line = _worst(self)
             with pd.option_context('display.max_colwidth', None):
                 shown = super(FindingsTable, worst)._repr_html_() or ''
-            shown = shown.replace('<td>', '<td style="text-align:left">').replace('<th>',
-                                                                                  '<th style="text-align:left">')
+            for cell in 'td', 'th': shown = shown.replace(f'<{cell}>', f'<{cell} style="text-align:left">')
             return f'<p>{line}</p>{shown}' if line else shown
         def __repr__(self):
             if self.empty: return 'Nothing found.'

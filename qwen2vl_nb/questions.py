@@ -98,8 +98,8 @@ def arguments(
     yield from _unknown(recipe, names)
     for key, fault in wrong.items(): yield key, *fault
     try:
-        model, _, training, *_ = hparams.get_train_args({k: v for k, v in recipe.items() if k in names
-                                                         and k not in wrong})
+        right = {k: v for k, v in recipe.items() if k in names and k not in wrong}
+        model, _, training, *_ = hparams.get_train_args(right)
         yield from _missing_packages(recipe, model, training)
     except Exception as e: yield _refused(recipe, e)
     if not zero: return

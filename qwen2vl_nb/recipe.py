@@ -59,8 +59,8 @@ def argument_names()->tuple: # Sorted; empty without LLaMA-Factory
     "The names of the arguments that LLaMA-Factory's recipes have."
     found = set()
     hparams = [f'hparams/{part}_args.py' for part in ('model', 'data', 'training', 'finetuning', 'generating')]
-    for package, files in {'llamafactory': hparams, 'transformers': ['training_args.py',
-                                                                     'training_args_seq2seq.py']}.items():
+    own = ['training_args.py', 'training_args_seq2seq.py']
+    for package, files in {'llamafactory': hparams, 'transformers': own}.items():
         spec = find_spec(package)
         for file in files if spec else (): found.update(_fields(Path(spec.submodule_search_locations[0], file)))
     return tuple(sorted(found))
@@ -95,9 +95,8 @@ def is_adapter(
     folder:Path, # A folder
 )->bool:
     "Whether a folder contains an adapter with complete weights."
-    weights = ('adapter_model.safetensors', 'adapter_model.bin')
-    return (folder/'adapter_config.json').is_file() and any((folder/w).is_file() and is_whole_file(folder/w)
-                                                            for w in weights)
+    weights = [folder/name for name in ('adapter_model.safetensors', 'adapter_model.bin')]
+    return (folder/'adapter_config.json').is_file() and any(w.is_file() and is_whole_file(w) for w in weights)
 
 def _best_checkpoint(folder):
     "The checkpoint that the trainer noted as best, if it noted one."

@@ -13,7 +13,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from PIL import Image, ImageDraw
 from .files import whole_file, write_text
-from .model import chat_template, families
+from .model import chat_template, families, family_class
 
 # %% ../nbs/80_tiny.ipynb #f82ccbdf
 SIZE = 112, 84 # Picture in pixels: 4 x 3 image tokens of 28 pixels
@@ -375,11 +375,6 @@ def _tokenizer(
     return tokenizer
 
 # %% ../nbs/80_tiny.ipynb #39b65192
-def _class(family, name):
-    "A class of a family; families without one of their own use Qwen2-VL's."
-    import transformers
-    return getattr(transformers, families[family].classes + name, None) or getattr(transformers, f'Qwen2VL{name}')
-
 def _limits(least, most):
     return dict(min_pixels=least, max_pixels=most, size=dict(shortest_edge=least, longest_edge=most))
 
@@ -391,9 +386,10 @@ def _processor(
     facts = families[family]
     sizes = dict(patch_size=facts.patch, merge_size=2, temporal_patch_size=2)
     if family == 'qwen3_vl': sizes |= dict(image_mean=[.5]*3, image_std=[.5]*3)
-    return _class(family, 'Processor')(
-        _class(family, 'ImageProcessor')(**_limits(*facts.picture), **sizes), _tokenizer(folder),
-        _class(family, 'VideoProcessor')(**_limits(*facts.clip), **sizes), chat_template=chat_template(facts.name))
+    return family_class(family, 'Processor')(
+        family_class(family, 'ImageProcessor')(**_limits(*facts.picture), **sizes), _tokenizer(folder),
+        family_class(family, 'VideoProcessor')(**_limits(*facts.clip), **sizes),
+        chat_template=chat_template(facts.name))
 
 _towers = { # Small vision towers, in the words of each family's config
     'qwen2_vl': dict(depth=2, embed_dim=64, hidden_size=128, num_heads=4, initializer_range=.1),
@@ -414,7 +410,7 @@ def _config(
                 num_key_value_heads=2, max_position_embeddings=CONTEXT, rope_theta=1e6, tie_word_embeddings=True,
                 rope_scaling=rope, initializer_range=.05, eos_token_id=ids('im_end'), pad_token_id=ids('endoftext'))
     if family == 'qwen3_vl': text['head_dim'] = 32
-    return _class(family, 'Config')(
+    return family_class(family, 'Config')(
         text_config=text, vision_config=_towers[family], tie_word_embeddings=True,
         architectures=[f'{families[family].classes}ForConditionalGeneration'],
         image_token_id=ids('image_pad'), video_token_id=ids('video_pad'),
@@ -441,7 +437,7 @@ def tiny_model(
     from transformers import GenerationConfig
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    processor, made = _processor(folder, family), _class(family, 'ForConditionalGeneration')
+    processor, made = _processor(folder, family), family_class(family, 'ForConditionalGeneration')
     ids = lambda name: processor.tokenizer.convert_tokens_to_ids(f'<|{name}|>')
     torch.manual_seed(seed)
     model = made(_config(ids, family))

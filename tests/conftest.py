@@ -41,6 +41,16 @@ def until(condition, what='what was waited for'):
         time.sleep(.05)
     return found
 
+def write_clip(path, frames, rate, size):
+    "A black clip as MP4."
+    import av
+    from PIL import Image
+    with av.open(str(path), 'w') as container:
+        stream = container.add_stream('libx264', rate=rate, options={'preset': 'ultrafast'})
+        stream.width, stream.height, stream.pix_fmt = *size, 'yuv420p'
+        for _ in range(frames): container.mux(stream.encode(av.VideoFrame.from_image(Image.new('RGB', size))))
+        container.mux(stream.encode())
+
 def free_ports(n):
     "Ports of this machine that the kernel says are free."
     with ExitStack() as stack: return [stack.enter_context(socket.create_server(('127.0.0.1', 0))).getsockname()[1] for _ in range(n)]

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 from PIL import Image
 
+from conftest import write_clip
 from qwen2vl_nb.model import image_tokens, video_tokens
 from qwen2vl_nb.data.check import check_samples
 from qwen2vl_nb.data.sources import read_samples
@@ -32,14 +33,6 @@ def test_image_tokens_are_those_of_the_trainer(plugin, processor, tiny):
         assert image_tokens(*size, **limits, model=tiny) == height*width//28**2, (size, limits)
         if i % 10 == 0 and height*width < 400_000: assert _true_tokens(plugin, processor, size, **limits) == height*width//28**2, (size, limits)
 
-def _clip(path, frames, rate, size):
-    import av
-    with av.open(str(path), 'w') as container:
-        stream = container.add_stream('libx264', rate=rate, options={'preset': 'ultrafast'})
-        stream.width, stream.height, stream.pix_fmt = *size, 'yuv420p'
-        for _ in range(frames): container.mux(stream.encode(av.VideoFrame.from_image(Image.new('RGB', size))))
-        container.mux(stream.encode())
-
 def test_video_tokens_are_those_of_the_trainer(plugin, processor, tiny, tmp_path, monkeypatch):
     "Real clips of random sizes, lengths and rates, through LLaMA-Factory's counting and through its frames and the real processor."
     rng = random.Random(0)
@@ -48,7 +41,7 @@ def test_video_tokens_are_those_of_the_trainer(plugin, processor, tiny, tmp_path
         limits = dict(video_fps=rng.choice([.5, 1., 2., 4.]), video_maxlen=rng.choice([1, 4, 7, 128]), video_max_pixels=rng.choice([256*256, 20_000]), video_min_pixels=rng.choice([16*16, 10_000]))
         for key, value in limits.items(): monkeypatch.setattr(processor, key, value, raising=False)
         path = str(tmp_path/f'{i}.mp4')
-        _clip(path, frames, rate, size)
+        write_clip(path, frames, rate, size)
         sample = {'videos': [path], 'instruction': '<video>What?', 'output': 'x'}
         counted = int(count_tokens([sample], tiny, **limits).media[0])
         promised = plugin._get_mm_token_metadata([], [path], [], processor)['video_grid_thw']

@@ -3,7 +3,7 @@ import json, random, shutil
 import pytest
 from PIL import Image
 
-from conftest import until
+from conftest import until, write_clip
 from qwen2vl_nb.all import attach, check_recipe, export, launch, predict, predict_recipe, read_log, score, train_recipe, zero_config
 from qwen2vl_nb.checks import data_findings
 from qwen2vl_nb.data.check import check_samples
@@ -49,15 +49,10 @@ def test_image_tokens_are_those_of_the_trainer(small, parts):
 @pytest.fixture(scope='session')
 def clips(tmp_path_factory):
     "Thirty real clips of random sizes, lengths and rates, with limits on each."
-    import av
     rng, folder, made = random.Random(0), tmp_path_factory.mktemp('clips'), []
     for i in range(30):
         frames, size = rng.randint(4, 60), (2*rng.randint(16, 200), 2*rng.randint(16, 200))
-        with av.open(str(folder/f'{i}.mp4'), 'w') as container:
-            stream = container.add_stream('libx264', rate=rng.choice([5, 8, 24, 30]), options={'preset': 'ultrafast'})
-            stream.width, stream.height, stream.pix_fmt = *size, 'yuv420p'
-            for _ in range(frames): container.mux(stream.encode(av.VideoFrame.from_image(Image.new('RGB', size))))
-            container.mux(stream.encode())
+        write_clip(folder/f'{i}.mp4', frames, rng.choice([5, 8, 24, 30]), size)
         limits = dict(video_fps=rng.choice([.5, 1., 2., 4.]), video_maxlen=rng.choice([2, 4, 7, 128]), video_max_pixels=rng.choice([256*256, 20_000]), video_min_pixels=rng.choice([16*16, 10_000]))
         made.append((str(folder/f'{i}.mp4'), limits))
     return made

@@ -8,7 +8,7 @@ from itertools import accumulate
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from qwen2vl_nb.model import model_config
+from qwen2vl_nb.model import family_class, model_config
 from qwen2vl_nb.memory.estimate import predict_memory
 from qwen2vl_nb.recipe import predict_recipe, train_recipe
 from qwen2vl_nb.data.registry import Registry
@@ -49,14 +49,13 @@ def _medium(family, small, folder):
     "A model folder with seven million random weights: more layers, wider ones, embedding and head apart."
     import torch
     from safetensors.torch import save_file
-    from qwen2vl_nb.memory.simulate import family_class
     shutil.copytree(small, folder, ignore=shutil.ignore_patterns('*.safetensors'))
     config = json.loads((small/'config.json').read_text()) | {'tie_word_embeddings': False}
     config['text_config'] |= dict(hidden_size=256, num_hidden_layers=6, intermediate_size=704, num_attention_heads=8, num_key_value_heads=4,
                                   vocab_size=4096, tie_word_embeddings=False) | ({} if family == 'qwen3_vl' else dict(layer_types=['full_attention']*6))
     config['vision_config'] |= dict(depth=6, num_heads=5) | TOWERS[family]
     (folder/'config.json').write_text(json.dumps(config))
-    model = family_class(config, 'ForConditionalGeneration')(family_class(config, 'Config').from_pretrained(folder)).to(torch.bfloat16)
+    model = family_class(family, 'ForConditionalGeneration')(family_class(family, 'Config').from_pretrained(folder)).to(torch.bfloat16)
     save_file(model.state_dict(), folder/'model.safetensors', {'format': 'pt'})
     return folder
 

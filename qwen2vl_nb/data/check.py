@@ -173,7 +173,7 @@ def _has_nul_key(value):
 
 def _key_faults(sample):
     for key, other in (('images', 'image'), ('videos', 'video')):
-        if other in sample and key in sample and sample[other] and not sample[key]:
+        if sample.get(other) and key in sample and not sample[key]:
             yield other, Fault(f'There are {key!r}, too: nothing under {other!r} is shown to the model.',
                                f'Remove the key {key!r}.', 'warning')
 
@@ -342,9 +342,8 @@ def _mended_copy(path, look, to):
     "The path of the mended copy; `None`, with a finding added, if it can't be made."
     try: return mend_picture(path, look.faults, to)
     except Exception as e:
-        look.faults.append(Fault(f'It could not be mended: {e}.', 'Make sure that the folder of the copies can be '
-                                                                  'written, or save the picture again yourself.',
-                                                                  'warning'))
+        cure = 'Make sure that the folder of the copies can be written, or save the picture again yourself.'
+        look.faults.append(Fault(f'It could not be mended: {e}.', cure, 'warning'))
 
 def _mended_text(value):
     "The value without the byte-order marks and NULs in its text."

@@ -270,8 +270,8 @@ def _read_excel(path, place, encoding):
     import openpyxl
     try:
         with open_regular(path) as f:
-            _check_unpacked(path, os.path.getsize(path), sum(part.file_size for part in zipfile.ZipFile(f).infolist()
-                                                             if part.filename.endswith('.xml')))
+            sheets = [part for part in zipfile.ZipFile(f).infolist() if part.filename.endswith('.xml')]
+            _check_unpacked(path, os.path.getsize(path), sum(part.file_size for part in sheets))
             book = openpyxl.load_workbook(f, read_only=True, data_only=True, keep_links=False)
             name, rows, errors = _first_sheet(path, book)
     except Exception as e:

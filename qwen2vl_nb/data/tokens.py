@@ -67,8 +67,9 @@ def text_tokens(
     "The number of text tokens of each sample. Raises `FileNotFoundError` without a tokenizer."
     from tqdm import tqdm
     tokenizer, known, counts, template = _load_tokenizer(model), {}, [], template or usual_template(model)
+    has_times = family_of(model).has_times
     def marks_of(clip):
-        if not family_of(model).has_times: return _two_marks
+        if not has_times: return _two_marks
         if isinstance(clip, list): return clip_marks([i/fps for i in range(len(clip))])
         return clip_marks(looks[1][clip].times) if isinstance(clip, str) and clip in looks[1] else _two_marks
     encoded = lambda s: _encoded_strings(s, template, thinks, marks_of) if isinstance(s, dict) else []

@@ -104,8 +104,8 @@ class ZeroTable:
         import pandas as pd
         def figures(e):
             if not e: return {}
-            return {'when': e.when} | {k: v/GiB for k,v in dict(low=e.low, peak=e.peak, high=e.high, host=e.host,
-                                                                disk=e.disk, **e.parts).items()}
+            sizes = dict(low=e.low, peak=e.peak, high=e.high, host=e.host, disk=e.disk, **e.parts)
+            return {'when': e.when} | {k: v/GiB for k,v in sizes.items()}
         return text_table(pd.DataFrame([{'config': r.name, 'fits': r.fits, 'why': r.why} | figures(r.estimate)
                                         for r in self.rows]).round(2))
 

@@ -144,8 +144,8 @@ def answer_settings(
     "LLaMA-Factory's settings with the end tokens of the template and of the model."
     ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     ends = {*template.get_stop_token_ids(tokenizer), *ends} - {None}
-    return args[-1].to_dict(obey_generation_config=True) | {'eos_token_id': sorted(ends),
-                                                            'pad_token_id': tokenizer.pad_token_id}
+    given = args[-1].to_dict(obey_generation_config=True)
+    return given | {'eos_token_id': sorted(ends), 'pad_token_id': tokenizer.pad_token_id}
 
 def answered_rows(
     rows:list, # Rows that were asked

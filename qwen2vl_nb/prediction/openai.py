@@ -252,8 +252,8 @@ def _client(url):
     "An HTTP client for a server."
     import httpx
     key, here = os.environ.get('OPENAI_API_KEY', '').strip(), ('127.0.0.1', 'localhost', '[::1]')
-    headers = {'Content-Type': 'application/json', 'Accept-Encoding': 'identity'} | ({'Authorization': f'Bearer {key}'}
-                                                                                     if key else {})
+    headers = {'Content-Type': 'application/json', 'Accept-Encoding': 'identity'}
+    if key: headers['Authorization'] = f'Bearer {key}'
     return httpx.AsyncClient(base_url=url, headers=headers, mounts={f'all://{host}': None for host in here},
         timeout=httpx.Timeout(None, connect=_to_connect), limits=httpx.Limits(max_connections=None))
 

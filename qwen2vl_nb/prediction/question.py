@@ -155,8 +155,8 @@ def _changed_rows(path, rows):
     other = [i for i, (a, b) in enumerate(zip(before, rows)) if a != b]
     count = [f'{len(before)} rows before, {len(rows)} now'] if len(before) != len(rows) else []
     more = f', and {len(other) - 1} more' if other[1:] else ''
-    return count + ([f'row {other[0]} is another than before{more}'] if other else []) or ['the rows are others than '
-                                                                                           'before']
+    first = [f'row {other[0]} is another than before{more}'] if other else []
+    return count + first or ['the rows are others than before']
 
 # %% ../../nbs/prediction/35_question.ipynb #22603d84
 def read_question(
