@@ -50,11 +50,11 @@ def parse_generated(
         if not isinstance(row.get(key), str): raise ValueError(f'its `{key}` is not text')
     return _generated_row(i, row)
 
-_many_digits = re.compile(rb'\d{16}')
+_as_zeros = bytes.maketrans(b'123456789', b'0'*9)
 
 def _load_quickly(line):
     "What `load_line` returns, in a third of the time."
-    if _many_digits.search(line): return load_line(line)  # orjson reads integers of more than 64 bits as floats
+    if b'0'*16 in line.translate(_as_zeros): return load_line(line)  # orjson reads integers above 64 bits as floats
     try: value = orjson.loads(line)
     except ValueError: return load_line(line)
     return value if type(value) is dict else load_line(line)

@@ -66,9 +66,14 @@ def _number(value):
     try: return float(value) if type(value) in (int, float) else math.nan
     except OverflowError: return math.inf
 
+def _text_type():
+    "The type of columns of text: two million times take 30 MiB, as Python strings 130."
+    import pandas as pd
+    return pd.StringDtype('pyarrow', na_value=math.nan)
+
 def _array(name, values):
     "Convert the values of a column, with `None` for a missing one, to an array."
-    import numpy as np
+    import numpy as np, pandas as pd
     kinds, is_float = set(map(type, values)), name in _floats
     try:
         if kinds == {int} and not is_float: return np.array(values, np.int64)
@@ -76,9 +81,8 @@ def _array(name, values):
     except OverflowError: pass
     if is_float or name in _counts or kinds <= {int, float, type(None)}:
         return np.fromiter(map(_number, values), float, len(values))
-    once = {}  # a time that occurs many times is stored once
-    kept = (math.nan if v is None else once.setdefault(v, v) if type(v) is str else v for v in values)
-    return np.fromiter(kept, object, len(values))
+    if kinds <= {str, type(None)}: return pd.array(values, dtype=_text_type())
+    return np.fromiter((math.nan if value is None else value for value in values), object, len(values))
 
 def _packed(rows, names):
     "Convert rows to one array for each column, and one with their kinds."
@@ -87,12 +91,17 @@ def _packed(rows, names):
     return columns | {_KIND: np.array([a + 2*b for a,b in map(_kind, rows)], 'uint8')}
 
 # %% ../../nbs/run/50_loss.ipynb #98acc93b
+def _concatenated(columns):
+    import numpy as np, pandas as pd
+    if all(isinstance(values, np.ndarray) for values in columns): return np.concatenate(columns)
+    return pd.concat([pd.Series(values, copy=False) for values in columns], ignore_index=True).values
+
 def _joined(parts):
     "Concatenate parts; each column is freed as soon as it has been copied."
     import numpy as np
     sizes, names = [len(part[_KIND]) for part in parts], dict.fromkeys(name for part in parts for name in part)
     take = lambda part, size, name: part.pop(name) if name in part else np.full(size, math.nan)
-    return {name: np.concatenate([take(*ends, name) for ends in zip(parts, sizes)]) for name in names}
+    return {name: _concatenated([take(*ends, name) for ends in zip(parts, sizes)]) for name in names}
 
 def _row_at(part, i):
     "Turn a packed row back into a dict; a loss that was logged as `nan` is kept."
@@ -111,12 +120,6 @@ def _is_in_order(steps, kinds, after):
     is_ordered = after < steps[0] and steps[-1] < _most_steps and (moves >= 0).all()
     return is_ordered and not (same[1:] & same[:-1]).any() and not (same & (kinds[1:] == kinds[:-1])).any()
 
-def _texts(column):
-    "Convert a column of text to an array; a text that occurs many times is stored once."
-    if column.null_count: return _array('', column.to_pylist())
-    coded = column.combine_chunks().dictionary_encode()
-    return coded.dictionary.to_numpy(zero_copy_only=False)[coded.indices.to_numpy(zero_copy_only=False)]
-
 def _is_usual(name, kind):
     "Whether a column contains what LLaMA-Factory writes there."
     if name in _counts: return kind == 'int64'
@@ -132,7 +135,7 @@ def _read_quickly(block, after):
     fields = dict(zip(table.column_names, table.columns))
     if not all(_is_usual(name, str(values.type)) for name,values in fields.items()): return None
     if 'current_steps' not in fields or fields['current_steps'].null_count: return None
-    columns = {name: _texts(values) if name in _times
+    columns = {name: values.to_pandas(types_mapper=lambda _: _text_type()).array if name in _times
                else values.to_numpy().astype(float if name in _floats else values.to_numpy().dtype)
                for name,values in fields.items()}
     has = lambda name: fields[name].is_valid().to_numpy() if name in fields else np.zeros(len(table), bool)
@@ -325,11 +328,11 @@ def _series(rows, column):
     columns = rows.columns()
     if column not in columns: return pd.Series(dtype=float)
     values, steps, kinds = columns[column], columns['current_steps'], columns[_KIND]
-    was_logged = (kinds & _bits[column]).astype(bool) if column in _bits else ~np.isnan(values)
-    values, steps = values[was_logged].astype(float, copy=False), steps[was_logged]
+    counts = (kinds & _bits[column]).astype(bool) if column in _bits else ~np.isnan(values)
+    counts[counts] = np.append(np.diff(steps[counts]) != 0, True)[:counts.sum()]  # of several at a step, the last one
+    values = values[counts].astype(float, copy=False)
     values[~np.isfinite(values)] = math.nan
-    is_last = np.append(steps[1:] != steps[:-1], True)[:len(steps)]  # if a step has several values, the last one counts
-    return pd.Series(values[is_last], steps[is_last])
+    return pd.Series(values, steps[counts], copy=False)
 
 # %% ../../nbs/run/50_loss.ipynb #c01d0031
 def best_evaluation(
@@ -345,7 +348,7 @@ def best_evaluation(
 # %% ../../nbs/run/50_loss.ipynb #36febd29
 def _smoothed(values, weight=None):
     "Exponential moving average of a series, with LLaMA-Factory's weight if none is given."
-    values = values.dropna()
+    if values.hasnans: values = values.dropna()
     if weight is None: weight = 1.8*(1/(1 + math.exp(-len(values)/20)) - .5)
     return values.ewm(alpha=1 - weight, adjust=False).mean() if weight and len(values) else values
 
@@ -548,7 +551,7 @@ def plot_loss(
         raise ValueError(f'smooth={smooth}: give a weight from 0 to below 1.')
     kind = path and _written(path)
     logs, alone = [_rows_for(r) for r in runs], len(runs) == 1
-    tokens = all('total_tokens' in rows.table() for rows in logs)
+    tokens = all('total_tokens' in rows.columns() for rows in logs)
     count, unit = ('total_tokens', 'tokens/s') if tokens else ('current_steps', 'steps/s')
     panels = ['loss', *['learning rate']*lr, *[unit]*throughput]
     figure = Figure(figsize=(7, 2.4 + 1.2*len(panels)), dpi=120, facecolor='none', layout='constrained')
