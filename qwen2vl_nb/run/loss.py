@@ -357,12 +357,13 @@ def _thin(values, stretches=2000):
     "Reduce a series to what can be seen of it: for each stretch, the lowest value, the highest value and one gap."
     import numpy as np
     if len(values) <= 4*stretches: return values
-    size = -(-len(values)//stretches)
-    padded = np.append(values, np.full(-len(values) % size, math.nan)).reshape(-1, size)
-    gaps, starts = np.isnan(padded), np.arange(len(padded))*size
-    low, high = np.where(gaps, math.inf, padded).argmin(1), np.where(gaps, -math.inf, padded).argmax(1)
-    places = np.unique([*(low + starts), *(high + starts), *(gaps.argmax(1) + starts)[gaps.any(1)]])
-    return values.iloc[places[places < len(values)]]
+    size, places = -(-len(values)//stretches), set()
+    for start in range(0, len(values), size):
+        part = values.to_numpy()[start:start + size]
+        gaps = np.isnan(part)
+        if not gaps.all(): places |= {start + np.nanargmin(part), start + np.nanargmax(part)}
+        if gaps.any(): places.add(start + gaps.argmax())
+    return values.iloc[sorted(places)]
 
 # %% ../../nbs/run/50_loss.ipynb #b83b2ec9
 def _rates(table, count):
