@@ -1,5 +1,6 @@
 # make demo    the whole job once, in front of you      make test   everything that CI runs, the demo apart
-# make lab     JupyterLab on the tutorial               make soak   what is longer; make test-vllm   against the CPU build of vLLM
+# make lab     JupyterLab on the tutorial               make soak   what is longer; make test-vllm   against the CPU build of vLLM;
+# make test-newest   with the newest versions that pip resolves
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 # The first Python here that is new enough; `make PYTHON=… demo` takes another
@@ -17,10 +18,10 @@ export HF_HUB_OFFLINE := 1
 AS_ROOT = $(if $(shell [ "$$(id -u)" = 0 ] || ! unshare -rmn true 2>/dev/null || echo yes),unshare -rmn sh -c 'mount -t tmpfs tmpfs /run && ip link set lo up && exec "$$@"' sh)
 PYTEST := $(AS_ROOT) $(BIN)/python -m pytest -q
 
-.PHONY: help setup browser demo lab test test-vllm clean-check soak benchmarks tiny notebooks readme lock
+.PHONY: help setup browser demo lab test test-vllm test-newest clean-check soak benchmarks tiny notebooks readme lock
 
 help:
-	@sed -n '1,2s/^# //p' Makefile
+	@sed -n '1,3s/^# //p' Makefile
 
 $(STAMP): $(LOCK) setup.py settings.ini
 	@test -n "$(PYTHON)" || { echo "This needs Python 3.11 to 3.13; name one with make PYTHON=/path/to/python3.11 …"; exit 1; }
@@ -69,6 +70,20 @@ test: setup browser
 test-vllm: setup .venv-vllm/.installed
 	VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(PYTEST) tests/test_vllm.py
 
+# The versions that `pip install` resolves by the ranges of settings.ini, without a lock file
+.venv-newest/.installed: setup.py settings.ini
+	@test -n "$(PYTHON)" || { echo "This needs Python 3.11 to 3.13; name one with make PYTHON=/path/to/python3.11 …"; exit 1; }
+	@echo "Installing the newest versions into .venv-newest (about 8 GB, once) …"
+	@if command -v uv >/dev/null; then \
+	  uv venv --quiet --allow-existing --python $(PYTHON) .venv-newest && uv pip install --quiet --compile-bytecode --python .venv-newest '.[dev]' ; \
+	else \
+	  $(PYTHON) -m venv .venv-newest && .venv-newest/bin/python -m pip install --quiet --disable-pip-version-check '.[dev]' ; \
+	fi
+	@touch $@
+
+test-newest: .venv-newest/.installed
+	PATH=$(CURDIR)/.venv-newest/bin:$$PATH $(AS_ROOT) .venv-newest/bin/python -m pytest -q tests/test_newest.py tests/test_family.py
+
 # Notebooks and package must not have drifted apart
 clean-check: setup
 	$(BIN)/nbdev_export && $(BIN)/nbdev_clean
@@ -92,7 +107,7 @@ notebooks: setup
 
 readme: setup
 	$(BIN)/jupyter nbconvert --to markdown --output-dir . --output README nbs/index.ipynb
-	sed -i -E "s,\]\((images|tutorials|benchmarks|data|memory|run|prediction|[0-9][0-9]_),](nbs/\1/,g; s,\]\(\.\./,](,g" README.md
+	sed -i -E "s,\]\((images|tutorials|benchmarks|data|memory|run|prediction|[0-9][0-9]_),](nbs/\1,g; s,\]\(\.\./,](,g" README.md
 
 # Needs uv. The second set is for a machine that already has a newer torch: make LOCK=requirements-torch211.lock …
 lock:

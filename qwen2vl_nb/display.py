@@ -13,9 +13,9 @@ from .findings import as_text
 
 # %% ../nbs/05_display.ipynb #49ea6816
 def video_frames(
-    path:str, # Of the clip
-    n:int=4, # How many frames, evenly from the first to the last
-)->list: # Pillow pictures, fewer where the clip has fewer
+    path:str, # Path of the clip
+    n:int=4, # Number of frames, evenly spaced
+)->list: # Pillow pictures; fewer if the clip has fewer
     "Some frames of a clip."
     import av
     frames = []
@@ -29,7 +29,7 @@ def video_frames(
     return frames
 
 def _data_uri(im, side):
-    "A picture as a `data:` URI, scaled to at most `side` pixels a side."
+    "A picture as a `data:` URI, scaled so that its longer side has at most `side` pixels."
     im = im.convert('RGB')
     im.thumbnail((side, side))
     kind, out = 'png' if im.width*im.height < 20_000 else 'jpeg', io.BytesIO()
@@ -37,9 +37,9 @@ def _data_uri(im, side):
     return f'data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}'
 
 def thumbnail(
-    path:str, # Of a picture
-    side:int=240, # At most so many pixels a side
-)->str: # PNG, or JPEG where it is large
+    path:str, # Path of a picture
+    side:int=240, # Maximum length of the longer side in pixels
+)->str: # PNG, or JPEG if it is large
     "A picture, scaled down, as a `data:` URI."
     with open_picture(path) as im: return _data_uri(im, side)
 
@@ -56,9 +56,9 @@ def _strip_html(uris):
     return div(columns, ''.join(f'<img src="{uri}" style="width:100%">' for uri in uris))
 
 def picture_html(
-    path, # Of a picture or a clip; or the paths of its frames, a list
-)->str: # HTML; of what can't be opened, what was raised
-    "A picture as a card shows it, a clip as a strip of frames."
+    path, # Path of a picture or a clip; or a list of the paths of a clip's frames
+)->str: # HTML; if it can't be opened, the name of the exception
+    "A picture, or a few frames of a clip, for a card."
     try:
         if isinstance(path, list): return _strip_html([thumbnail(frame, 120) for frame in path[:4]])
         if path.lower().endswith(video_endings):
@@ -68,7 +68,7 @@ def picture_html(
         return div('padding:2em 1em;border:1px dashed', html.escape(f'{path}: {type(e).__name__}'))
 
 def _line_html(name, text, colour):
-    "A line under a picture: what it is, small, and the text as it stands in the data."
+    "A line under a picture: its name in small letters, and the text exactly as in the data."
     name = f'<small style="opacity:.65">{html.escape(name)}</small>'
     text = f'<span style="white-space:pre-wrap;overflow-wrap:anywhere">{html.escape(str(text))}</span>'
     return div(f'margin-top:.3em;{f"color:{colour}" if colour else ""}', f'{name} {text}')
@@ -81,17 +81,17 @@ def card_text(
     pictures:list, # Paths
     lines:list, # (name, text, colour) of each line
 )->str:
-    "A card where no pictures can be shown."
+    "A card as text, for output without pictures."
     names = [os.path.basename(str(p)) for p in pictures]
     return ' | '.join(names + [f'{name}: {text}' for name, text, _ in lines])
 
 # %% ../nbs/05_display.ipynb #5e0b0511
 class PictureGrid:
-    "Cards of pictures with lines of text under them, shown as a grid."
+    "A grid of cards, each with pictures and lines of text under them."
     def __init__(self,
         cards:list, # (paths of pictures or clips, [(name, text, colour or None), …]) for each card
-        columns:int=4, # Cards side by side
-        title:str='', # A line above
+        columns:int=4, # Number of cards in a row
+        title:str='', # A line above the grid
     ): self.cards, self.columns, self.title = cards, columns, title
 
     def _repr_html_(self):

@@ -26,10 +26,10 @@ def _create(path, mode, private):
 def whole_file(
     path:str|Path, # File to write; its folder is created
     mode:str='w', # `'w'` for text in UTF-8, `'wb'` for bytes
-    private:bool=False, # Readable by its owner only (0600); otherwise by the umask, or as the file that it replaces
+    private:bool=False, # Mode 0600; otherwise that of the file that it replaces, or what the umask allows
     state:bool=False, # A run's state: its folder must exist, a link is replaced, and the disk is not waited for
 ):
-    "A file that gets its name only when the block has ended without an exception; otherwise nothing changes."
+    "A file that takes its name only when the block has ended without an exception; otherwise nothing changes."
     if state: path = Path(os.path.realpath(Path(path).parent), Path(path).name)
     else:
         path = Path(os.path.realpath(path))  # of a link, the file that it leads to
@@ -57,7 +57,7 @@ def write_text(
 
 def write_json(
     path:str|Path, # File to write; its folder is created
-    value, # What JSON can hold
+    value, # A value that JSON can represent
     private:bool=False, # Readable by its owner only (0600)
     state:bool=False, # As in `whole_file`
 ):
@@ -90,7 +90,7 @@ def sweep(
         if pid.isdecimal() and not _is_alive(int(pid)): left.unlink(missing_ok=True)
 
 # %% ../nbs/01_files.ipynb #5b5d01a7
-class Damaged(ValueError): "A file does not hold what it should; the message names the file and what is wrong."
+class Damaged(ValueError): "A file does not contain what it should; the message names the file and says what is wrong."
 
 def open_regular(
     path:str|Path, # File to read
@@ -105,15 +105,15 @@ def open_regular(
         if e.errno == errno.ELOOP: raise Damaged(f'{path} is a link that leads round in a circle.') from None
         raise
     if stat.S_ISREG(os.fstat(file.fileno()).st_mode): return file
-    file.close()  # it was exchanged between the two looks
+    file.close()  # it was replaced between the two checks
     raise Damaged(f'{path} is not a regular file.')
 
 # %% ../nbs/01_files.ipynb #a6d75690
-MOST = 2**26 # Bytes that are read of a file that should be small
+MOST = 2**26 # Maximum size of a file that should be small, in bytes
 
 def read_bytes(
     path:str|Path, # File to read
-    most:int=MOST, # Bytes; a larger file is `Damaged`
+    most:int=MOST, # Maximum size in bytes; a larger file is `Damaged`
 )->bytes:
     "All of a small regular file."
     with open_regular(path) as f: found = f.read(most + 1)
@@ -122,7 +122,7 @@ def read_bytes(
 
 def read_text(
     path:str|Path, # File to read
-    most:int=MOST, # Bytes; a larger file is `Damaged`
+    most:int=MOST, # Maximum size in bytes; a larger file is `Damaged`
 )->str:
     "The text of a small regular file in UTF-8."
     try: return read_bytes(path, most).decode()
@@ -133,7 +133,7 @@ def read_tail(
     path:str|Path, # File to read, such as a log
     most:int=2**20, # Bytes that are read from its end
 )->str: # The text; bytes that are not UTF-8 are replaced
-    "The end of a regular file of any size; where something was left out, it begins with a full line."
+    "The end of a regular file of any size; unless that is the whole file, it begins with a complete line."
     with open_regular(path) as f:
         size = f.seek(0, os.SEEK_END)
         f.seek(max(0, size - most))
@@ -143,10 +143,10 @@ def read_tail(
 # %% ../nbs/01_files.ipynb #10ddc97b
 def parse_json(
     text:str|bytes, # JSON
-    kind:type=dict, # What it should be: `dict`, `list`, or `object` for anything
+    kind:type=dict, # Type of its value: `dict`, `list`, or `object` for any
     name:str='it', # What the message calls it
 ):
-    "The value of a JSON text. Raises `Damaged` where it is no JSON, or of another type."
+    "The value of a JSON text. Raises `Damaged` if it is not JSON, or if the value has another type."
     try: found = json.loads(text)
     except RecursionError: raise Damaged(f'{name} is nested too deeply.') from None
     except ValueError as e: raise Damaged(f'{name} is not JSON: {e}') from None
@@ -156,7 +156,7 @@ def parse_json(
 
 def read_json(
     path:str|Path, # File to read
-    kind:type=dict, # What it should be: `dict`, `list`, or `object` for anything
+    kind:type=dict, # Type of its value: `dict`, `list`, or `object` for any
     most:int=MOST, # Bytes; a larger file is `Damaged`
 ):
     "The value of a small JSON file. Raises `FileNotFoundError`, another `OSError`, or `Damaged`."
@@ -164,7 +164,7 @@ def read_json(
 
 # %% ../nbs/01_files.ipynb #b9e0d9c7
 def json_or(
-    default, # What to return where the file is missing or damaged; its type is what the file should hold
+    default, # What to return if the file is missing or damaged; the file's value should have the same type
     path:str|Path, # File to read
     most:int=MOST, # Bytes; a larger file is damaged
 ):
@@ -173,13 +173,13 @@ def json_or(
     except (OSError, Damaged): return default
 
 # %% ../nbs/01_files.ipynb #74ebcbbe
-LINE = 2**26 # Bytes of a line at most
+LINE = 2**26 # Maximum length of a line in bytes
 
 def lines_of(
     file, # A binary file that is open for reading
     at:int=0, # Byte to begin with
-    most:int=LINE, # Bytes of a line; of a longer one only so many are given
-): # Yields (byte at which the line begins, the line as bytes); a line that was too long has no `\n` at its end
+    most:int=LINE, # Maximum length of a line in bytes; a longer one is cut off there
+): # Yields (byte at which the line begins, the line as bytes); a line that was cut off has no `\n` at its end
     "The complete lines of an open file; after each, the file's position is where the next one begins."
     file.seek(at)
     while line := file.readline(most):
@@ -190,8 +190,8 @@ def lines_of(
 def whole_lines(
     path:str|Path, # File of lines; a missing file has none
     at:int=0, # Byte to begin with
-    most:int=LINE, # Bytes of a line; of a longer one only so many are given
-): # Yields (byte at which the line begins, the line as bytes); a line that was too long has no `\n` at its end
+    most:int=LINE, # Maximum length of a line in bytes; a longer one is cut off there
+): # Yields (byte at which the line begins, the line as bytes); a line that was cut off has no `\n` at its end
     "The complete lines of a regular file. Raises `Damaged` for anything but a regular file."
     try: f = open_regular(path)
     except FileNotFoundError: return
@@ -199,25 +199,25 @@ def whole_lines(
 
 # %% ../nbs/01_files.ipynb #0bc0d38b
 def _digest(file):
-    "The digest of all of an open file."
+    "The digest of an open file, from its beginning."
     file.seek(0)
     return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 def _content(path):
-    "The digest of a regular file; `None` of anything else."
+    "The digest of a regular file; `None` for anything else."
     with suppress(OSError, Damaged), open_regular(path) as f: return _digest(f)
 
 def other_name(
     path:Path, # The path that is taken
-    letters:str, # Letters to tell the other file by
+    letters:str, # What is added to the name
 )->Path: # In the same folder
-    "The path with letters before its ending, its name at most 255 bytes long."
+    "The path with something added before its ending; its name is at most 255 bytes long."
     stem, ending = os.path.splitext(path.name)
     ending = f'-{letters}{ending[-20:]}'
     return path.with_name(stem.encode()[:255-len(ending.encode())].decode(errors='ignore') + ending)
 
 def _place(beside, path):
-    "Give a temporary file its name; raises `FileExistsError` where the name is taken."
+    "Give a temporary file its name; raises `FileExistsError` if the name is taken."
     try: os.link(beside, path)
     except FileExistsError: raise
     except OSError:  # a file system without hard links
@@ -229,14 +229,14 @@ def write_new(
     path:str|Path, # File to write; its folder is created
     data, # Bytes, or a binary file object
 )->Path: # Where it was written, or where the same content already is
-    "Write a new file, or find that it is already there; where the name is taken by another file, under another name."
+    "Write a new file, under another name if its own is taken, or find that there is such a file already."
     path, data = Path(path), io.BytesIO(data) if isinstance(data, bytes) else data
     letters = _digest(data)
     for name in (path, other_name(path, letters[:8]), other_name(path, letters)):
         if len(name.name.encode()) > 255: continue
         if not name.is_symlink() and _content(name) == letters: return name
         with suppress(FileExistsError): return _write_at(name, data)
-    raise FileExistsError(f'{path} and the names like it are taken by other files.')
+    raise FileExistsError(f'{path} and the similar names are taken by other files.')
 
 def _write_at(path, data):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -255,7 +255,7 @@ def _written_list():
 
 def _was_written(path, digest):
     line = json.dumps([str(path), digest]).encode()
-    with suppress(OSError, Damaged, RuntimeError):  # the last where nobody knows a home folder
+    with suppress(OSError, Damaged, RuntimeError):  # the last one if there is no home folder
         return any(found == line + b'\n' for _, found in whole_lines(_written_list()))
 
 def _note_written(path, digest):
@@ -268,7 +268,7 @@ def _note_written(path, digest):
 def may_replace(
     path:str|Path, # File that is to be replaced
     digest:str='', # Digest of what is to be written in its place
-)->bool: # Also where there is nothing
+)->bool: # `True` if there is no such file, too
     """Whether nothing would be lost: this package wrote the file and nobody has changed it since, or it has the same
     content."""
     path = os.path.realpath(path)
@@ -281,7 +281,7 @@ def check_replaceable(
     path:str|Path, # File that is to be replaced
     digest:str='', # Digest of what is to be written in its place
 ):
-    "Raise `FileExistsError` where something would be lost."
+    "Raise `FileExistsError` if something would be lost."
     if may_replace(path, digest): return
     raise FileExistsError(f'{path} is there already, and was not written by this package or has changed since. Nothing '
                           'was changed. Choose another name, or give overwrite=True to replace it.')
@@ -299,7 +299,7 @@ def own_file(
         f.flush()
         with open(f.fileno(), 'rb', closefd=False) as written: digest = _digest(written)
         if not overwrite: check_replaceable(path, digest)
-        # before it has its name, for a kill may come between; without a data folder, next time takes overwrite=True
+        # before the rename, since a kill may come in between; without a data folder, overwrite=True is needed next time
         with suppress(OSError, RuntimeError): _note_written(path, digest)
 
 # %% ../nbs/01_files.ipynb #91c7537f
@@ -312,7 +312,7 @@ def _picture_formats():
 
 @contextmanager
 def open_picture(
-    path, # Of the picture, or the open file
+    path, # Path of the picture, or an open file
 ):
     "A picture as Pillow opens it; no file but this one is read, and nothing is run."
     from PIL import Image
@@ -321,7 +321,7 @@ def open_picture(
 
 @contextmanager
 def open_clip(
-    path, # Of the clip
+    path, # Path of the clip
 ):
     "A clip as FFmpeg opens it; no file or address but this one is opened."
     import av

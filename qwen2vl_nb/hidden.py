@@ -17,9 +17,9 @@ _userinfo = re.compile(r'(?<=://)(?:[^\s/?#@]+@|[^\s/?#@]*:(?!\d{0,5}(?:[/?#\s]|
 
 def is_secret(
     name:str, # Name of an environment variable, or key of a recipe
-    value, # Its value; of a list or a dict, what is in it counts
+    value, # Its value; lists and dicts are searched
 )->bool:
-    "Whether a value must not be written down: by its name, or because an address in it has a user name or password."
+    "Whether a value must not be written to disk: because of its name, or of a user name or password in an address."
     if isinstance(value, dict): return any(is_secret(f'{name}.{k}', v) for k,v in value.items())
     if isinstance(value, (list, tuple)): return any(is_secret(name, v) for v in value)
     words = re.sub('(?<=[a-z])(?=[A-Z])', '_', name).upper()
@@ -27,8 +27,8 @@ def is_secret(
 
 def apart(
     values:dict, # Environment variables, or a recipe
-)->tuple: # Those that are secret, and the others
-    "Secrets, and what may be written down."
+)->tuple: # Two dicts: those that are secret, and the others
+    "The secrets, and what may be written to disk."
     hidden = {k: v for k,v in values.items() if is_secret(k, v)}
     return hidden, {k: v for k,v in values.items() if k not in hidden}
 
@@ -45,7 +45,7 @@ _variable = 'QWEN2VL_NB_SECRETS'
 
 def pack(
     **parts, # Dicts of secrets: `recipe`, `options`
-)->dict: # The environment variable that carries them; empty where there are none
+)->dict: # The environment variable that carries them; empty if there are none
     "Secrets for the processes of a run."
     parts = {k: v for k,v in parts.items() if v}
     return {_variable: json.dumps(parts)} if parts else {}

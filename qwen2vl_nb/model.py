@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['families', 'supported', 'pixel_limits', 'special_tokens', 'thinking_templates', 'systems', 'Family', 'model_type',
-           'family_of', 'family_class', 'usual_template', 'trainer_size', 'processor_limits', 'tokens_within',
-           'image_tokens', 'sampled_frames', 'video_tokens', 'recipe_limits', 'with_system', 'with_thoughts',
-           'chat_template', 'model_config', 'head_size', 'tower_size']
+           'family_of', 'family_class', 'usual_template', 'trainer_size', 'processor_config', 'has_processor',
+           'processor_limits', 'tokens_within', 'image_tokens', 'sampled_frames', 'video_tokens', 'recipe_limits',
+           'with_system', 'with_thoughts', 'chat_template', 'model_config', 'head_size', 'tower_size']
 
 # %% ../nbs/03_model.ipynb #model02
 import json, math, re
@@ -18,13 +18,13 @@ from pathlib import Path
 class Family:
     "What is particular to the models of a family."
     name:str        # As its authors write it
-    classes:str     # What the names of its classes in transformers begin with
-    templates:tuple # Of LLaMA-Factory: for models that answer at once, and for those that think first, if there are any
-    patch:int       # Side of a patch of the vision tower in pixels; two by two of them are a token
-    picture:tuple   # Fewest and most pixels of a picture in the published processors
-    clip:tuple      # The same of a frame of a clip; if `has_times`, of all its frames together
-    system:str      # The system prompt of the template where a sample has none; empty: none
-    has_times:bool  # Whether the prompt says when the frames of a clip were taken
+    classes:str     # Prefix of its classes' names in transformers
+    templates:tuple # LLaMA-Factory's templates: for models that answer directly, and for those that think first, if any
+    patch:int       # Side of a patch of the vision tower in pixels; two by two patches make a token
+    picture:tuple   # Minimum and maximum area of a picture in pixels, in the published processors
+    clip:tuple      # The same for a frame of a clip; if `has_times`, for all its frames together
+    system:str      # The system prompt that the template adds to a sample without one; empty: none
+    has_times:bool  # Whether the prompt contains the times of a clip's frames
     sizes:dict      # Published size → dimensions of the text model, as `_names`, and whether the embeddings are shared
 
 _small = 56*56, 12_845_056
@@ -50,7 +50,7 @@ def _read_config(file):
 def model_type(
     model:str|Path, # Model folder, or a model's name
 )->str: # A key of `families`, or another type that a config names
-    "The family of a model, by its config or its name; Qwen2-VL if neither says."
+    "The family of a model, from its config or its name; Qwen2-VL if neither names one."
     file = Path(model)/'config.json'
     if str(model) and file.is_file(): return _read_config(file).get('model_type') or 'different'
     name = re.sub('[^a-z0-9]', '', str(model).lower())
@@ -72,15 +72,15 @@ def family_class(
     kind:str, # A key of `families`
     name:str, # The end of the class's name, such as `'Config'` or `'ForConditionalGeneration'`
 )->type:
-    "A class of a family in transformers; Qwen2-VL's, where the family has none of its own."
+    "A class of a family in transformers; that of Qwen2-VL if the family has none of its own."
     import transformers
     return getattr(transformers, families[kind].classes + name, None) or getattr(transformers, f'Qwen2VL{name}')
 
 def usual_template(
     model:str|Path, # Model folder, or a model's name
 )->str:
-    """LLaMA-Factory's template for a model: for one that thinks, its own, if its name or its chat template says so.
-    That of Qwen2-VL for other families and folders that can't be read, which `check_recipe` reports."""
+    """LLaMA-Factory's template for a model; whether it thinks first is known from its name or its chat template.
+    For other families and unreadable folders, which `check_recipe` reports, the template of Qwen2-VL."""
     try: templates = families.get(model_type(model), families['qwen2_vl']).templates
     except ValueError: return 'qwen2_vl'
     files = filter(Path.is_file, Path(model).glob('chat_template.*') if str(model) else ())
@@ -92,10 +92,10 @@ def usual_template(
 def trainer_size(
     width:int, # In pixels
     height:int, # In pixels
-    max_pixels:int, # A picture of a larger area is scaled down
-    min_pixels:int, # and one of a smaller area up
+    max_pixels:int, # A picture with a larger area is scaled down
+    min_pixels:int, # A picture with a smaller area is scaled up
 )->tuple: # (width, height) in pixels
-    "Size after LLaMA-Factory's own steps. Raises `ValueError` if no width or no height is left."
+    "Size after LLaMA-Factory's resize. Raises `ValueError` if the width or the height becomes 0."
     def scaled(area):
         factor = math.sqrt(area/(width*height))
         return int(width*factor), int(height*factor)
@@ -109,7 +109,7 @@ def trainer_size(
     return width, height
 
 def _processor_size(width, height, max_pixels, min_pixels, unit, frames=1):
-    "Size after the processor's resize: multiples of `unit` pixels, within the limits for so many frames together."
+    "Size after the processor's resize: multiples of `unit` pixels, with all frames together within the limits."
     w, h = round(width/unit)*unit, round(height/unit)*unit
     if frames*w*h > max_pixels:
         shrink = math.sqrt(frames*width*height/max_pixels)
@@ -120,20 +120,41 @@ def _processor_size(width, height, max_pixels, min_pixels, unit, frames=1):
     return w, h
 
 # %% ../nbs/03_model.ipynb #13a6a07b
+def processor_config(
+    model:str|Path, # Model folder
+    video:bool=False, # The processor of clips instead of that of pictures
+)->dict:
+    """The settings of a processor in a model folder, which transformers 4 writes to a file of their own and
+    transformers 5 to `processor_config.json`. Raises `FileNotFoundError` if there are none."""
+    own, nested = Path(model)/'preprocessor_config.json', Path(model)/'processor_config.json'
+    parts = _read_config(nested) if nested.is_file() else {}
+    if video:
+        clips = own.with_name(f'video_{own.name}')
+        if clips.is_file(): return _read_config(clips)
+        if 'video_processor' in parts: return parts['video_processor']
+    if 'image_processor' in parts and not own.is_file(): return parts['image_processor']
+    return _read_config(own)
+
+def has_processor(
+    model:str|Path, # Model folder
+)->bool:
+    "Whether a model folder has the settings of a processor. Raises `ValueError` if they are broken."
+    try: processor_config(model)
+    except FileNotFoundError: return False
+    return True
+
 def processor_limits(
-    model:str|Path=None, # Model folder, or a name, for the limits of the published folders; `None`: of Qwen2-VL
-    video:bool=False, # The limits on a clip rather than on a picture, see `Family`
+    model:str|Path=None, # Model folder, or a name for the published limits of its family; `None`: those of Qwen2-VL
+    video:bool=False, # Return the limits on clips instead of those on pictures; see `Family`
 )->dict: # `min_pixels`, `max_pixels`, and `unit`, the side of a token in pixels
-    "The limits that the processor in a model folder puts on a picture."
+    "The limits that the processor in a model folder puts on pictures or clips."
     family = family_of(model or '')
     if not model or not Path(model).is_dir():
         least, most = family.clip if video else family.picture
         return {'min_pixels': least, 'max_pixels': most, 'unit': 2*family.patch}
-    files = [Path(model)/name
-             for name in ('video_preprocessor_config.json', 'preprocessor_config.json')[not video:]]
-    config = json.loads(next((f for f in files if f.is_file()), files[-1]).read_text(encoding='utf-8'))
+    config = processor_config(model, video)
     unit, usual = config.get('patch_size', family.patch)*config.get('merge_size', 2), (2*family.patch)**2
-    # Defaults of the processors' classes, which a published folder does not leave to them
+    # Without limits in the file, the defaults of the processors' classes apply
     size, least, most = config.get('size') or {}, *((128*usual, 768*usual) if video else (56*56, 1280*28*28))
     return {'min_pixels': config.get('min_pixels') or size.get('shortest_edge') or least,
             'max_pixels': config.get('max_pixels') or size.get('longest_edge') or most, 'unit': unit}
@@ -142,12 +163,12 @@ def processor_limits(
 def tokens_within(
     width:int,  # Width in pixels
     height:int, # Height in pixels
-    max_pixels:int, # LLaMA-Factory scales down what has a larger area
-    min_pixels:int, # and up what has a smaller one
-    limits:dict, # The processor's, as `processor_limits` gives them
-    frames:int=1, # Number of frames of the same size that the processor's limits are for
+    max_pixels:int, # LLaMA-Factory scales a picture with a larger area down
+    min_pixels:int, # It scales a picture with a smaller area up
+    limits:dict, # The processor's limits, as `processor_limits` returns them
+    frames:int=1, # Number of frames to which the processor's limits apply together
 )->int:
-    "Tokens of one picture or frame."
+    "Number of tokens of one picture or frame."
     if width < 1 or height < 1: raise ValueError(f'A picture of {width}×{height} pixels has no tokens.')
     size = trainer_size(width, height, max_pixels, min_pixels)
     if frames > 1 and min(size) < limits['unit']:
@@ -158,35 +179,35 @@ def tokens_within(
 def image_tokens(
     width:int, # Picture width in pixels
     height:int, # Picture height in pixels
-    image_max_pixels:int=768*768, # LLaMA-Factory scales pictures above this area down
-    image_min_pixels:int=32*32, # and pictures below this area up
+    image_max_pixels:int=768*768, # LLaMA-Factory scales a picture with a larger area down
+    image_min_pixels:int=32*32, # It scales a picture with a smaller area up
     model:str|Path=None, # Model folder or name, for the processor's own limits; `None`: those of Qwen2-VL
-)->int: # Number of tokens
-    "Tokens that one picture takes in the prompt."
+)->int:
+    "Number of tokens that one picture takes in the prompt."
     return tokens_within(width, height, image_max_pixels, image_min_pixels, processor_limits(model))
 
 # %% ../nbs/03_model.ipynb #989eb0fb
 def sampled_frames(
-    frames:int, # Frames that the file says it has; 0 if it doesn't say
-    seconds:float, # Its length; `None` if it doesn't say
-    video_fps:float=2., # Frames taken for each second
-    video_maxlen:int=128, # and at most so many of a clip
-)->list: # Numbers of the frames, from 0
-    "The frames of a clip that LLaMA-Factory takes."
+    frames:int, # Number of frames according to the file; 0 if it doesn't say
+    seconds:float, # Duration according to the file; `None` if it doesn't say
+    video_fps:float=2., # Frames to sample for each second
+    video_maxlen:int=128, # Maximum number of frames
+)->list: # Indices of the frames, from 0
+    "The frames of a clip that LLaMA-Factory samples."
     import numpy as np
     if not frames: return list(range(video_maxlen))
     n = min(frames, video_maxlen, max(1, math.floor(seconds*video_fps)))
     return np.linspace(0, frames-1, n).astype(int).tolist()
 
 def video_tokens(
-    frames:int, # Frames taken, as `sampled_frames` gives them
+    frames:int, # Number of sampled frames
     width:int, # Width of the clip in pixels
     height:int, # Height of the clip in pixels
-    video_max_pixels:int=256*256, # LLaMA-Factory scales frames above this area down
-    video_min_pixels:int=16*16, # and frames below this area up
+    video_max_pixels:int=256*256, # LLaMA-Factory scales a frame with a larger area down
+    video_min_pixels:int=16*16, # It scales a frame with a smaller area up
     model:str|Path=None, # Model folder or name, for the processor's own limits; `None`: those of Qwen2-VL
-)->int: # Number of tokens
-    "Tokens that the frames of one clip take in the prompt; the words that say when they were taken come on top."
+)->int:
+    "Number of tokens that the frames of one clip take in the prompt, without the text of their times."
     limits, steps = processor_limits(model, video=True), math.ceil(frames/2)
     together = 2*steps if family_of(model or '').has_times else 1
     return steps * tokens_within(width, height, video_max_pixels, video_min_pixels, limits, together)
@@ -194,32 +215,32 @@ def video_tokens(
 # %% ../nbs/03_model.ipynb #mode0040
 pixel_limits = {'image_max_pixels': 768*768, 'image_min_pixels': 32*32,
                 'video_max_pixels': 256*256, 'video_min_pixels': 16*16,
-                'video_fps': 2., 'video_maxlen': 128} # LLaMA-Factory's, unless a recipe sets others
+                'video_fps': 2., 'video_maxlen': 128} # LLaMA-Factory's defaults
 
 def recipe_limits(
     recipe:dict, # A recipe
 )->dict: # With the keys of `pixel_limits`
-    "The limits on pictures and clips that a recipe trains or predicts with."
+    "The limits on pictures and clips that apply with a recipe."
     return pixel_limits | {k: recipe[k] for k in pixel_limits if recipe.get(k) is not None}
 
 # %% ../nbs/03_model.ipynb #mode0041
 special_tokens = ('<|im_start|>', '<|im_end|>', '<|endoftext|>', '<|vision_start|>', '<|vision_end|>',
           '<|vision_pad|>', '<|image_pad|>', '<|video_pad|>')
-_thought = '<think>\n\n</think>\n\n' # What a template for models that think puts before an answer without thoughts
+_thought = '<think>\n\n</think>\n\n' # What a template for models that think adds to an answer without thoughts
 
 def with_system(
     turns:list, # (role, text) of each turn
     system:str=_helpful, # The family's system prompt
 )->list: # The same, with a system prompt if the family has one
-    "Turns as the template puts them together."
+    "Turns with the system prompt that the template adds."
     return turns if 'system' in dict(turns) or not system else [('system', system), *turns]
 
 def with_thoughts(
     text, # An answer
     template:str, # LLaMA-Factory's template
-    thinks:bool=None, # `enable_thinking` of the recipe: `False` removes thoughts
-): # The answer, or what is no text as it is
-    "An answer as a template for models that think trains it: with thoughts, if only empty ones."
+    thinks:bool=None, # The recipe's `enable_thinking`; `False` removes thoughts
+): # The answer; a value that is not text is returned as it is
+    "An answer as a template for models that think puts it: with thoughts, or empty ones if it has none."
     if template not in thinking_templates or not isinstance(text, str): return text
     if thinks is False: text = re.sub('<think>\n.*?\n</think>\n\n', '', text, flags=re.DOTALL).lstrip('\n')
     return text if '<think>' in text or '</think>' in text else _thought + text
@@ -310,15 +331,15 @@ def model_config(
 
 # %% ../nbs/03_model.ipynb #c3b9c35b
 def head_size(
-    config:dict, # As from `model_config`
+    config:dict, # As returned by `model_config`
 )->int:
     "The width of an attention head of the text model."
     text = config.get('text_config', config)
     return text.get('head_dim') or text['hidden_size']//text['num_attention_heads']
 
 def tower_size(
-    config:dict, # As from `model_config`
+    config:dict, # As returned by `model_config`
 )->int:
-    "The width of the vision tower; in Qwen2-VL, `hidden_size` is that of its output."
+    "The width of the vision tower; in Qwen2-VL's config, `hidden_size` is the width of its output."
     vision = config['vision_config']
     return vision.get('embed_dim') or vision['hidden_size']

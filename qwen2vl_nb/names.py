@@ -24,14 +24,14 @@ def _entry(name, type_, default, comment):
     return ' : '.join(filter(None, [name, kind])) + (f'\n    {comment}' if comment else '')
 
 def _parameters(arguments):
-    "(name, node of the argument, node of its default or `None`) of each parameter of a function."
+    "A list of (name, node of the argument, node of its default or `None`) for the parameters of a function."
     defaults = [None]*(len(arguments.args) - len(arguments.defaults)) + arguments.defaults
     named = zip([*arguments.args, *arguments.kwonlyargs], [*defaults, *arguments.kw_defaults])
     others = [(stars + a.arg, a, None) for stars, a in (('*', arguments.vararg), ('**', arguments.kwarg)) if a]
     return [(a.arg, a, default) for a, default in named if a.arg != 'self'] + others
 
 def _sections(thing):
-    "The parameters of a function, or the fields of a dataclass, and the result, as text."
+    "The sections of a docstring: the parameters of a function or the fields of a dataclass, and what is returned."
     source = textwrap.dedent(inspect.getsource(thing))
     lines, node = source.splitlines(), ast.parse(source).body[0]
     if isinstance(node, ast.ClassDef):
@@ -61,8 +61,8 @@ def document(
 
 # %% ../nbs/00_names.ipynb #name0004
 def _homes(package, folder):
-    """Name → module, of the names that a package's stub file imports; `from .x import *` stands for the names of the
-    package `x`."""
+    """A dict from each name that a package's stub file imports to its module; `from .x import *` stands for the names
+    of the package `x`."""
     homes = {}
     for node in ast.parse((folder/'__init__.pyi').read_text(encoding='utf-8')).body:
         for alias in node.names:

@@ -19,7 +19,7 @@ def _stat(pid):
 def descendants(
     pid:int, # Process id
 )->list: # Process ids, without `pid` itself
-    "All processes that descend from one at this moment."
+    "All current descendants of a process."
     parents = {int(p.name): s for p in Path('/proc').iterdir() if p.name.isdigit() and (s := _stat(p.name))}
     found, todo = [], [pid]
     while todo:
@@ -51,19 +51,19 @@ def marked(
 
 def is_alive(
     pid:int, # Process id, or `None`
-    born:int, # What `created` said of it
+    born:int, # What `created` returned for it
 )->bool:
-    "Whether a process is still there."
+    "Whether a process is still running."
     return bool(pid) and created(pid) == born
 
 # %% ../nbs/06_processes.ipynb #e10a0002
 _seen = {} # File → (its time, since when it has had this time by this process's own clock, when it was last looked at)
 
 def is_fresh(
-    path, # Of a file
-    seconds:float, # What counts as lately
+    path, # Path of a file
+    seconds:float, # How recently
 )->bool:
-    "Whether a file was written recently, whichever clock its time comes from."
+    "Whether a file was written recently, even if its time comes from a wrong clock."
     try: said = os.stat(path).st_mtime
     except OSError: return False
     now, age = time.monotonic(), max(0, time.time() - said)
@@ -75,9 +75,9 @@ def is_fresh(
 # %% ../nbs/06_processes.ipynb #86d9820e
 def end_all(
     processes:list, # psutil's `Process`es
-    grace:float, # Seconds until they are ended by force
+    grace:float, # Seconds until they are killed
 ):
-    "End processes: ask them first, and kill them when the grace period is over."
+    "End processes."
     import psutil
     for p in processes:
         with suppress(psutil.NoSuchProcess): p.terminate()
@@ -89,9 +89,9 @@ def end_all(
 # %% ../nbs/06_processes.ipynb #cbfae5eb
 def end_children(
     processes:list, # `subprocess.Popen`s
-    grace:float=20, # Seconds until they are ended by force
+    grace:float=20, # Seconds until they are killed
 ):
-    "End processes that this one has started, with all their descendants."
+    "End child processes of this one, with all their descendants."
     there = [p for p in processes if p.poll() is None]
     below = {pid: created(pid) for p in there for pid in (p.pid, *descendants(p.pid))}
     for p in there: p.terminate()

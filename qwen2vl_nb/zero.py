@@ -59,7 +59,7 @@ zero_names = tuple(_configs)
 
 def zero_config(
     name:str, # One of `zero_names`: z0, z2, z2_offload, z3, z3_offload, z2_autotp, z3_fp8
-)->dict: # The DeepSpeed config, a copy of its own
+)->dict: # A copy of the DeepSpeed config
     "One of LLaMA-Factory's DeepSpeed configs."
     if name not in _configs:
         raise ValueError(f'There is no ZeRO config {name!r}; choose one of {", ".join(zero_names)}.')

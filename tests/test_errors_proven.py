@@ -325,7 +325,7 @@ ELSEWHERE = { # function, or more of the line → the test in which it is proven
     "checks._config_findings: Finding('use_cpu'": 'test_failures.py::use_cpu_with_zero3',
     "checks._argument_findings: Finding(key, f'LLaMA-Factory needs a number": 'test_checks.py::test_llamafactory_fails_where_it_is_called_an_error',
     "checks.hub_findings: Finding('model_name_or_path', f'There is no folder": 'test_hub.py::test_a_hub_that_cannot_be_reached_is_said_before_the_start',
-    "checks.hub_findings: Finding('model_name_or_path', f'{address} gives no": 'test_hub.py::test_a_name_that_the_hub_does_not_have_is_said_before_the_start',
+    "checks.hub_findings: Finding('model_name_or_path', f'{address} does not provide": 'test_hub.py::test_a_name_that_the_hub_does_not_have_is_said_before_the_start',
     'start.failure': 'it is said of a run that has ended',
     'checks.half_findings': 'test_failures.py::bf16_on_the_cpu',
     'command.port_findings': 'test_failures.py::port_taken',

@@ -9,7 +9,7 @@ from qwen2vl_nb.checks import data_findings
 from qwen2vl_nb.data.check import check_samples
 from qwen2vl_nb.data.registry import Registry
 from qwen2vl_nb.data.tokens import count_tokens
-from qwen2vl_nb.model import families, image_tokens, usual_template, video_tokens
+from qwen2vl_nb.model import families, image_tokens, processor_config, usual_template, video_tokens
 from qwen2vl_nb.tiny import tiny_model
 
 @pytest.fixture(scope='session', params=['qwen2_5_vl', 'qwen3_vl'])
@@ -72,7 +72,7 @@ def test_video_tokens_of_many_sizes(small, family, parts, tmp_path):
     folder, rng, plugin = shutil.copytree(small, tmp_path/'model'), random.Random(1), parts[0]
     file, patch = folder/'video_preprocessor_config.json', families[family].patch
     least, most = (200_000, 1_000_000) if families[family].has_times else (10_000, 40_000)
-    file.write_text(json.dumps(json.loads(file.read_text()) | dict(min_pixels=least, max_pixels=most, size=dict(shortest_edge=least, longest_edge=most))))
+    file.write_text(json.dumps(processor_config(folder, video=True) | dict(min_pixels=least, max_pixels=most, size=dict(shortest_edge=least, longest_edge=most))))
     scaled = 0
     for _ in range(2000):
         size, n = (_side(rng), _side(rng)), 2*rng.randint(1, 64)

@@ -81,6 +81,6 @@ def test_llamafactory_fails_of_a_hub_that_cannot_be_reached(few_steps, tmp_path)
 
 def test_a_name_that_the_hub_does_not_have_is_said_before_the_start(hub, few_steps, tmp_path):
     env, asked, *_ = hub
-    with pytest.raises(ValueError, match="gives no 'me/huge'"): launch(few_steps(model_name_or_path='me/huge'), env=env)
+    with pytest.raises(ValueError, match="does not provide 'me/huge'"): launch(few_steps(model_name_or_path='me/huge'), env=env)
     assert asked == ['HEAD /me/huge/resolve/main/config.json'] and not (tmp_path/'run').exists()
     with pytest.raises(RuntimeError), pytest.warns(UserWarning): launch(few_steps(model_name_or_path='me/huge'), env=env, force=True).wait()

@@ -221,7 +221,7 @@ FAULTS = {
     'fewer than none': ({}, dict(world_size=-2), 'gpus must be at least 1, not -2'),
     'no samples at once': (dict(per_device_train_batch_size=0), {}, 'per_device_train_batch_size must be at least 1'),
     'two precisions': (dict(bf16=True, fp16=True), {}, 'bf16 and fp16 are both set: choose one'),
-    'quantized and full': (dict(quantization_bit=4, finetuning_type='full'), {}, 'A quantized model takes LoRA only'),
+    'quantized and full': (dict(quantization_bit=4, finetuning_type='full'), {}, 'A quantized model can only be trained with LoRA'),
     'quantized under ZeRO-3': (dict(quantization_bit=4), dict(zero='z3'), 'not predicted with ZeRO-3'),
     'in eight bits': (dict(quantization_bit=8), {}, 'only those in 4 bits'),
     'another optimizer': (dict(optim='adafactor'), {}, "The optimizer 'adafactor' is not predicted; AdamW is"),
@@ -229,7 +229,7 @@ FAULTS = {
     'preferences': (dict(stage='dpo'), {}, "stage 'dpo' is not predicted"),
     'ZeRO-1': ({}, dict(zero={'zero_optimization': {'stage': 1}}), 'ZeRO stage 1 is not predicted'),
     'offload to disk': ({}, dict(zero={'zero_optimization': {'stage': 3, 'offload_param': {'device': 'nvme'}}}), 'to the host only'),
-    'fp8': ({}, dict(zero='z3_fp8'), 'needs `fp8: true` and a Hopper card'),
+    'fp8': ({}, dict(zero='z3_fp8'), 'needs `fp8: true` and a Hopper GPU'),
     'an unknown ZeRO config': ({}, dict(zero='z9'), "There is no ZeRO config 'z9'; choose one of z0"),
     'a picture longer than its sample': ({}, dict(sample={'tokens': 8, 'pictures': [12]}), 'The pictures take 12 tokens, the whole sample 8'),
 }

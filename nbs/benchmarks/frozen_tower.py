@@ -1,11 +1,12 @@
 """What two versions of the stack keep of what is frozen: `python nbs/benchmarks/frozen_tower.py OUT.csv`.
 
-Counts LLaMA-Factory's own trainer on the CPU with `live_bytes.py`, predicts the same runs, and predicts 7B. Run it
-under each stack: lines of other versions stay in OUT.csv. As `frozen_tower.py --count JOBS.json` it is a rank of such
-a run."""
+Counts LLaMA-Factory's own trainer on the CPU with `live_bytes.py`, predicts the same runs, and predicts 7B; once as
+the versions are published and once as `launch` uses them (column `spared`). Run it under each stack: lines of other
+versions stay in OUT.csv. As `frozen_tower.py --count JOBS.json` it is a rank of such a run."""
 import csv, importlib.metadata, json, os, shutil, subprocess, sys, tempfile
 from pathlib import Path
 
+from qwen2vl_nb.frozen import SPARE_FROZEN
 from qwen2vl_nb.memory.estimate import predict_memory
 from qwen2vl_nb.recipe import predict_recipe, train_recipe
 from qwen2vl_nb.data.registry import Registry
@@ -96,7 +97,8 @@ def line(what, estimate, counted='', **said):
     "A line of the CSV file, in bytes."
     versions = {p: importlib.metadata.version(p) for p in PACKAGES}
     parts = {p: estimate.parts.get(p, 0) for p in PARTS}
-    return {'what': what} | said | {'counted': counted, 'predicted': estimate.tensors} | parts | versions
+    said = {'what': what, 'spared': os.environ[SPARE_FROZEN]} | said
+    return said | {'counted': counted, 'predicted': estimate.tensors} | parts | versions
 
 def small_runs(home):
     "Counted and predicted, on small models."
@@ -127,7 +129,9 @@ def of_7b():
         yield line(what, estimate, model='7B', ranks=ranks, tokens=tokens, image_tokens=sum(pictures))
 
 def main(out):
-    with tempfile.TemporaryDirectory() as home: rows = [*small_runs(Path(home)), *of_7b()]
+    rows = []
+    for os.environ[SPARE_FROZEN] in '0', '1':
+        with tempfile.TemporaryDirectory() as home: rows += [*small_runs(Path(home)), *of_7b()]
     file = Path(out)
     others = list(csv.DictReader(file.open())) if file.is_file() else []
     kept = [row for row in others if any(row[p] != rows[0][p] for p in PACKAGES)]

@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from qwen2vl_nb.frozen import spare_frozen
 from qwen2vl_nb.run.rank import blocking
 from qwen2vl_nb.memory.simulate import LiveBytes
 
@@ -71,6 +72,7 @@ def count(recipe):
     no next one waits."""
     from llamafactory.train.tuner import run_exp
     live, batches, steps = LiveBytes('cpu'), [], []
+    spare_frozen(recipe)
     with counted_inputs(live, batches), counted_answers(live, steps), live:
         run_exp(recipe, callbacks=[steps_of(live, batches, steps)])
     return steps[-1] if recipe.get('do_predict') else max(steps[1:], key=lambda step: step['peak'])

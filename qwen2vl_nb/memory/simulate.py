@@ -16,20 +16,21 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from ..model import family_class
+from ..frozen import spare_tower
 
 # %% ../../nbs/memory/00_simulate.ipynb #575bce5b
 class LiveBytes(TorchDispatchMode):
-    "Counts the bytes of all tensors alive on one kind of device, by part of the model."
+    "Counts the bytes of all live tensors on one kind of device, by part of the model."
     def __init__(self,
         device:str, # `'meta'`, `'cpu'` or `'cuda'`
     ):
         super().__init__()
         self.device, self.part, self._storages = device, 'language', {}
-        self.live, self.peak = {}, {} # Part → bytes: now, and when they were most since `peak` was emptied
+        self.live, self.peak = {}, {} # Part → bytes: now, and at the maximum since `peak` was emptied
 
     def add(self,
-        tensor, # What an operation gave; anything but a tensor of the device is passed over
-        part:str=None, # The part to book it on; `None`: the one at work
+        tensor, # A result of an operation; anything but a tensor on the device is ignored
+        part:str=None, # The part for which it counts; `None`: the one that is running
     ):
         "Count a tensor's storage, once."
         if not isinstance(tensor, torch.Tensor) or tensor.device.type != self.device: return
@@ -40,9 +41,9 @@ class LiveBytes(TorchDispatchMode):
         self.live[part] = self.live.get(part, 0) + size
 
     def drop(self,
-        tensor:torch.Tensor, # A tensor that somebody else counts
+        tensor:torch.Tensor, # A tensor that is counted elsewhere
     ):
-        "Count a tensor no longer."
+        "Stop counting a tensor."
         self._gone(id(tensor.untyped_storage()))
 
     def _gone(self, key, _=None):
@@ -57,7 +58,7 @@ class LiveBytes(TorchDispatchMode):
 
 # %% ../../nbs/memory/00_simulate.ipynb #01420dab
 def _cpu_kernel(query, key, mask, causal):
-    "What `scaled_dot_product_attention` would take on the CPU, asked with tensors of two tokens."
+    "The kernel that `scaled_dot_product_attention` would use on the CPU, asked with tensors of two tokens."
     small = lambda t: torch.zeros(t.shape[0], t.shape[1], 2, t.shape[3], dtype=t.dtype)
     shape = None if mask is None else torch.zeros(1, 1, 2, 2, dtype=torch.bool)
     is_flash = torch._fused_sdp_choice(small(query), small(key), small(key), shape, 0., causal,
@@ -65,7 +66,7 @@ def _cpu_kernel(query, key, mask, causal):
     return 'cpu flash' if is_flash else 'math'
 
 def _as_numbers(mask, like):
-    "A boolean mask as what is added to the scores."
+    "A boolean mask as the numbers that are added to the scores."
     number = partial(torch.scalar_tensor, dtype=like.dtype, device=like.device)
     return torch.where(mask, number(0.), number(float('-inf')))
 
@@ -74,7 +75,7 @@ def attention(
     module, query, key, value, attention_mask, # As transformers gives them; query (batch, heads, tokens, width)
     dropout=0., scaling=None, is_causal=None, **_
 )->tuple: # (batch, tokens, heads, width), and None for the weights
-    "Attention by the operation that the named device would run."
+    "Attention as the named kernel computes it."
     ops, groups = torch.ops.aten, query.shape[1] // key.shape[1]
     query, key = query.to(value.dtype), key.to(value.dtype) # under autocast positions made them fp32
     mask = None if kernel == 'fa2' else attention_mask
@@ -121,7 +122,7 @@ class Autocast(TorchFunctionMode):
 
     @contextmanager
     def region(self, *_, enabled=True, **__):
-        "In place of `torch.autocast`: what was cast is let go at the end of the outermost region."
+        "In place of `torch.autocast`: the cast weights are released at the end of the outermost region."
         before, self.depth = self.depth, self.depth + 1 if enabled else 0
         try: yield
         finally:
@@ -142,7 +143,7 @@ class _Unpacked(torch.autograd.Function):
 def _packed_size(n): return n//2 + -(-n//64) + 4*-(-n//(64*256))
 
 def pack_linear_layers(
-    model, # Model on the meta device; all its linear layers but the last are packed
+    model, # Model on the meta device; all its linear layers except the last are packed
 ):
     "Quantize linear layers as bitsandbytes does."
     for module in model.modules():
@@ -159,8 +160,8 @@ def _chosen(kind, recipe):
 
 def build_model(
     job:dict, # `config`, `recipe`, `dtype` of the weights in the model folder, and what DeepSpeed casts them to
-): # The model, ready to be trained or asked, on the meta device
-    "The real model class, as LLaMA-Factory prepares it."
+): # The model on the meta device, ready for training or prediction
+    "The real model class, prepared by LLaMA-Factory."
     from llamafactory.hparams import FinetuningArguments, ModelArguments
     from llamafactory.model.adapter import init_adapter
     from llamafactory.model.model_utils.checkpointing import prepare_model_for_training
@@ -180,7 +181,7 @@ def build_model(
 
 # %% ../../nbs/memory/00_simulate.ipynb #947bbdb8
 class _Told(torch.autograd.Function):
-    "Passes a tensor through, and tells when its gradient comes back."
+    "Returns its tensor, and reports when the gradient of it has been computed."
     @staticmethod
     def forward(ctx, x, tell):
         ctx.tell = tell
@@ -192,15 +193,15 @@ class _Told(torch.autograd.Function):
         return grad, None
 
 def _through(tensors, tell):
-    "The tensors; those that will have a gradient pass through `_Told`."
+    "Pass the tensors that will have a gradient through `_Told`."
     has_gradient = lambda x: x.requires_grad and torch.is_grad_enabled()
     return tree_map_only(torch.Tensor, lambda x: _Told.apply(x, tell) if has_gradient(x) else x, tensors)
 
 # %% ../../nbs/memory/00_simulate.ipynb #58fe8fd6
-parts = ('vision', 'language', 'logits', 'KV cache') # What the work is booked on
+parts = ('vision', 'language', 'logits', 'KV cache') # For which bytes are counted
 
 class Recorder:
-    "Notes what happens in a step: (kind, number, bytes at most since the last event, bytes now), both by part."
+    "Records the events of a step: (kind, number, maximum bytes since the previous event, bytes now), both by part."
     def __init__(self,
         model, # The model
         live:LiveBytes, # Counts while the model runs
@@ -215,14 +216,14 @@ class Recorder:
         kind:str, # `'start'`, `'backward'`, `'gradient'`, `'end'`; `'pre_forward'` and the like of a module
         number:int=0, # Of the module or parameter
     ):
-        "Note an event."
+        "Record an event."
         now = dict(self.live.live)
         most = max(self.live.peak, now, key=lambda counts: sum(counts.values()))
         self.events.append([kind, number, *([counts.get(part, 0) for part in parts] for counts in (most, now))])
         self.live.peak = {}
 
     def _gradient(self, i, p):
-        "A gradient is ready. Whoever keeps it books it."
+        "A gradient is ready. It counts for the rank, not for the step."
         self.note('gradient', i)
         self.live.drop(p.grad)
         p.grad = None
@@ -251,19 +252,19 @@ def _watch(self:Recorder, i, name, module):
 
 # %% ../../nbs/memory/00_simulate.ipynb #9b4c1952
 def _pixel_type(job):
-    "The type that LLaMA-Factory's collator casts pictures to: the recipe's, else that of the machine."
+    "The type to which LLaMA-Factory's collator casts pictures: the recipe's, or that of the machine."
     from llamafactory.extras.misc import infer_optim_dtype
     if job['half']: return getattr(torch, job['half'])
     weights = getattr(torch, job['dtype'])
     return infer_optim_dtype(weights) if job['kernel'] == 'cpu' else weights
 
 def _sides(tokens):
-    "The sides of a picture of so many tokens that is nearly square."
+    "The sides, in tokens, of a nearly square picture with a number of tokens."
     short = max(side for side in range(1, math.isqrt(tokens) + 1) if tokens % side == 0)
     return short, tokens//short
 
 def _batch(job, n, vision):
-    "The batch of `n` samples as the model gets it, on the meta device, and the mask of padded tokens."
+    "The batch of `n` samples for the model, on the meta device, and the mask of padded tokens."
     empty, tokens = partial(torch.empty, device='meta'), job['tokens']
     long, merge = partial(empty, dtype=torch.long), vision.spatial_merge_size
     has_mask = job['padded'] and job['kernel'] != 'fa2'
@@ -285,12 +286,12 @@ class _LengthsOnCpu(TorchFunctionMode):
         return func(*args, **(kwargs or {}) | ({'device': 'cpu'} if is_list else {}))
 
 def _add_to_pictures(_, hidden_states, visual_pos_masks, visual_embeds):
-    "Takes the memory that adding to the picture tokens of a layer's output takes, in Qwen3-VL."
+    "Takes the memory that Qwen3-VL takes to add to the picture tokens in a layer's output."
     places = tuple(torch.empty(len(visual_embeds), dtype=torch.long, device='meta') for _ in range(2))
     return hidden_states.index_put(places, hidden_states[places].clone() + visual_embeds.to(hidden_states.dtype))
 
 def _find_pictures(input_ids, inputs_embeds, image_features=None, video_features=None):
-    "Takes the memory that finding the picture tokens takes, and gives a mask of the right shape."
+    "Takes the memory that finding the picture tokens takes, and returns a mask of the right shape."
     if image_features is not None:
         torch.empty(3, image_features.numel(), dtype=torch.long, device='meta'), torch.empty_like(image_features)
     mask = (input_ids == 0).unsqueeze(-1).expand_as(inputs_embeds)
@@ -298,7 +299,7 @@ def _find_pictures(input_ids, inputs_embeds, image_features=None, video_features
 
 # %% ../../nbs/memory/00_simulate.ipynb #05689316
 def _book_cache(live):
-    "Book what is kept of keys and values on a part of its own."
+    "Count the stored keys and values as a part of their own."
     from transformers.cache_utils import DynamicCache
     update = DynamicCache.update
     def booked(*args, **kwargs):
@@ -308,9 +309,10 @@ def _book_cache(live):
     DynamicCache.update = booked
 
 def _prepare(job):
-    "Teach transformers the kernel and the places of pictures; gives what is in place of autocast."
+    "Replace the attention kernel and the search for picture tokens; returns the replacement of autocast."
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    if job['spares_tower']: spare_tower()
     ALL_ATTENTION_FUNCTIONS.register('simulated', partial(attention, job['kernel']))
     ALL_MASK_ATTENTION_FUNCTIONS.register('simulated', sdpa_mask)
     kind = job['config']['model_type']
@@ -321,14 +323,14 @@ def _prepare(job):
         modeling_qwen3_vl.create_causal_mask = lambda *, attention_mask, **_: attention_mask['full_attention']
     if job['zero_3']:
         from deepspeed.runtime.zero.linear import zero3_linear_wrap
-        torch.nn.functional.linear = zero3_linear_wrap # it keeps the inputs of frozen layers too
+        torch.nn.functional.linear = zero3_linear_wrap # it keeps the inputs of frozen layers, too
     half = Autocast(getattr(torch, job['autocast'])) if job['autocast'] else None
     torch.autocast = torch.amp.autocast = half.region if half else lambda *_, **__: nullcontext()
-    torch.is_autocast_enabled = lambda *_: bool(half and half.depth) # asked by checkpointing, for its second pass
+    torch.is_autocast_enabled = lambda *_: bool(half and half.depth) # checkpointing asks this for its second pass
     return half
 
 def _forward(model, batch, half):
-    "The model's answer to a batch; under autocast it is given in fp32."
+    "The model's output for a batch; under autocast it is in fp32."
     if not half: return model(**batch)
     from accelerate.utils import convert_outputs_to_fp32
     with half.region(): out = convert_outputs_to_fp32(model.forward)(**batch)
@@ -352,14 +354,14 @@ def _step(model, job, n, half, recorder):
         loss = out.loss if job['labels'] else out
         del out, given
         recorder.note('backward')
-        if job['backward']: torch.autograd.backward(loss) # its method would leave autocast's mode
+        if job['backward']: torch.autograd.backward(loss) # the tensor's method would leave autocast's mode
         recorder.note('end')
     return recorder.events
 
 def simulate(
-    job:dict, # As `qwen2vl_nb.memory.estimate` makes it
+    job:dict, # As `qwen2vl_nb.memory.estimate` builds it
 )->dict: # `parameters`: (number, bytes of one, optimizer group if trained); `modules`; `events` for one and two samples
-    "What lives when, in a step on the meta device."
+    "The events of a step on the meta device."
     from transformers import Trainer
     half, model = _prepare(job), build_model(job)
     recorder = Recorder(model, LiveBytes('meta'))
@@ -372,7 +374,7 @@ def simulate(
             'events': [_step(model, job, n, half, recorder) for n in (1, 2)]}
 
 def main():
-    "Answer the job that comes on standard input, as JSON."
-    gc.disable() # looking for cycles, of which there are none, takes a quarter of the time
+    "Read a job from standard input and write the result as JSON."
+    gc.disable() # searching for cycles, of which there are none, takes a quarter of the time
     out, sys.stdout = sys.stdout, sys.stderr
     json.dump(simulate(json.load(sys.stdin)), out)

@@ -13,6 +13,7 @@ from pathlib import Path
 from ..hidden import given
 from ..files import json_or, reserve
 from ..checkpoint import newest_complete
+from ..frozen import spare_frozen
 from .agent import listen_locally
 from .folder import PROGRESS, RUN, STOP, STOPPING, failure_file, write_failure, write_progress
 from .waiter import is_there
@@ -285,6 +286,8 @@ def work(
         _save_bf16_optimizer()
         _compile_under_lock()
     if recipe.get('deepspeed') and not torch.cuda.is_available(): _wait_for_gathers()
+    spared = spare_frozen(recipe)
+    if spared and os.environ.get('RANK', '0') == '0': print(f'{spared}.', flush=True)
     run_exp(recipe, [step_callback(folder)])
 
 # %% ../../nbs/run/20_rank.ipynb #0fd257bc

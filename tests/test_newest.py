@@ -1,0 +1,54 @@
+"The newest versions that `settings.ini` allows, as `pip install` resolves them: they work, and cost no more. Collected by `make test-newest`, which has them."
+import importlib.metadata, importlib.util
+
+import pytest
+from packaging.version import Version
+
+from qwen2vl_nb.frozen import SPARE_FROZEN
+from qwen2vl_nb.memory.estimate import predict_memory
+from qwen2vl_nb.run.loss import read_log
+from qwen2vl_nb.run.start import launch
+from qwen2vl_nb.stack import installed_versions, version_findings
+from qwen2vl_nb.zero import zero_config
+
+__test__ = Version(importlib.metadata.version('transformers')) >= Version('5')  # with the lock file there is nothing to collect
+
+def test_what_pip_installs_by_ranges_works_together():
+    assert not [f for f in version_findings(installed_versions()) if f.level == 'error']
+    assert Version(installed_versions()['deepspeed']) >= Version('0.19')
+
+@pytest.mark.parametrize('zero, ranks', [(None, 1), ('z2', 2), ('z3', 2)])
+def test_losses_are_those_of_the_versions_as_published(zero, ranks, few_steps, tmp_path):
+    given = dict(deepspeed=zero_config(zero), use_cpu=None) if zero else {}
+    losses = {}
+    for spared in '0', '1':
+        run = launch(few_steps(output_dir=tmp_path/spared, max_steps=6, learning_rate=1e-3, **given), nproc=ranks, env={SPARE_FROZEN: spared})
+        run.wait()
+        losses[spared] = read_log(run).loss.dropna().tolist()
+        log = run.log(rank=0) if ranks > 1 else run.log()
+        assert ('of the frozen vision tower' in log) is (spared == '1')
+        assert ('gathered frozen weights' in log) is (spared == '1' and zero == 'z3')
+    assert len(losses['0']) == 6 and losses['0'] == losses['1']
+
+@pytest.fixture(scope='module')
+def counting(data):
+    "The script that counts LLaMA-Factory's own trainer."
+    spec = importlib.util.spec_from_file_location('frozen_tower', data.parent/'nbs'/'benchmarks'/'frozen_tower.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+@pytest.mark.parametrize('zero, ranks, most', [(None, 1, .45), ('z3', 2, .45)])
+def test_frozen_weights_take_no_memory(zero, ranks, most, counting, tmp_path, monkeypatch):
+    "Bytes of live tensors, and their prediction, as published and as `launch` trains."
+    counting.register_pictures(tmp_path/'data')
+    model, found = counting.make_model(tmp_path/'model'), {}
+    for spared in '0', '1':
+        monkeypatch.setenv(SPARE_FROZEN, spared)
+        recipe = counting.make_recipe(tmp_path, f'run{spared}', model, zero)
+        (counted, sample), = counting.count(tmp_path/spared, {'run': recipe}, ranks, 'frozen_tower.py', '--count').values()
+        estimate = predict_memory(recipe, None, ranks, gpu=False, sample=sample)
+        assert estimate.tensors == pytest.approx(counted, rel=.02)
+        assert any('are not kept' in words for words in estimate.assumptions) is (spared == '1')
+        found[spared] = counted
+    assert found['1'] < most*found['0']
