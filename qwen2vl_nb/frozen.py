@@ -9,7 +9,7 @@ __all__ = ['SPARE_FROZEN', 'is_spared', 'describe_spared', 'require_text_gradien
 # %% ../nbs/13_frozen.ipynb #e37a55f2
 import importlib.metadata, os
 from packaging.version import Version
-from .recipe import read_zero
+from .files import json_or
 
 # %% ../nbs/13_frozen.ipynb #468fbc00
 SPARE_FROZEN = 'QWEN2VL_NB_SPARE_FROZEN' # Environment variable; with `0`, nothing is changed
@@ -55,7 +55,9 @@ def spare_frozen(
     recipe:dict, # The recipe that this process will run
 )->str: # As from `describe_spared`
     "Make the changes that a recipe needs in this process."
-    stage = read_zero(recipe.get('deepspeed')).get('zero_optimization', {}).get('stage')
+    zero = recipe.get('deepspeed') or {}
+    config = zero if isinstance(zero, dict) else json_or({}, zero)
+    stage = config.get('zero_optimization', {}).get('stage')
     if is_spared('transformers', recipe): spare_tower()
     if stage == 3 and is_spared('deepspeed', recipe): spare_gathered()
     return describe_spared(recipe, stage)
