@@ -38,7 +38,7 @@ def counting(data):
     spec.loader.exec_module(module)
     return module
 
-@pytest.mark.parametrize('zero, ranks, most', [(None, 1, .45), ('z3', 2, .45)])
+@pytest.mark.parametrize('zero, ranks, most', [(None, 1, .6), ('z3', 2, .4)])
 def test_frozen_weights_take_no_memory(zero, ranks, most, counting, tmp_path, monkeypatch):
     "Bytes of live tensors, and their prediction, as published and as `launch` trains."
     counting.register_pictures(tmp_path/'data')
