@@ -8,7 +8,6 @@ __all__ = ['SPARE_FROZEN', 'is_spared', 'describe_spared', 'require_text_gradien
 
 # %% ../nbs/13_frozen.ipynb #e37a55f2
 import importlib.metadata, os
-from packaging.version import Version
 from .files import json_or
 
 # %% ../nbs/13_frozen.ipynb #468fbc00
@@ -19,6 +18,7 @@ def is_spared(
     recipe:dict, # A recipe
 )->bool:
     "Whether a run with the installed version takes less memory for frozen weights than the version by itself."
+    from packaging.version import Version # not in an environment without LLaMA-Factory
     if os.environ.get(SPARE_FROZEN) == '0' or recipe.get('finetuning_type', 'lora') != 'lora': return False
     new = {'transformers': '5', 'deepspeed': '0.19'}[package]
     is_reentrant = package == 'transformers' or recipe.get('use_reentrant_gc', True)
