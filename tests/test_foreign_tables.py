@@ -219,7 +219,7 @@ def test_unknown_parts_are_refused_by_name(part, tmp_path):
     good = _turns([WHAT], CAR)
     (tmp_path/'a.json').write_text(json.dumps([good, _turns([WHAT, part], CAR), good, _turns([WHAT], [part])]))
     kind = part.get('type', '') if isinstance(part, dict) else repr(part)[:4]
-    with pytest.raises(ValueError, match=r'a.json has 2 row\(s\) that cannot be read. row 1: messages\[0\] has an? .*; row 3: messages\[1\] has') as e: read_samples(tmp_path/'a.json')
+    with pytest.raises(ValueError, match=r'a.json has 2 row\(s\) that cannot be read. row 1: messages\[0\] has a content part .*; row 3: messages\[1\] has') as e: read_samples(tmp_path/'a.json')
     assert kind in str(e.value)
 
 def test_a_picture_in_a_column_keeps_its_place(tmp_path):

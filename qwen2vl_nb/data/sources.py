@@ -533,7 +533,7 @@ def _part(part):
     given = {k: v for k,v in part.items() if v is not None} if isinstance(part, dict) else {}
     kind = given.get('type', next((k for k in _part_kinds if k in given), None))
     if not (isinstance(kind, str) and kind in _part_kinds):
-        raise ValueError(f'an unknown content part: {_shortened(part)}')
+        raise ValueError(f'a content part of an unknown kind: {_shortened(part)}')
     what = _part_kinds[kind]
     value = next((given[k] for k in _value_keys[what] if k in given), None)
     if what[0] != '<': is_known = isinstance(value, (str, dict) if what == 'call' else str)

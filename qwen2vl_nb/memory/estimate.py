@@ -18,8 +18,8 @@ from ..files import whole_file
 from ..model import has_processor, image_tokens, model_config, recipe_limits
 from ..stack import GiB
 from ..frozen import describe_spared, is_spared
-from ..recipe import dataset_names, read_zero
-from ..zero import zero_config
+from ..recipe import dataset_names
+from ..zero import read_zero, zero_config, zero_stage
 from ..data.registry import Registry, dataset_samples
 from ..data.tokens import count_tokens
 from .zero_rank import Rank, Stage0, Stage2, Stage3, Step
@@ -87,7 +87,7 @@ def _job(recipe, config, stage, sample, gpu):
             'cast': half or ('float32' if stage == 3 else None) if engine else None, 'autocast': None
             if engine else half,
             'half': half, 'copy': 'float32' if engine and not half else None, 'zero_3': engine and stage == 3,
-            'labels': train, 'backward': train, 'spares_tower': train and is_spared('transformers', recipe),
+            'labels': train, 'backward': train, 'spares_tower': is_spared('transformers', recipe, stage),
             'kernel': 'fa2' if recipe.get('flash_attn') == 'fa2' else 'cuda' if gpu else 'cpu',
             'padded': True, **sample}
 
@@ -172,7 +172,7 @@ def _zero(recipe, zero):
     if isinstance(zero, str) and zero in _not_here: raise NotPredicted(_not_here[zero])
     if isinstance(zero, str): zero = zero_config(zero)
     config = zero if zero is not None else read_zero(recipe.get('deepspeed'))
-    return config, config.get('zero_optimization', {}).get('stage', 0) if config else None
+    return config, zero_stage(config)
 
 # %% ../../nbs/memory/20_estimate.ipynb #8940c088
 def _unpredicted(recipe, config, stage):
@@ -247,15 +247,14 @@ def _notes(recipe, config):
               'Offloading compiles DeepSpeed\'s CPU Adam, and there is no compiler: apt-get install g++')]
     return [text for holds, text in rules if holds]
 
-def _estimate(rank, recipe, config, gpu, source, disk):
+def _estimate(rank, recipe, config, stage, gpu, source, disk):
     "The estimate for a rank, with the allowance."
     tensors = sum(rank.peak.values())
     allowed = {how: _allowance(tensors, rank.ranks, how) if gpu else 0 for how in _allowances}
     parts = {k: int(v) for k,v in rank.peak.items() if v} | {'allowance': allowed['likely']}
     batch = recipe.get(f"per_device_{'train' if recipe.get('do_train') else 'eval'}_batch_size", 1)
-    stage = (config or {}).get('zero_optimization', {}).get('stage')
     assumptions = [source, f'a batch of {batch} on each GPU', 'an allowance for everything but tensors',
-                   *filter(None, [recipe.get('do_train') and describe_spared(recipe, stage)])]
+                   *filter(None, [describe_spared(recipe, stage)])]
     return MemoryEstimate(parts, rank.when, int(tensors + allowed['low']), int(tensors + allowed['high']),
                           rank.ranks*rank.host, disk if recipe.get('do_train') else 0, assumptions,
                           _notes(recipe, config))
@@ -285,4 +284,4 @@ def predict_memory(
     zero = _filled(config['zero_optimization'], text['hidden_size']) if config else None
     rank = kind(step, recipe, gpus, zero, 2 if half else 4).run()
     if not recipe.get('do_train'): _answer(rank, recipe, sample['tokens'], text['num_hidden_layers'])
-    return _estimate(rank, recipe, config, gpu, source, _disk(step, recipe, stage, half))
+    return _estimate(rank, recipe, config, stage, gpu, source, _disk(step, recipe, stage, half))

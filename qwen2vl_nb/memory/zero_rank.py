@@ -229,7 +229,7 @@ class Stage3(Rank):
     def setup(self):
         self.offload, self.offload_weights = 'offload_optimizer' in self.zero, 'offload_param' in self.zero
         self.is_new = Version(version('deepspeed')) >= Version('0.19')
-        self.holds_recomputed = self.is_new and not is_spared('deepspeed', self.recipe)
+        self.holds_recomputed = self.is_new and not is_spared('deepspeed', self.recipe, 3)
         self.bucket = int(self.zero['reduce_bucket_size'])
         share = sum(map(self._piece, self.trained))
         frozen = sum(map(self._piece, self.frozen))

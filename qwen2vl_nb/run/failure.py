@@ -12,7 +12,8 @@ from pathlib import Path
 from ..files import Damaged, read_tail
 from ..findings import Finding
 from ..stack import GiB
-from ..recipe import load_recipe, read_zero, zero_file_name
+from ..recipe import load_recipe, zero_file_name
+from ..zero import read_zero
 from ..memory.plan import zero_table
 from .folder import (ENDED, RANKS, RECIPE, REFUSED, RUN, RUN_LOG, failure_file, read_state,
                                    state_or_empty)

@@ -357,9 +357,9 @@ def _thin(values, stretches=2000):
     "Reduce a series to what can be seen of it: for each stretch, the lowest value, the highest value and one gap."
     import numpy as np
     if len(values) <= 4*stretches: return values
-    size, places = -(-len(values)//stretches), set()
+    numbers, size, places = values.to_numpy(), -(-len(values)//stretches), set()
     for start in range(0, len(values), size):
-        part = values.to_numpy()[start:start + size]
+        part = numbers[start:start + size]
         gaps = np.isnan(part)
         if not gaps.all(): places |= {start + np.nanargmin(part), start + np.nanargmax(part)}
         if gaps.any(): places.add(start + gaps.argmax())
