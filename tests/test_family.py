@@ -1,15 +1,17 @@
 "Each model family against what LLaMA-Factory and the real classes make of it."
 import json, random, shutil
+from pathlib import Path
+
 import pytest
 from PIL import Image
 
 from conftest import until, write_clip
 from qwen2vl_nb.all import attach, check_recipe, export, launch, predict, predict_recipe, read_log, score, train_recipe, zero_config
-from qwen2vl_nb.checks import data_findings
+from qwen2vl_nb.checks import data_findings, model_findings
 from qwen2vl_nb.data.check import check_samples
 from qwen2vl_nb.data.registry import Registry
 from qwen2vl_nb.data.tokens import count_tokens
-from qwen2vl_nb.model import families, image_tokens, processor_config, usual_template, video_tokens
+from qwen2vl_nb.model import families, image_tokens, processor_config, processor_limits, usual_template, video_tokens
 from qwen2vl_nb.tiny import tiny_model
 
 @pytest.fixture(scope='session', params=['qwen2_5_vl', 'qwen3_vl'])
@@ -31,6 +33,22 @@ def _side(rng): return int(10**rng.uniform(0, 3.6))
 def test_the_limits_are_those_of_the_published_processors(small, family, parts):
     real = parts[1].image_processor
     assert (real.patch_size*real.merge_size, real.size['shortest_edge'], real.size['longest_edge']) == (2*families[family].patch, *families[family].picture)
+
+def test_a_folder_as_transformers_5_writes_it_is_a_model(small, tmp_path):
+    "All processors in one file: it is loaded, nothing is missing, and the limits are those of the processors."
+    from transformers import AutoProcessor
+    folder = shutil.copytree(small, tmp_path/'model', ignore=shutil.ignore_patterns('*processor_config.json'))
+    assert [Path(f.where).name for f in model_findings(folder)] == ['preprocessor_config.json']
+    nested = dict(image_processor=processor_config(small), video_processor=processor_config(small, video=True))
+    nested['image_processor']['size'] = dict(shortest_edge=5000, longest_edge=90_000)
+    nested['video_processor']['size'] = dict(shortest_edge=6000, longest_edge=80_000)
+    for part in nested.values(): part.pop('min_pixels', None), part.pop('max_pixels', None)
+    (folder/'processor_config.json').write_text(json.dumps(nested | {'processor_class': type(AutoProcessor.from_pretrained(small)).__name__}))
+    real = AutoProcessor.from_pretrained(folder)
+    assert not model_findings(folder)
+    for part, video in (real.image_processor, False), (real.video_processor, True):
+        limits = processor_limits(folder, video)
+        assert (limits['min_pixels'], limits['max_pixels']) == (part.size['shortest_edge'], part.size['longest_edge'])
 
 def test_image_tokens_are_those_of_the_trainer(small, parts):
     "2,000 random sizes and limits through LLaMA-Factory's steps and the real resize; every tenth through all of the processor."
