@@ -52,9 +52,10 @@ browser:
 	command -v apt-get >/dev/null && $$root apt-get update && $$root apt-get install -y --no-install-recommends chromium || \
 	{ echo "No browser could be installed: install Chromium by hand, as root (on Debian: apt-get install chromium), then call make test again."; exit 1; }
 
+# Two tests at a time; trainings side by side keep one another waiting unless each has a single thread
 test: setup browser
 	$(BIN)/nbdev_test --n_workers 2
-	$(PYTEST) tests
+	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile --timeout 1500 tests
 	$(BIN)/ruff check qwen2vl_nb nbs tests
 
 # vLLM pins its own torch; its CPU build gets an environment of its own

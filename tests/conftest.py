@@ -23,13 +23,15 @@ def _install_wheel():
     subprocess.run([*pip, 'install', '--no-deps', '--no-index', '--target', work/'site', *(work/'dist').glob('*.whl')], check=True)
     return work
 
-WORK = _install_wheel()
+# The workers of pytest-xdist use what the first process built
+WORK = Path(os.environ.get('TESTED_WHEEL') or _install_wheel())
+os.environ['TESTED_WHEEL'] = str(WORK)
 SITE = str(WORK/'site')
 sys.path.insert(0, SITE)
 os.environ['PYTHONPATH'] = SITE
 os.environ['HF_HUB_OFFLINE'] = '1'
 os.environ['CUDA_VISIBLE_DEVICES'] = ''  # the same on a machine with GPUs
-os.environ['XDG_DATA_HOME'] = str(WORK/'data')  # where the files that were written and the runs that were started are noted
+os.environ['XDG_DATA_HOME'] = str(WORK/os.environ.get('PYTEST_XDIST_WORKER', 'data'))  # where the files that were written and the runs that were started are noted
 
 PATIENCE = 900 # Seconds. It ends a test that hangs; a machine that has other work to do is never so slow
 
@@ -73,7 +75,9 @@ def pytest_collection_modifyitems(config, items):
     if not config.getoption('--soak'): items[:] = [i for i in items if not i.get_closest_marker('soak')]
 
 def pytest_configure(config): config.addinivalue_line('markers', 'soak: longer; runs under `make soak`')
-def pytest_unconfigure(config): shutil.rmtree(WORK, ignore_errors=True)
+
+def pytest_unconfigure(config):
+    if 'PYTEST_XDIST_WORKER' not in os.environ: shutil.rmtree(WORK, ignore_errors=True)
 
 @pytest.fixture(scope='session')
 def tiny(): return ROOT/'data'/'tiny_qwen2vl'
