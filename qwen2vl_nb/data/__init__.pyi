@@ -1,3 +1,9 @@
+from .boxes import Box as Box
+from .boxes import count_boxes as count_boxes
+from .boxes import format_boxes as format_boxes
+from .boxes import parse_boxes as parse_boxes
+from .boxes import sample_boxes as sample_boxes
+from .boxes import to_boxes as to_boxes
 from .sources import read_samples as read_samples
 from .tokens import count_tokens as count_tokens
 from .check import check_samples as check_samples
