@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['SIZE', 'ZOOM', 'ITEMS', 'COLORS', 'SKIES', 'MEADOWS', 'LEAVES', 'GLASS', 'TYRE', 'STEEL', 'LAMP', 'BRAKE', 'DRAWN',
-           'FPS', 'SECONDS', 'WAYS', 'CARD', 'FORMS', 'DRIVES', 'VOCAB', 'CONTEXT', 'SPECIAL', 'Pen', 'draw_vehicle',
-           'draw_drive', 'make_car_item', 'pretraining_samples', 'make_car_video', 'tiny_model']
+           'FPS', 'SECONDS', 'WAYS', 'CARD', 'FORMS', 'SCENE', 'DRIVES', 'VOCAB', 'CONTEXT', 'SPECIAL', 'Pen',
+           'draw_vehicle', 'draw_drive', 'make_car_item', 'pretraining_samples', 'draw_scene', 'make_car_scenes',
+           'make_car_video', 'tiny_model']
 
 # %% ../nbs/80_tiny.ipynb #0e0b2c30
 import csv, json, os, random, string
 from itertools import cycle, islice
 from pathlib import Path
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw
 from .files import whole_file, write_text
-from .model import chat_template, families, family_class
+from .model import box_frame, chat_template, families, family_class
+from .data.boxes import Box, format_boxes
 
 # %% ../nbs/80_tiny.ipynb #f82ccbdf
 SIZE = 112, 84 # Picture in pixels: 4 x 3 image tokens of 28 pixels
@@ -187,18 +189,23 @@ def _vehicle(image, rng, item, color):
     reach = DRAWN[item][1]*scale + 2
     _place(image, item, paint, rng.uniform(reach, SIZE[0]-reach), rng.uniform(9, 17), scale)
 
-def draw_vehicle(
-    item:str,          # One of `ITEMS`
-    color:str,         # One of `COLORS`
-    rng:random.Random, # Decides position, size, direction and scenery
-)->Image.Image: # Picture of 112 x 84 pixels with a palette of 64 colours
-    "Draw a vehicle on a road."
+def _scenery(rng):
+    "A picture of `SIZE` times `ZOOM` pixels with a road and nothing on it."
     image = Image.new('RGB', (SIZE[0]*ZOOM, SIZE[1]*ZOOM))
     pen,horizon = Pen(image),rng.uniform(34, 42)
     zenith,haze = rng.choice(SKIES)
     _sky(pen, rng, horizon, zenith, haze)
     rng.choice([_hills, _city, _trees])(pen, rng, horizon, haze)
     _road(pen, rng, horizon, haze)
+    return image
+
+def draw_vehicle(
+    item:str,          # One of `ITEMS`
+    color:str,         # One of `COLORS`
+    rng:random.Random, # Decides position, size, direction and scenery
+)->Image.Image: # Picture of 112 x 84 pixels with a palette of 64 colours
+    "Draw a vehicle on a road."
+    image = _scenery(rng)
     _vehicle(image, rng, item, color)
     if rng.random() < .5: image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return image.resize(SIZE, Image.Resampling.BOX).quantize(64)
@@ -292,6 +299,66 @@ def pretraining_samples(
 )->list: # Samples that ask for the same facts as the item card, never in its form
     "Draw the data that the embedded model is trained on before anybody fine-tunes it."
     return _draw_samples(Path(folder), 'train', FORMS, 1, n, random.Random(seed))
+
+# %% ../nbs/80_tiny.ipynb #5e044eb9
+def _places(
+    items:list,        # Vehicles, from left to right
+    rng:random.Random, # Decides places and sizes
+)->list: # (middle in pixels from the left, pixels per unit) of each
+    "Where vehicles stand side by side without touching each other."
+    scales = [rng.uniform(.5, .8) for _ in items]
+    lengths = [2*DRAWN[item][1]*scale for item,scale in zip(items, scales)]
+    shrunk = min(1, (SIZE[0] - 8)/sum(lengths))
+    free,gaps = SIZE[0] - 4 - shrunk*sum(lengths),sorted(rng.random() for _ in items)
+    return [(2 + gap*free + shrunk*(sum(lengths[:k]) + lengths[k]/2), shrunk*scales[k]) for k,gap in enumerate(gaps)]
+
+def draw_scene(
+    items:list,        # One to three of `ITEMS`, from left to right
+    rng:random.Random, # Decides places, sizes, colours and scenery
+)->tuple: # Picture of 112 x 84 pixels; a `Box` for each vehicle
+    "Draw vehicles side by side on a road."
+    image,boxes = _scenery(rng),[]
+    for item,(x,scale) in zip(items, _places(items, rng)):
+        empty = image.copy()
+        _place(image, item, COLORS[rng.choice([*COLORS])], x, rng.uniform(4, 22), scale)
+        corners = ImageChops.difference(empty, image).getbbox()
+        boxes.append(Box(item, *(corner/ZOOM for corner in corners)))
+    return image.resize(SIZE, Image.Resampling.BOX),boxes
+
+# %% ../nbs/80_tiny.ipynb #da48cd01
+SCENE = 'Where are the vehicles?'
+
+def _scene_samples(
+    folder:Path,       # Pictures go to its `images`; their paths are written relative to its parent
+    name:str,          # The samples go to `name`.json
+    family:str,        # A key of `families`: whose boxes the answers have
+    first:int,         # Number of the first picture
+    n:int,             # Number of samples
+    rng:random.Random, # Decides the pictures
+)->list: # Samples in LLaMA-Factory's alpaca form
+    "Draw and write scenes with one, two and three vehicles, equally often."
+    (folder/'images').mkdir(parents=True, exist_ok=True)
+    samples = []
+    for k in range(first, first + n):
+        path = folder/'images'/f'{k:04}.png'
+        picture,boxes = draw_scene(rng.choices(ITEMS, k=1 + k % 3), rng)
+        picture.save(path)
+        samples.append(dict(instruction=f'<image>{SCENE}', input='', output=format_boxes(boxes, SIZE, family),
+                            images=[path.relative_to(folder.parent).as_posix()], box_frame=[*box_frame(*SIZE, family)]))
+    write_text(folder/f'{name}.json', json.dumps(samples))
+    return samples
+
+def make_car_scenes(
+    folder:str|Path,       # Folder to write to: `images/`, `train.json`, `test.json`
+    n_train:int=2000,      # Number of samples to train on
+    n_test:int=100,        # Number of samples to test on
+    seed:int=0,            # The same seed draws the same pictures
+    family:str='qwen2_vl', # Whose boxes the answers have: a key of `families`
+)->tuple: # Training samples, test samples
+    "Draw scenes with several vehicles, and where each of them is."
+    folder,rng = Path(folder),random.Random(seed)
+    train = _scene_samples(folder, 'train', family, 1, n_train, rng)
+    return train,_scene_samples(folder, 'test', family, n_train+1, n_test, rng)
 
 # %% ../nbs/80_tiny.ipynb #57fa8c70
 def _write_clip(

@@ -16,6 +16,7 @@ from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 from fastcore.basics import patch
 from ..findings import as_text, text_table
+from .boxes import box_measures, box_table, measure_boxes, stated_boxes
 if TYPE_CHECKING: import pandas as pd
 
 # %% ../../nbs/prediction/50_scores.ipynb #faeaf9a1
@@ -247,9 +248,16 @@ class Scores(dict):
         return text_table(_shares(self._measures))
 
     @cached_property
+    def boxes(self):
+        "A `DataFrame`: support, precision, recall, F1, IoU and AP of each class of boxes, in percent."
+        if 'boxes.parsed' in self: return box_table(self._stated_boxes())
+        raise ValueError('The labels are not boxes, or some of them are not.')
+
+    @cached_property
     def fields(self):
-        "A `DataFrame`: support, accuracy, precision, recall and F1 of each field, in percent."
+        "A `DataFrame`: support, precision, recall, F1 and more of each field, or of each class of boxes, in percent."
         if self._judged is not None: return _field_table(*self._judged)
+        if 'boxes.parsed' in self: return self.boxes
         other = [i for i in self.rows.index if not isinstance(_parsed(self._given[i]['label']), dict)]
         raise ValueError(f'{len(other)} of {len(self.rows)} labels are not JSON objects, the first that of row '
                          f'{self.rows.id[other[0]]}: {self._given[other[0]]["label"]!r}.')
@@ -258,6 +266,11 @@ class Scores(dict):
         return '\n'.join([self._title(), self.overall.round(2).to_string(na_rep=''), *[self._note]*bool(self._note)])
 
 # %% ../../nbs/prediction/50_scores.ipynb #65a3f6fc
+@patch
+def _stated_boxes(self:Scores):
+    "The boxes of label and answer of each row that was scored."
+    for i in self.rows.index: yield tuple(stated_boxes(self._given[i][key]) for key in ('label', 'predict'))
+
 @patch
 def _values(self:Scores, column):
     "For each row, the value of a column of the data, of a field of the labels, or of a function."
@@ -287,7 +300,7 @@ def by(self:Scores,
     table = pd.DataFrame([_shares(self._measures.loc[some]).T.unstack() for some in places.values()],
                          pd.Index(list(places), name=name, dtype=object))
     table.insert(0, ('rows', ''), [len(some) for some in places.values()])
-    first = next(m for m in ('json', 'number', 'exact') if m in self)
+    first = next(m for m in ('json', 'boxes.f1', 'number', 'exact') if m in self)
     return text_table(table.sort_values([(first, 'value'), ('rouge-l', 'value')], kind='stable'))
 
 @patch
@@ -306,14 +319,14 @@ def _repr_html_(self:Scores):
 _alike = 'bleu-4', 'rouge-1', 'rouge-2', 'rouge-l'
 
 # %% ../../nbs/prediction/50_scores.ipynb #44cf8501
-_shared = 'exact', *_alike, 'number', 'outcome' # Results for a label and an answer, as numbers
+_shared = 'exact', *_alike, 'number', 'outcome', *box_measures # Results for a label and an answer, as numbers
 _block = 2**16 # Rows
 
 class _Measured:
     "The measures of rows that are added one by one; none of the rows is kept."
     def __init__(self, tolerance, measures):
         # `known`: the number assigned to each distinct outcome
-        self.tolerance, self.measures, self.known = tolerance, measures, {}
+        self.tolerance, self.measures, self.known, self.has_boxes = tolerance, measures, {}, False
         self.compared = lru_cache(2**14)(self._compared)
         self.places, self.ids, self.failed, self.block, self.blocks = array('q'), [], 0, [], []
         self.own = {name: array('d') for name in measures}
@@ -321,14 +334,16 @@ class _Measured:
         self.marked, self.token, self.are_kept = 0, '', False
 
     def _compared(self, label, predict):
-        "The numbers of `_shared`; the last two are -1 if the label is not a number or not a JSON object, respectively."
+        "The numbers of `_shared`; -1 where the label is not a number, not a JSON object, or not boxes, respectively."
         likeness, wanted, answer = _likeness(label, predict), _parsed(label), _parsed(predict or '')
-        number, outcome, is_bad = -1, -1, not isinstance(answer, dict)
+        number, outcome, is_bad, found_boxes = -1, -1, not isinstance(answer, dict), [-1]*len(box_measures)
+        if (boxes := stated_boxes(label)) is not None: found_boxes = measure_boxes(boxes, stated_boxes(predict))
+        self.has_boxes = self.has_boxes or bool(boxes)
         if isinstance(wanted, Decimal): number = 100*_same(wanted, answer, self.tolerance)
         if isinstance(wanted, dict):
             found = tuple(_outcomes(wanted, None if is_bad else answer, self.tolerance).items()), is_bad
             outcome = self.known.setdefault(found, len(self.known))
-        return 100*is_right({'label': label, 'predict': predict}), *likeness.values(), number, outcome
+        return 100*is_right({'label': label, 'predict': predict}), *likeness.values(), number, outcome, *found_boxes
 
     def add(self, i, row):
         "Add the row at a position. Raises `ValueError` if a user's measure fails."
@@ -377,6 +392,8 @@ def scores(self:_Measured, given):
         outcomes, malformed = [dict(pairs) for pairs,_ in self.known], [is_bad for _,is_bad in self.known]
         judged = outcomes, malformed, np.bincount(outcome).tolist()
         columns |= {name: np.array(values)[outcome] for name,values in _field_columns(outcomes, malformed).items()}
+    if self.has_boxes and self._all_have('boxes.parsed'):
+        columns |= {name: self._column(name) for name in box_measures}
     if self._all_have('number'): columns['number'] = self._column('number')
     columns |= {name: self._column(name) for name in _alike}
     _check_names(self.measures, ['id', *columns])
