@@ -27,7 +27,7 @@ def boxes_of_sample(
     "The boxes that can be drawn on a sample's picture."
     if len(media_of(sample, 'images')) != 1 or media_of(sample, 'videos'): return []
     try: return sample_boxes(sample, (1, 1), family, **limits) or []
-    except ValueError: return []  # what is wrong with them is for `check_samples` to say
+    except (ValueError, OSError): return []  # what is wrong with them is for `check_samples` to say
 
 def draw_box(
     box, # `Box` in shares of width and height
@@ -119,7 +119,7 @@ def _draw_areas(ax, boxes):
 def _draw_places(ax, boxes):
     corners = [box.coordinates if box.x2 is not None else box.coordinates*2 for box in boxes]
     x, y = [(x1 + x2)/2 for x1, _, x2, _ in corners], [(y1 + y2)/2 for _, y1, _, y2 in corners]
-    ax.hist2d(x, y, bins=20, range=[[0, 1], [0, 1]], cmap='cividis', cmin=1)
+    ax.hist2d(x, y, bins=20, range=[[0, 1], [0, 1]], cmap='cividis', cmin=1, rasterized=True)
     ax.set(xlim=(0, 1), ylim=(1, 0), xticks=[0, .5, 1], yticks=[0, .5, 1])
     ax.set_title('middles of the boxes', color=GREY, fontsize=9)
     plain_axes(ax, 'from the left', 'from the top')
