@@ -6,8 +6,8 @@
 __all__ = ['families', 'supported', 'box_marks', 'box_keys', 'pixel_limits', 'special_tokens', 'thinking_templates', 'systems',
            'Family', 'named_family', 'model_type', 'family_of', 'family_class', 'usual_template', 'trainer_size',
            'processor_config', 'has_processor', 'processor_limits', 'tokens_within', 'image_tokens', 'sampled_frames',
-           'video_tokens', 'resized', 'box_frame', 'recipe_limits', 'with_system', 'with_thoughts', 'chat_template',
-           'model_config', 'head_size', 'tower_size']
+           'video_tokens', 'resized', 'box_frame', 'corner_pairs', 'write_boxes', 'recipe_limits', 'with_system',
+           'with_thoughts', 'chat_template', 'model_config', 'head_size', 'tower_size']
 
 # %% ../nbs/03_model.ipynb #model02
 import json, math, re
@@ -249,6 +249,29 @@ def box_frame(
                          f'{supported}.')
     grid = family_of(model).grid
     return (grid, grid) if grid else resized(width, height, image_max_pixels, image_min_pixels, model)
+
+# %% ../nbs/03_model.ipynb #7b0d5c48
+def corner_pairs(
+    numbers:tuple, # Two or four coordinates of a point or box
+)->str: # Rounded, as Qwen2-VL writes them
+    "Coordinates in pairs, as they are between marks."
+    return ','.join(f'({round(x)},{round(y)})' for x, y in zip(numbers[::2], numbers[1::2]))
+
+def _between_marks(label, numbers, has_name):
+    if '<|' in label: raise ValueError(f'The label {label!r} contains a mark, and cannot stand between marks.')
+    return (label.join(box_marks['label']) if has_name else '') + corner_pairs(numbers).join(box_marks['box'])
+
+def _in_json(label, numbers):
+    return json.dumps({box_keys[len(numbers)]: [*map(round, numbers)], 'label': label}, ensure_ascii=False)
+
+def write_boxes(
+    boxes:list, # (label, two or four coordinates) of each point or box, in the coordinates of the family
+    style:str, # `'marks'` or `'json'`, as in `Family`
+)->str: # An answer
+    "Boxes as text, in whole numbers."
+    if style == 'json' or not boxes: return f"[{', '.join(_in_json(*box) for box in boxes)}]"
+    has_names = any(label for label, _ in boxes)  # a box without a name would get that of the one before it
+    return ''.join(_between_marks(*box, has_names) for box in boxes)
 
 # %% ../nbs/03_model.ipynb #mode0040
 pixel_limits = {'image_max_pixels': 768*768, 'image_min_pixels': 32*32,

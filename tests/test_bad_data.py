@@ -464,7 +464,7 @@ READING = { # name → the source, keywords, words of the error
     'a saved data set with a torn file': (lambda f: _torn(f/'d'), {}, 'is not a data set that datasets can load'),
     'a saved data set without its file': (lambda f: next(_saved(f/'d').glob('*.arrow')).unlink() or f/'d', {}, 'is not a data set that datasets can load'),
     'a saved data set with a torn state': (lambda f: _cut(_saved(f/'d')/'state.json').parent, {}, 'is not a data set that datasets can load'),
-    'COCO with boxes': (lambda f: _json(f/'a.json', COCO | {'annotations': [{'id': 7, 'image_id': 1, 'bbox': [0, 0, 9, 9], 'category_id': 3}]}), {}, 'annotations without a caption'),
+    'COCO with boxes': (lambda f: _json(f/'a.json', COCO | {'annotations': [{'id': 7, 'image_id': 1, 'bbox': [0, 0, 9, 9], 'category_id': 3}]}), {}, 'category_id 3, which is not among the categories'),
     'COCO of unknown pictures': (lambda f: _json(f/'a.json', COCO | {'annotations': [{'id': i, 'image_id': i, 'caption': 'x'} for i in (1, 8, 9)]}), {}, r'2 annotation\(s\) are not among its images: annotation 8, 9'),
     'COCO without annotations': (lambda f: _json(f/'a.json', COCO | {'annotations': []}), {}, 'has no rows'),
     'a column of pictures that nobody named': (lambda f: _table(f, 'photo,question,answer\na.jpg,b,c\n'), {}, "no column for the picture; 'photo' holds paths: image='photo'"),

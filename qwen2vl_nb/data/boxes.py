@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['Box', 'Piece', 'box_pieces', 'read_boxes', 'parse_boxes', 'count_boxes', 'format_boxes', 'picture_size',
-           'known_frame', 'sample_boxes', 'rewrite_boxes', 'to_boxes', 'turned_size', 'turn_numbers', 'turn_sample']
+           'known_frame', 'sample_boxes', 'rewrite_boxes', 'to_boxes', 'turn_sample']
 
-# %% ../../nbs/data/15_boxes.ipynb #8f8235a8
+# %% ../../nbs/data/15_boxes.ipynb #7a5c908b
 import json, re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
-from ..model import box_frame, box_keys, box_marks, family_of
+from ..model import box_frame, box_keys, box_marks, corner_pairs, family_of, write_boxes
+from .annotations import turn_numbers, turned_size
 from .media import glance_at_picture
 from .samples import is_dialogue, media_of, sample_turns
 
@@ -126,22 +127,7 @@ def count_boxes(
     found = [bool(piece.numbers) for piece in box_pieces(text) or []]
     return sum(found), len(found) - sum(found)
 
-# %% ../../nbs/data/15_boxes.ipynb #ec4af2e5
-def _pairs_of(numbers): return ','.join(f'({round(x)},{round(y)})' for x, y in zip(numbers[::2], numbers[1::2]))
-
-def _between_marks(label, numbers, has_name):
-    if '<|' in label: raise ValueError(f'The label {label!r} contains a mark, and cannot stand between marks.')
-    return (label.join(box_marks['label']) if has_name else '') + _pairs_of(numbers).join(box_marks['box'])
-
-def _in_json(label, numbers):
-    return json.dumps({box_keys[len(numbers)]: [*map(round, numbers)], 'label': label}, ensure_ascii=False)
-
-def _written(boxes, style):
-    "(label, numbers) of boxes as text."
-    if style == 'json' or not boxes: return f"[{', '.join(_in_json(*box) for box in boxes)}]"
-    has_names = any(label for label, _ in boxes)  # a box without a name would get that of the one before it
-    return ''.join(_between_marks(*box, has_names) for box in boxes)
-
+# %% ../../nbs/data/15_boxes.ipynb #62104a4f
 def format_boxes(
     boxes:list, # `Box`es
     size:tuple, # (width, height) of the picture in pixels
@@ -150,9 +136,9 @@ def format_boxes(
 )->str: # An answer
     "Boxes as a model of a family writes them."
     frame = box_frame(*size, family, **limits)
-    return _written([(box.label, _scaled(box.coordinates, size, frame)) for box in boxes], family_of(family).boxes)
+    return write_boxes([(box.label, _scaled(box.coordinates, size, frame)) for box in boxes], family_of(family).boxes)
 
-# %% ../../nbs/data/15_boxes.ipynb #1d1e464f
+# %% ../../nbs/data/15_boxes.ipynb #4d0acb1a
 def _texts_of(sample): return [text for _, _, text in sample_turns(sample)]
 
 def _with_texts(sample, change):
@@ -167,7 +153,7 @@ def picture_size(
     sample:dict, # A sample with one picture, or with several of the same size
 )->tuple: # (width, height) in pixels
     "The size of the picture that a sample's boxes are about. Raises `ValueError` if it cannot be known."
-    paths = media_of(sample, 'images')
+    paths = [path for path in media_of(sample, 'images') if isinstance(path, str)]
     looks = {path: glance_at_picture(path) for path in paths}
     faults = [fault.what for look in looks.values() for fault in look.faults]
     sizes = {look.size for look in looks.values()}
@@ -202,7 +188,7 @@ def sample_boxes(
     answers = [text for _, role, text in sample_turns(sample) if role == 'assistant' and box_pieces(text) is not None]
     if answers and frame: return [box for text in answers for box in read_boxes(text, size, frame)]
 
-# %% ../../nbs/data/15_boxes.ipynb #eca06a77
+# %% ../../nbs/data/15_boxes.ipynb #b81ee313
 _fence = re.compile(r'(?s)(```(?:json)?\s*)?\[\s*\Z'), re.compile(r'\s*\](\s*```)?')
 
 def _runs(text, pieces):
@@ -222,7 +208,7 @@ def _in_place(text, piece, numbers):
     if piece.style == 'json':
         return json.dumps(piece.rest | {box_keys[len(numbers)]: [round(n) for n in numbers]}, ensure_ascii=False)
     start, end = piece.rest
-    return text[piece.start:start] + _pairs_of(numbers) + text[end:piece.end]
+    return text[piece.start:start] + corner_pairs(numbers) + text[end:piece.end]
 
 def _joined(text, parts):
     "The text with other texts in the places of (start, end, new)."
@@ -246,7 +232,7 @@ def rewrite_boxes(
             raise ValueError(f"A box has {', '.join(sorted(more))}, for which there is no place between marks.")
     if not style or {piece.style for piece in pieces} <= {style}:
         return _joined(text, [(p.start, p.end, _in_place(text, p, change(p.numbers))) for p in pieces])
-    return _joined(text, [(start, end, _written([(p.label, change(p.numbers)) for p in run], style))
+    return _joined(text, [(start, end, write_boxes([(p.label, change(p.numbers)) for p in run], style))
                           for start, end, run in _runs(text, pieces)])
 
 # %% ../../nbs/data/15_boxes.ipynb #197b2579
@@ -268,29 +254,7 @@ def to_boxes(
     change = lambda text: rewrite_boxes(text, lambda numbers: _scaled(numbers, now, frame), style)
     return _with_texts(sample, change) | {'box_frame': [*frame]}
 
-# %% ../../nbs/data/15_boxes.ipynb #9e2fe462
-# Orientation → coordinates in the upright picture of the place (x, y) in a file of w×h
-_turns = {2: lambda x, y, w, h: (w-x, y), 3: lambda x, y, w, h: (w-x, h-y), 4: lambda x, y, w, h: (x, h-y),
-          5: lambda x, y, w, h: (y, x), 6: lambda x, y, w, h: (h-y, x), 7: lambda x, y, w, h: (h-y, w-x),
-          8: lambda x, y, w, h: (y, w-x)}
-
-def turned_size(
-    size:tuple, # (width, height)
-    orientation:int, # Of the EXIF data, 1 to 8
-)->tuple: # (width, height)
-    "The size of a picture after it was turned."
-    return (size[1], size[0]) if orientation in (5, 6, 7, 8) else tuple(size)
-
-def turn_numbers(
-    numbers:tuple, # Two or four coordinates of a point or box
-    size:tuple, # (width, height) of the picture, in the same coordinates
-    orientation:int, # Of the EXIF data; turning back is turning by 8 after 6, by 6 after 8, and by the same otherwise
-)->tuple: # The coordinates in the turned picture
-    "Where a box is after its picture was turned as its EXIF data says."
-    if orientation not in _turns: return tuple(numbers)
-    pairs = [_turns[orientation](x, y, *size) for x, y in zip(numbers[::2], numbers[1::2])]
-    return tuple(min(side) for side in zip(*pairs)) + (tuple(max(side) for side in zip(*pairs)) if pairs[1:] else ())
-
+# %% ../../nbs/data/15_boxes.ipynb #bab72c56
 def turn_sample(
     sample:dict, # A sample whose picture was turned
     orientation:int, # Of the EXIF data of the picture before

@@ -13,7 +13,12 @@ from datetime import datetime, time
 from difflib import get_close_matches
 from pathlib import Path
 from urllib.parse import unquote, urlparse
-from ..files import Damaged, open_picture, open_regular, parse_json, video_endings, write_new
+from ..files import (Damaged, json_or, open_picture, open_regular, parse_json, read_bytes, read_json,
+                              read_text, video_endings, write_new)
+from ..model import box_frame, family_of, write_boxes
+from .annotations import (Annotated, box_columns, coco_pictures, fitted, is_labelme, is_studio,
+                                         labelme_picture, studio_pictures, table_pictures, voc_picture,
+                                         yolo_boxes, yolo_names)
 from .samples import history_turns
 
 # %% ../../nbs/data/20_sources.ipynb #e20bcee9
@@ -425,7 +430,8 @@ def _read_saved(folder, place):
 
 def _read_folder(folder, place):
     is_saved = (folder/'state.json').is_file() or (folder/'dataset_dict.json').is_file()
-    return _read_saved(folder, place) if is_saved else _read_class_folder(folder)
+    if is_saved: return _read_saved(folder, place)
+    return _boxed_folder(folder, place) or _read_class_folder(folder)
 
 # %% ../../nbs/data/20_sources.ipynb #ca5211f1
 _usual = {'image': ('image', 'images'), 'video': ('video', 'videos'),
@@ -657,8 +663,7 @@ def _listed(path, data, name):
 def _coco_rows(path, data):
     images, captions = _listed(path, data, 'images'), _listed(path, data, 'annotations')
     if captions and not any(isinstance(a, dict) and 'caption' in a for a in captions):
-        raise ValueError(f'{path} has annotations without a caption (boxes or masks?); '
-                         'only COCO captions are read.')
+        raise ValueError(f'{path} has annotations with neither a caption nor a bbox; only these are read.')
     _check_items(path, 'images', images, 'id', 'file_name')
     _check_items(path, 'annotations', captions, 'image_id', 'caption')
     files = {picture['id']: picture['file_name'] for picture in images}
@@ -702,9 +707,190 @@ def _read_vqa(paths, place):
     names, (questions, annotations) = zip(*(by_key[k] for k in ('questions', 'annotations')))
     return _vqa_rows(names, questions, annotations, place), 'VQA v2 questions and annotations'
 
+# %% ../../nbs/data/20_sources.ipynb #c4ae61e4
+def _stored(path):
+    "(width, height) and orientation of a picture; `None` and 1 if it can't be read."
+    try:
+        with open_picture(path) as im: return im.size, im.getexif().get(0x0112, 1)
+    except Exception: return None, 1  # `check_samples` will say why
+
+def _boxed_row(picture, place, family, limits):
+    "A picture with its boxes as a row, and whether its boxes had to be turned; raises `ValueError`."
+    paths = picture.image if isinstance(picture.image, list) else [picture.image]
+    path = next((found for p in paths if (found := place.find(p))), None)
+    size, orientation = _stored(path) if path else (None, 1)
+    boxes, whole, is_turned = fitted(picture, size, orientation)
+    form = family_of(family)
+    if not (form.grid or size or picture.size):
+        raise ValueError(f'the picture cannot be read, and the boxes of {form.name} depend on its size')
+    frame = box_frame(*whole, family, **limits)
+    inside = lambda numbers: [n*frame[i%2]/whole[i%2] for i, n in enumerate(numbers)]
+    answer = write_boxes([(label, inside(numbers)) for label, numbers in boxes], form.boxes)
+    found = {'image': path or (paths or [''])[0], 'output': answer, 'box_frame': [*frame]}
+    return {'instruction': 'Locate every object in the picture.'} | picture.more | found, is_turned
+
+def _check_faults(path, faults):
+    if not faults: return
+    raise ValueError(f'{path} has {len(faults)} box(es) or picture(s) that cannot be read. {"; ".join(faults[:5])}'
+                     f'{" …" if len(faults) > 5 else ""}.')
+
+def _boxed_rows(path, pictures, place, family, limits):
+    "Rows of pictures with boxes in a family's form, and what is to be said about them."
+    if not family: raise ValueError(_which_family(path))
+    rows, faults, turned = [], [], 0
+    for i, picture in enumerate(pictures):
+        try: row, is_turned = _boxed_row(picture, place, family, limits)
+        except ValueError as e: faults.append(f'picture {i} ({_short_path(picture.image)}): {e}')
+        else: rows, turned = [*rows, row], turned + is_turned
+    _check_faults(path, faults)
+    named = [label for picture in pictures for label, _ in picture.boxes]
+    said = f"{len(named)} box(es) of {len(set(named))} class(es) in the form of {family_of(family).name}"
+    return rows, f'{said}, {turned} picture(s) with boxes turned to fit the file' if turned else said
+
+def _short_path(image):
+    "The path of a picture, or the first of those to try."
+    return _shortened((image or [''])[0] if isinstance(image, list) else image)
+
+def _which_family(path):
+    return (f'{path} has boxes, and each family of models writes them in its own form: say for which, as in '
+            "family='Qwen2.5-VL-7B-Instruct', or give the model's folder.")
+
+# %% ../../nbs/data/20_sources.ipynb #1cae9b44
+def _is_coco_boxes(data):
+    "Whether a COCO file is about objects rather than captions."
+    notes = data['annotations'] if isinstance(data['annotations'], list) else []
+    keys = {'bbox', 'category_id', 'segments_info'}
+    return any(isinstance(note, dict) and note.keys() & keys and 'caption' not in note for note in notes)
+
+def _boxed_json(path, data, place):
+    "(`Annotated` pictures, name of the form) in the content of a JSON file; `None` for other content."
+    if isinstance(data, dict) and {'images', 'annotations'} <= data.keys() and _is_coco_boxes(data):
+        _listed(path, data, 'images')
+        (pictures, faults, remark), form = coco_pictures(data), 'COCO boxes'
+    elif is_labelme(data): return _labelme_pictures([Path(path)], path, place)
+    elif is_studio(data): (pictures, faults, remark), form = studio_pictures(data), 'Label Studio'
+    else: return
+    _check_faults(path, faults)
+    return pictures, form + remark
+
+def _labelme_pictures(files, source, place):
+    pictures, faults = [], []
+    for file in files:
+        data = read_json(file, object)
+        if not is_labelme(data): faults.append(f'{file.name}: it is not of LabelMe')
+        else:
+            picture, found = labelme_picture(data)
+            pictures.append(picture)
+            faults += [f'{file.name}: {fault}' for fault in found]
+            picture.image = _beside(file, picture.image, file.parent)
+            if isinstance(data.get('imageData'), str) and not any(map(place.find, picture.image)):
+                picture.image = _from_data_uri(f",{data['imageData']}", place)
+    _check_faults(source, faults)
+    return pictures, f'{len(files)} LabelMe file(s)'
+
+def _beside(file, name, *folders):
+    "Paths at which the picture of an annotation file may be, the likeliest first."
+    name = name.replace('\\', '/')
+    stem = [file.stem + ending for ending in picture_endings]
+    names = dict.fromkeys([name, name.rpartition('/')[2], *stem])
+    return [str(folder/one) for one in names if one for folder in folders]
+
+# %% ../../nbs/data/20_sources.ipynb #b80717f2
+def _yaml(file):
+    "The content of a YAML file; raises `ValueError`."
+    import yaml
+    try: return yaml.safe_load(read_text(file, 2**20))
+    except (yaml.YAMLError, RecursionError) as e: raise ValueError(f'{file} is not YAML: {e}') from None
+
+def _yolo_yaml(folder):
+    "(file, classes, content) of the YAML file that names the classes, in the folder or above it; `None` without one."
+    is_split = (folder/'images').is_dir() or 'images' in folder.parts
+    above = [folder, folder.parent, folder.parent.parent] if is_split else [folder]
+    for file in [file for place in above for file in sorted(place.glob('*.y*ml')) if file.is_file()]:
+        try: data = _yaml(file)
+        except ValueError:
+            if file.stem == 'data': raise
+            continue
+        if names := yolo_names(data): return file, names, data
+
+def _yolo_splits(file, data):
+    "Split → the folder of its pictures, for those that exist."
+    found = {}
+    for split in ('train', 'val', 'test'):
+        value, root = data.get(split), data.get('path')
+        if not isinstance(value, str): continue
+        roots = [file.parent/root if isinstance(root, str) else file.parent, file.parent]
+        places = [root/name for root in roots for name in (value, value.removeprefix('../'))]
+        if folder := next(filter(Path.is_dir, places), None): found[split] = folder
+    return found
+
+def _pictures_in(folder):
+    return [file for file in sorted(folder.rglob('*')) if file.suffix.lower() in picture_endings and file.is_file()
+            and not file.name.startswith('.')]
+
+def _label_file(picture):
+    "The label file of a picture in YOLO's layout; `None` if there is none."
+    parts = list(picture.parts)
+    at = [i for i, part in enumerate(parts) if part == 'images']
+    beside = [Path(*parts[:at[-1]], 'labels', *parts[at[-1]+1:])]*bool(at) + [picture]
+    return next((file for one in beside if (file := one.with_suffix('.txt')).is_file()), None)
+
+# %% ../../nbs/data/20_sources.ipynb #59faad1e
+def _yolo_folder(folder, splits):
+    "The folder of the pictures; raises `ValueError` if there are several splits."
+    inside = {where for where in splits.values() if where.resolve().is_relative_to(folder.resolve())}
+    if len(inside) > 1:
+        raise ValueError(f'{folder} contains the splits {", ".join(splits)}: read each, as in '
+                         f'read_samples({str(next(iter(inside)))!r}, …).')
+    return inside.pop() if inside else folder/'images' if (folder/'images').is_dir() else folder
+
+def _yolo_pictures(folder):
+    "(`Annotated` pictures, name of the form) of a folder in YOLO's layout; `None` for other folders."
+    if not (found := _yolo_yaml(folder.absolute())): return
+    file, names, data = found
+    files = _pictures_in(_yolo_folder(folder.absolute(), _yolo_splits(file, data)))
+    pictures, faults, without = [], [], 0
+    for picture in files:
+        labels = _label_file(picture)
+        boxes, wrong = yolo_boxes(read_text(labels), names) if labels else ([], [])
+        without += not labels
+        faults += [f'{labels.name}: {fault}' for fault in wrong]
+        pictures.append(Annotated(str(picture), boxes, frame=(1, 1)))
+    if not files or without == len(files):
+        raise ValueError(f'{folder} has {file.name}, which names classes, but {len(files)} picture(s) and '
+                         f'{len(files) - without} label file(s): give the folder that contains images and labels.')
+    _check_faults(folder, faults)
+    return pictures, f'YOLO labels{f" ({without} picture(s) without a label file have no boxes)" if without else ""}'
+
+# %% ../../nbs/data/20_sources.ipynb #27710b07
+def _voc_pictures(folder):
+    "(`Annotated` pictures, name of the form) of a folder in Pascal VOC's layout; `None` for other folders."
+    inside = folder/'Annotations' if (folder/'Annotations').is_dir() else folder
+    files = sorted(file for file in inside.glob('*.xml') if file.is_file())
+    if not any(b'<annotation' in read_bytes(file) for file in files[:5]): return
+    pictures, faults = [], []
+    for file in files:
+        try: picture, found = voc_picture(read_bytes(file))
+        except ValueError as e:
+            faults.append(f'{file.name}: {e}')
+            continue
+        faults += [f'{file.name}: {fault}' for fault in found]
+        places = (inside.parent/'JPEGImages', inside, inside.parent/'images', inside.parent)
+        picture.image = _beside(file, picture.image, *places)
+        pictures.append(picture)
+    _check_faults(folder, faults)
+    return pictures, f'{len(files)} Pascal VOC file(s)'
+
+def _boxed_folder(folder, place):
+    "The pictures and boxes of a folder of an annotation tool, and the name of its form; `None` for other folders."
+    if found := _yolo_pictures(folder) or _voc_pictures(folder): return found
+    files = sorted(file for file in folder.glob('*.json') if file.is_file())
+    if files and is_labelme(json_or({}, files[0])): return _labelme_pictures(files, folder, place)
+
 # %% ../../nbs/data/20_sources.ipynb #2f6b746d
-def _rows_of(path, data):
-    "The rows in the content of a file."
+def _rows_of(path, data, place):
+    "The rows in the content of a file, or `Annotated` pictures, and the name of the form."
+    if boxed := _boxed_json(path, data, place): return boxed[0], f' ({boxed[1]})'
     if isinstance(data, dict) and {'images', 'annotations'} <= data.keys():
         return _coco_rows(path, data), ' (COCO captions)'
     if isinstance(data, dict) and data.keys() & {'questions', 'annotations'}:
@@ -744,14 +930,18 @@ def read_rows(
     source, # A file or folder, or a pair of files (VQA v2)
     place, # `MediaPlace` of its pictures
     encoding:str=None, # Encoding of a text file; `None`: UTF-8, UTF-16, UTF-32 or GB18030, judging by its bytes
+    boxes:bool=False, # Also return the pictures with boxes of annotation tools; `False`: refuse them
 )->tuple: # (rows, the recognized form in words)
-    "The rows of a source, as dicts."
+    "The rows of a source, as dicts, or `Annotated` pictures."
+    is_yolo = isinstance(source, (str, Path)) and Path(source).suffix.lower() in ('.yaml', '.yml')
+    if is_yolo: source = _existing(source).parent
     if isinstance(source, (list, tuple)): rows, taken = _read_vqa(source, place)
     elif Path(source).is_dir(): rows, taken = _read_folder(Path(source), place)
     else:
         data, taken = _read_file(_existing(source), place, encoding)
-        rows, form = _rows_of(source, data)
+        rows, form = _rows_of(source, data, place)
         taken += form
+    if rows and isinstance(rows[0], Annotated) and not boxes: raise ValueError(_which_family(source))
     if rows: return rows, taken
     raise ValueError(f'{source} has no rows.')
 
@@ -786,21 +976,53 @@ def _say(source, samples, taken, place, how, media_dir):
                     'LLaMA-Factory has no place for them.')
     print(f'{name}: {len(samples)} rows of {taken}; {how}.', *more)
 
+# %% ../../nbs/data/20_sources.ipynb #579c6733
+def _table_boxes(path, rows, image, label):
+    "`Annotated` pictures of a table with a row for each box; `None` for other tables."
+    names = _names_in(rows)
+    columns = box_columns(names, image, label)
+    if not columns or not label and any(name in names for name in _usual['response']): return
+    missing = [f'{name!r}' for name in (image, label) if name and name not in names]
+    if missing: raise ValueError(f'{path} has no column {" and ".join(missing)}. Its columns: {", ".join(names)}.')
+    if not columns['image']: raise ValueError(f'{path} has boxes and no column for the picture: image=… names it.')
+    pictures, faults, remark = table_pictures(rows, columns)
+    _check_faults(path, faults)
+    return pictures
+
+def _with_boxes(path, rows, place, family, limits, image, label):
+    "Rows in which boxes, if there are any, are answers in a family's form, and what is to be said about them."
+    limits = {k: v for k, v in limits.items() if v is not None}
+    if not isinstance(rows[0], Annotated):
+        if _turns_key(rows): pictures = None
+        else: pictures = _table_boxes(path, rows, image, label) if family or not label else None
+        if not pictures and family:
+            raise ValueError(f'{path} has no boxes that could be written in the form of a family. Leave family= out; '
+                             '`to_boxes` converts boxes that are in answers already.')
+        if not pictures: return rows, ''
+        rows = pictures
+    return _boxed_rows(path, rows, place, family, limits)
+
 # %% ../../nbs/data/20_sources.ipynb #adaf857d
 def read_samples(
-    source:str|Path|tuple, # CSV, TSV, JSON, JSONL, Parquet, Excel; folder by class; data set; (questions, answers)
+    source:str|Path|tuple, # CSV, TSV, JSON, JSONL, Parquet, Excel; folder of classes or boxes; (questions, answers)
     image:str|list=None, # Column with a picture's path or paths, or a list of such columns; `None`: `image` or `images`
     prompt:str=None, # Column with the prompt, or the prompt itself; `None`: `instruction`, `prompt` or `question`
-    response:str=None, # Column with the answer; `None`: `output`, `response` or `answer`
+    response:str=None, # Column with the answer (of boxes: the name); `None`: `output`, `response` or `answer`
     video:str=None, # Column with clips, as `image`; `None`: `video` or `videos`
     media_dir:str|Path=None, # Folder of the pictures, and of those that are written; `None`: next to the source
     encoding:str=None, # Encoding of a text file; `None`: UTF-8, UTF-16, UTF-32 or GB18030, judging by its bytes
+    family:str|Path=None, # Model folder or name: in whose form boxes are written; needed for boxes only
+    image_max_pixels:int=None, # For the boxes of Qwen2.5-VL, as in the recipe; `None`: LLaMA-Factory's default
+    image_min_pixels:int=None, # The same
 )->list: # Questions or dialogues: `images`, `instruction`, `input`, `output` or `messages`, and other columns
     "Read labels as samples, and print which form was recognized."
     from tqdm import tqdm
     path = Path(source[0] if isinstance(source, (list, tuple)) else source)
     place = _place(path, media_dir)
-    rows, taken = read_rows(source, place, encoding)
+    rows, taken = read_rows(source, place, encoding, boxes=True)
+    limits = {'image_max_pixels': image_max_pixels, 'image_min_pixels': image_min_pixels}
+    rows, boxed = _with_boxes(path, rows, place, family, limits, image, response)
+    if boxed: image = response = None
     if not response and all({'chosen', 'rejected'} <= row.keys()
                             or {'chosen_messages', 'rejected_messages'} <= row.keys() for row in rows):
         raise ValueError(f'{path} contains rankings (chosen and rejected answers), and a sample has one answer: '
@@ -812,6 +1034,6 @@ def read_samples(
     else:
         columns, words = _table_columns(path, rows, image, video, prompt, response)
         samples = [question_sample(row, columns, place, words) for row in shown]
-        how = _said_columns(columns, words)
+        how = boxed or _said_columns(columns, words)
     _say(source, samples, taken, place, how, media_dir)
     return samples
