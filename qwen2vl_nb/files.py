@@ -6,7 +6,7 @@
 __all__ = ['MOST', 'LINE', 'video_endings', 'whole_file', 'write_text', 'write_json', 'reserve', 'sweep', 'Damaged',
            'open_regular', 'read_bytes', 'read_text', 'read_tail', 'parse_json', 'read_json', 'json_or', 'lines_of',
            'whole_lines', 'file_digest', 'other_name', 'write_new', 'may_replace', 'check_replaceable', 'own_file',
-           'open_picture', 'open_clip']
+           'write_own', 'open_picture', 'open_clip']
 
 # %% ../nbs/01_files.ipynb #2f3b0ec2
 import errno, hashlib, io, json, os, secrets, shutil, stat
@@ -310,17 +310,33 @@ def check_replaceable(
 def own_file(
     path:str|Path, # File to write; its folder is created
     overwrite:bool=False, # Replace whatever is there
+    mode:str='w', # As in `whole_file`
 ):
-    "A text file as from `whole_file`, which replaces only what `may_replace` allows."
+    "A file as from `whole_file`, which replaces only what `may_replace` allows."
     path = os.path.realpath(path)
     if not overwrite and not os.path.isfile(path): check_replaceable(path)
-    with whole_file(path) as f:
+    with whole_file(path, mode) as f:
         yield f
         f.flush()
         with open(f.fileno(), 'rb', closefd=False) as written: digest = file_digest(written)
         if not overwrite: check_replaceable(path, digest)
         # before the rename, since a kill may come in between; without a data folder, overwrite=True is needed next time
         with suppress(OSError, RuntimeError): _note_written(path, digest)
+
+# %% ../nbs/01_files.ipynb #7ea26e36
+def write_own(
+    files:dict, # Path → bytes to write
+    overwrite:bool=False, # Replace whatever is there
+):
+    "Write files as `own_file` does; raise `FileExistsError` before the first one if something would be lost."
+    if not overwrite:
+        lost = [p for p, data in files.items() if not may_replace(p, file_digest(io.BytesIO(data)))]
+        if lost:
+            raise FileExistsError(f'{len(lost)} of the {len(files)} files are there already, and were not written by '
+                                  f'this package or have changed since; the first is {lost[0]}. Nothing was changed. '
+                                  'Choose another folder, or give overwrite=True to replace them.')
+    for path, data in files.items():
+        with own_file(path, overwrite, 'wb') as f: f.write(data)
 
 # %% ../nbs/01_files.ipynb #91c7537f
 video_endings = ('.mp4', '.mov', '.mkv', '.webm', '.avi', '.m4v')

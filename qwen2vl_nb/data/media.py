@@ -31,7 +31,7 @@ class Look:
     frames:int=1 # Number of frames that LLaMA-Factory samples; 1 for a picture
     times:tuple=() # Time of each of them in seconds from the beginning of the clip
     faults:list=field(default_factory=list) # `Fault`s
-    digest:bytes=b'' # Digest of the file's bytes: equal for equal files
+    digest:str='' # Digest of the file's bytes: equal for equal files
     hash:int=None # Perceptual hash of 64 bits: few bits differ between pictures that look alike
     colours:bytes=b'' # The picture scaled to 8×8 pixels of RGB
 
