@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MOST', 'LINE', 'video_endings', 'whole_file', 'write_text', 'write_json', 'reserve', 'sweep', 'Damaged',
            'open_regular', 'read_bytes', 'read_text', 'read_tail', 'parse_json', 'read_json', 'json_or', 'lines_of',
-           'whole_lines', 'other_name', 'write_new', 'may_replace', 'check_replaceable', 'own_file', 'open_picture',
-           'open_clip']
+           'whole_lines', 'file_digest', 'other_name', 'write_new', 'may_replace', 'check_replaceable', 'own_file',
+           'write_own', 'open_picture', 'open_clip']
 
 # %% ../nbs/01_files.ipynb #2f3b0ec2
 import errno, hashlib, io, json, os, secrets, shutil, stat
@@ -197,15 +197,35 @@ def whole_lines(
     except FileNotFoundError: return
     with f: yield from lines_of(f, at, most)
 
-# %% ../nbs/01_files.ipynb #0bc0d38b
-def _digest(file):
-    "The digest of an open file, from its beginning."
-    file.seek(0)
-    return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+# %% ../nbs/01_files.ipynb #8d56fa75
+_kinds = {'blake2b': lambda: hashlib.blake2b(digest_size=16), 'sha256': hashlib.sha256}
+_samples = 16 # Of a large file, each of 64 KiB
 
+def _sampled(file, size, kind):
+    found = _kinds[kind]()
+    for at in range(0, size, size//_samples):
+        file.seek(at)
+        found.update(file.read(2**16))
+    return found
+
+def file_digest(
+    file, # Path of a regular file, or an open binary file, which is at its beginning afterwards
+    kind:str='blake2b', # `'blake2b'` (128 bits) or `'sha256'`
+    whole:int=None, # Bytes; a larger file is only sampled. `None`: all is read
+)->str: # Hexadecimal
+    "The digest of a file's content. Raises `Damaged` for anything but a regular file."
+    if isinstance(file, (str, os.PathLike)):
+        with open_regular(file) as f: return file_digest(f, kind, whole)
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    found = _sampled(file, size, kind) if whole and size > whole else hashlib.file_digest(file, _kinds[kind])
+    file.seek(0)
+    return found.hexdigest()
+
+# %% ../nbs/01_files.ipynb #0bc0d38b
 def _content(path):
     "The digest of a regular file; `None` for anything else."
-    with suppress(OSError, Damaged), open_regular(path) as f: return _digest(f)
+    with suppress(OSError, Damaged): return file_digest(path)
 
 def other_name(
     path:Path, # The path that is taken
@@ -231,7 +251,7 @@ def write_new(
 )->Path: # Where it was written, or where the same content already is
     "Write a new file, under another name if its own is taken, or find that there is such a file already."
     path, data = Path(path), io.BytesIO(data) if isinstance(data, bytes) else data
-    letters = _digest(data)
+    letters = file_digest(data)
     for name in (path, other_name(path, letters[:8]), other_name(path, letters)):
         if len(name.name.encode()) > 255: continue
         if not name.is_symlink() and _content(name) == letters: return name
@@ -290,17 +310,33 @@ def check_replaceable(
 def own_file(
     path:str|Path, # File to write; its folder is created
     overwrite:bool=False, # Replace whatever is there
+    mode:str='w', # As in `whole_file`
 ):
-    "A text file as from `whole_file`, which replaces only what `may_replace` allows."
+    "A file as from `whole_file`, which replaces only what `may_replace` allows."
     path = os.path.realpath(path)
     if not overwrite and not os.path.isfile(path): check_replaceable(path)
-    with whole_file(path) as f:
+    with whole_file(path, mode) as f:
         yield f
         f.flush()
-        with open(f.fileno(), 'rb', closefd=False) as written: digest = _digest(written)
+        with open(f.fileno(), 'rb', closefd=False) as written: digest = file_digest(written)
         if not overwrite: check_replaceable(path, digest)
         # before the rename, since a kill may come in between; without a data folder, overwrite=True is needed next time
         with suppress(OSError, RuntimeError): _note_written(path, digest)
+
+# %% ../nbs/01_files.ipynb #7ea26e36
+def write_own(
+    files:dict, # Path → bytes to write
+    overwrite:bool=False, # Replace whatever is there
+):
+    "Write files as `own_file` does; raise `FileExistsError` before the first one if something would be lost."
+    if not overwrite:
+        lost = [p for p, data in files.items() if not may_replace(p, file_digest(io.BytesIO(data)))]
+        if lost:
+            raise FileExistsError(f'{len(lost)} of the {len(files)} files are there already, and were not written by '
+                                  f'this package or have changed since; the first is {lost[0]}. Nothing was changed. '
+                                  'Choose another folder, or give overwrite=True to replace them.')
+    for path, data in files.items():
+        with own_file(path, overwrite, 'wb') as f: f.write(data)
 
 # %% ../nbs/01_files.ipynb #91c7537f
 video_endings = ('.mp4', '.mov', '.mkv', '.webm', '.avi', '.m4v')

@@ -15,7 +15,8 @@ from pathlib import Path
 import yaml
 from .files import json_or, read_text, write_text
 from .model import usual_template
-from .checkpoint import checkpoints, is_whole_file
+from .checkpoint import checkpoints, is_stale, is_whole_file
+from .run.folder import RUN
 
 # %% ../nbs/10_recipe.ipynb #eca681f9
 def _recipe(defaults, changes):
@@ -98,20 +99,27 @@ def is_adapter(
     weights = [folder/name for name in ('adapter_model.safetensors', 'adapter_model.bin')]
     return (folder/'adapter_config.json').is_file() and any(w.is_file() and is_whole_file(w) for w in weights)
 
-def _best_checkpoint(folder):
+def _own_folders(folder):
+    "The folder of a run and its checkpoints, the newest first, without those that an earlier run has left there."
+    stale = json_or({}, folder/RUN).get('stale')
+    stale = stale if isinstance(stale, dict) else {}
+    return [p for p in (folder, *reversed(checkpoints(folder))) if not is_stale(p, stale, '.' if p == folder else None)]
+
+def _best_checkpoint(folders):
     "The checkpoint that the trainer noted as best, if it noted one."
-    states = [p/'trainer_state.json' for p in (folder, *reversed(checkpoints(folder)))]
-    state = next((s for s in states if s.is_file()), None)
+    state = next((s for p in folders if (s := p/'trainer_state.json').is_file()), None)
     best = state and json_or({}, state).get('best_model_checkpoint')
     if not isinstance(best, str): return []
-    return [p for p in reversed(checkpoints(folder)) if re.sub(r'^torn-|\.\d+$', '', p.name) == Path(best).name]
+    return [p for p in folders if re.sub(r'^torn-|\.\d+$', '', p.name) == Path(best).name]
 
 def find_adapter(
     run, # A run, its folder, or the folder of an adapter
 )->Path: # Folder of the adapter
-    "The adapter of a run: its best checkpoint if it kept one, otherwise its last. Incomplete weights are skipped."
+    """The adapter of a run: its best checkpoint if it kept one, otherwise its last. Incomplete weights are skipped, and
+    so are those of an earlier run in the same folder."""
     folder = Path(run).absolute()
-    for found in (*_best_checkpoint(folder), folder, *reversed(checkpoints(folder))):
+    own = _own_folders(folder)
+    for found in (*_best_checkpoint(own), *own):
         if is_adapter(found): return found
     why = '; did the run end without an error?' if folder.is_dir() else ': the folder does not exist.'
     raise FileNotFoundError(f'There is no adapter in {folder}{why} '

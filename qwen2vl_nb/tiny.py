@@ -9,11 +9,11 @@ __all__ = ['SIZE', 'ZOOM', 'ITEMS', 'COLORS', 'SKIES', 'MEADOWS', 'LEAVES', 'GLA
            'make_car_video', 'tiny_model']
 
 # %% ../nbs/80_tiny.ipynb #0e0b2c30
-import csv, json, os, random, string
+import csv, io, json, os, random, string
 from itertools import cycle, islice
 from pathlib import Path
 from PIL import Image, ImageChops, ImageDraw
-from .files import whole_file, write_text
+from .files import write_own
 from .model import box_frame, chat_template, families, family_class
 from .data.boxes import Box, format_boxes
 
@@ -252,31 +252,32 @@ def _draw_samples(
     first:int,         # Number of the first picture
     n:int,             # Number of samples, each with a picture of its own
     rng:random.Random, # Decides the order and the pictures
-)->list: # Samples in LLaMA-Factory's alpaca form
-    "Draw and write samples with every form, colour and item about equally often."
-    (folder/'images').mkdir(parents=True, exist_ok=True)
+)->tuple: # Samples in LLaMA-Factory's alpaca form, and their files: path → bytes
+    "Draw samples with every form, colour and item about equally often."
     facts = list(islice(cycle([(f,c,i) for f in forms for c in COLORS for i in ITEMS]), n))
     rng.shuffle(facts)
-    samples = []
+    samples,files = [],{}
     for k,(form,color,item) in enumerate(facts, first):
         path = folder/'images'/f'{k:04}.png'
-        draw_vehicle(item, color, rng).save(path, optimize=True)
+        draw_vehicle(item, color, rng).save(png := io.BytesIO(), 'PNG', optimize=True)
+        files[path] = png.getvalue()
         answer = string.Template(forms[form]).substitute(item=item, color=color)
         samples.append(dict(instruction=f'<image>{form}', input='', output=answer,
                             images=[path.relative_to(folder.parent).as_posix()]))
-    (folder/f'{name}.json').write_text(json.dumps(samples, indent=1))
-    return samples
+    return samples,files | _json_file(folder/f'{name}.json', samples)
 
-def _write_labels(
+def _json_file(path, samples): return {path: json.dumps(samples, indent=1).encode()}
+
+def _labels_file(
     path:Path,     # CSV file in the folder of the samples
     columns:tuple, # Names of its two columns
     labels:list,   # (path of picture or clip, answer) of each sample
-):
-    "Write samples as the spreadsheet that a person would have made."
-    with open(path, 'w', newline='', encoding='utf-8') as f:
-        rows = csv.writer(f, lineterminator='\n')
-        rows.writerow(columns)
-        rows.writerows([str(Path(*Path(p).parts[1:])), answer] for p,answer in labels)
+)->dict: # Path → bytes
+    "Samples as the spreadsheet that a person would have made."
+    rows = csv.writer(text := io.StringIO(newline=''), lineterminator='\n')
+    rows.writerow(columns)
+    rows.writerows([str(Path(*Path(p).parts[1:])), answer] for p,answer in labels)
+    return {path: text.getvalue().encode()}
 
 # %% ../nbs/80_tiny.ipynb #3d97fb3d
 def make_car_item(
@@ -284,12 +285,14 @@ def make_car_item(
     n_train:int=300,  # Number of samples to train on
     n_test:int=100,   # Number of samples to test on
     seed:int=0,       # The same seed draws the same pictures
+    overwrite:bool=False, # Replace files that this package did not write, or that have changed since
 )->tuple: # Training samples, test samples
     "Draw the `car_item` data: pictures of vehicles and the item card of each."
     folder,rng = Path(folder),random.Random(seed)
-    train = _draw_samples(folder, 'train', CARD, 1, n_train, rng)
-    test = _draw_samples(folder, 'test', CARD, n_train+1, n_test, rng)
-    _write_labels(folder/'labels.csv', ('picture','card'), [(s['images'][0], s['output']) for s in train])
+    train,files = _draw_samples(folder, 'train', CARD, 1, n_train, rng)
+    test,more = _draw_samples(folder, 'test', CARD, n_train+1, n_test, rng)
+    labels = _labels_file(folder/'labels.csv', ('picture','card'), [(s['images'][0], s['output']) for s in train])
+    write_own(files | more | labels, overwrite)
     return train,test
 
 def pretraining_samples(
@@ -298,7 +301,9 @@ def pretraining_samples(
     seed:int=1,      # A different seed from that of `make_car_item`, because the pictures must differ
 )->list: # Samples that ask for the same facts as the item card, never in its form
     "Draw the data that the embedded model is trained on before anybody fine-tunes it."
-    return _draw_samples(Path(folder), 'train', FORMS, 1, n, random.Random(seed))
+    samples,files = _draw_samples(Path(folder), 'train', FORMS, 1, n, random.Random(seed))
+    write_own(files)
+    return samples
 
 # %% ../nbs/80_tiny.ipynb #5e044eb9
 def _places(
@@ -335,18 +340,17 @@ def _scene_samples(
     first:int,         # Number of the first picture
     n:int,             # Number of samples
     rng:random.Random, # Decides the pictures
-)->list: # Samples in LLaMA-Factory's alpaca form
-    "Draw and write scenes with one, two and three vehicles, equally often."
-    (folder/'images').mkdir(parents=True, exist_ok=True)
-    samples = []
+)->tuple: # Samples in LLaMA-Factory's alpaca form, and their files: path → bytes
+    "Draw scenes with one, two and three vehicles, equally often."
+    samples,files = [],{}
     for k in range(first, first + n):
         path = folder/'images'/f'{k:04}.png'
         picture,boxes = draw_scene(rng.choices(ITEMS, k=1 + k % 3), rng)
-        picture.save(path)
+        picture.save(png := io.BytesIO(), 'PNG')
+        files[path] = png.getvalue()
         samples.append(dict(instruction=f'<image>{SCENE}', input='', output=format_boxes(boxes, SIZE, family),
                             images=[path.relative_to(folder.parent).as_posix()], box_frame=[*box_frame(*SIZE, family)]))
-    write_text(folder/f'{name}.json', json.dumps(samples))
-    return samples
+    return samples,files | _json_file(folder/f'{name}.json', samples)
 
 def make_car_scenes(
     folder:str|Path,       # Folder to write to: `images/`, `train.json`, `test.json`
@@ -354,25 +358,28 @@ def make_car_scenes(
     n_test:int=100,        # Number of samples to test on
     seed:int=0,            # The same seed draws the same pictures
     family:str='qwen2_vl', # Whose boxes the answers have: a key of `families`
+    overwrite:bool=False,  # Replace files that this package did not write, or that have changed since
 )->tuple: # Training samples, test samples
     "Draw scenes with several vehicles, and where each of them is."
     folder,rng = Path(folder),random.Random(seed)
-    train = _scene_samples(folder, 'train', family, 1, n_train, rng)
-    return train,_scene_samples(folder, 'test', family, n_train+1, n_test, rng)
+    train,files = _scene_samples(folder, 'train', family, 1, n_train, rng)
+    test,more = _scene_samples(folder, 'test', family, n_train+1, n_test, rng)
+    write_own(files | more, overwrite)
+    return train,test
 
 # %% ../nbs/80_tiny.ipynb #57fa8c70
-def _write_clip(
-    path:Path,   # mp4 file
+def _clip(
     frames:list, # Pictures of `SIZE`
-):
+)->bytes: # mp4 file
     "Encode pictures as a clip of `FPS` frames per second."
     import av
-    with whole_file(path, 'wb') as file, av.open(file, 'w', format='mp4') as clip:
+    with av.open(file := io.BytesIO(), 'w', format='mp4') as clip:
         stream = clip.add_stream('libx264', rate=FPS, width=SIZE[0], height=SIZE[1], pix_fmt='yuv420p',
                                  options={'x264-params': 'mbtree=0'}) # Its macroblock tree differs from run to run
         stream.codec_context.thread_count = 1
         for frame in frames: clip.mux(stream.encode(av.VideoFrame.from_image(frame)))
         clip.mux(stream.encode())
+    return file.getvalue()
 
 # %% ../nbs/80_tiny.ipynb #1831b65a
 DRIVES = [(color, *[(i,w) for i in ITEMS for w in WAYS][(turn+k) % 6]) for turn in range(6)
@@ -380,35 +387,35 @@ DRIVES = [(color, *[(i,w) for i in ITEMS for w in WAYS][(turn+k) % 6]) for turn 
 
 def _drive_samples(
     folder:Path,       # Clips go to its `videos`; their paths are written relative to its parent
-    name:str,          # The samples go to `name`.json, once their clips are written
+    name:str,          # The samples go to `name`.json
     drives:list,       # (colour, item, way) of each clip
     first:int,         # Number of the first clip
     rng:random.Random, # Decides the order and the scenery
-)->list: # Samples in LLaMA-Factory's sharegpt form
-    "Draw and write samples of moving vehicles."
-    (folder/'videos').mkdir(parents=True, exist_ok=True)
-    samples = []
+)->tuple: # Samples in LLaMA-Factory's sharegpt form, and their files: path → bytes
+    "Draw samples of moving vehicles."
+    samples,files = [],{}
     for k,(color,item,way) in enumerate(rng.sample(drives, len(drives)), first):
         path = folder/'videos'/f'{k:03}.mp4'
-        _write_clip(path, draw_drive(item, color, way, rng))
+        files[path] = _clip(draw_drive(item, color, way, rng))
         turns = [dict(role='user', content='<video>Which way does it drive?'),
                  dict(role='assistant', content=f'The {color} {item} drives to the {way}.')]
         samples.append(dict(messages=turns, videos=[path.relative_to(folder.parent).as_posix()]))
-    write_text(folder/f'{name}.json', json.dumps(samples, indent=1))
-    return samples
+    return samples,files | _json_file(folder/f'{name}.json', samples)
 
 def make_car_video(
     folder:str|Path='data/car_video', # Folder to write to: `videos/`, `train.json`, `test.json`, `labels.csv`
     n_train:int=24,                   # Number of samples to train on
     n_test:int=8,                     # Number of samples to test on
     seed:int=0,                       # The same seed draws the same clips
+    overwrite:bool=False,             # Replace files that this package did not write, or that have changed since
 )->tuple: # Training samples, test samples
     "Draw the `car_video` data: clips of vehicles that drive to the left or to the right."
     folder,rng,drives = Path(folder),random.Random(seed),list(islice(cycle(DRIVES), n_train+n_test))
-    train = _drive_samples(folder, 'train', drives[:n_train], 0, rng)
-    test = _drive_samples(folder, 'test', drives[n_train:], n_train, rng)
-    _write_labels(folder/'labels.csv', ('clip','answer'),
-                  [(s['videos'][0], s['messages'][1]['content']) for s in train])
+    train,files = _drive_samples(folder, 'train', drives[:n_train], 0, rng)
+    test,more = _drive_samples(folder, 'test', drives[n_train:], n_train, rng)
+    labels = _labels_file(folder/'labels.csv', ('clip','answer'),
+                          [(s['videos'][0], s['messages'][1]['content']) for s in train])
+    write_own(files | more | labels, overwrite)
     return train,test
 
 # %% ../nbs/80_tiny.ipynb #4ef9d631

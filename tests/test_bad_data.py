@@ -7,6 +7,7 @@ import av, datasets, pandas as pd, pytest
 from PIL import Image, ImageOps
 
 from qwen2vl_nb.data.check import check_samples, mend_samples
+from qwen2vl_nb.data.registry import Registry
 from qwen2vl_nb.data.sources import read_samples
 
 # --- what the kinds are made of
@@ -295,7 +296,6 @@ ROWS = { # name → (samples, how they are checked), row → findings
     'a prompt of a tag alone': (lambda f: ([_question(0), _question(1, images=[str(_pair(f)[0])], instruction='<image>'), _question(2)], {}), {1: [('instruction', 'warning', 'The prompt is empty')]}),
     'a clip tag for a picture': (lambda f: ([_question(0), _with(_pair(f)[0], text='<video>What?'), _question(2)], {}),
                                  {1: [('instruction', 'error', '0 <image> tag(s)'), ('instruction', 'error', '1 <video> tag(s)')]}),
-    'a path without a list': (lambda f: ([_with(_pair(f)[0], n=0), _with(n=1) | {'images': str(f/'b.png')}, _with(f/'a.png', n=2)], {}), {1: [('images', 'error', "'images' is text here and a list before")]}),
     'the second of two pictures missing': (lambda f: ([_question(0), _with(_pair(f)[0], f/'gone.png', text='<image><image>'), _question(2)], {}), {1: [('images', 'error', 'There is no file')]}),
     'both pictures bad': (lambda f: ([_question(0), _with(f/'gone.png', _bytes(f/'e.png', b''), text='<image><image>'), _question(2)], {}),
                           {1: [('images', 'error', 'There is no file'), ('images', 'error', 'e.png is empty')]}),
@@ -615,6 +615,17 @@ def test_whatever(tiny, tmp_path):
     mended, table = mend_samples(rows)
     assert len(mended) == len(rows) and 'mended' in set(table.level)
     for row in rows[:60]: check_samples([row], model=tiny, against=[row])
+
+@pytest.mark.parametrize('key', ['images', 'image'])
+def test_a_path_without_a_list_among_lists_is_no_fault(key, factory, tiny, tmp_path):
+    "All are written as lists, and LLaMA-Factory loads them; only a column of the user's own stays mixed."
+    a, b = map(str, _pair(tmp_path))
+    rows = [_with(a, n=0), {k: v for k, v in _with(b, n=1).items() if k != 'images'} | {key: b}, _with(a, n=2)]
+    assert not len(check_samples(rows, model=tiny)) and not len(check_samples(rows[::-1], model=tiny))
+    Registry(tmp_path).add('mixed', rows)
+    assert [r['_images'] for r in factory.load(tmp_path, 'mixed')] == [[a], [b], [a]]
+    own = [row | {'images': [a], 'image': other} for row, other in zip((_with(a, n=0), _with(a, n=1)), (['x'], 'y'))]
+    assert "'image' is text here and a list before" in ' '.join(check_samples(own, model=tiny).query("level == 'error'").what)
 
 def test_the_corpus_is_large():
     kinds = [PICTURES, QUESTIONS, DIALOGUES, ROWS, CLIPS, READING, MENDING, TEXTS]

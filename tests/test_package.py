@@ -119,3 +119,13 @@ def test_help_explains_every_parameter(name):
         for parameter, about in inspect.signature(f).parameters.items():
             assert about.annotation is not about.empty or parameter == 'self' or about.kind in (about.VAR_KEYWORD, about.VAR_POSITIONAL), f'{f.__qualname__}({parameter})'
             assert parameter == 'self' or re.search(rf'^\**{parameter}( : .*)?\n    \S', said, re.M), f'{f.__qualname__}({parameter})'
+
+def test_digests_of_files_are_made_in_one_place():
+    "So that what earlier versions wrote down is still recognized, and every one of them reads regular files only."
+    reads = lambda node: any(isinstance(n, ast.Call) and ast.unparse(n.func).rpartition('.')[2] in ('read', 'read_bytes', 'open', 'open_regular') for n in ast.walk(node))
+    found = []
+    for name, tree in _modules():
+        calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and name != 'files']
+        found += [(name, n.lineno) for n in calls if ast.unparse(n.func) == 'hashlib.file_digest']
+        found += [(name, n.lineno) for n in calls if (ast.unparse(n.func).startswith('hashlib.') or ast.unparse(n.func).endswith('.update')) and reads(n)]
+    assert not found

@@ -10,6 +10,7 @@ import pytest
 
 from conftest import PATIENCE, until
 from qwen2vl_nb.checkpoint import checkpoints, is_whole, why_not
+from qwen2vl_nb.recipe import find_adapter
 from qwen2vl_nb.run.folder import state_or_empty
 from qwen2vl_nb.run.loss import read_log
 from qwen2vl_nb.run.merge import export
@@ -290,6 +291,18 @@ def test_checkpoints_of_an_earlier_run_in_the_folder_are_passed_over(resumed, re
         os.utime(run.output_dir/before.name/'trainer_state.json', (1, 1))  # as if it had been written since
     assert resumed(begin_again) == (f'resume_from_checkpoint={before.name}', [f'Resuming from {before.name}. {last.name} was written by an earlier run in this folder.'])
 
+def test_the_adapter_of_a_run_that_was_started_anew_is_its_own(recipe, tmp_path):
+    "Neither the weights that the earlier run has left in the folder nor its later checkpoints."
+    folder = tmp_path/'run'
+    assert find_adapter(launch(recipe(folder, max_steps=2, save_steps=1)).wait()) == folder
+    (folder/'checkpoint-2').rename(folder/'checkpoint-900000')
+    again = launch(recipe(folder, max_steps=100_000, save_steps=1, save_total_limit=None, overwrite_output_dir=True))
+    began, stale = (folder/'run.json').stat().st_mtime, state_or_empty(again, 'run.json')['stale']
+    assert sorted(stale) == ['.', 'checkpoint-1', 'checkpoint-900000']
+    until(lambda: is_whole(folder/'checkpoint-2') or not again.is_running)
+    while_at_work, after = find_adapter(again), find_adapter(again.stop())
+    for found in (while_at_work, after): assert (found/'adapter_model.safetensors').stat().st_mtime > began, found
+
 @pytest.mark.parametrize('changes, first', [({}, None), (dict(overwrite_output_dir=True), 0), (dict(resume_from_checkpoint=False), 0), (dict(resume_from_checkpoint=True), None),
                                             (dict(resume_from_checkpoint='1', overwrite_output_dir=True), 2)])
 def test_which_checkpoints_a_run_builds_on(changes, first, recipe, stopped):
@@ -297,7 +310,7 @@ def test_which_checkpoints_a_run_builds_on(changes, first, recipe, stopped):
     from qwen2vl_nb.run.start import _stale
     found = checkpoints(stopped)
     if isinstance(start := changes.get('resume_from_checkpoint'), str): changes = changes | {'resume_from_checkpoint': str(found[int(start)])}
-    assert list(_stale(recipe(stopped.output_dir, **changes))) == [c.name for c in found[len(found) if first is None else first:]]
+    assert list(_stale(recipe(stopped.output_dir, **changes))) == ([] if first is None else [*(c.name for c in found[first:]), '.'])
 
 def _with_states(run, ranks, stage):
     "The checkpoints of a run as DeepSpeed writes them on more ranks."

@@ -10,6 +10,7 @@ from qwen2vl_nb.data.describe import describe_samples, show_samples
 from qwen2vl_nb.data.sources import read_samples
 from qwen2vl_nb.data.write import write_samples
 from qwen2vl_nb.data.registry import Registry
+from qwen2vl_nb.tiny import make_car_item, make_car_video
 
 QUESTION = {'instruction': '<image>What?', 'input': '', 'output': 'A car.'}
 
@@ -212,3 +213,18 @@ def test_a_large_picture_is_no_error_where_llamafactory_reads_it(plugin, tmp_pat
     assert plugin._regularize_images([str(tmp_path/'large.png')], **limits)['images'] and check('large.png').level.tolist() == ['warning']
     with pytest.raises(Image.DecompressionBombError): plugin._regularize_images([str(tmp_path/'bomb.png')], **limits)
     assert check('bomb.png').level.tolist() == ['error']
+
+# --- drawn data
+
+@pytest.mark.parametrize('make,taken', [(make_car_item, 'images/0002.png'), (make_car_item, 'train.json'), (make_car_item, 'labels.csv'), (make_car_video, 'videos/001.mp4'), (make_car_video, 'test.json')])
+def test_drawn_data_replaces_only_what_was_drawn(make, taken, tmp_path):
+    "A file of the same name stays, and so does everything else; what was drawn before is drawn anew."
+    few = dict(n_train=4, n_test=2)
+    make(tmp_path/'drawn', **few)
+    make(tmp_path/'drawn', **few, seed=1)
+    (tmp_path/'drawn'/taken).write_text('hours of work')
+    before = _files(tmp_path)
+    with pytest.raises(FileExistsError, match=f'1 of the .*{taken}.*overwrite=True'): make(tmp_path/'drawn', **few)
+    assert _files(tmp_path) == before
+    make(tmp_path/'drawn', **few, overwrite=True)
+    assert _files(tmp_path)[tmp_path/'drawn'/taken] != b'hours of work'

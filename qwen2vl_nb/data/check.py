@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from ..model import special_tokens
 from ..findings import findings_table, show_value
 from .media import Fault, look_at_picture, look_at_video, mend_picture, near_duplicates
-from .samples import (is_dialogue, media_key, media_of, map_media, media_paths, media_tags, sample_turns,
-                                     without_tags)
+from .samples import (as_list, is_dialogue, media_key, media_of, map_media, media_paths, media_tags,
+                                     sample_turns, without_tags)
 from .tokens import clip_sampling, known_limits, look_at_samples, media_tokens, text_tokens
 if TYPE_CHECKING: import pandas as pd
 
@@ -206,11 +206,15 @@ def _column_faults(rows, told):
     """Columns with more than one type; rows are (number, sample), and each (row, key) in `told` already has a worse
     finding."""
     for key in dict.fromkeys(k for _, s in rows for k in s):
-        values = [(i, s[key]) for i, s in rows if s.get(key) is not None and (i, key) not in told]
+        values = [(i, _as_written(s, key)) for i, s in rows if s.get(key) is not None and (i, key) not in told]
         if {type(v) for _, v in values} <= {str} or not (error := _arrow_error(values)): continue
         # the first that doesn't fit
         n = bisect_left(range(len(values)), True, key=lambda n: bool(_arrow_error(values[:n+1])))
         yield values[n][0], key, _mixed(key, values[:n+1], error)
+
+def _as_written(sample, key):
+    "The value under a key as `write_samples` writes it: one path of a picture or clip becomes a list."
+    return as_list(sample[key]) if key in (media_key(sample, 'images'), media_key(sample, 'videos')) else sample[key]
 
 def _arrow_error(values):
     "Why pyarrow can't make a column from the values."

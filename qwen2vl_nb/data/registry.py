@@ -20,7 +20,7 @@ from ..files import read_bytes, sweep, write_text
 from ..findings import Finding, findings_class, in_words
 from ..questions import ask, loaded
 from .samples import in_one_form, media_key, sample_turns
-from .sources import MediaPlace, dialogue_sample, question_sample, read_rows
+from .sources import MediaPlace, dialogue_sample, given_samples, question_sample, read_rows
 from .write import write_samples
 if TYPE_CHECKING: import pandas as pd
 
@@ -417,7 +417,7 @@ def values(self:Registry):
 @in_words
 def add(self:Registry,
     name:str, # Name of the data set, as recipes call it
-    samples:list, # Its samples
+    samples:list, # Its samples, or rows in memory that `read_samples` takes
     file_name:str=None, # JSON file to write, relative to the folder; `None`: the name with `.json`
     media:str='refer', # `'refer'` to pictures and clips where they are, or `'link'` or `'copy'` them next to the file
     overwrite:bool=False, # Replace a file that `add` did not write, or that has changed since
@@ -426,11 +426,12 @@ def add(self:Registry,
     wrote them."""
     _check_name(name)
     file_name = os.path.normpath(file_name or f'{name}.json')
-    if not samples: raise ValueError(f'{name}: there are no samples to add.')
     if not file_name.endswith('.json'):
         raise ValueError(f'{file_name}: the name must end in .json; LLaMA-Factory decides by the ending.')
-    samples = in_one_form(samples)
-    entry, file = sample_entry(samples, file_name), self.dataset_dir/file_name
+    file = self.dataset_dir/file_name
+    samples = in_one_form(given_samples(samples, file.with_name(f'{file.stem}_media')))
+    if not samples: raise ValueError(f'{name}: there are no samples to add.')
+    entry = sample_entry(samples, file_name)
     with self._lock(file.parent):
         _check_free(name, file_name, self._read()[0])
         write_samples(samples, file, media_dir=self.dataset_dir, media=media, overwrite=overwrite)

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['media_tags', 'history_turns', 'media_key', 'as_list', 'media_of', 'media_paths', 'is_dialogue', 'sample_turns',
-           'without_tags', 'trained_turns', 'as_dialogue', 'in_one_form', 'map_media']
+           'without_tags', 'trained_turns', 'as_dialogue', 'in_one_form', 'map_media', 'is_plain', 'are_samples']
 
 # %% ../../nbs/data/00_samples.ipynb #datasamples02
-#| export
-
+from pathlib import PurePath
 
 # %% ../../nbs/data/00_samples.ipynb #2d01f0b0
 def history_turns(
@@ -121,3 +120,34 @@ def map_media(
     keys = {kind: media_key(sample, kind) for kind in ('images', 'videos')}
     others = {k: v for k,v in sample.items() if k not in keys.values()}
     return others | {kind: each(as_list(sample[key])) for kind, key in keys.items() if key in sample}
+
+# %% ../../nbs/data/00_samples.ipynb #ec678f9c
+def is_plain(
+    value, # Any object
+)->bool:
+    "Whether a value is text, a number, `None`, a path, or a list or dict of these."
+    if value is None or isinstance(value, (str, int, float, PurePath)): return True
+    if isinstance(value, (list, tuple)): return all(map(is_plain, value))
+    return isinstance(value, dict) and all(map(is_plain, value.values()))
+
+def _are_paths(value): return isinstance(value, list) and all(isinstance(p, str) or _are_paths(p) for p in value)
+
+def _is_turn(turn): return isinstance(turn, dict) and isinstance(turn.get('role'), str) and 'content' in turn
+
+def _is_sample(row):
+    if not isinstance(row, dict) or 'image' in row or 'video' in row: return False
+    turns, media = row.get('messages'), {'<image>': 'images', '<video>': 'videos'}
+    is_formed = ('instruction' in row and 'output' in row if turns is None else
+                 isinstance(turns, list) and all(map(_is_turn, turns)))
+    if not is_formed or not all(_are_paths(row.get(key, [])) for key in media.values()): return False
+    said = [text for _, role, text in sample_turns(row) if role != 'system']
+    if not all(isinstance(text, str) for text in said): return False
+    return all(sum(text.count(tag) for text in said) == len(media_of(row, key)) for tag, key in media.items()) \
+        and is_plain(row)
+
+def are_samples(
+    source, # What was given to `read_samples`
+)->bool:
+    "Whether a list consists of samples as `read_samples` returns them."
+    try: return isinstance(source, list) and bool(source) and all(map(_is_sample, source))
+    except RecursionError: return False

@@ -8,8 +8,8 @@ __all__ = ['split_samples']
 # %% ../../nbs/data/50_split.ipynb #datasplit02
 import os, random
 from collections import Counter
+from ..files import file_digest
 from ..findings import show_value
-from .media import file_digest
 from .samples import media_paths, sample_turns
 
 # %% ../../nbs/data/50_split.ipynb #234b2bd6

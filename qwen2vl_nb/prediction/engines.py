@@ -18,6 +18,7 @@ from ..checks import quick_findings
 from . import hf
 from ..data.registry import Registry, dataset_samples
 from ..data.samples import media_of
+from ..data.sources import given_samples
 from ..memory.estimate import predict_memory
 from .openai import server_options
 from .predictions import Predictions, list_damaged, parse_generated, without_end
@@ -141,9 +142,9 @@ def _asked_samples(recipe):
 
 def _is_shown(item): return isinstance(item, (str, os.PathLike)) or isinstance(item, list) and all(map(_is_shown, item))
 
-def _given_samples(samples):
-    "The samples that the caller gives, as a list."
-    samples = list(samples)
+def _sound_samples(samples, folder):
+    "The samples that the caller gives, or that are read from what the caller gives, as a list."
+    samples = given_samples(samples, folder/'data'/'media', answered=False)
     is_sound = lambda s: isinstance(s, dict) and _is_shown(media_of(s, 'images') + media_of(s, 'videos'))
     bad = [i for i, s in enumerate(samples) if not is_sound(s)]
     if bad: raise ValueError(f'Rows {bad[:10]} are not dicts, or their pictures are not paths; see `check_samples`.')
@@ -200,7 +201,7 @@ def _check_options(engine, options):
 @in_words
 def predict(
     recipe:dict, # A prediction recipe
-    samples:list=None, # Samples to ask, with or without answers; `None`: those of the recipe's data set
+    samples:list=None, # Samples or rows in memory to ask, with or without answers; `None`: the recipe's data set
     engine:str='hf', # What answers: `'hf'`, `'vllm'`, `'openai'` or `'llamafactory'`
     nproc:int=None, # Number of workers; `None`: one for each GPU on this machine, or one if there is no GPU
     env:dict=None, # Environment variables for the workers
@@ -212,7 +213,7 @@ def predict(
     if engine not in _engines: raise ValueError(f"There is no engine {engine!r}; available: {', '.join(_engines)}.")
     _check_options(engine, options)
     folder, given = Path(recipe['output_dir']).absolute(), samples is not None
-    samples = _given_samples(samples) if given else _asked_samples(recipe)
+    samples = _sound_samples(samples, folder) if given else _asked_samples(recipe)
     if not samples: raise ValueError('There is nothing to predict: no samples.')
     if given: recipe = recipe | {'eval_dataset': _given}
     asked = [asked_row(i, s) for i, s in enumerate(samples)]

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from filelock import FileLock
 from .. import hidden
-from ..files import Damaged, read_json, whole_lines, write_json, write_text
+from ..files import Damaged, file_digest, read_json, whole_lines, write_json, write_text
 from ..findings import Finding
 from ..recipe import absolute_recipe
 from ..data.samples import media_key, media_of, sample_turns, trained_turns
@@ -108,13 +108,8 @@ _may_change = ('output_dir', 'overwrite_output_dir', 'dataset_dir', 'eval_datase
 _read_whole = 2**26 # Bytes; a larger file is only sampled
 
 def _digest(path):
-    "A short name for the content of a file; for a large file, it is made from sixteen samples and the length."
-    size, found = path.stat().st_size, hashlib.sha256()
-    with open(path, 'rb') as f:
-        for at in [0] if size <= _read_whole else range(0, size, size//16):
-            f.seek(at)
-            found.update(f.read(_read_whole if size <= _read_whole else 2**16))
-    return f'{found.hexdigest()[:16]} {size}'
+    "A short name for the content of a file, as `question.json` has it."
+    return f"{file_digest(path, 'sha256', whole=_read_whole)[:16]} {path.stat().st_size}"
 
 def _held(folder, *names):
     "The digests of the files in a folder, by name; none for a name on a hub, whose content is taken as unchanged."

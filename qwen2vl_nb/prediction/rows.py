@@ -7,12 +7,12 @@ __all__ = ['load_line', 'with_own_keys', 'parse_row', 'json_line', 'is_at', 'Ans
            'set_damaged_aside', 'Asked', 'without_question', 'rows_digest']
 
 # %% ../../nbs/prediction/00_rows.ipynb #dd3a5d9e
-import fcntl, hashlib, json, os, time
+import fcntl, json, os, time
 from array import array
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
-from ..files import open_regular, parse_json, whole_file, whole_lines
+from ..files import file_digest, open_regular, parse_json, whole_file, whole_lines
 
 # %% ../../nbs/prediction/00_rows.ipynb #5d1f9a02
 def _are_paths(value):
@@ -286,4 +286,4 @@ def rows_digest(
     path, # `asked.jsonl`
 )->str:
     "The SHA-256 of the file, by which `question.json` identifies the rows that were asked."
-    with open_regular(path) as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+    return file_digest(path, 'sha256')

@@ -63,7 +63,7 @@ class RunStart:
     secrets:dict    # Names of the secrets of the start, by where they were: `'recipe'`, `'env'`
     gpus:list       # GPUs that it may use: fields of `Gpu`, and `device`, their name in CUDA_VISIBLE_DEVICES
     before:dict=field(default_factory=dict)  # `step` and `steps` of the start that was resumed
-    stale:dict=field(default_factory=dict)   # Checkpoints of earlier runs: name → time in seconds since 1970
+    stale:dict=field(default_factory=dict)   # Checkpoints of earlier runs, see `is_stale`: name → seconds since 1970
     unit:str='step' # What progress counts: `'step'`, or `'row'` of a prediction
     engine:str=None # Engine of a prediction that starts servers
     workers:list=None # Of a prediction: `command` and `env` of each worker

@@ -6,10 +6,10 @@
 __all__ = ['refuse_foreign', 'note_start', 'refuse_stranger']
 
 # %% ../../nbs/run/35_owner.ipynb #runowner02
-import hashlib, os, pwd, tempfile
+import hashlib, io, os, pwd, tempfile
 from pathlib import Path
 import platformdirs
-from ..files import Damaged, json_or, read_bytes, read_text, write_json
+from ..files import Damaged, file_digest, json_or, read_bytes, read_text, write_json
 from ..checkpoint import checkpoints
 from ..recipe import absolute_recipe, load_recipe, save_recipe, zero_file_name
 from .folder import EARLIER, RECIPE, RUN, files_of, last_start
@@ -58,7 +58,7 @@ def _note(folder):
     name = hashlib.sha256(os.fsencode(folder)).hexdigest()
     return Path(platformdirs.user_data_dir('qwen2vl_nb'))/'runs'/f'{name}.json'
 
-def _fingerprint(folder): return hashlib.sha256(read_bytes(folder/RUN)).hexdigest()
+def _fingerprint(folder): return file_digest(io.BytesIO(read_bytes(folder/RUN)), 'sha256')
 
 def note_start(
     folder:Path, # Folder of the run

@@ -402,13 +402,15 @@ def describe_start(
 
 # %% ../../nbs/run/60_start.ipynb #8ae30e66
 def _stale(recipe):
-    "Checkpoints that are already in the folder of a run that does not build on them: name → when it was written."
+    """Checkpoints that are already in the folder of a run that does not build on them: name → when it was written.
+    The weights that an earlier run has left in the folder itself have the name `'.'`."""
     start = recipe.get('resume_from_checkpoint')
     if start is True or start is None and not recipe.get('overwrite_output_dir'):
         return {}  # LLaMA-Factory resumes from the last one
     found = checkpoints(recipe['output_dir'])
     before = [c for c in found if start and c.resolve() == Path(start).resolve()]
-    return {c.name: when_written(c) for c in found[found.index(before[0]) + 1 if before else 0:] if when_written(c)}
+    old = {c.name: c for c in found[found.index(before[0]) + 1 if before else 0:]} | {'.': recipe['output_dir']}
+    return {name: when_written(c) for name, c in old.items() if when_written(c)}
 
 @in_words
 def launch(
