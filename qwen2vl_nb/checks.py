@@ -414,9 +414,10 @@ def slow_findings(
     recipe:dict, # The recipe
     ranks:int=1, # Number of processes that it will run on, on all machines
     cards:list=(), # The `Gpu`s of this machine that it will run on
+    env:dict=None, # Environment variables of the run in addition to those of this process
 )->list: # `Finding`s
     "What may take longer to find: faults of the data, too little memory or disk space."
-    return data_findings(recipe) + memory_findings(recipe, list(cards)) + disk_findings(recipe, ranks)
+    return data_findings(recipe) + memory_findings(recipe, list(cards), env) + disk_findings(recipe, ranks)
 
 def late_findings(
     recipe:dict, # The recipe

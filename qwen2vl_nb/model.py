@@ -6,7 +6,8 @@
 __all__ = ['families', 'supported', 'pixel_limits', 'special_tokens', 'thinking_templates', 'systems', 'Family', 'model_type',
            'family_of', 'family_class', 'usual_template', 'trainer_size', 'processor_config', 'has_processor',
            'processor_limits', 'tokens_within', 'image_tokens', 'sampled_frames', 'video_tokens', 'recipe_limits',
-           'with_system', 'with_thoughts', 'chat_template', 'model_config', 'head_size', 'tower_size']
+           'with_system', 'without_thoughts', 'with_thoughts', 'chat_template', 'model_config', 'head_size',
+           'tower_size']
 
 # %% ../nbs/03_model.ipynb #model02
 import json, math, re
@@ -235,6 +236,12 @@ def with_system(
     "Turns with the system prompt that the template adds."
     return turns if 'system' in dict(turns) or not system else [('system', system), *turns]
 
+def without_thoughts(
+    text:str, # An answer
+)->str:
+    "An answer without its thoughts, as a template for models that think puts it into later turns."
+    return re.sub('<think>\n.*?\n</think>\n\n', '', text, flags=re.DOTALL).lstrip('\n')
+
 def with_thoughts(
     text, # An answer
     template:str, # LLaMA-Factory's template
@@ -242,7 +249,7 @@ def with_thoughts(
 ): # The answer; a value that is not text is returned as it is
     "An answer as a template for models that think puts it: with thoughts, or empty ones if it has none."
     if template not in thinking_templates or not isinstance(text, str): return text
-    if thinks is False: text = re.sub('<think>\n.*?\n</think>\n\n', '', text, flags=re.DOTALL).lstrip('\n')
+    if thinks is False: text = without_thoughts(text)
     return text if '<think>' in text or '</think>' in text else _thought + text
 
 thinking_templates = tuple(family.templates[1] for family in families.values() if family.templates[1:])
