@@ -15,7 +15,7 @@ from filelock import FileLock
 from platformdirs import user_cache_path
 from ..boot import child_env, script
 from ..files import whole_file
-from ..model import has_processor, image_tokens, model_config, recipe_limits
+from ..model import families, family_of, has_processor, image_tokens, model_config, recipe_limits
 from ..stack import GiB
 from ..frozen import describe_spared, is_spared
 from ..recipe import dataset_names
@@ -181,7 +181,10 @@ def _unpredicted(recipe, config, stage):
     optim = recipe.get('optim', 'adamw_torch_fused')
     offloaded = [part.get('device') for part in (config or {}).get('zero_optimization', {}).values()
                  if isinstance(part, dict)]
+    family = family_of(recipe['model_name_or_path'])
+    predicted = ', '.join(other.name for other in families.values() if other.sizes)
     rules = [
+        (not family.sizes, f'The memory of {family.name} is not predicted; that of {predicted} is.'),
         (kind not in ('lora', 'full', 'freeze'),
          f'finetuning_type {kind!r} is not predicted; lora, full and freeze are.'),
         ((recipe.get('stage') or 'sft') not in ('sft', 'pt'),
