@@ -54,7 +54,7 @@ def _has_clips(recipe):
 def _version_findings(recipe, versions):
     "Combinations of versions that are known to fail in what the recipe uses."
     uses = {'scores': recipe.get('predict_with_generate'), 'DeepSpeed': recipe.get('deepspeed'),
-            'video': _has_clips(recipe),
+            'video': _has_clips(recipe), 'Qwen3.5': 'qwen3_5' in _kind(recipe),
             'LoRA with DeepSpeed': recipe.get('deepspeed') and recipe.get('finetuning_type', 'lora') == 'lora'}
     return [f for f in version_findings(versions, [use for use in uses if uses[use]]) if f.level == 'error']
 
@@ -203,6 +203,7 @@ def _clip_findings(name, samples, recipe):
 # %% ../nbs/20_checks.ipynb #0c71f2d4
 def _template_findings(name, samples, recipe):
     "Rows whose pictures or clips LLaMA-Factory can't put into the prompt, or puts there wrongly, under a template."
+    if not recipe.get('model_name_or_path'): return
     template, family = recipe.get('template'), _family(recipe)
     clips = [i for i, s in enumerate(samples) if media_of(s, 'videos')]
     shown = [i for i, s in enumerate(samples) if media_of(s, 'images') or media_of(s, 'videos')]
