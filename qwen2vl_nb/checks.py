@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 import psutil
 from .boot import child_env
-from .model import families, has_processor, model_type, recipe_limits, supported, usual_template
+from .model import (families, has_processor, model_type, other_model, other_templates, recipe_limits,
+                              supported, template_times, text_templates, thinking_templates, usual_template)
 from .findings import Finding, findings_table
 from .questions import arguments, ask, hub
 from .stack import GiB, gpus, installed_versions, version_findings
@@ -53,7 +54,7 @@ def _has_clips(recipe):
 def _version_findings(recipe, versions):
     "Combinations of versions that are known to fail in what the recipe uses."
     uses = {'scores': recipe.get('predict_with_generate'), 'DeepSpeed': recipe.get('deepspeed'),
-            'video': _has_clips(recipe),
+            'video': _has_clips(recipe), 'Qwen3.5': 'qwen3_5' in _kind(recipe),
             'LoRA with DeepSpeed': recipe.get('deepspeed') and recipe.get('finetuning_type', 'lora') == 'lora'}
     return [f for f in version_findings(versions, [use for use in uses if uses[use]]) if f.level == 'error']
 
@@ -139,7 +140,7 @@ def model_findings(
     found = [Finding(str(folder/name), what, 'Download it again.', level(name)) for name, what in faults.items()]
     if kind not in families:
         found.append(Finding('model_name_or_path', f'{folder} contains a {kind} model; supported are {supported}.',
-                             'Give the folder of one of these, without mixture of experts.'))
+                             other_model))
     return found
 
 # %% ../nbs/20_checks.ipynb #071e26a0
@@ -199,6 +200,37 @@ def _clip_findings(name, samples, recipe):
                             f'the number of frames of the first; the first is row {several[0]}.',
                       'Use one clip per row.', 'warning')
 
+# %% ../nbs/20_checks.ipynb #0c71f2d4
+def _template_findings(name, samples, recipe):
+    "Rows whose pictures or clips LLaMA-Factory can't put into the prompt, or puts there wrongly, under a template."
+    if not recipe.get('model_name_or_path'): return
+    template, family = recipe.get('template'), _family(recipe)
+    clips = [i for i, s in enumerate(samples) if media_of(s, 'videos')]
+    shown = [i for i, s in enumerate(samples) if media_of(s, 'images') or media_of(s, 'videos')]
+    usual = usual_template(recipe.get('model_name_or_path') or '')
+    if shown and (template is None or template in text_templates):
+        yield Finding(name, f'{len(shown)} row(s) have pictures or clips, and the template {template!r} is for text '
+                            f'alone: LLaMA-Factory stops. The first is row {shown[0]}.', f'Set template: {usual}.')
+    if clips and template_times.get(template, family.has_times) != family.has_times:
+        what = ('have no times: frames get wrong positions, and training stops at a clip of more than four'
+                if family.has_times else 'get times that its processor cannot compute, and LLaMA-Factory stops')
+        yield Finding(name, f'Under the template {template!r} the clips of {len(clips)} row(s) {what}. '
+                            f'The first is row {clips[0]}.', f'Set template: {usual}, that of {family.name}.')
+
+def _thought_findings(name, samples, recipe):
+    "What a template for models that think does to answers with or without thoughts."
+    if recipe.get('template') not in thinking_templates: return
+    last = [trained_turns(s)[-1][1] for s in samples if trained_turns(s)]
+    thoughtful = sum(isinstance(text, str) and '<think>' in text for text in last)
+    if recipe.get('enable_thinking') is False and thoughtful:
+        yield Finding('enable_thinking', f'{thoughtful} row(s) of {name} have thoughts, which are removed.',
+                      'Leave enable_thinking out to train on them.', 'note')
+    if recipe.get('enable_thinking') is not False and thoughtful < len(last):
+        yield Finding('enable_thinking', f'{len(last) - thoughtful} row(s) of {name} have answers without thoughts: '
+                                         'the model is trained to begin them with an empty thought.',
+                      'Set enable_thinking: false, which puts the empty thought into the prompt.', 'note')
+
+# %% ../nbs/20_checks.ipynb #0c71f2d5
 def _row_findings(name, samples, recipe, stage):
     "Faults in the text of the rows, with the first one of each kind, and in their lengths."
     answered = lambda s: s if is_dialogue(s) or s.get('output') else s | {'output': '?'}
@@ -213,7 +245,10 @@ def _row_findings(name, samples, recipe, stage):
         yield Finding(name,
             f'{rows.row.nunique()} row(s) have a fault in {field or "their form"}; '
             f'the first is row {first.row}: {first.what}', _see(name))
-    if stage != 'pt': yield from (*_clip_findings(name, samples, recipe), *_length_findings(name, samples, recipe))
+    if stage == 'pt': return
+    yield from _template_findings(name, samples, recipe)
+    if stage == 'sft': yield from _thought_findings(name, samples, recipe)
+    yield from (*_clip_findings(name, samples, recipe), *_length_findings(name, samples, recipe))
 
 # %% ../nbs/20_checks.ipynb #f9ad7cb3
 def _stage_of(name, recipe):
@@ -321,9 +356,19 @@ _trackers = ('wandb', 'swanlab', 'mlflow', 'comet_ml', 'clearml', 'neptune')
 def _argument_findings(recipe):
     template = recipe.get('template')
     family, usual = _family(recipe), usual_template(recipe.get('model_name_or_path') or '')
-    if template not in family.templates:
+    if template in other_templates:
+        yield Finding('template', f'The template {template!r} needs the processor of another model; {family.name} was '
+                                  f'trained with {usual}. LLaMA-Factory stops at the first batch.',
+                      f'Set template: {usual}.')
+    elif template not in family.templates:
         yield Finding('template', f'The template is {template!r}; {family.name} was trained with {usual}.',
                       f'Set template: {usual}.', 'warning')
+    trains_projector = not recipe.get('freeze_multi_modal_projector', True) and recipe.get('freeze_vision_tower', True)
+    if trains_projector and 'qwen3_vl' in _kind(recipe):
+        yield Finding('freeze_multi_modal_projector',
+                      'Only the last projector is trained: for LLaMA-Factory the others of Qwen3-VL, '
+                      '`deepstack_merger_list`, are part of the vision tower.',
+                      'Set freeze_vision_tower: false to train them, too.', 'note')
     for key in (k for k in _numbers if isinstance(recipe.get(k), str)):
         yield Finding(key, f'LLaMA-Factory needs a number here, and {recipe[key]!r} is text.',
                       'Write a number, without quotes.')
@@ -414,9 +459,10 @@ def slow_findings(
     recipe:dict, # The recipe
     ranks:int=1, # Number of processes that it will run on, on all machines
     cards:list=(), # The `Gpu`s of this machine that it will run on
+    env:dict=None, # Environment variables of the run in addition to those of this process
 )->list: # `Finding`s
     "What may take longer to find: faults of the data, too little memory or disk space."
-    return data_findings(recipe) + memory_findings(recipe, list(cards)) + disk_findings(recipe, ranks)
+    return data_findings(recipe) + memory_findings(recipe, list(cards), env) + disk_findings(recipe, ranks)
 
 def late_findings(
     recipe:dict, # The recipe

@@ -39,10 +39,11 @@ def is_spared(
     package:str, # `'transformers'` or `'deepspeed'`
     recipe:dict, # A recipe
     stage:int, # Its ZeRO stage; `None`: without DeepSpeed
+    env:dict=None, # Environment variables of the run in addition to those of this process
 )->bool:
     "Whether a run with the installed version takes less memory for frozen weights than the version by itself."
     from packaging.version import Version # not in an environment without LLaMA-Factory
-    if os.environ.get(SPARE_FROZEN) == '0' or not recipe.get('do_train'): return False
+    if (os.environ | (env or {})).get(SPARE_FROZEN) == '0' or not recipe.get('do_train'): return False
     if recipe.get('finetuning_type', 'lora') != 'lora': return False
     if package == 'deepspeed' and (stage != 3 or not recipe.get('use_reentrant_gc', True)): return False
     return Version(importlib.metadata.version(package)) >= Version(_kept[package][0])
@@ -50,9 +51,10 @@ def is_spared(
 def describe_spared(
     recipe:dict, # A recipe
     stage:int, # Its ZeRO stage; `None`: without DeepSpeed
+    env:dict=None, # Environment variables of the run in addition to those of this process
 )->str: # A sentence; empty if nothing is changed
     "What a run does differently from the installed versions."
-    what = [words for package, (_, words, _) in _kept.items() if is_spared(package, recipe, stage)]
+    what = [words for package, (_, words, _) in _kept.items() if is_spared(package, recipe, stage, env)]
     return f"{' and '.join(what)} are not kept ({SPARE_FROZEN}=0 keeps them)" if what else ''
 
 def spare_frozen(

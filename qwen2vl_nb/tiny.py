@@ -459,7 +459,7 @@ def _processor(
     "A processor with the limits on pictures of the published model folders."
     facts = families[family]
     sizes = dict(patch_size=facts.patch, merge_size=2, temporal_patch_size=2)
-    if family == 'qwen3_vl': sizes |= dict(image_mean=[.5]*3, image_std=[.5]*3)
+    if facts.has_times: sizes |= dict(image_mean=[.5]*3, image_std=[.5]*3)
     return family_class(family, 'Processor')(
         family_class(family, 'ImageProcessor')(**_limits(*facts.picture), **sizes), _tokenizer(folder),
         family_class(family, 'VideoProcessor')(**_limits(*facts.clip), **sizes),
@@ -471,6 +471,14 @@ _towers = { # Small vision towers, in the words of each family's config
                        fullatt_block_indexes=[2], tokens_per_second=2, initializer_range=.1),
     'qwen3_vl': dict(depth=3, hidden_size=64, intermediate_size=128, out_hidden_size=128, num_heads=4,
                      num_position_embeddings=256, deepstack_visual_indexes=[0, 1], initializer_range=.1)}
+_towers['qwen3_vl_moe'] = _towers['qwen3_vl']
+_towers['qwen3_5'] = _towers['qwen3_5_moe'] = {k: v for k, v in _towers['qwen3_vl'].items() if 'deepstack' not in k}
+_experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=96)
+_more_text = { # What the text model of a family has besides
+    'qwen3_vl': dict(head_dim=32), 'qwen3_vl_moe': dict(head_dim=32, **_experts),
+    'qwen3_5': dict(head_dim=32, linear_key_head_dim=16, linear_value_head_dim=16, linear_num_key_heads=2,
+                    linear_num_value_heads=4)}
+_more_text['qwen3_5_moe'] = _more_text['qwen3_5'] | _experts | dict(shared_expert_intermediate_size=96)
 
 def _config(
     ids, # Function from a special token's name to its id
@@ -479,11 +487,12 @@ def _config(
     """A small model: 1.1 million parameters, tied embeddings as in the smallest published ones, and a wider range of
     random weights because it is narrow."""
     rope = dict(type='mrope', mrope_section=[4,6,6])
-    if family == 'qwen3_vl': rope = dict(rope_type='default', mrope_section=[6,5,5], mrope_interleaved=True)
+    if families[family].has_times: rope = dict(rope_type='default', mrope_section=[6,5,5], mrope_interleaved=True)
+    if 'qwen3_5' in family: rope |= dict(mrope_section=[2,1,1], partial_rotary_factor=.25)
     text = dict(vocab_size=VOCAB, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
                 num_key_value_heads=2, max_position_embeddings=CONTEXT, rope_theta=1e6, tie_word_embeddings=True,
                 rope_scaling=rope, initializer_range=.05, eos_token_id=ids('im_end'), pad_token_id=ids('endoftext'))
-    if family == 'qwen3_vl': text['head_dim'] = 32
+    text |= _more_text.get(family, {})
     return family_class(family, 'Config')(
         text_config=text, vision_config=_towers[family], tie_word_embeddings=True,
         architectures=[f'{families[family].classes}ForConditionalGeneration'],
@@ -503,7 +512,7 @@ def tiny_model(
     folder:str|Path,       # Where the model folder goes
     weights:str|Path=None, # Model folder to take trained weights from; without it they are random
     seed:int=0,            # Decides the random weights
-    family:str='qwen2_vl', # `'qwen2_vl'`, `'qwen2_5_vl'` or `'qwen3_vl'`; trained weights exist for the first
+    family:str='qwen2_vl', # A key of `families`; trained weights exist for the first, and some need transformers 5
 )->Path: # The folder
     "Write a small model as a model folder: real classes, bf16 weights, processor and generation settings."
     if family not in families: raise ValueError(f"There is no family {family!r}; available: {', '.join(families)}.")

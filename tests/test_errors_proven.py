@@ -18,6 +18,7 @@ from qwen2vl_nb.data import media
 from qwen2vl_nb.data.check import check_samples
 from qwen2vl_nb.checks import data_findings, recipe_findings
 from qwen2vl_nb.data.registry import sample_entry
+from qwen2vl_nb.model import other_templates, text_templates
 from test_bad_data import CLIPS, DIALOGUES, PICTURES, QUESTIONS, ROWS, _clip, _dialogue, _noise, _question, _said, _save
 
 LEVELS = 'warning', 'note', 'mended'
@@ -254,6 +255,9 @@ RECIPES = { # name → the changes of a recipe that runs
     'a model whose config is cut off': lambda r: r.cut('config.json'),
     'weights that are cut off': lambda r: r.cut('model.safetensors'),
     'a model of another kind': lambda r: r.model(model_type='llama'),
+    'a model that this transformers does not know': lambda r: r.model(model_type='qwen9_vl'),
+    **{f'the template {name}': lambda r, name=name: {'template': name} for name in other_templates},
+    **{f'pictures under the template {name}': lambda r, name=name: {'template': name} for name in (None, *text_templates)},
     'no adapter': lambda r: {'adapter_name_or_path': str(r.folder/'adapter')},
     'an adapter for full fine-tuning': lambda r: r.adapter() | {'finetuning_type': 'full'},
     'a ZeRO config that is not there': lambda r: {'deepspeed': 'ds_z9.json', 'use_cpu': None},
@@ -321,6 +325,7 @@ ELSEWHERE = { # function, or more of the line → the test in which it is proven
     "checks._output_findings: Finding('output_dir', 'There is no": 'a run is a folder: without one there is nothing that could be started',
     "media._file_fault: Fault(f'The path is {path!r}, not text": 'check_samples says it before, in words of its own that are proven',
     "checks._config_findings: Finding('deepspeed'": 'test_failures.py::zero3_generates',
+    "checks._template_findings: Finding(name, f'Under the template": 'test_family.py::test_templates_of_other_families',
     "checks._clip_findings: Finding(name, f'{len(lost)}": 'test_family.py::test_clips_that_llamafactory_cannot_place',
     "checks._config_findings: Finding('use_cpu'": 'test_failures.py::use_cpu_with_zero3',
     "checks._argument_findings: Finding(key, f'LLaMA-Factory needs a number": 'test_checks.py::test_llamafactory_fails_where_it_is_called_an_error',

@@ -1,16 +1,18 @@
 "Each model family against what LLaMA-Factory and the real classes make of it."
-import json, random, shutil
+import importlib.metadata, json, random, shutil
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 from PIL import Image
 
 from conftest import until, write_clip
-from qwen2vl_nb.all import attach, check_recipe, export, launch, predict, predict_recipe, read_log, score, train_recipe, zero_config
-from qwen2vl_nb.checks import data_findings, model_findings
+from qwen2vl_nb.all import attach, check_recipe, export, launch, predict, predict_recipe, read_log, score, train_recipe, zero_config, zero_table
+from qwen2vl_nb.checks import data_findings, model_findings, quick_findings
 from qwen2vl_nb.data.check import check_samples
-from qwen2vl_nb.data.registry import Registry
+from qwen2vl_nb.data.registry import Registry, dataset_samples
 from qwen2vl_nb.data.tokens import count_tokens
+from qwen2vl_nb.memory.estimate import NotPredicted, predict_memory
 from qwen2vl_nb.model import families, image_tokens, processor_config, processor_limits, usual_template, video_tokens
 from qwen2vl_nb.tiny import tiny_model
 
@@ -127,6 +129,51 @@ def test_tokens_are_those_of_llamafactory(small, family, factory, clips, data, t
             counted = count_tokens(samples, small, **about)
             assert list(counted.total) == list(map(len, ids)), about
 
+def test_templates_of_other_families(small, family, clips, data, tmp_path):
+    "A template that is called an error stops LLaMA-Factory, or gives a clip's frames wrong positions; the others run."
+    other = 'qwen2_vl' if families[family].has_times else 'qwen3_vl_nothink'
+    rows = {'text': {'instruction': 'What?', 'output': 'A car.'},
+            'picture': {'images': [str(data/'car_item'/'images'/'0001.png')], 'instruction': '<image>What?', 'output': 'A car.'}}
+    for name, frames in ('short clip', 32), ('clip', 48):
+        write_clip(tmp_path/f'{name}.mp4', frames, 16, (64, 64))
+        rows[name] = {'videos': [str(tmp_path/f'{name}.mp4')], 'messages': [{'role': 'user', 'content': '<video>What?'}, {'role': 'assistant', 'content': 'A car.'}]}
+    for name, row in rows.items(): Registry(tmp_path/'data').add(name, [row])
+    recipe = lambda name, template: train_recipe(small, name, tmp_path/'run', dataset_dir=str(tmp_path/'data'), template=template)
+    called = lambda *about: [f.level for f in data_findings(recipe(*about)) if 'template' in f.what]
+    assert [called(name, 'qwen3') for name in rows] == [[], ['error'], ['error'], ['error']] == [called(name, 'default') for name in rows]
+    assert [called(name, other) for name in rows] == [[], [], ['error'], ['error']] and not any(called(name, families[family].templates[0]) for name in rows)
+    own, theirs, text = (spoilt_by(small, tmp_path/'data', rows, template) for template in (families[family].templates[0], other, 'qwen3'))
+    assert own == {name: None for name in rows} and theirs['text'] is theirs['picture'] is text['text'] is None
+    assert all('does not support' in text[name] for name in rows if name != 'text'), text
+    expected = {'short clip': 'wrong positions', 'clip': 'do not match'} if families[family].has_times else dict.fromkeys(['short clip', 'clip'], '_calculate_timestamps')
+    assert all(words in theirs[name] for name, words in expected.items()), theirs
+
+def spoilt_by(model, folder, names, template):
+    "What LLaMA-Factory's preprocessing, its collator or the model say of a row, by data set; `None` if the model can train on it."
+    import torch
+    from llamafactory.data import SFTDataCollatorWith4DAttentionMask, get_template_and_fix_tokenizer
+    from llamafactory.data.loader import get_dataset
+    from llamafactory.hparams import get_train_args
+    from llamafactory.model import load_tokenizer
+    from transformers import AutoModelForImageTextToText
+    real = AutoModelForImageTextToText.from_pretrained(model)
+    def say(name):
+        given = dict(model_name_or_path=str(model), stage='sft', do_train=True, dataset=name, dataset_dir=str(folder), template=template, overwrite_cache=True, use_cpu=True,
+                     output_dir=str(folder/'out'), report_to='none', cache_dir=str(folder/f'.cache-{template}-{name}'))
+        model_args, data_args, training_args = get_train_args(given)[:3]
+        loaded = load_tokenizer(model_args)
+        shaped = get_template_and_fix_tokenizer(loaded['tokenizer'], data_args)
+        batch = SFTDataCollatorWith4DAttentionMask(template=shaped, model=real, **loaded)([get_dataset(shaped, model_args, data_args, training_args, 'sft', **loaded)['train_dataset'][0]])
+        with torch.no_grad(): assert real(**batch).loss.isfinite()
+        time, _, column = batch['position_ids'][-3:, 0, batch['input_ids'][0] == real.config.video_token_id]
+        rows_of_four = column.reshape(-1, 2, 2) if len(column) else column  # 64×64 pixels are two by two tokens
+        is_even = not len(column) or bool((rows_of_four[:, 0] == rows_of_four[:, 1]).all())
+        return None if is_even else 'wrong positions'
+    def tried(name):
+        try: return say(name)
+        except Exception as e: return f'{type(e).__name__}: {e}'
+    return {name: tried(name) for name in names}
+
 ZERO = {'qwen2_5_vl': 'z2', 'qwen3_vl': 'z3'}
 
 def test_from_a_start_to_scored_answers(small, family, data, tmp_path):
@@ -146,6 +193,31 @@ def test_from_a_start_to_scored_answers(small, family, data, tmp_path):
     assert own == theirs and len(own) == 8 and len(score(answers['hf']).overall)
     merged = export(run, tmp_path/'merged')
     assert json.loads((merged/'config.json').read_text())['model_type'] == family and '_pad|>' in (merged/'chat_template.jinja').read_text()
+
+@pytest.mark.parametrize('kind', ['qwen3_vl_moe', 'qwen3_5', 'qwen3_5_moe'])
+def test_families_whose_memory_is_not_predicted(kind, factory, data, tmp_path):
+    "Data, training and prediction work; where transformers does not know the family, that is found before the start."
+    knows = kind == 'qwen3_vl_moe' or Version(importlib.metadata.version('transformers')) >= Version('5')
+    model = tiny_model(tmp_path/'model', family=kind if knows else 'qwen3_vl')
+    if not knows: (model/'config.json').write_text(json.dumps(json.loads((model/'config.json').read_text()) | {'model_type': kind}))
+    recipe = train_recipe(model, 'car_item', tmp_path/'run', dataset_dir=str(data), max_steps=6, logging_steps=1, learning_rate=1e-3, bf16=None, use_cpu=True, max_samples=8,
+                          gradient_accumulation_steps=1, preprocessing_num_workers=None)
+    with pytest.raises(NotPredicted, match=f'memory of {families[kind].name} is not predicted; that of Qwen2-VL, '): predict_memory(recipe)
+    assert {row.fits for row in zero_table(recipe, gpus=2, gpu_gib=24)} == {'not predicted', 'not chosen'}
+    found = [f.what for f in quick_findings(recipe) if f.level == 'error']
+    assert found == ([] if knows else ['transformers 4 does not know Qwen3.5.'])
+    run = launch(recipe, force=True)
+    if not knows:
+        with pytest.raises(RuntimeError, match='does not recognize this architecture'): run.wait()
+        return
+    run.wait()
+    losses = read_log(run).loss.dropna()
+    assert len(losses) == 6 and losses.iloc[-2:].mean() < losses.iloc[:2].mean()
+    ids, _ = factory.prepare(data, 'car_item', model_name_or_path=str(model), template=recipe['template'], max_samples=8, cache_dir=str(tmp_path/'cache'), output_dir=str(tmp_path/'out'))
+    assert list(count_tokens(dataset_samples(Registry(data), 'car_item', 8), model).total) == list(map(len, ids))
+    asking = dict(adapter=run, dataset_dir=str(data), max_samples=4, max_new_tokens=6, use_cpu=True, preprocessing_num_workers=None)
+    own, theirs = (predict(predict_recipe(model, 'car_item_test', tmp_path/engine, **asking), engine=engine) for engine in ('hf', 'llamafactory'))
+    assert [row['predict'] for row in own] == [row['predict'] for row in theirs] and len(own) == 4 and not own.failed
 
 def test_clips_that_llamafactory_cannot_place(small, family, factory, clips, tmp_path):
     "Qwen3-VL's clips get their times by the number of the turn: what is called an error stops LLaMA-Factory, and nothing else does."

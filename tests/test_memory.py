@@ -8,6 +8,7 @@ from itertools import accumulate
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
+from conftest import write_clip
 from qwen2vl_nb.model import family_class, model_config
 from qwen2vl_nb.memory.estimate import predict_memory
 from qwen2vl_nb.recipe import predict_recipe, train_recipe
@@ -22,6 +23,7 @@ SMALL = {'z0': dict(reduce_bucket_size=200_000, allgather_bucket_size=200_000), 
 full, bf16 = dict(finetuning_type='full'), dict(bf16=True)
 plain, pairs, by_four, twice = (dict(disable_gradient_checkpointing=True), dict(dataset='pairs'), dict(per_device_train_batch_size=4),
                                 dict(gradient_accumulation_steps=2))
+clip = dict(dataset='clip')
 tower, projector = dict(freeze_vision_tower=False), dict(freeze_multi_modal_projector=False)
 
 ALONE = {'tiny lora': dict(model='tiny'), 'lora plain': plain, 'lora pairs twice': pairs | twice,
@@ -31,13 +33,13 @@ RANKS = {'lora z0': dict(zero='z0'), 'full z2 twice': full | twice | dict(zero='
          'lora bf16 z2': bf16 | dict(zero='z2'),
          'tiny full z3': full | dict(model='tiny', zero='z3'), 'lora pairs twice z3': pairs | twice | dict(zero='z3'),
          'lora bf16 z3': bf16 | dict(zero='z3')}
-MORE = {'lora tower': tower, 'full bf16 z0': full | bf16 | dict(zero='z0'), 'full bf16 z3': full | bf16 | dict(zero='z3'), 'tiny full plain': full | plain | dict(model='tiny'), 'lora': {}, 'lora by four': by_four, 'full pairs': full | pairs,
+MORE = {'lora clip': clip, 'full plain clip': full | plain | clip, 'lora tower': tower, 'full bf16 z0': full | bf16 | dict(zero='z0'), 'full bf16 z3': full | bf16 | dict(zero='z3'), 'tiny full plain': full | plain | dict(model='tiny'), 'lora': {}, 'lora by four': by_four, 'full pairs': full | pairs,
         'full tower and projector': full | tower | projector, 'full bf16': full | bf16, 'full bf16 plain': full | bf16 | plain,
         'lora bf16 z0': bf16 | dict(zero='z0'), 'full bf16 z2': full | bf16 | dict(zero='z2'), 'full z0': full | dict(zero='z0'),
         'lora z2': dict(zero='z2'), 'full z2': full | dict(zero='z2'), 'tiny lora z3': dict(model='tiny', zero='z3'), 'full z3': full | dict(zero='z3')}
 # The same for the other families: two of each here, the rest in `make soak`
 KINDS = {'lora': {}, 'lora bf16 z3': bf16 | dict(zero='z3'), 'lora plain pairs': plain | pairs, 'full': full, 'full bf16 plain by four': full | bf16 | plain | by_four, 'full z0': full | dict(zero='z0'),
-         'full bf16 z2': full | bf16 | dict(zero='z2'), 'full z3': full | dict(zero='z3'), 'lora pairs twice z3': pairs | twice | dict(zero='z3'), 'lora tower': tower, 'answers': dict(asks=True)}
+         'full bf16 z2': full | bf16 | dict(zero='z2'), 'full z3': full | dict(zero='z3'), 'lora pairs twice z3': pairs | twice | dict(zero='z3'), 'lora tower': tower, 'answers': dict(asks=True), 'lora clip': clip, 'full plain clip': full | plain | clip}
 FAMILIES = {f'{family} {name}': changes | dict(model=family) for family in ('qwen2_5_vl', 'qwen3_vl') for name, changes in KINDS.items()}
 FEW = [f'{family} {name}' for family in ('qwen2_5_vl', 'qwen3_vl') for name in ('lora plain pairs', 'full bf16 z2')]
 CASES = ALONE | RANKS | MORE | FAMILIES
@@ -80,6 +82,8 @@ def make(tiny, medium, mediums, data, tmp_path_factory):
     singles = [{'images': [p], 'instruction': '<image>What is this?', 'input': '', 'output': 'A car.'} for p in pictures]
     Registry(work/'data').add('single', singles)
     Registry(work/'data').add('pairs', [s | {'images': [s['images'][0], p], 'instruction': '<image>' + s['instruction']} for s,p in zip(singles, reversed(pictures))])
+    write_clip(work/'clip.mp4', 16, 4, (256, 256))
+    Registry(work/'data').add('clip', [{'videos': [str(work/'clip.mp4')], 'messages': [{'role': 'user', 'content': '<video>What is this?'}, {'role': 'assistant', 'content': 'A car.'}]}]*8)
     def make(name, model='medium', zero=None, asks=False, **changes):
         common = dict(image_min_pixels=200_000, image_max_pixels=262_144, preprocessing_num_workers=None, dataset_dir=str(work/'data'), cache_dir=str(work/'cache'))
         folder = {'tiny': tiny, 'medium': medium}.get(model) or mediums(model)
@@ -104,7 +108,8 @@ def _sample(batches):
     "The longest sample of the batches that a run has met."
     batch = max(batches, key=lambda b: b['tokens'])
     rows, tokens = batch['tokens']
-    return {'tokens': tokens, 'pictures': [t*h*w//4 for t,h,w in batch['grids']][:len(batch['grids'])//rows], 'padded': batch['padded']}
+    parts = batch['grids'][:len(batch['grids'])//rows]
+    return {'tokens': tokens, 'pictures': [h*w//4 for t,h,w in parts for _ in range(t)], 'padded': batch['padded']}  # each step of a clip is seen by itself
 
 @pytest.fixture(scope='session')
 def cases(make, request):

@@ -50,5 +50,8 @@ def test_frozen_weights_take_no_memory(zero, ranks, most, counting, tmp_path, mo
         estimate = predict_memory(recipe, None, ranks, gpu=False, sample=sample)
         assert estimate.tensors == pytest.approx(counted, rel=.02)
         assert any('are not kept' in words for words in estimate.assumptions) is (spared == '1')
+        monkeypatch.setenv(SPARE_FROZEN, '01'[spared == '0'])  # what the run is given counts, not what this process has
+        given = predict_memory(recipe, None, ranks, gpu=False, sample=sample, env={SPARE_FROZEN: spared})
+        assert given.tensors == estimate.tensors and given.assumptions == estimate.assumptions
         found[spared] = counted
     assert found['1'] < most*found['0']

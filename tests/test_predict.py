@@ -4,8 +4,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 from conftest import PATIENCE, small_disk, until
+from qwen2vl_nb.model import family_of, usual_template
 from qwen2vl_nb.prediction import hf
 from qwen2vl_nb.prediction.rows import Answers, Asked
 from qwen2vl_nb.prediction import engines as predicting
@@ -17,6 +20,7 @@ from qwen2vl_nb.data.registry import Registry, dataset_samples
 from qwen2vl_nb.processes import marked
 from qwen2vl_nb.run.folder import state_or_empty
 from qwen2vl_nb.run.start import attach
+from qwen2vl_nb.tiny import tiny_model
 
 def _answers(predictions): return [row['predict'] for row in predictions]
 
@@ -54,15 +58,26 @@ def test_answers_are_those_of_llamafactory(ask, once, tmp_path):
     assert list(predict(ask(tmp_path/'own', per_device_eval_batch_size=50), engine='llamafactory')) == answers
     assert (tmp_path/'own'/'run.json').read_text() == started, 'its answers were taken up, not made again'
 
+@pytest.fixture(scope='module', params=['qwen2_vl', 'qwen2_5_vl', 'qwen3_vl'])
+def small(request, tiny, tmp_path_factory):
+    "A small model of each family."
+    return tiny if request.param == 'qwen2_vl' else tiny_model(tmp_path_factory.mktemp('models')/request.param, family=request.param)
+
 def _dialogue(*turns, **rest):
     return {'messages': [{'role': ('user', 'assistant')[i % 2], 'content': text} for i, text in enumerate(turns)], 'images': []} | rest
 
 TOOLS = json.dumps([{'name': 'look', 'description': 'Look again.', 'parameters': {'type': 'object', 'properties': {'where': {'type': 'string'}}}}])
 
-@pytest.fixture
-def asked_of_all_kinds(data):
+def _picture(path, size, **saved):
+    "A picture of noise."
+    Image.frombytes('RGB', size, random.Random(0).randbytes(3*size[0]*size[1])).save(path, **saved)
+    return str(path)
+
+@pytest.fixture(scope='module')
+def asked_of_all_kinds(data, tmp_path_factory):
     one, two, large = (str(data/'car_item'/'images'/f'000{i}.png') for i in (1, 2, 3))
-    clip = str(next((data/'car_video').rglob('*.mp4')))
+    clip, folder, turned = str(next((data/'car_video').rglob('*.mp4'))), tmp_path_factory.mktemp('pictures'), Image.Exif()
+    turned[274] = 6  # a quarter to the right
     return {
         'a picture': {'instruction': '<image>What is this?', 'input': '', 'output': 'A car.', 'images': [one]},
         'several pictures': {'instruction': 'First <image> then <image>.', 'input': 'Which <image>?', 'output': 'b', 'images': [one, two, large]},
@@ -75,22 +90,28 @@ def asked_of_all_kinds(data):
         'a system prompt in a dialogue': _dialogue('<image>What?', 'A car.', images=[two], system='Answer in Latin.'),
         'tools': {'messages': [{'role': 'user', 'content': '<image>Look.'}, {'role': 'function_call', 'content': '{"name": "look", "arguments": {"where": "left"}}'},
                                {'role': 'observation', 'content': 'A wheel.'}, {'role': 'assistant', 'content': 'A car.'}], 'images': [one], 'tools': TOOLS},
+        'a turned picture': {'instruction': '<image>What is this?', 'input': '', 'output': 'g', 'images': [_picture(folder/'turned.jpg', (90, 60), exif=turned)]},
+        'large and small pictures': {'instruction': '<image><image><image>?', 'input': '', 'output': 'h', 'images': [
+            _picture(folder/'large.png', (1600, 1200)), _picture(folder/'small.png', (3, 5)), _picture(folder/'thin.png', (600, 2))]},
+        'thoughts': _dialogue('<image>What?', '<think>\nIt is red.\n</think>\n\nA car.', 'Sure?', '<think>\nAgain.\n</think>\n\nYes.', images=[one]),
+        'no label': _dialogue('<image>What is this?', '', images=[two]),
+        'nothing but a picture': {'instruction': '<image>', 'input': '', 'output': 'i', 'images': [one]},
     }
 
 KINDS = ['a picture', 'several pictures', 'no picture', 'a system prompt', 'several turns', 'a history', 'a clip', 'a clip and a picture',
-         'a system prompt in a dialogue', 'tools']
+         'a system prompt in a dialogue', 'tools', 'a turned picture', 'large and small pictures', 'thoughts', 'no label', 'nothing but a picture']
 
 @pytest.fixture
-def both_prompts(ask, tiny, tmp_path):
+def both_prompts(ask, small, tmp_path):
     "For one sample: (LLaMA-Factory's token ids, its batch), (ours)."
     from llamafactory.data import SFTDataCollatorWith4DAttentionMask, get_template_and_fix_tokenizer
     from llamafactory.data.loader import get_dataset
     from llamafactory.hparams import get_train_args
     from llamafactory.model import load_tokenizer
-    def make(sample):
+    def make(sample, template):
         registry = Registry(tmp_path/'data')
         registry.add('asked', [sample])
-        recipe = ask(tmp_path/'out', dataset_dir=str(tmp_path/'data'), eval_dataset='asked', cutoff_len=1024)
+        recipe = ask(tmp_path/'out', model_name_or_path=str(small), template=template, dataset_dir=str(tmp_path/'data'), eval_dataset='asked', cutoff_len=4096)
         model_args, data_args, training_args, *_ = get_train_args(recipe | {'cache_dir': str(tmp_path/'.cache')})
         loaded = load_tokenizer(model_args)
         template = get_template_and_fix_tokenizer(loaded['tokenizer'], data_args)
@@ -105,21 +126,23 @@ def both_prompts(ask, tiny, tmp_path):
     return make
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_prompts_are_those_of_llamafactory(kind, asked_of_all_kinds, both_prompts):
-    "Token by token and pixel by pixel."
-    ids, theirs, ours = both_prompts(asked_of_all_kinds[kind])
-    shown = ours['input_ids'][0][ours['attention_mask'][0] == 1].tolist()
-    assert shown == list(ids)
-    assert theirs.keys() - {'labels'} == ours.keys()
-    for key in ours: assert ours[key].equal(theirs[key]), key
+def test_prompts_are_those_of_llamafactory(kind, small, asked_of_all_kinds, both_prompts):
+    "In each family and under each of its templates, token by token and pixel by pixel."
+    for template in family_of(small).templates:
+        ids, theirs, ours = both_prompts(asked_of_all_kinds[kind], template)
+        shown = ours['input_ids'][0][ours['attention_mask'][0] == 1].tolist()
+        assert shown == list(ids) and theirs.keys() - {'labels'} == ours.keys()
+        for key in ours: assert ours[key].equal(theirs[key]) if torch.is_tensor(ours[key]) else ours[key] == theirs[key], key
+        grids = [len(ours.get(f'{part}_grid_thw', [])) for part in ('image', 'video')]
+        media = [len(asked_of_all_kinds[kind].get(key, [])) for key in ('images', 'videos')]
+        assert grids == (media if any(media) else [1, 0]), 'to a batch without pictures LLaMA-Factory adds one that is not attended to'
 
 def test_every_kind_is_asked(asked_of_all_kinds): assert list(asked_of_all_kinds) == KINDS
 
-def test_rows_of_a_batch_do_not_touch_each_other(asked_of_all_kinds, tiny, ask, tmp_path):
+def test_rows_of_a_batch_do_not_touch_each_other(asked_of_all_kinds, small, ask, tmp_path):
     "All kinds in one batch have the tokens and pixels that each has alone."
-    import torch
     Answers(tmp_path/'asked.jsonl').add([asked_row(i, sample) for i, sample in enumerate(asked_of_all_kinds.values())])
-    prompts = hf.load_prompts(ask(tmp_path/'out', cutoff_len=1024), Asked(tmp_path/'asked.jsonl'))[0]
+    prompts = hf.load_prompts(ask(tmp_path/'out', model_name_or_path=str(small), template=usual_template(small), cutoff_len=4096), Asked(tmp_path/'asked.jsonl'))[0]
     alone = [prompts[[i]][1] for i in range(len(KINDS))]
     _, together, _ = prompts[list(range(len(KINDS)))]
     for i, one in enumerate(alone):

@@ -5,12 +5,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from qwen2vl_nb.model import family_of
 from qwen2vl_nb.prediction.engines import predict
 from qwen2vl_nb.recipe import predict_recipe
 from qwen2vl_nb.data.registry import Registry, dataset_samples
 from qwen2vl_nb.processes import marked
 from qwen2vl_nb.run.folder import state_or_empty
 from qwen2vl_nb.run.start import launch
+from qwen2vl_nb.tiny import tiny_model
 from boxes import draw_boxes, teach_boxes
 
 __test__ = 'VLLM_PYTHON' in os.environ  # without the other environment there is nothing to collect
@@ -58,16 +60,17 @@ def test_boxes_come_back_with_their_marks(ask, tiny, tmp_path):
     assert _told(ours) == _told(predict(recipe | {'output_dir': str(tmp_path/'hf')}, boxes))
     assert sum(row['predict'] == row['label'] for row in ours) >= 36
 
-@pytest.fixture
-def tiny_fp32(tiny, tmp_path):
-    "The small model in float32."
+def float32(folder):
+    "A model folder, with its weights in float32 from now on."
     from safetensors.torch import load_file, save_file
-    folder = Path(shutil.copytree(tiny, tmp_path/'tiny fp32'))
     weights = {name: w.float() for name, w in load_file(folder/'model.safetensors').items()}
     save_file(weights, folder/'model.safetensors', {'format': 'pt'})
     config = json.loads((folder/'config.json').read_text())
     (folder/'config.json').write_text(json.dumps(config | {'dtype': 'float32'}))
     return folder
+
+@pytest.fixture
+def tiny_fp32(tiny, tmp_path): return float32(Path(shutil.copytree(tiny, tmp_path/'tiny fp32')))
 
 def _of_all_kinds(samples, folder):
     "Rows with several pictures and none, of sizes that are scaled, with a system prompt, with several turns."
@@ -104,3 +107,19 @@ def test_one_that_cannot_start_says_why_and_leaves_nothing(ask, samples, tiny, t
     said = 'ended with exit status 1 before the work began.*SafetensorError'
     with pytest.raises(RuntimeError, match=said): _by_vllm(ask(tmp_path/'vllm', broken), samples)
     assert not marked(state_or_empty(tmp_path/'vllm', 'run.json')['id'])
+
+@pytest.fixture(scope='module', params=['qwen2_5_vl', 'qwen3_vl'])
+def other(request, tmp_path_factory):
+    "A small model of another family in float32, with random weights."
+    return float32(tiny_model(tmp_path_factory.mktemp('models')/request.param, family=request.param))
+
+def test_other_families_see_the_same_tokens(other, samples, tmp_path):
+    "Rows of all kinds, as many tokens as the server counts; the last template of a family is the one for models that think."
+    thought = '<think>\nIt is red.\n</think>\n\n'
+    thoughtful = [{'role': role, 'content': text} for role, text in (('user', '<image>What?'), ('assistant', thought + 'A car.'), ('user', 'Sure?'))]
+    asked = [*_of_all_kinds(samples, tmp_path), *samples[:10], {'messages': thoughtful, 'images': samples[0]['images']}]
+    recipe = predict_recipe(other, None, tmp_path/'vllm', template=family_of(other).templates[-1], max_new_tokens=8, use_cpu=True)
+    ours, theirs = _by_vllm(recipe, asked), predict(recipe | {'output_dir': str(tmp_path/'hf')}, asked)
+    assert not ours.failed and [row['prompt_tokens'] for row in ours] == [row['prompt_tokens'] for row in theirs]
+    whole = lambda predictions: [row['predict'].rstrip('\N{REPLACEMENT CHARACTER}') for row in predictions]  # vLLM leaves the half of a character out
+    assert whole(ours) == whole(theirs) and len(set(whole(ours))) > 5

@@ -19,8 +19,9 @@ from qwen2vl_nb.memory.simulate import LiveBytes
 PACKAGES = ['torch', 'transformers', 'peft', 'deepspeed', 'llamafactory']
 
 def shape_of(batch):
-    "Rows and tokens of a batch, the patches of its pictures, and whether it has padding."
-    return {'tokens': list(batch['input_ids'].shape), 'grids': batch['image_grid_thw'].tolist(),
+    "Rows and tokens of a batch, the patches of its pictures and clips, and whether it has padding."
+    grids = [grid for part in ('image', 'video') for grid in batch.get(f'{part}_grid_thw', torch.empty(0)).tolist()]
+    return {'tokens': list(batch['input_ids'].shape), 'grids': grids,
             'padded': not batch['attention_mask'].all().item()}
 
 @contextmanager

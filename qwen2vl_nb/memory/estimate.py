@@ -15,7 +15,7 @@ from filelock import FileLock
 from platformdirs import user_cache_path
 from ..boot import child_env, script
 from ..files import whole_file
-from ..model import has_processor, image_tokens, model_config, recipe_limits
+from ..model import families, family_of, has_processor, image_tokens, model_config, recipe_limits
 from ..stack import GiB
 from ..frozen import describe_spared, is_spared
 from ..recipe import dataset_names
@@ -77,7 +77,7 @@ def _adapter_shape(recipe):
     shape = json.loads(file.read_text(encoding='utf-8'))
     return {'lora_rank': shape['r'], 'lora_target': ','.join(shape['target_modules'])}
 
-def _job(recipe, config, stage, sample, gpu):
+def _job(recipe, config, stage, sample, gpu, env):
     "The job for `simulate`."
     model, half, train = model_config(recipe['model_name_or_path']), _half(recipe), bool(recipe.get('do_train'))
     kept = {k: recipe[k] for k in _used if recipe.get(k) is not None}
@@ -87,7 +87,7 @@ def _job(recipe, config, stage, sample, gpu):
             'cast': half or ('float32' if stage == 3 else None) if engine else None, 'autocast': None
             if engine else half,
             'half': half, 'copy': 'float32' if engine and not half else None, 'zero_3': engine and stage == 3,
-            'labels': train, 'backward': train, 'spares_tower': is_spared('transformers', recipe, stage),
+            'labels': train, 'backward': train, 'spares_tower': is_spared('transformers', recipe, stage, env),
             'kernel': 'fa2' if recipe.get('flash_attn') == 'fa2' else 'cuda' if gpu else 'cpu',
             'padded': True, **sample}
 
@@ -181,7 +181,10 @@ def _unpredicted(recipe, config, stage):
     optim = recipe.get('optim', 'adamw_torch_fused')
     offloaded = [part.get('device') for part in (config or {}).get('zero_optimization', {}).values()
                  if isinstance(part, dict)]
+    family = family_of(recipe['model_name_or_path'])
+    predicted = ', '.join(other.name for other in families.values() if other.sizes)
     rules = [
+        (not family.sizes, f'The memory of {family.name} is not predicted; that of {predicted} is.'),
         (kind not in ('lora', 'full', 'freeze'),
          f'finetuning_type {kind!r} is not predicted; lora, full and freeze are.'),
         ((recipe.get('stage') or 'sft') not in ('sft', 'pt'),
@@ -247,14 +250,14 @@ def _notes(recipe, config):
               'Offloading compiles DeepSpeed\'s CPU Adam, and there is no compiler: apt-get install g++')]
     return [text for holds, text in rules if holds]
 
-def _estimate(rank, recipe, config, stage, gpu, source, disk):
+def _estimate(rank, recipe, config, stage, gpu, source, disk, env):
     "The estimate for a rank, with the allowance."
     tensors = sum(rank.peak.values())
     allowed = {how: _allowance(tensors, rank.ranks, how) if gpu else 0 for how in _allowances}
     parts = {k: int(v) for k,v in rank.peak.items() if v} | {'allowance': allowed['likely']}
     batch = recipe.get(f"per_device_{'train' if recipe.get('do_train') else 'eval'}_batch_size", 1)
     assumptions = [source, f'a batch of {batch} on each GPU', 'an allowance for everything but tensors',
-                   *filter(None, [describe_spared(recipe, stage)])]
+                   *filter(None, [describe_spared(recipe, stage, env)])]
     return MemoryEstimate(parts, rank.when, int(tensors + allowed['low']), int(tensors + allowed['high']),
                           rank.ranks*rank.host, disk if recipe.get('do_train') else 0, assumptions,
                           _notes(recipe, config))
@@ -267,6 +270,7 @@ def predict_memory(
     gpu:bool=True, # `False`: the ranks run on the CPU, with its attention kernels and without the allowance
     sample:dict=None, # The longest sample: its `tokens`, and those of each of its `pictures`; `None`: from the data
     world_size:int=None, # Another name for `gpus`
+    env:dict=None, # Environment variables of the run in addition to those of this process
 )->MemoryEstimate:
     """Predict the peak memory of each GPU. Raises `NotPredicted` for a recipe that may run but isn't predicted, and
     `ValueError` for one that can't run, with all reasons."""
@@ -277,11 +281,11 @@ def predict_memory(
     sample, source = (sample, f"samples of {sample['tokens']} tokens") if sample else longest_sample(recipe)
     if sum(sample['pictures']) > sample['tokens']:
         raise ValueError(f'The pictures take {sum(sample["pictures"])} tokens, the whole sample {sample["tokens"]}.')
-    job = _job(recipe, config, stage, sample, gpu)
+    job = _job(recipe, config, stage, sample, gpu, env)
     step, half = _simulated(json.dumps(job, sort_keys=True)), _half(recipe)
     text = job['config'].get('text_config', job['config'])
     kind = {None: Rank, 0: Stage0, 2: Stage2, 3: Stage3}[stage if recipe.get('do_train') else None]
     zero = _filled(config['zero_optimization'], text['hidden_size']) if config else None
-    rank = kind(step, recipe, gpus, zero, 2 if half else 4).run()
+    rank = kind(step, recipe, gpus, zero, 2 if half else 4, env).run()
     if not recipe.get('do_train'): _answer(rank, recipe, sample['tokens'], text['num_hidden_layers'])
-    return _estimate(rank, recipe, config, stage, gpu, source, _disk(step, recipe, stage, half))
+    return _estimate(rank, recipe, config, stage, gpu, source, _disk(step, recipe, stage, half), env)

@@ -239,10 +239,11 @@ def pick_zero(
 def memory_findings(
     recipe:dict, # The recipe
     gpus:list, # The `Gpu`s that it will run on, one rank on each
+    env:dict=None, # Environment variables of the run in addition to those of this process
 )->list: # At most one `Finding`
     "Whether a recipe fits into the free memory of its GPUs."
     if not gpus: return []
-    try: estimate = predict_memory(recipe, None, len(gpus))
+    try: estimate = predict_memory(recipe, None, len(gpus), env=env)
     except ValueError: return []
     least = min(gpus, key=lambda g: g.free)
     fits = estimate.fits(least.free/GiB)

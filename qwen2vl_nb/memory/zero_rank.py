@@ -43,8 +43,9 @@ class Rank:
         ranks:int=1, # World size
         zero:dict=None, # DeepSpeed's `zero_optimization`, without "auto"
         size:int=4, # Bytes of a weight after DeepSpeed has cast it: 2 or 4
+        env:dict=None, # Environment variables of the run in addition to those of this process
     ):
-        self.step_, self.recipe, self.ranks, self.zero, self.size = step, recipe, ranks, zero, size
+        self.step_, self.recipe, self.ranks, self.zero, self.size, self.env = step, recipe, ranks, zero, size, env
         self.numel = [p[0] for p in step['parameters']] # number of weights of each parameter
         self.trained = {i: p[0] for i,p in enumerate(step['parameters']) if len(p) == 3}
         self.frozen = [i for i in range(len(self.numel)) if i not in self.trained]
@@ -229,7 +230,7 @@ class Stage3(Rank):
     def setup(self):
         self.offload, self.offload_weights = 'offload_optimizer' in self.zero, 'offload_param' in self.zero
         self.is_new = Version(version('deepspeed')) >= Version('0.19')
-        self.holds_recomputed = self.is_new and not is_spared('deepspeed', self.recipe, 3)
+        self.holds_recomputed = self.is_new and not is_spared('deepspeed', self.recipe, 3, self.env)
         self.bucket = int(self.zero['reduce_bucket_size'])
         share = sum(map(self._piece, self.trained))
         frozen = sum(map(self._piece, self.frozen))

@@ -19,7 +19,7 @@ from . import hf
 from ..data.registry import Registry, dataset_samples
 from ..data.samples import media_of
 from ..data.sources import given_samples
-from ..memory.estimate import predict_memory
+from ..memory.estimate import NotPredicted, predict_memory
 from .openai import server_options
 from .predictions import Predictions, list_damaged, parse_generated, without_end
 from .question import (ask_question, asked_row, question, read_question, special_token_findings,
@@ -33,10 +33,11 @@ from ..run.start import Run, describe_start, keep_earlier, launch, raise_errors,
 # %% ../../nbs/prediction/45_engines.ipynb #6a8b2104
 def _weights(recipe):
     """Bytes of the weights on a GPU: the size of the files, or an estimate if the weights are quantised or not on
-    this machine yet."""
-    files = list(Path(recipe['model_name_or_path']).glob('*.safetensors'))
-    if files and not recipe.get('quantization_bit'): return sum(p.stat().st_size for p in files)
-    return predict_memory(recipe, sample={'tokens': 8, 'pictures': []}).parts['weights']
+    this machine yet; for a family whose memory is not predicted, always the size of the files."""
+    size = sum(p.stat().st_size for p in Path(recipe['model_name_or_path']).glob('*.safetensors'))
+    if size and not recipe.get('quantization_bit'): return size
+    try: return predict_memory(recipe, sample={'tokens': 8, 'pictures': []}).parts['weights']
+    except NotPredicted: return size
 
 def _fit_findings(size, memory):
     "The finding if the whole model does not fit on each GPU; both arguments are in bytes, and 0 without a GPU."

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from .. import hidden
 from ..files import read_json, read_text
-from ..model import head_size, recipe_limits, tower_size
+from ..model import head_size, mlp_size, recipe_limits, tower_size
 from .rows import Answers, Asked, without_question
 from ..run.folder import ANSWERS, ASKED, MISSING, RECIPE, RUN
 from ..run.rank import main as run_worker, show_downloads
@@ -225,7 +225,7 @@ def token_budget(
     if not memory: return _on_cpu
     text = config.get('text_config', config)
     kept = 2*text['num_hidden_layers']*text['num_key_value_heads']*head_size(config)
-    passing = 8*text['hidden_size'] + 3*text['intermediate_size'] + 4*16*tower_size(config)
+    passing = 8*text['hidden_size'] + 3*mlp_size(config) + 4*16*tower_size(config)
     return max(1024, int((.8*memory - weights)/2/(2*(kept + passing))))
 
 # %% ../../nbs/prediction/20_hf.ipynb #645f5816

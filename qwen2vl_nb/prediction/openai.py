@@ -15,7 +15,8 @@ from fastcore.basics import patch
 from .. import hidden
 from ..hidden import mask
 from ..files import read_json, read_text
-from ..model import pixel_limits, recipe_limits, systems, thinking_templates
+from ..model import (pixel_limits, recipe_limits, systems, thinking_templates,
+                              without_thoughts)
 from ..run import rank as worker
 from .rows import Answers, Asked, without_question
 from ..run.folder import ANSWERS, ASKED, MISSING, RECIPE, RUN
@@ -145,6 +146,11 @@ def _check(row):
         n, m = said.count(tag), len(given)
         if n != m: raise ValueError(f'The user says {tag} {n} times, and the row has {m} of them.')
 
+def _answer(text, recipe):
+    "An earlier answer as LLaMA-Factory puts it: a template for models that think takes the thoughts out."
+    drops = recipe.get('template') in thinking_templates and not recipe.get('preserve_thinking')
+    return without_thoughts(text) if drops else text
+
 def request(
     row:dict, # A row of `asked.jsonl`
     recipe:dict, # The recipe
@@ -158,7 +164,8 @@ def request(
     system = row['asked']['system'] or recipe.get('default_system') or systems[recipe.get('template', 'qwen2_vl')]
     messages = [{'role': 'system', 'content': system}] if system else []
     for role, text in row['asked']['turns']:
-        messages.append({'role': role, 'content': _content(text, pictures, clips) if role == 'user' else text})
+        content = _content(text, pictures, clips) if role == 'user' else _answer(text, recipe)
+        messages.append({'role': role, 'content': content})
     return {'model': model, 'messages': messages} | answer_settings(recipe, row['row'])
 
 # %% ../../nbs/prediction/25_openai.ipynb #86746ee2

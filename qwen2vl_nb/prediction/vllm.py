@@ -16,7 +16,7 @@ from ..questions import ask, versions
 from ..stack import GiB
 from ..data.samples import is_dialogue, media_of
 from ..data.tokens import count_tokens
-from ..memory.estimate import predict_memory
+from ..memory.estimate import NotPredicted, predict_memory
 
 # %% ../../nbs/prediction/30_vllm.ipynb #01bb0a9d
 def vllm_version(
@@ -96,6 +96,13 @@ def cache_size(
     number = 4 if _is_float32(config) else 2
     return tokens*2*text['num_hidden_layers']*text['num_key_value_heads']*head_size(config)*number
 
+def _alone(recipe, sample):
+    "Bytes for one row at a time; if that is not predicted, the weights and a tenth more."
+    one = {k: v for k, v in recipe.items() if k != 'deepspeed'} | {'per_device_eval_batch_size': 1}
+    try: return predict_memory(one, sample=sample).tensors
+    except NotPredicted:
+        return sum(p.stat().st_size for p in Path(recipe['model_name_or_path']).glob('*.safetensors'))*11//10
+
 def memory_needs(
     recipe:dict, # A prediction recipe
     needs:dict, # As returned by `data_needs`
@@ -103,8 +110,7 @@ def memory_needs(
 )->tuple: # Bytes: the minimum, and the amount that is useful
     "What a server needs on all of its GPUs together, without what each GPU needs in addition."
     sample = {'tokens': max(needs['prompt'], 8), 'pictures': [needs['media']]*bool(needs['media'])}
-    alone = {k: v for k, v in recipe.items() if k != 'deepspeed'} | {'per_device_eval_batch_size': 1}
-    one, config = predict_memory(alone, sample=sample).tensors, model_config(recipe['model_name_or_path'])
+    one, config = _alone(recipe, sample), model_config(recipe['model_name_or_path'])
     least = one + cache_size(config, needs['max_model_len'])
     return least, one + cache_size(config, needs['max_model_len']*concurrency)
 

@@ -367,7 +367,7 @@ def _checked(recipe, about):
     errors = any(f.level == 'error' for f in found)
     pool = ThreadPoolExecutor(1)
     cards = gpus(visible_gpus(about['given']))[:about['nproc']]
-    slow = lambda: slow_findings(recipe, ranks, cards) + late_findings(recipe, about['python'])
+    slow = lambda: slow_findings(recipe, ranks, cards, about['given']) + late_findings(recipe, about['python'])
     beside = pool.submit(data_findings, recipe) if errors else pool.submit(slow)
     pool.shutdown(wait=False)
     then = lambda run: None
