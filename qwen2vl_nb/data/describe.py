@@ -10,16 +10,23 @@ import warnings
 from collections import Counter
 from pathlib import Path
 from ..display import BLUE, GREY, ORANGE, PictureGrid, RED, plain_axes
-from .samples import media_of, sample_turns, without_tags
+from .samples import is_ranking, media_of, sample_turns, with_each_answer, without_tags
 from .tokens import count_tokens, glance_at_samples, known_limits
 
 # %% ../../nbs/data/70_describe.ipynb #4a2dfdb2
 _asks = {'user': 'prompt', 'assistant': 'answer', 'system': 'system', 'observation': 'observation',
          'function_call': 'call'}
 
+_marks = {True: ('good answer', BLUE), False: ('bad answer', ORANGE)} # Of samples for KTO
+
 def _card(sample):
     lines = [(_asks.get(role, str(role)), without_tags(str(text)), None)
              for _, role, text in sample_turns(sample)]
+    if is_ranking(sample):
+        lines[-2:] = [[('chosen', lines[-2][1], BLUE), ('rejected', lines[-1][1], ORANGE)]]
+    elif 'kto_tag' in sample and lines:
+        name, colour = _marks.get(sample['kto_tag'] is True, _marks[False])
+        lines[-1] = name, lines[-1][1], colour
     return media_of(sample, 'images') + media_of(sample, 'videos'), lines
 
 def show_samples(
@@ -27,7 +34,8 @@ def show_samples(
     n:int=8, # How many to show, starting with the first
     columns:int=4, # Pictures side by side
 )->PictureGrid: # Shows itself in a notebook
-    "Show samples as a grid of pictures with prompt and answer, or with the turns of a dialogue."
+    """Show samples as a grid of pictures with prompt and answer, or with the turns of a dialogue. The two answers of a
+    ranking are side by side, the chosen one in blue and the rejected one in orange."""
     return PictureGrid([_card(s) for s in samples[:n] if isinstance(s, dict)], columns)
 
 # %% ../../nbs/data/70_describe.ipynb #76ba32d0
@@ -98,5 +106,6 @@ def describe_samples(
     lengths, sizes, answers = figure.subplots(1, 3, width_ratios=(3, 3, 2))
     _draw_lengths(lengths, count_tokens(samples, model, looks, **limits), cutoff_len)
     _draw_sizes(sizes, looks[0], known_limits(limits)['image_max_pixels'])
-    _draw_answers(answers, [str(sample_turns(s)[-1][2]) for s in samples if sample_turns(s)])
+    turns = [sample_turns(with_each_answer(s)[0]) for s in samples]  # of a ranking with the chosen answer
+    _draw_answers(answers, [str(each[-1][2]) for each in turns if each])
     return Plots(figure)
