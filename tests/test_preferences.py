@@ -230,3 +230,47 @@ def test_the_longer_answer_counts_against_cutoff_len(factory, tiny, tmp_path):
     assert len(encoded['rejected_input_ids']) == cutoff and encoded['chosen_input_ids'].count(pads) == count_tokens([row], tiny).media[0]
     tiny_cutoff = check_samples([row], model=tiny, cutoff_len=8)
     assert list(tiny_cutoff.level) == ['error']
+
+# --- recipes
+
+STAGES = {'dpo': _pair, 'rm': _pair, 'kto': _mark}
+
+def _recipe(tiny, folder, stage, rows, **changes):
+    from qwen2vl_nb.recipe import train_recipe
+    Registry(folder/'data').add('rows', rows)
+    return train_recipe(tiny, 'rows', folder/'run', **dict(stage=stage, dataset_dir=str(folder/'data'), bf16=None, use_cpu=True, preprocessing_num_workers=None) | changes)
+
+@pytest.mark.parametrize('stage', STAGES)
+def test_a_sound_recipe_has_no_findings_and_a_bad_row_is_named(stage, tiny, tmp_path):
+    from qwen2vl_nb.checks import quick_findings, slow_findings
+    make = STAGES[stage]
+    rows = [make(i) for i in range(4)]
+    recipe = _recipe(tiny, tmp_path, stage, rows)
+    assert not quick_findings(recipe) + slow_findings(recipe)
+    bad = _recipe(tiny, tmp_path, stage, [*rows, make(5, **({'kto_tag': 'no'} if stage == 'kto' else {'rejected': 3}))])
+    errors = [f.what for f in slow_findings(bad) if f.level == 'error']
+    assert len(errors) == 1 and 'the first is row 4' in errors[0]
+
+REFUSED = {
+    'a reward model that keeps its best': ('rm', dict(load_best_model_at_end=True, eval_strategy='steps', save_strategy='steps', val_size=.5), 'load_best_model_at_end'),
+    'smoothed labels without sigmoid': ('dpo', dict(pref_loss='ipo', dpo_label_smoothing=.1), 'dpo_label_smoothing'),
+    'history masked': ('kto', dict(mask_history=True), 'mask_history'),
+}
+
+@pytest.mark.parametrize('stage,changes,words', REFUSED.values(), ids=REFUSED.keys())
+def test_what_llamafactory_s_parser_refuses_is_said(stage, changes, words, tiny, tmp_path):
+    from qwen2vl_nb.checks import ask_llamafactory
+    found = ask_llamafactory(_recipe(tiny, tmp_path, stage, [STAGES[stage](i) for i in range(4)], **changes))
+    assert any(words in f'{f.where} {f.what}' and f.level == 'error' for f in found), found
+
+def test_llamafactory_trains_other_losses_as_sigmoid():
+    "Its own trainer without its set-up, on the numbers of four pairs."
+    import torch
+    from types import SimpleNamespace
+    from llamafactory.train.dpo.trainer import CustomDPOTrainer
+    def loss(name):
+        trainer = object.__new__(CustomDPOTrainer)
+        vars(trainer).update(loss_type=name, beta=.1, label_smoothing=0, reference_free=False, f_divergence_type='reverse_kl', bco_gemma=0, simpo_gamma=.5,
+                             finetuning_args=SimpleNamespace(use_ref_model=name not in ('orpo', 'simpo')), accelerator=SimpleNamespace(device='cpu'))
+        return trainer.compute_preference_loss(*torch.tensor([[-1., -2, -3, -4], [-4., -3, -2, -1], [-2.]*4, [-2.]*4]))[0].tolist()
+    assert loss('hinge') == loss('ipo') == loss('sigmiod') == loss('sigmoid') != loss('simpo') != loss('orpo')
