@@ -170,7 +170,7 @@ def _length_findings(name, samples, recipe):
     if len(lost):
         yield Finding(name, f'{len(lost)} row(s) have pictures or clips that cannot be read, or are too small; '
                             f'the first is row {lost[0]}: {media_paths(samples[lost[0]])}.', _see(name))
-    total = tokens.total.dropna()
+    total, prefers = tokens.total.dropna(), recipe.get('stage') in _preferring  # a long answer is cut before the prompt
     if len(total) and total.max() > cutoff:
         row, most = total.idxmax(), total.max()
         yield Finding('cutoff_len',
@@ -178,7 +178,7 @@ def _length_findings(name, samples, recipe):
             f'row {row} has {most}, {tokens.media[row]} of them for pictures. '
             'LLaMA-Factory would truncate them, and stop if that cuts a picture in two.',
             f'Set cutoff_len to {most} or more, or a smaller image_max_pixels.',
-            'error' if tokens.media[row] else 'warning')
+            'error' if tokens.media[row] and (not prefers or tokens.media.max() > cutoff) else 'warning')
 
 def _is_out_of_place(sample):
     "Whether LLaMA-Factory finds no times for a clip, because it looks them up by the turn's index, not the clip's."
@@ -231,11 +231,14 @@ def _thought_findings(name, samples, recipe):
                       'Set enable_thinking: false, which puts the empty thought into the prompt.', 'note')
 
 # %% ../nbs/20_checks.ipynb #0c71f2d5
+_preferring = 'rm', 'dpo', 'kto' # Stages that learn from preferences
+
 def _row_findings(name, samples, recipe, stage):
     "Faults in the text of the rows, with the first one of each kind, and in their lengths."
     answered = lambda s: s if is_dialogue(s) or s.get('output') else s | {'output': '?'}
     # at stage pt LLaMA-Factory reads only the text, and an answer is needed only if it is trained on
-    asked = [s if stage in ('sft', 'kto') else answered(s) for s in samples]
+    asked = [s if stage in ('sft', *_preferring) else answered(s) for s in samples]
+    if stage != 'kto': asked = [{k: v for k,v in s.items() if k != 'kto_tag'} for s in asked]
     if stage == 'pt':
         asked = [s | {'images': [], 'videos': [], 'instruction': without_tags(str(s['instruction']))} for s in asked
                  if not is_dialogue(s)]
@@ -269,7 +272,6 @@ def _entry_findings(name, registry, recipe):
     if not file.exists():
         return found + [Finding('dataset',
             f'{name}: there is no file {file}.', 'Write it, or correct file_name in the registry.')]
-    if entry.get('ranking'): return found
     try: samples = dataset_samples(registry, name, recipe.get('max_samples'), recipe.get('media_dir'))
     except (ValueError, TypeError, KeyError) as e:
         return found + [Finding(name, f'{file} cannot be read: {e}', 'See `read_samples(file)`.')]
@@ -353,6 +355,28 @@ def _adapter_findings(recipe):
 _numbers = [k for k,v in train_recipe('', '').items() if isinstance(v, (int, float)) and not isinstance(v, bool)]
 _trackers = ('wandb', 'swanlab', 'mlflow', 'comet_ml', 'clearml', 'neptune')
 
+def _preference_findings(recipe):
+    "What is accepted of preferences, though probably not as it was meant."
+    stage, kind = recipe.get('stage') or 'sft', recipe.get('finetuning_type', 'lora')
+    unused = [k for k, stages in {'pref_beta': ('dpo', 'kto'), 'pref_loss': ('dpo',)}.items()
+              if k in recipe and stage not in stages]
+    if unused:
+        yield Finding(unused[0], f'LLaMA-Factory ignores {" and ".join(unused)} at stage {stage}.',
+                      'Set the stage that is meant, or remove the key.', 'warning')
+    loss = recipe.get('pref_loss', 'sigmoid') if stage == 'dpo' else 'sigmoid'
+    if loss not in ('sigmoid', 'orpo', 'simpo'):
+        yield Finding('pref_loss',
+                      f'LLaMA-Factory 0.9.5 does not pass {loss!r} on to TRL, which computes sigmoid instead.',
+                      'Set pref_loss to sigmoid, orpo or simpo.', 'warning')
+    compares = stage in ('dpo', 'kto') and loss not in ('orpo', 'simpo')
+    if compares and recipe.get('adapter_name_or_path') and kind == 'lora' and not recipe.get('create_new_adapter'):
+        yield Finding('adapter_name_or_path', 'The training of this adapter continues, and the reference model is the '
+                      'model without it, not the one that you start from.',
+                      'Set create_new_adapter: true, which merges the adapter first and trains a new one.', 'warning')
+    if stage == 'rm' and kind != 'lora':
+        yield Finding('stage', f'LLaMA-Factory cannot resume a reward model from a checkpoint with {kind}.',
+                      'Use LoRA if the run may be interrupted.', 'note')
+
 def _argument_findings(recipe):
     template = recipe.get('template')
     family, usual = _family(recipe), usual_template(recipe.get('model_name_or_path') or '')
@@ -377,6 +401,7 @@ def _argument_findings(recipe):
         yield Finding('report_to',
             f'Without it the run reports to {", ".join(trackers)}, and may hang waiting for a login.',
             'Set report_to: none, or the tracker you want.', 'warning')
+    yield from _preference_findings(recipe)
     if recipe.get('trust_remote_code'):
         yield Finding('trust_remote_code',
             'Code from the model folder would run; the model needs none.',

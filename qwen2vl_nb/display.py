@@ -151,24 +151,31 @@ def _line_html(name, text, colour):
     text = f'<span style="white-space:pre-wrap;overflow-wrap:anywhere">{html.escape(str(text))}</span>'
     return div(f'margin-top:.3em;{f"color:{colour}" if colour else ""}', f'{name} {text}')
 
+def _side_by_side(lines):
+    "Lines next to each other, each in a column of its own."
+    columns = f'display:grid;grid-template-columns:repeat({len(lines)},minmax(0,1fr));gap:10px'
+    return div(columns, ''.join(_line_html(*line) for line in lines))
+
 def _card_html(pictures, lines, boxes=()):
+    lines = [_side_by_side(line) if isinstance(line, list) else _line_html(*line) for line in lines]
     frame = 'border:1px solid rgba(128,128,128,.35);border-radius:6px;padding:8px;text-align:left'
-    return div(frame, ''.join([*(picture_html(p, boxes) for p in pictures), *(_line_html(*line) for line in lines)]))
+    return div(frame, ''.join([*(picture_html(p, boxes) for p in pictures), *lines]))
 
 def card_text(
     pictures:list, # Paths
-    lines:list, # (name, text, colour) of each line
+    lines:list, # (name, text, colour) of each line; a list of such: lines side by side
     boxes:list=(), # `DrawnBox`es, which are not shown as text
 )->str:
     "A card as text, for output without pictures."
     names = [os.path.basename(str(p)) for p in pictures]
+    lines = [one for line in lines for one in (line if isinstance(line, list) else [line])]
     return ' | '.join(names + [f'{name}: {text}' for name, text, _ in lines])
 
 # %% ../nbs/05_display.ipynb #5e0b0511
 class PictureGrid:
     "A grid of cards, each with pictures and lines of text under them."
     def __init__(self,
-        cards:list, # (paths of pictures or clips, [(name, text, colour or None), …]) for each card, and `DrawnBox`es
+        cards:list, # (paths of pictures or clips, lines as for `card_text`, and perhaps `DrawnBox`es) for each card
         columns:int=4, # Number of cards in a row
         title:str='', # A line above the grid
     ): self.cards, self.columns, self.title = cards, columns, title

@@ -27,6 +27,12 @@ def _recipe(defaults, changes):
                          'nothing, and the run stops at its first evaluation.')
     return recipe
 
+def _stage_defaults(stage, is_lora):
+    "What differs for preferences."
+    if stage not in ('dpo', 'kto'): return {}
+    loss = {'pref_loss': 'sigmoid'} if stage == 'dpo' else {}
+    return {'pref_beta': .1, **loss, 'learning_rate': 5e-6 if is_lora else 1e-6}
+
 def train_recipe(
     model:str|Path, # Model folder, or a name that LLaMA-Factory can download
     dataset:str, # Registered data set, or several separated by commas
@@ -34,7 +40,7 @@ def train_recipe(
     **changes, # Any other argument of LLaMA-Factory, whose names Tab completes; `None` removes a default
 )->dict: # The recipe
     "A recipe for fine-tuning a Qwen-VL model, with LoRA unless `finetuning_type` says otherwise."
-    model, kind = os.fspath(model), changes.get('finetuning_type', 'lora')
+    model, kind, stage = os.fspath(model), changes.get('finetuning_type', 'lora'), changes.get('stage', 'sft')
     is_lora, saves = kind == 'lora', f"saves/{Path(model).name}/{kind}/{dataset.replace(',', '+')}"
     defaults = {'model_name_or_path': model, 'stage': 'sft', 'do_train': True,
         'finetuning_type': 'lora', 'lora_target': 'all' if is_lora else None,
@@ -44,7 +50,7 @@ def train_recipe(
         'per_device_train_batch_size': 1, 'gradient_accumulation_steps': 8,
         'learning_rate': 1e-4 if is_lora else 1e-5, 'num_train_epochs': 3.0, 'lr_scheduler_type': 'cosine',
         'warmup_ratio': .1, 'bf16': True, 'ddp_timeout': 180_000_000}
-    return _recipe(defaults, changes)
+    return _recipe(defaults | _stage_defaults(stage, is_lora), changes)
 
 # %% ../nbs/10_recipe.ipynb #comp0002
 def _fields(path):

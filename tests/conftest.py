@@ -107,7 +107,7 @@ def processor(tiny):
 
 @pytest.fixture(scope='session')
 def factory(tiny):
-    "LLaMA-Factory's own loading: `load` gives the rows of a registered data set as its converter makes them, `prepare` batches of tensors."
+    "LLaMA-Factory's own loading: `load` gives the rows of a registered data set as its converter makes them, `encode` as a stage trains on them, `prepare` batches of tensors."
     from types import SimpleNamespace
     from llamafactory.data import SFTDataCollatorWith4DAttentionMask, get_template_and_fix_tokenizer
     from llamafactory.data.loader import _get_merged_dataset, get_dataset
@@ -117,7 +117,13 @@ def factory(tiny):
         recipe = dict(model_name_or_path=str(tiny), stage='sft', do_train=True, dataset=name, dataset_dir=str(folder), template='qwen2_vl', overwrite_cache=True,
                       output_dir=str(Path(folder)/'out'), use_cpu=True, report_to='none', cache_dir=str(Path(folder)/'.cache'))
         return get_train_args(recipe | changes)[:3]
-    def load(folder, name, **changes): return list(_get_merged_dataset([name], *arguments(folder, name, **changes), 'sft'))
+    def load(folder, name, stage='sft', **changes): return list(_get_merged_dataset([name], *arguments(folder, name, **changes), stage))
+    def encode(folder, name, stage, **changes):
+        "(rows of token ids and labels, the tokenizer)"
+        model_args, data_args, training_args = arguments(folder, name, **changes)
+        loaded = load_tokenizer(model_args)
+        template = get_template_and_fix_tokenizer(loaded['tokenizer'], data_args)
+        return list(get_dataset(template, model_args, data_args, training_args, stage, **loaded)['train_dataset']), loaded['tokenizer']
     def prepare(folder, name, **changes):
         "(token ids of each row, batches of two as the model gets them)"
         model_args, data_args, training_args = arguments(folder, name, **changes)
@@ -126,7 +132,7 @@ def factory(tiny):
         rows = get_dataset(template, model_args, data_args, training_args, 'sft', **loaded)['train_dataset']
         collate = SFTDataCollatorWith4DAttentionMask(template=template, model=None, **loaded)
         return rows['input_ids'], [collate([rows[i] for i in range(start, min(start+2, len(rows)))]) for start in range(0, len(rows), 2)]
-    return SimpleNamespace(load=load, prepare=prepare)
+    return SimpleNamespace(load=load, encode=encode, prepare=prepare)
 
 @pytest.fixture(scope='session')
 def chromium():

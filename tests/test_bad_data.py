@@ -470,8 +470,6 @@ READING = { # name → the source, keywords, words of the error
     'a column of pictures that nobody named': (lambda f: _table(f, 'photo,question,answer\na.jpg,b,c\n'), {}, "no column for the picture; 'photo' holds paths: image='photo'"),
     'a column of clips that nobody named': (lambda f: _table(f, 'file,question,answer\na.mp4,b,c\n'), {}, "no column for the clip; 'file' holds paths: video='file'"),
     'two columns misnamed': (lambda f: _table(f, 'filename,q,a\na.jpg,b,c\n'), {}, "no column 'output' for the answer; no column for the picture; 'filename' holds paths: image='filename'"),
-    'rankings': (lambda f: _json(f/'a.json', [{'instruction': 'a', 'chosen': 'b', 'rejected': 'c'}]), {}, r'contains rankings \(chosen and rejected answers\)'),
-    'rankings as dialogues': (lambda f: _json(f/'a.json', [{'messages': [{'role': 'user', 'content': 'a'}], 'chosen': {}, 'rejected': {}}]), dict(prompt=None), 'contains rankings'),
     'COCO without file names': (lambda f: _json(f/'a.json', COCO | {'images': [{'id': 1}]}), {}, '1 of its images lack id or file_name: number 0'),
     'COCO with no images': (lambda f: _json(f/'a.json', COCO | {'images': None}), {}, 'has no list of images'),
     'COCO with numbers for annotations': (lambda f: _json(f/'a.json', COCO | {'annotations': [COCO['annotations'][0], 5]}), {}, 'number 1'),

@@ -19,6 +19,7 @@ from qwen2vl_nb.data.check import check_samples
 from qwen2vl_nb.checks import data_findings, recipe_findings
 from qwen2vl_nb.data.registry import sample_entry
 from qwen2vl_nb.model import other_templates, text_templates
+import test_preferences
 from test_bad_data import CLIPS, DIALOGUES, PICTURES, QUESTIONS, ROWS, _clip, _dialogue, _noise, _question, _said, _save
 
 LEVELS = 'warning', 'note', 'mended'
@@ -202,6 +203,25 @@ def test_sound_rows_pass(takes, tiny, tmp_path):
     "The judge itself is no false alarm."
     samples = _numbered([str(_save(tmp_path/'a.png', _noise(i))) for i in range(3)])
     assert not _is_proven(samples, {}, check_samples(samples, model=tiny), takes)
+
+def _is_spoilt(row, sample, tokenizer):
+    "Whether a row of a ranking has an answer in the user's marks, or one that was marked as good counts as bad."
+    if 'kto_tags' in row: return row['kto_tags'] != sample['kto_tag']
+    answers = [tokenizer.decode([i for i in row[f'{k}_labels'] if i >= 0]) for k in ('chosen', 'rejected')]
+    return any(answer.startswith('<|im_start|>user') for answer in answers)
+
+@pytest.mark.parametrize('name', [name for name, (*_, level) in test_preferences.BAD_ROWS.items() if level == 'error'])
+def test_preferences_with_an_error_are_stopped_at_dropped_or_spoilt(name, factory, said, tmp_path):
+    stage, row, *_ = test_preferences.BAD_ROWS[name]
+    samples = test_preferences.between(row, stage)
+    said.now.clear()
+    assert 'error' in set(check_samples(samples).level)
+    (tmp_path/'rows.json').write_text(json.dumps(samples))
+    (tmp_path/'dataset_info.json').write_text(json.dumps({'rows': sample_entry([samples[0]], 'rows.json')}))
+    try: kept, tokenizer = factory.encode(tmp_path, 'rows', stage)
+    except Exception: kept = []
+    assert len(kept) < len(samples) or _is_spoilt(kept[1], row, tokenizer)
+    _proves(said, set(said.proven))
 
 # --- recipes
 

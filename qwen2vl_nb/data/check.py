@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 from ..model import special_tokens
 from ..findings import findings_table, show_value
 from .media import Fault, look_at_picture, look_at_video, mend_picture, near_duplicates
-from .samples import (as_list, is_dialogue, media_key, media_of, map_media, media_paths, media_tags,
-                                     sample_turns, without_tags)
+from .preferences import preference_faults, preference_faults_between
+from .samples import (as_list, is_dialogue, is_ranking, media_key, media_of, map_media, media_paths,
+                                     media_tags, sample_kind, sample_turns, without_tags)
 from .tokens import clip_sampling, known_limits, look_at_samples, media_tokens, text_tokens
 if TYPE_CHECKING: import pandas as pd
 
@@ -84,8 +85,8 @@ def _tag_faults(sample, turns):
 # %% ../../nbs/data/40_check.ipynb #2fad70b6
 _asking, _answering = ('user', 'observation'), ('assistant', 'function_call')
 
-def _order_faults(turns):
-    "Roles that are unknown or don't alternate."
+def _order_faults(turns, ranks=False):
+    "Roles that are unknown or don't alternate; the turns of a ranking end with a question."
     start = 1 if turns and turns[0].get('role') == 'system' else 0
     for i, turn in enumerate(turns[start:]):
         role, wanted = turn.get('role'), (_asking, _answering)[i%2]
@@ -96,7 +97,11 @@ def _order_faults(turns):
         return
     if not turns[start:]:
         yield 'messages', Fault('There are no turns: LLaMA-Factory drops the row.', 'Drop the row.')
-    elif len(turns[start:]) % 2:
+    elif ranks and len(turns[start:]) % 2 == 0:
+        yield f'messages[{len(turns)-1}]', Fault(
+            'The last turn is an answer, although chosen and rejected are the answers: LLaMA-Factory drops the row.',
+            'Remove the turn.')
+    elif not ranks and len(turns[start:]) % 2:
         yield f'messages[{len(turns)-1}]', Fault(
             'The last turn is not an answer: LLaMA-Factory drops the row.',
             'Add the answer, or remove the turn.')
@@ -110,7 +115,7 @@ def _form_faults(sample):
     bad = [(f'messages[{i}]', Fault(f'The turn is {show_value(t)}, not a dict.',
                                     'Give a dict with role and content.'))
            for i,t in enumerate(turns) if not isinstance(t, dict)]
-    return bad or [*_order_faults(turns), *_system_faults(sample), *_weight_faults(turns)]
+    return bad or [*_order_faults(turns, is_ranking(sample)), *_system_faults(sample), *_weight_faults(turns)]
 
 def _weight_faults(turns):
     "Weights of turns, which only LLaMA-Factory's newer form supports."
@@ -196,7 +201,7 @@ def _row_faults(sample):
     if sample.get('input') and not sample.get('instruction'):
         text = [(f, t) for f,t in text if f != 'instruction']
     return (form + text + _tag_faults(sample, turns) + list(_tool_faults(sample, turns))
-            + _json_faults(sample) + list(_key_faults(sample)))
+            + _json_faults(sample) + list(_key_faults(sample)) + preference_faults(sample))
 
 # %% ../../nbs/data/40_check.ipynb #a2ec65c5
 _types = {str: 'text', int: 'a number', float: 'a number', bool: 'true or false',
@@ -249,7 +254,8 @@ def _id_faults(rows):
 # %% ../../nbs/data/40_check.ipynb #680ab9a9
 def _said_in(sample):
     "Pictures and turns of a sample as one text; `None` if it is too long or too deeply nested."
-    try: return repr((media_of(sample, 'images'), media_of(sample, 'videos'), sample_turns(sample)))
+    media = media_of(sample, 'images'), media_of(sample, 'videos')
+    try: return repr((*media, sample_turns(sample), sample.get('kto_tag')))
     except (ValueError, RecursionError): return None
 
 def _same_faults(rows):
@@ -265,7 +271,7 @@ _rare = 10  # an answer that is this many times as frequent as the rarest one is
 
 def _balance_faults(rows):
     "The rarest answer, if the answers are classes and one of them is much more frequent."
-    last = [(i, turns[-1][2]) for i, s in rows if (turns := sample_turns(s))]
+    last = [(i, turns[-1][2]) for i, s in rows if not is_ranking(s) and (turns := sample_turns(s))]
     answers = [(i, text) for i, text in last if isinstance(text, str)]
     counts = Counter(answer for _, answer in answers).most_common()
     if not 2 <= len(counts) <= max(2, min(50, len(answers)//5)): return
@@ -319,11 +325,14 @@ def _media_faults(sample, *about):
 
 def _length_faults(rows, text, media, cutoff_len):
     "Rows with more tokens than LLaMA-Factory keeps."
-    for i, _ in rows:
+    for i, s in rows:
         total = text[i] + (media[i] or 0)
         if total <= cutoff_len: continue
         share, level, ends, smaller = '', 'warning', 'cut off', 'text'
-        if media[i]:
+        if media[i] and sample_kind(s) != 'answers' and media[i] <= cutoff_len:
+            # a long answer is cut before the prompt is
+            share, ends = f', {media[i]} of them for its pictures or clips', 'cut off, perhaps inside a picture'
+        elif media[i]:
             share, level = f', {media[i]} of them for its pictures or clips', 'error'
             ends, smaller = 'cut in the middle of a picture, and training stops', 'image_max_pixels'
         yield i, '', Fault(f'It takes {total} tokens{share}: above cutoff_len {cutoff_len} it is {ends}.',
@@ -391,7 +400,7 @@ def _said_before(rows, against):
 def _between_rows(rows, told):
     "Faults between rows; each (row, field) in `told` already has a worse finding."
     return [*_column_faults(rows, told), *_late_faults(rows), *_id_faults(rows), *_same_faults(rows),
-            *_balance_faults(rows)]
+            *_balance_faults(rows), *preference_faults_between(rows)]
 
 def _rows_table(found):
     columns = ('row', 'field', 'what', 'cure', 'level')

@@ -12,7 +12,7 @@ from pathlib import Path
 from ..display import BLUE, DrawnBox, GREY, ORANGE, PictureGrid, RED, plain_axes
 from ..model import box_frame
 from .boxes import sample_boxes
-from .samples import media_of, sample_turns, without_tags
+from .samples import is_ranking, media_of, sample_turns, with_each_answer, without_tags
 from .tokens import count_tokens, glance_at_samples, known_limits
 
 # %% ../../nbs/data/70_describe.ipynb #4a2dfdb2
@@ -38,9 +38,16 @@ def draw_box(
     corners = box.coordinates if box.x2 is not None else box.coordinates*2
     return DrawnBox(*corners, box.label if name is None else name, is_answer)
 
+_marks = {True: ('good answer', BLUE), False: ('bad answer', ORANGE)} # Of samples for KTO
+
 def _card(sample, family, limits):
     lines = [(_asks.get(role, str(role)), without_tags(str(text)), None)
              for _, role, text in sample_turns(sample)]
+    if is_ranking(sample):
+        lines[-2:] = [[('chosen', lines[-2][1], BLUE), ('rejected', lines[-1][1], ORANGE)]]
+    elif 'kto_tag' in sample and lines:
+        name, colour = _marks.get(sample['kto_tag'] is True, _marks[False])
+        lines[-1] = name, lines[-1][1], colour
     boxes = [draw_box(box) for box in boxes_of_sample(sample, family, **limits)]
     return media_of(sample, 'images') + media_of(sample, 'videos'), lines, boxes
 
@@ -51,7 +58,8 @@ def show_samples(
     family:str|Path=None, # Model folder, a model's name, or family whose boxes these are, if the samples don't say so
     **limits, # `image_max_pixels` and `image_min_pixels`, as in the recipe; they matter for boxes of Qwen2.5-VL
 )->PictureGrid: # Shows itself in a notebook
-    "Show samples as a grid of pictures with prompt and answer, or with the turns of a dialogue; with their boxes."
+    """Show samples as a grid of pictures with prompt and answer, or with the turns of a dialogue; with their boxes. The
+    two answers of a ranking are side by side, the chosen one in blue and the rejected one in orange."""
     if family: box_frame(1, 1, family, **limits)  # raises an error if there is no such family
     return PictureGrid([_card(s, family, limits) for s in samples[:n] if isinstance(s, dict)], columns)
 
@@ -155,7 +163,8 @@ def describe_samples(
     lengths, sizes, answers = axes[0]
     _draw_lengths(lengths, count_tokens(samples, model, looks, **limits), cutoff_len)
     _draw_sizes(sizes, looks[0], known_limits(limits)['image_max_pixels'])
-    _draw_answers(answers, [str(sample_turns(s)[-1][2]) for s in samples if sample_turns(s)])
+    turns = [sample_turns(with_each_answer(s)[0]) for s in samples]  # of a ranking with the chosen answer
+    _draw_answers(answers, [str(each[-1][2]) for each in turns if each])
     if boxes:
         for draw, ax in zip((_draw_areas, _draw_places, _draw_names), axes[1]): draw(ax, boxes)
     return Plots(figure)

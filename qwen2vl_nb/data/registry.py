@@ -19,7 +19,7 @@ from ..boot import child_env
 from ..files import read_bytes, sweep, write_text
 from ..findings import Finding, findings_class, in_words
 from ..questions import ask, loaded
-from .samples import in_one_form, media_key, sample_turns
+from .samples import answer_keys, in_one_form, is_ranking, media_key, sample_turns, with_each_answer
 from .sources import MediaPlace, dialogue_sample, given_samples, question_sample, read_rows
 from .write import write_samples
 if TYPE_CHECKING: import pandas as pd
@@ -35,11 +35,15 @@ def sample_entry(
     "The registry entry for samples; one dialogue among them makes it sharegpt."
     def named(**columns): return {k: key for k,key in columns.items() if any(key in s for s in samples)}
     media = {kind: kind for kind in ('images', 'videos') if any(media_key(s, kind) in s for s in samples)}
+    ranks = any(map(is_ranking, samples))
+    entry = {'file_name': file_name} | ({'ranking': True} if ranks else {})
+    answers = {k: k for k in answer_keys} if ranks else named(kto_tag='kto_tag')
     if not any('messages' in s for s in samples):
+        asks = {'prompt': 'instruction'} | ({} if ranks else {'response': 'output'})
         rest = media | named(query='input', system='system', history='history', tools='tools')
-        return {'file_name': file_name, 'columns': {'prompt': 'instruction', 'response': 'output'} | rest}
-    columns = named(messages='messages') | media | named(system='system', tools='tools')
-    return {'file_name': file_name, 'formatting': 'sharegpt', 'columns': columns, 'tags': dict(_dialogue_tags)}
+        return entry | {'columns': asks | answers | rest}
+    columns = named(messages='messages') | answers | media | named(system='system', tools='tools')
+    return entry | {'formatting': 'sharegpt', 'columns': columns, 'tags': dict(_dialogue_tags)}
 
 # %% ../../nbs/data/80_registry.ipynb #bebd68f2
 def _broken(path, what, text, at):
@@ -495,6 +499,8 @@ def dataset_samples(
     place = MediaPlace([str(Path(media_dir or registry.dataset_dir).absolute()), os.getcwd()],
                        file.with_name(f'{file.stem}_media'))
     rows, columns = read_rows(file, place)[0][:n], entry.get('columns', _default_columns.get(kind, {}))
+    # without `ranking: true`, LLaMA-Factory does not read them
+    if not entry.get('ranking'): columns = {k: c for k,c in columns.items() if k not in answer_keys}
     if kind == 'alpaca': return [question_sample(row, columns, place, tag=False) for row in rows]
     return [dialogue_sample(row, columns, entry.get('tags', _default_tags), place, tag=False) for row in rows]
 
@@ -505,8 +511,9 @@ def dataset_rows(
     n:int=None, # Number of rows, counted from the first; `None`: all
     media_dir=None, # Folder of the pictures; `None`: the registry's
 )->list: # Dicts with `id`, `images` (absolute paths), `prompt`, `label`; and `videos` if there are any
-    "The prompts of a registered data set and their labels, in the order of its rows."
+    "The prompts of a registered data set and their labels, in the order of its rows; of a ranking, the chosen answers."
     def described(i, s):
+        s = with_each_answer(s)[0]
         *said, label = [str(text or '') for _, role, text in sample_turns(s) if role != 'system'] or ['']
         videos = {'videos': s['videos']} if 'videos' in s else {}
         return {'id': s.get('id', i), 'images': s['images'], 'prompt': '\n'.join(filter(None, said)),

@@ -22,7 +22,8 @@ from .annotations import (Annotated, box_columns, coco_pictures, fitted, is_labe
                                          labelme_picture, studio_pictures, table_pictures, voc_picture,
                                          yolo_boxes, yolo_names)
 from .objects import InMemory, in_memory, is_table
-from .samples import are_samples, history_turns, is_plain
+from .samples import answer_keys, are_samples, history_turns, is_plain
+from .preferences import find_preferences, read_each
 if TYPE_CHECKING:
     import pandas as pd
     from datasets import Dataset
@@ -541,12 +542,15 @@ def question_sample(
     videos = _media(row.get(key.get('videos')), place)
     more, text = row.get(key.get('query')) or '', prompt if prompt is not None else row.get(key.get('prompt'))
     history = row.get(key.get('history', 'history'))
+    answers = answer_keys if key.get('chosen') else ('output',)
+    answers = {k: row.get(key.get('response' if k == 'output' else k)) for k in answers}
+    if key.get('kto_tag'): answers |= {'kto_tag': row.get(key['kto_tag'])}
     used = {c for c in key.values() if isinstance(c, str)} | set(pictures)
     sample = {k: v for k,v in row.items() if k not in used}
     sample |= {k: row[key[k]] for k in ('system', 'tools', 'history') if key.get(k) in row}
     sample |= {'images': images} | ({'videos': videos} if videos else {})
     if tag: text = _tagged(text, [more, *history_turns(history)], images, videos)
-    return sample | {'instruction': text, 'input': more, 'output': row.get(key.get('response'))}
+    return sample | {'instruction': text, 'input': more} | answers
 
 # %% ../../nbs/data/20_sources.ipynb #a1de712a
 _roles = {'human': 'user', 'gpt': 'assistant', 'chatgpt': 'assistant', 'bing': 'assistant', 'bard': 'assistant',
@@ -657,6 +661,8 @@ def dialogue_sample(
     sample |= {k: key(k) for k in ('system', 'tools') if columns.get(k) in row}
     if isinstance(sample.get('tools'), list): sample['tools'] = json.dumps(sample['tools'], ensure_ascii=False)
     sample |= {'images': images} | ({'videos': videos} if videos else {})
+    sample |= {k: _turns([key(k)], tags, roles, k, place)[0][0] for k in answer_keys if columns.get(k)}
+    if columns.get('kto_tag'): sample['kto_tag'] = key('kto_tag')
     return sample | {'messages': _tagged_turns(turns, images, videos) if tag else turns}
 
 def _turns(given, tags, roles, key, place):
@@ -977,23 +983,14 @@ def read_rows(
     if rows: return rows, taken
     raise ValueError(f'{source} has no rows.')
 
+
 # %% ../../nbs/data/20_sources.ipynb #305f6354
 def _said_columns(columns, words):
     media = {'pictures': ' and '.join(columns['images']), 'clips': columns['videos']}
     named = ', '.join(f'{kind} from {names}' for kind, names in media.items() if names) or 'no pictures'
     prompt = f'the prompt {words!r} for all' if words is not None else f"prompts from {columns['prompt']}"
-    return f"{named}, {prompt}, answers from {columns['response']}"
-
-def _each(path, rows, make):
-    "Make something of each row; the rows for which this fails are reported together."
-    made, bad = [], []
-    for i, row in enumerate(rows):
-        try: made.append(make(row))
-        except ValueError as e: bad.append(f'row {i}: {e}')
-    if bad:
-        raise ValueError(f'{path} has {len(bad)} row(s) that cannot be read. ' + '; '.join(bad[:5])
-                         + (' …' if len(bad) > 5 else '') + '.')
-    return made
+    answers = '' if columns.get('chosen') else f", answers from {columns['response']}"
+    return f'{named}, {prompt}{answers}'
 
 def _say(source, samples, taken, place, how, media_dir):
     if isinstance(source, InMemory): name = source.name
@@ -1049,12 +1046,15 @@ def read_samples(
     image_max_pixels:int=None, # For the boxes of Qwen2.5-VL, as in the recipe; `None`: LLaMA-Factory's default
     image_min_pixels:int=None, # The same
     split:str=None, # Split of a data set in memory or on a hub, if it has several
+    chosen:str=None, # Column with the better of two answers; `None`: `chosen`, if no `response` is named
+    rejected:str=None, # Column with the worse of two answers; `None`: `rejected`
+    kto_tag:str=None, # Column that says whether an answer is good, for KTO; `None`: `kto_tag`, or TRL's `label`
 )->list: # Questions or dialogues: `images`, `instruction`, `input`, `output` or `messages`, and other columns
     "Read labels as samples, and print which form was recognized."
     from tqdm import tqdm
     given, source = source, in_memory(source, split)
     prompt = None if prompt is None else str(prompt)
-    if are_samples(given) and not any((image, prompt, response, video)):
+    if are_samples(given) and not any((image, prompt, response, video, chosen, rejected, kto_tag)):
         print(f'{source}: {len(given)} rows, which are samples already.')
         return list(given)
     first = source[0] if isinstance(source, (list, tuple)) else source
@@ -1064,19 +1064,20 @@ def read_samples(
     limits = {'image_max_pixels': image_max_pixels, 'image_min_pixels': image_min_pixels}
     rows, boxed = _with_boxes(path, rows, place, family, limits, image, response)
     if boxed: image = response = None
-    if not response and all({'chosen', 'rejected'} <= row.keys()
-                            or {'chosen_messages', 'rejected_messages'} <= row.keys() for row in rows):
-        raise ValueError(f'{path} contains rankings (chosen and rejected answers), and a sample has one answer: '
-                         "name it, response='chosen', or register the file as it is.")
+    preferred, rows, said = find_preferences(path, rows, chosen, rejected, kto_tag, prompt, response)
     shown = tqdm(rows, desc=f'Reading {path.name}', unit='row', delay=2, file=sys.stdout)
     if _turns_key(rows) and not response:
         columns, tags, name = _dialogue_form(path, rows, image, video)
-        samples, how = _each(path, shown, lambda row: dialogue_sample(row, columns, tags, place)), f'dialogues ({name})'
+        columns |= preferred
+        samples = read_each(path, shown, lambda row: dialogue_sample(row, columns, tags, place))
+        how = f'dialogues ({name})'
     else:
-        columns, words = _table_columns(path, rows, image, video, prompt, response)
+        answers = preferred.get('chosen') or preferred.get('response') or response
+        columns, words = _table_columns(path, rows, image, video, prompt, answers)
+        columns |= preferred
         samples = [question_sample(row, columns, place, words) for row in shown]
         how = boxed or _said_columns(columns, words)
-    _say(source, samples, taken, place, how, media_dir)
+    _say(source, samples, taken, place, how + said, media_dir)
     return samples
 
 # %% ../../nbs/data/20_sources.ipynb #275b0d08

@@ -10,7 +10,7 @@ import os, random
 from collections import Counter
 from ..files import file_digest
 from ..findings import show_value
-from .samples import media_paths, sample_turns
+from .samples import media_paths, sample_kind, sample_turns, with_each_answer
 
 # %% ../../nbs/data/50_split.ipynb #234b2bd6
 def _same_files(paths):
@@ -23,7 +23,8 @@ def _same_files(paths):
 def _ties(samples, group):
     "What ties each row to others: its pictures and clips, or its text if it has none, and its value of `group`."
     same = _same_files({p for s in samples for p in media_paths(s)})
-    shown = lambda s: [same.get(p, p) for p in media_paths(s)] or [('the same text', repr(sample_turns(s)))]
+    said = lambda s: repr(sample_turns(s) if sample_kind(s) == 'answers' else sample_turns(with_each_answer(s)[0])[:-1])
+    shown = lambda s: [same.get(p, p) for p in media_paths(s)] or [('the same text', said(s))]
     return [shown(s) + ([(group, s[group])] if group and s[group] not in ('', None) else []) for s in samples]
 
 def _groups(ties):

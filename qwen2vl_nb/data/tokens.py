@@ -15,7 +15,7 @@ from ..model import (family_of, pixel_limits, processor_limits, systems, tokens_
                               with_system, with_thoughts)
 from ..findings import text_table
 from .media import glance_at_picture, glance_at_video, look_at_all
-from .samples import media_of, trained_turns
+from .samples import media_of, trained_turns, with_each_answer
 if TYPE_CHECKING: import pandas as pd
 
 # %% ../../nbs/data/30_tokens.ipynb #17394b78
@@ -72,14 +72,15 @@ def text_tokens(
         if not has_times: return _two_marks
         if isinstance(clip, list): return clip_marks([i/fps for i in range(len(clip))])
         return clip_marks(looks[1][clip].times) if isinstance(clip, str) and clip in looks[1] else _two_marks
-    encoded = lambda s: _encoded_strings(s, template, thinks, marks_of) if isinstance(s, dict) else []
+    each = lambda s: with_each_answer(s) if isinstance(s, dict) else []
+    encoded = lambda s: [_encoded_strings(one, template, thinks, marks_of) for one in each(s)]
     with tqdm(total=len(samples), desc='Counting tokens', unit='row', delay=2, file=sys.stdout) as bar:
         for start in range(0, len(samples), 4096):
             if len(known) > 100_000: known.clear()
             strings = list(map(encoded, samples[start:start+4096]))
-            new = list({text for row in strings for text in row} - known.keys())
+            new = list({text for answers in strings for row in answers for text in row} - known.keys())
             known |= zip(new, map(len, tokenizer.encode_batch_fast(new, add_special_tokens=False)))
-            counts += [sum(known[text] for text in row) for row in strings]
+            counts += [max((sum(known[text] for text in row) for row in answers), default=0) for answers in strings]
             bar.update(len(strings))
     return counts
 
