@@ -1,5 +1,5 @@
 "Boxes: from one family's form to another's and back, out of the files that annotation tools write, and what is wrong with either."
-import base64, json
+import base64, json, os
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -10,6 +10,7 @@ from qwen2vl_nb.data.boxes import Box, count_boxes, format_boxes, parse_boxes, s
 from qwen2vl_nb.data.check import check_samples, mend_samples
 from qwen2vl_nb.data.registry import Registry, dataset_samples
 from qwen2vl_nb.data.sources import read_samples
+from qwen2vl_nb.checks import data_findings
 from qwen2vl_nb.model import box_frame, families
 
 # --- one family's form and another's
@@ -276,3 +277,203 @@ def test_splits_of_yolo_are_read_one_at_a_time(tmp_path):
     with pytest.raises(ValueError, match='contains the splits train, val: read each'): read_samples(tmp_path, family='qwen3_vl')
     for source in (tmp_path/'train', tmp_path/'train'/'images'): assert len(read_samples(source, family='qwen3_vl')) == 3
     with pytest.raises(ValueError, match='contains the splits'): read_samples(tmp_path/'data.yaml', family='qwen3_vl')
+
+# --- bad input, each kind in the files of a tool
+
+def _changed(i, **changes):
+    "COCO with a changed annotation."
+    return lambda folder: _coco_file(folder, annotations=[note | changes if j == i else note for j, note in enumerate(_coco()['annotations'])])
+
+def _replaced(old, new, files=_voc): return lambda folder: files(folder, lambda text: text.replace(old, new))
+
+def _bytes(make, name, data):
+    "A file of the set with other content."
+    def spoil(folder):
+        source, how = make(folder)
+        (folder/name).write_bytes(data.encode() if isinstance(data, str) else data)
+        return source, how
+    return spoil
+
+def _without(make, *names):
+    "The set without some of its files."
+    def spoil(folder):
+        source, how = make(folder)
+        for name in names: (folder/name).unlink()
+        return source, how
+    return spoil
+
+def _pipe(folder):
+    source, how = _yolo(folder)
+    (folder/'labels'/'a.txt').unlink()
+    os.mkfifo(folder/'labels'/'a.txt')
+    return source, how
+
+ENTITIES = '<!DOCTYPE a [<!ENTITY b "ha"><!ENTITY c "&b;&b;&b;">]><annotation><filename>&c;</filename></annotation>'
+OUTSIDE = '<!DOCTYPE a [<!ENTITY b SYSTEM "file:///etc/hostname">]><annotation><filename>&b;</filename></annotation>'
+ROW = 'a.png,120,90,dog'
+
+BAD = { # name → what makes the files, and the words with which they are refused: the file, the place and the fault
+    'COCO: an annotation without a box': (_changed(1, bbox=[]), ['instances.json', 'annotations[1] has no bbox, only an outline or a mask']),
+    'COCO: a box of three numbers': (_changed(0, bbox=[1, 2, 3]), ['annotations[0] has bbox [1, 2, 3], not [x, y, width, height]']),
+    'COCO: a box of text': (_changed(0, bbox=['1', '2', '3', '4']), ["annotations[0] has bbox ['1', '2', '3', '4']"]),
+    'COCO: a box of NaN': (_changed(2, bbox=[1, 2, float('nan'), 4]), ['annotations[2] has bbox [1, 2, nan, 4]']),
+    'COCO: a box of huge numbers': (_changed(2, bbox=[1, 2, 10**400, 4]), ['annotations[2] has bbox']),
+    'COCO: a picture that is not among the images': (_changed(0, image_id=99), ['annotations[0] has image_id 99, which is not among the images']),
+    'COCO: a category that is not among them': (_changed(0, category_id=2), ['annotations[0] has category_id 2, which is not among the categories']),
+    'COCO: an id that is a list': (_changed(0, image_id=[1]), ['annotations[0] has image_id [1]']),
+    'COCO: no categories': (lambda f: _coco_file(f, categories=None), ['annotations[0] has category_id 1']),
+    'COCO: an annotation that is no object': (lambda f: _coco_file(f, annotations=[7, *_coco()['annotations']]), ['annotations[0] is 7, not an object']),
+    'COCO: a picture without a file name': (lambda f: _coco_file(f, images=[{'id': 10}, *_coco()['images'][1:]]), ['images[0] lacks id or file_name']),
+    'COCO: two pictures with one id': (lambda f: _coco_file(f, images=_coco()['images'] + _coco()['images'][:1]), ['images[3] has the id 10 of another picture']),
+    'COCO: images that are no list': (lambda f: _coco_file(f, images={}), ['instances.json has no list of images']),
+    'COCO: panoptic masks': (lambda f: _coco_file(f, annotations=[{'image_id': 10, 'file_name': 'a.png', 'segments_info': [{'id': 1}]}]), ['only an outline or a mask']),
+    'COCO: the file is cut off': (lambda f: (_bytes(_coco_file, 'annotations/instances.json', json.dumps(_coco())[:-40])(f)), ['instances.json is not JSON', 'line 1']),
+    'COCO: boxes for another picture': (lambda f: _coco_file(f, images=[image | {'width': 300} for image in _coco()['images']]), ['picture 0 (', 'for 300×90 pixels, and the picture has 120×90']),
+    'YOLO: an outline': (lambda f: _yolo(f, '0 .1 .1 .2 .1 .2 .2\n'), ['a.txt: line 1 has 7 numbers instead of five; only upright boxes and points are read']),
+    'YOLO: a rotated box': (lambda f: _yolo(f, '0 .1 .1 .2 .1 .2 .2 .1 .2\n'), ['a.txt: line 1 has 9 numbers instead of five']),
+    'YOLO: a confidence': (lambda f: _yolo(f, '0 .5 .5 .2 .2 .93\n'), ['a.txt: line 1 has six numbers: a confidence?']),
+    'YOLO: pixels': (lambda f: _yolo(f, '\n0 60 45 50 50\n'), ['a.txt: line 2 has numbers over 1']),
+    'YOLO: a class without a name': (lambda f: _yolo(f, '2 .5 .5 .2 .2\n'), ['a.txt: line 1 has class 2, and data.yaml names 2 classes']),
+    'YOLO: names instead of numbers': (lambda f: _yolo(f, 'dog .5 .5 .2 .2\n'), ['a.txt: line 1 has something that is not a number']),
+    'YOLO: a line that is cut off': (lambda f: _yolo(f, '0 .5 .5\n'), ['a.txt: line 1 has fewer than five numbers']),
+    'YOLO: infinity': (lambda f: _yolo(f, '0 inf .5 .2 .2\n'), ['a.txt: line 1 has something that is not a number']),
+    'YOLO: YAML that is none': (lambda f: _yolo(f, yaml='names: [cat, dog\n'), ['data.yaml is not YAML']),
+    'YOLO: YAML that would run code': (lambda f: _yolo(f, yaml='names: !!python/object/apply:os.system ["touch ran"]\n'), ['data.yaml is not YAML', 'python/object']),
+    'YOLO: YAML that is nested too deeply': (lambda f: _yolo(f, yaml='names: ' + '['*5000), ['data.yaml is not YAML']),
+    'YOLO: no label files': (_without(_yolo, 'labels/a.txt', 'labels/b.txt', 'labels/c.txt'), ['but 3 picture(s) and 0 label file(s)']),
+    'YOLO: no pictures': (_without(_yolo, 'images/a.png', 'images/b.png', 'images/c.png'), ['but 0 picture(s)']),
+    'YOLO: a label file that is a pipe': (_pipe, ['a.txt is not a regular file']),
+    'YOLO: labels that are no text': (_bytes(_yolo, 'labels/a.txt', b'\xff\xfe\0'), ['a.txt is not UTF-8 text']),
+    'VOC: a polygon': (_replaced('bndbox', 'polygon'), ['a.xml: object 1 has a polygon instead of a bndbox; only upright boxes']),
+    'VOC: a rotated box': (_replaced('bndbox', 'robndbox'), ['a.xml: object 1 has a robndbox instead']),
+    'VOC: an object without a box': (_replaced('bndbox', 'part'), ['a.xml: object 1 has no bndbox']),
+    'VOC: a corner that is missing': (_replaced('<xmax>90</xmax>', ''), ["a.xml: object 1 has a bndbox of '40', '30', '', '80', not four numbers"]),
+    'VOC: a corner of words': (_replaced('<xmin>40<', '<xmin>left<'), ["object 1 has a bndbox of 'left'"]),
+    'VOC: entities that grow': (_bytes(_voc, 'Annotations/a.xml', ENTITIES), ['a.xml: it defines entities or a DTD']),
+    'VOC: an entity of another file': (_bytes(_voc, 'Annotations/a.xml', OUTSIDE), ['a.xml: it defines entities or a DTD']),
+    'VOC: a file that is cut off': (_bytes(_voc, 'Annotations/b.xml', VOC[:200]), ['b.xml: it is not XML: ']),
+    'VOC: a file that is empty': (_bytes(_voc, 'Annotations/b.xml', ''), ['b.xml: it is not XML: ']),
+    'VOC: other XML': (_bytes(_voc, 'Annotations/b.xml', '<html/>'), ['b.xml: it is XML of a html']),
+    'VOC: an encoding that nobody knows': (_bytes(_voc, 'Annotations/b.xml', '<?xml version="1.0" encoding="klingon"?><annotation/>'), ['b.xml: it is not XML']),
+    'VOC: boxes for another picture': (lambda f: _voc(f, size=(500, 90)), ['for 500×90 pixels, and the picture has 120×90']),
+    'LabelMe: a polygon': (lambda f: _labelme(f, lambda s: s | {'shape_type': 'polygon'}), ["a.json: shapes[0] is a 'polygon'; only upright boxes and points"]),
+    'LabelMe: a circle': (lambda f: _labelme(f, lambda s: s | {'shape_type': 'circle'}), ["shapes[0] is a 'circle'"]),
+    'LabelMe: a rectangle of four points': (lambda f: _labelme(f, lambda s: s | {'points': s['points']*2}), ['shapes[0] is a rectangle with points']),
+    'LabelMe: points of text': (lambda f: _labelme(f, lambda s: s | {'points': [['1', '2'], ['3', '4']]}), ['shapes[0] is a rectangle with points']),
+    'LabelMe: a shape that is no object': (lambda f: _labelme(f, lambda s: 7), ['a.json: shapes[0] is 7, not an object']),
+    'LabelMe: a file of another kind among them': (_bytes(_labelme, 'b.json', '[]'), ['b.json: it is not of LabelMe']),
+    'LabelMe: a file that is cut off': (_bytes(_labelme, 'b.json', '{"shapes": ['), ['b.json is not JSON']),
+    'Label Studio: a polygon': (lambda f: _studio(f, lambda r: r | {'type': 'polygonlabels', 'value': {'points': [[1, 2]], 'polygonlabels': ['dog']}}), ['task 0, result 0 is of type polygonlabels; only']),
+    'Label Studio: a brush': (lambda f: _studio(f, lambda r: r | {'type': 'brushlabels', 'value': {'format': 'rle', 'rle': [1], 'brushlabels': ['dog']}}), ['task 0, result 0 is of type brushlabels']),
+    'Label Studio: a rotated box': (lambda f: _studio(f, lambda r: r | {'value': r['value'] | {'rotation': 12}}), ['task 0, result 0 is rotated; only upright boxes']),
+    'Label Studio: a turned picture': (lambda f: _studio(f, lambda r: r | {'image_rotation': 90}), ['task 0, result 0 is rotated']),
+    'Label Studio: a box without numbers': (lambda f: _studio(f, lambda r: r | {'value': r['value'] | {'x': None}}), ['task 0, result 0 has no numbers for its place']),
+    'Label Studio: tasks without a picture': (lambda f: (_json(f/'a.json', [task | {'data': {'text': 'x'}} for task in _tasks()]), {}), ['task 0 names no picture']),
+    'a table with words for numbers': (lambda f: _table(f, rows=[f'{ROW},1,2,3,wide']), ['boxes.csv', 'row 0 has something that is not a number in xmin, ymin, xmax, ymax']),
+    'a table with a corner missing': (lambda f: _table(f, rows=[f'{ROW},1,2,3,']), ['row 0 has something that is not a number']),
+    'a table without a picture in a row': (lambda f: _table(f, rows=[f'{ROW},1,2,3,4', ',120,90,dog,1,2,3,4']), ["row 1 has '' as filename"]),
+    'a table without a column for the picture': (lambda f: _table(f, 'foto,width,height,class,xmin,ymin,xmax,ymax'), ['boxes.csv has boxes and no column for the picture: image=']),
+    'a table whose column is misspelt': (lambda f: (_table(f)[0], {'image': 'foto'}), ["has no column 'foto'", 'filename, width']),
+    'a table for another picture': (lambda f: _table(f, rows=['a.png,500,90,dog,1,2,3,4']), ['for 500×90 pixels, and the picture has 120×90']),
+    'a label between marks that is a mark': (lambda f: _table(f, rows=['a.png,120,90,<|box_end|>,1,2,3,4']), ["The label '<|box_end|>' contains a mark"]),
+}
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize('make,words', BAD.values(), ids=BAD.keys())
+def test_bad_files_are_refused_in_words(make, words, tmp_path):
+    source, how = make(tmp_path/'set')
+    before = sorted(tmp_path.rglob('*'))
+    with pytest.raises(ValueError) as refused: read_samples(source, family='qwen2_vl', **how)
+    for word in words: assert word in str(refused.value), str(refused.value)
+    assert len(str(refused.value)) < 3000 and sorted(tmp_path.rglob('*')) == before
+
+def test_all_faults_come_at_once(tmp_path):
+    notes = [note | {'bbox': None} for note in _coco()['annotations']]
+    source, how = _coco_file(tmp_path, annotations=notes*1000)
+    with pytest.raises(ValueError, match=r'has 3000 box\(es\) or picture\(s\) that cannot be read') as refused: read_samples(source, family='qwen2_vl', **how)
+    assert 'annotations[4]' in str(refused.value) and len(str(refused.value)) < 1000
+
+def test_a_family_that_is_none_is_refused(tmp_path):
+    source, how = _coco_file(tmp_path)
+    for family in ('my 7B', '/nowhere/model'):
+        with pytest.raises(ValueError, match='neither a model folder nor has it a family'): read_samples(source, family=family, **how)
+
+# --- what is wrong with boxes that can be read
+
+def _boxed(output, **columns): return {'images': ['a.png'], 'instruction': '<image>Where?', 'input': '', 'output': output} | columns
+
+def _as(family, *boxes): return format_boxes([Box('dog', *box) for box in boxes], (640, 428), family)
+
+WRONG = { # name → a sample of a picture of 640×428 pixels, the model, the words, changes of the limits
+    'pixels for Qwen3-VL': (_boxed(_as('qwen2_5_vl', (0, 0, 640, 428)).replace('644', '1280')), 'qwen3_vl', 'counts from 0 to 1000: are they pixels?', {}),
+    'pixels for Qwen2-VL': (_boxed('<|box_start|>(10,10),(1800,900)<|box_end|>'), 'qwen2_vl', 'counts from 0 to 1000: are they pixels?', {}),
+    'fractions': (_boxed('[{"bbox_2d": [0.1, 0.2, 0.3, 1.0], "label": "dog"}]'), 'qwen3_vl', 'fractions of the picture', {}),
+    'decimals': (_boxed('[{"bbox_2d": [100.5, 200, 300, 400], "label": "dog"}]'), 'qwen3_vl', 'have decimals', {}),
+    'pixels of the picture before it is resized': (_boxed('[{"bbox_2d": [100, 20, 620, 400], "label": "dog"}]'), 'qwen2_5_vl', 'pixels of the resized picture', {'image_max_pixels': 300*200}),
+    'thousandths, as the sample says': (_boxed(_as('qwen3_vl', (1, 2, 300, 400)), box_frame=[1000, 1000]), 'qwen2_5_vl', 'are in thousandths, and Qwen2.5-VL writes them in pixels of a picture of 644×420', {}),
+    'other pixel limits, as the sample says': (_boxed(_as('qwen2_5_vl', (1, 2, 300, 400)), box_frame=[644, 420]), 'qwen2_5_vl', 'a picture of 308×196, which is what it sees', {'image_max_pixels': 256*256}),
+    'marks for a family with JSON': (_boxed(_as('qwen2_vl', (1, 2, 300, 400))), 'qwen3_vl', 'boxes between marks, and Qwen3-VL was trained to write them in JSON', {}),
+    'JSON for a family with marks': (_boxed(_as('qwen3_vl', (1, 2, 300, 400))), 'qwen2_vl', 'boxes in JSON, and Qwen2-VL was trained to write them between marks', {}),
+    'a size taken for a corner': (_boxed('[{"bbox_2d": [500, 600, 100, 200], "label": "dog"}]'), 'qwen3_vl', 'Taken as x, y, width and height, all', {}),
+    'corners in the wrong order': (_boxed('[{"bbox_2d": [900, 600, 800, 700], "label": "dog"}]'), 'qwen3_vl', 'x1 ≥ x2', {}),
+    'a box without width': (_boxed('[{"bbox_2d": [900, 600, 900, 700], "label": "dog"}]'), 'qwen3_vl', 'no width', {}),
+    'beyond the picture': (_boxed('[{"bbox_2d": [100, 100, 700, 430], "label": "dog"}]', box_frame=[644, 420]), 'qwen2_5_vl', 'reach beyond the picture, whose corner is at (644,420)', {}),
+    'before the picture': (_boxed('[{"bbox_2d": [-50, 100, 300, 400], "label": "dog"}]'), 'qwen3_vl', 'reach beyond the picture', {}),
+    'a point beyond the picture': (_boxed('[{"point_2d": [100, 1900], "label": "dog"}]', box_frame=[1000, 1000]), 'qwen3_vl', 'reach beyond the picture', {}),
+    'the same box twice': (_boxed(_as('qwen3_vl', (1, 2, 300, 400), (1, 2, 300, 400))), 'qwen3_vl', 'in it more than once', {}),
+    'malformed boxes': (_boxed('[{"bbox_2d": [1, 2, 3], "label": "dog"}, {"bbox_2d": [1, 2, 300, 400], "label": "dog"}]'), 'qwen3_vl', '1 of its 2 box(es) are malformed', {}),
+    'a mark that is not closed': (_boxed('<|box_start|>(1,2),(300,400)'), 'qwen2_vl', '1 of its 1 box(es) are malformed', {}),
+    'boxes below a patch': (_boxed(_as('qwen3_vl', (1, 2, 8, 9), (1, 2, 300, 400))), 'qwen3_vl', '1 of its 2 box(es) are smaller than a patch of 16 pixels', {}),
+    'boxes that are gone when the picture is scaled': (_boxed(_as('qwen2_vl', (100, 100, 130, 125))), 'qwen2_vl', 'in which all 1 box(es) are smaller than a patch of 14 pixels', {'image_max_pixels': 100*100}),
+    'a column box_frame that is none': (_boxed(_as('qwen3_vl', (1, 2, 300, 400)), box_frame=['a', 'b']), 'qwen3_vl', "The box_frame is ['a', 'b'], not [width, height]", {}),
+}
+
+@pytest.fixture(scope='module')
+def picture(tmp_path_factory):
+    path = tmp_path_factory.mktemp('picture')/'a.png'
+    Image.effect_noise((640, 428), 90).convert('RGB').save(path)
+    return str(path)
+
+@pytest.mark.parametrize('sample,model,words,limits', WRONG.values(), ids=WRONG.keys())
+def test_wrong_boxes_are_found(sample, model, words, limits, picture):
+    found = [fault for _, fault in box_faults(sample, {'a.png': (640, 428)}, model, **limits)]
+    assert any(words in fault.what for fault in found), found
+    assert all(fault.level in ('warning', 'note') and fault.cure for fault in found) and len({fault.what for fault in found}) == len(found)
+
+@pytest.mark.parametrize('model', families)
+def test_sound_boxes_have_no_finding(model, picture):
+    right = _boxed(_as(model, (1, 2, 300, 400), (300, 20, 640, 428)), images=[picture])
+    assert not box_faults(right, {picture: (640, 428)}, model)
+    assert not box_faults(to_boxes(right, model, source=model), {picture: (640, 428)}, model)
+
+def test_the_check_and_the_recipe_name_the_row(picture, tiny, tmp_path):
+    right = _boxed(_as('qwen2_vl', (1, 2, 300, 400)), images=[picture])
+    wrong = _boxed(_as('qwen3_vl', (1, 2, 300, 400)), images=[picture], instruction='<image>And where is it here?')
+    found = check_samples([right, wrong], model=tiny)
+    assert list(zip(found.row, found.field, found.level)) == [(1, 'output', 'warning')]
+    Registry(tmp_path).add('boxes', [right, wrong])
+    found = data_findings({'model_name_or_path': str(tiny), 'dataset': 'boxes', 'dataset_dir': str(tmp_path), 'do_train': True})
+    assert [(f.where, f.level) for f in found] == [('boxes', 'warning')] and 'the first is row 1' in found[0].what
+
+def test_llamafactory_trains_on_wrong_boxes_without_a_word(picture, tiny, tmp_path, factory):
+    "So no finding about boxes may be an error."
+    samples = [sample | {'images': [picture]} for sample, *_ in WRONG.values() if not isinstance((sample.get('box_frame') or [0])[0], str)]
+    Registry(tmp_path).add('boxes', [{k: v for k, v in sample.items() if k != 'box_frame'} for sample in samples])
+    ids, batches = factory.prepare(tmp_path, 'boxes')
+    assert len(ids) == len(samples) and all((batch['labels'] != -100).any() for batch in batches)
+
+def test_a_class_that_occurs_once_is_noted(picture):
+    samples = [_boxed(f'[{{"bbox_2d": [1, 2, 300, 400], "label": "{label}"}}]', images=[picture], id=i) for i, label in enumerate(['dog', 'cat', 'cow', 'pig', 'hen']*5 + ['dgo'])]
+    found = check_samples(samples, media=False)
+    assert [(row, level) for row, level, what in zip(found.row, found.level, found.what) if 'only here' in what] == [(25, 'note')]
+    assert not check_samples(samples[:-1], media=False).what.str.contains('only here').any()
+
+def test_pictures_whose_boxes_cannot_be_turned_stay_as_they_are(tmp_path):
+    _turned(tmp_path/'photos', 6)
+    two = _boxed(_as('qwen3_vl', (1, 2, 30, 40)), images=[str(tmp_path/'photos'/'a.png')])
+    many = two | {'images': two['images'] + [str(tmp_path/'photos'/'b.png')], 'instruction': '<image><image>Where?', 'box_frame': [1000, 1000]}
+    bad = two | {'output': '[{"bbox_2d": [1], "label": "dog"}]', 'box_frame': [1000, 1000]}
+    mended, found = mend_samples([two, many, bad, {k: v for k, v in two.items() if k != 'output'} | {'output': 'A dog.', 'images': [str(tmp_path/'photos'/'c.png')]}])
+    assert mended[:3] == [two, many, bad] and mended[3]['images'] != [str(tmp_path/'photos'/'c.png')]
+    assert found.row[found.what.str.contains('was not turned')].tolist() == [0, 1, 2]
+    assert [p.name for p in (tmp_path/'photos_mended').iterdir()] == ['c.png']
