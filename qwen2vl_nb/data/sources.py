@@ -795,7 +795,7 @@ def _beside(file, name, *folders):
     names = dict.fromkeys([name, name.rpartition('/')[2], *stem])
     return [str(folder/one) for one in names if one for folder in folders]
 
-# %% ../../nbs/data/20_sources.ipynb #b80717f2
+# %% ../../nbs/data/20_sources.ipynb #da310aee
 def _yaml(file):
     "The content of a YAML file; raises `ValueError`."
     import yaml
@@ -833,7 +833,7 @@ def _label_file(picture):
     parts = list(picture.parts)
     at = [i for i, part in enumerate(parts) if part == 'images']
     beside = [Path(*parts[:at[-1]], 'labels', *parts[at[-1]+1:])]*bool(at) + [picture]
-    return next((file for one in beside if (file := one.with_suffix('.txt')).is_file()), None)
+    return next((file for one in beside if os.path.lexists(file := one.with_suffix('.txt'))), None)
 
 # %% ../../nbs/data/20_sources.ipynb #59faad1e
 def _yolo_folder(folder, splits):
