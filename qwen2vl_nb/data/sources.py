@@ -729,6 +729,7 @@ def _boxed_row(picture, place, family, limits):
     found = {'image': path or (paths or [''])[0], 'output': answer, 'box_frame': [*frame]}
     return {'instruction': 'Locate every object in the picture.'} | picture.more | found, is_turned
 
+# %% ../../nbs/data/20_sources.ipynb #0695b099
 def _check_faults(path, faults):
     if not faults: return
     raise ValueError(f'{path} has {len(faults)} box(es) or picture(s) that cannot be read. {"; ".join(faults[:5])}'
@@ -945,6 +946,7 @@ def read_rows(
     if rows: return rows, taken
     raise ValueError(f'{source} has no rows.')
 
+# %% ../../nbs/data/20_sources.ipynb #13671f7c
 def _said_columns(columns, words):
     media = {'pictures': ' and '.join(columns['images']), 'clips': columns['videos']}
     named = ', '.join(f'{kind} from {names}' for kind, names in media.items() if names) or 'no pictures'
