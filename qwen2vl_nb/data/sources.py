@@ -857,6 +857,7 @@ def _yolo_pictures(folder):
         without += not labels
         faults += [f'{labels.name}: {fault}' for fault in wrong]
         pictures.append(Annotated(str(picture), boxes, frame=(1, 1)))
+    if without == len(files) and file.parent != folder.absolute(): return  # the YAML file above is of something else
     if not files or without == len(files):
         raise ValueError(f'{folder} has {file.name}, which names classes, but {len(files)} picture(s) and '
                          f'{len(files) - without} label file(s): give the folder that contains images and labels.')
