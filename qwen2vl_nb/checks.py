@@ -202,6 +202,7 @@ def _clip_findings(name, samples, recipe):
                             f'the number of frames of the first; the first is row {several[0]}.',
                       'Use one clip per row.', 'warning')
 
+# %% ../nbs/20_checks.ipynb #830a1723
 def _box_findings(name, samples, recipe):
     "Boxes that the recipe's model should not learn as they are, with the first row of each kind."
     rows = [(i, s) for i, s in enumerate(samples) if any(box_pieces(text) for _, _, text in sample_turns(s))]

@@ -142,6 +142,7 @@ def _coordinate_faults(sample, pieces, size, family, model, limits):
     if seen and (told or not first): faults.append(_small_fault(pieces, frame, size, seen, family.patch))
     return faults
 
+# %% ../../nbs/data/35_box_check.ipynb #78880c8f
 def box_faults(
     sample:dict, # A sample
     sizes:dict, # Path of a picture → its (width, height) in pixels, or `None`

@@ -729,6 +729,7 @@ def _boxed_row(picture, place, family, limits):
     found = {'image': path or (paths or [''])[0], 'output': answer, 'box_frame': [*frame]}
     return {'instruction': 'Locate every object in the picture.'} | picture.more | found, is_turned
 
+# %% ../../nbs/data/20_sources.ipynb #0695b099
 def _check_faults(path, faults):
     if not faults: return
     raise ValueError(f'{path} has {len(faults)} box(es) or picture(s) that cannot be read. {"; ".join(faults[:5])}'
@@ -856,6 +857,7 @@ def _yolo_pictures(folder):
         without += not labels
         faults += [f'{labels.name}: {fault}' for fault in wrong]
         pictures.append(Annotated(str(picture), boxes, frame=(1, 1)))
+    if without == len(files) and file.parent != folder.absolute(): return  # the YAML file above is of something else
     if not files or without == len(files):
         raise ValueError(f'{folder} has {file.name}, which names classes, but {len(files)} picture(s) and '
                          f'{len(files) - without} label file(s): give the folder that contains images and labels.')
@@ -945,6 +947,7 @@ def read_rows(
     if rows: return rows, taken
     raise ValueError(f'{source} has no rows.')
 
+# %% ../../nbs/data/20_sources.ipynb #13671f7c
 def _said_columns(columns, words):
     media = {'pictures': ' and '.join(columns['images']), 'clips': columns['videos']}
     named = ', '.join(f'{kind} from {names}' for kind, names in media.items() if names) or 'no pictures'
