@@ -22,10 +22,13 @@ from .stack import GiB, gpus, installed_versions, version_findings
 from .checkpoint import checkpoints, is_whole_file
 from .recipe import dataset_names, is_adapter, train_recipe
 from .zero import read_zero, zero_stage
+from .data.box_check import box_faults
+from .data.boxes import box_pieces
 from .data.check import check_samples
 from .data.registry import Registry, dataset_samples, entry_faults, entry_source
-from .data.samples import is_dialogue, media_of, media_paths, trained_turns, without_tags
-from .data.tokens import count_tokens
+from .data.samples import (is_dialogue, media_of, media_paths, sample_turns, trained_turns,
+                                     without_tags)
+from .data.tokens import count_tokens, glance_at_samples
 from .memory.estimate import predict_memory
 from .memory.plan import memory_findings
 if TYPE_CHECKING: import pandas as pd
@@ -199,6 +202,40 @@ def _clip_findings(name, samples, recipe):
         yield Finding(name, f'{len(several)} row(s) have several clips, and LLaMA-Factory gives them all the times and '
                             f'the number of frames of the first; the first is row {several[0]}.',
                       'Use one clip per row.', 'warning')
+
+# %% ../nbs/20_checks.ipynb #830a1723
+def _box_findings(name, samples, recipe):
+    "Boxes that the recipe's model should not learn as they are, with the first row of each kind."
+    rows = [(i, s) for i, s in enumerate(samples) if any(box_pieces(text) for _, _, text in sample_turns(s))]
+    if not rows or _kind(recipe) not in families: return
+    limits = recipe_limits(recipe)
+    sizes = {path: look.size for path, look in glance_at_samples([s for _, s in rows], limits)[0].items()}
+    about = sizes, recipe['model_name_or_path'], limits['image_max_pixels'], limits['image_min_pixels']
+    kinds = {}
+    for i, s in rows:
+        for _, fault in box_faults(s, *about):
+            if fault.level != 'note': kinds.setdefault(fault.cure, {}).setdefault(i, fault.what)
+    for cure, found in kinds.items():
+        first, what = next(iter(found.items()))
+        yield Finding(name, f'{len(found)} row(s) have boxes that should be looked at; the first is row {first}: '
+                            f'{what}', cure, 'warning')
+
+def _row_findings(name, samples, recipe, stage):
+    "Faults in the text of the rows, with the first one of each kind, and in their lengths."
+    answered = lambda s: s if is_dialogue(s) or s.get('output') else s | {'output': '?'}
+    # at stage pt LLaMA-Factory reads only the text, and an answer is needed only if it is trained on
+    asked = [s if stage in ('sft', 'kto') else answered(s) for s in samples]
+    if stage == 'pt':
+        asked = [s | {'images': [], 'videos': [], 'instruction': without_tags(str(s['instruction']))} for s in asked
+                 if not is_dialogue(s)]
+    found = check_samples(asked, media=False)
+    for field, rows in found[found.level == 'error'].groupby('field', sort=False):
+        first = rows.iloc[0]
+        yield Finding(name,
+            f'{rows.row.nunique()} row(s) have a fault in {field or "their form"}; '
+            f'the first is row {first.row}: {first.what}', _see(name))
+    if stage == 'pt': return
+    for findings in (_clip_findings, _length_findings, _box_findings): yield from findings(name, samples, recipe)
 
 # %% ../nbs/20_checks.ipynb #0c71f2d4
 def _template_findings(name, samples, recipe):

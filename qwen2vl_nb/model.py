@@ -76,6 +76,7 @@ def model_type(
     if str(model) and file.is_file(): return _read_config(file).get('model_type') or 'different'
     return named_family(model) or 'qwen2_vl'
 
+# %% ../nbs/03_model.ipynb #651dfbf3
 supported = ', '.join(f'{family.name} (model_type {kind})' for kind, family in families.items())
 other_model = 'Give the folder of one of these; `llamafactory-cli train` by itself may train others.'
 

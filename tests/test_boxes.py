@@ -1,8 +1,16 @@
 "Boxes: from one family's form to another's and back, out of the files that annotation tools write, and what is wrong with either."
-from hypothesis import given, strategies as st
+import base64, json, os
+
+import pytest
+from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from qwen2vl_nb.data.boxes import Box, count_boxes, format_boxes, parse_boxes, to_boxes
+from qwen2vl_nb.data.box_check import box_faults
+from qwen2vl_nb.data.boxes import Box, count_boxes, format_boxes, parse_boxes, sample_boxes, to_boxes
+from qwen2vl_nb.data.check import check_samples, mend_samples
+from qwen2vl_nb.data.registry import Registry, dataset_samples
+from qwen2vl_nb.data.sources import read_samples
+from qwen2vl_nb.checks import data_findings
 from qwen2vl_nb.model import box_frame, families
 
 # --- one family's form and another's
@@ -28,6 +36,7 @@ def _near(some, others, half):
     assert [b.label for b in some] == [b.label for b in others]
     return all(abs(a - b) <= half[i%2] + 1e-6 for one, two in zip(some, others) for i, (a, b) in enumerate(zip(one.coordinates, two.coordinates, strict=True)))
 
+@settings(deadline=None)
 @given(sizes, st.sampled_from([*families]), limits, st.data())
 def test_boxes_come_back_exact_to_rounding(size, family, limits, data):
     boxes = data.draw(boxes_in(size))
@@ -37,6 +46,7 @@ def test_boxes_come_back_exact_to_rounding(size, family, limits, data):
     assert _near(boxes, again, [.5*side/unit for side, unit in zip(size, frame)])
     assert format_boxes(again, size, family, **limits) == text  # and nothing drifts
 
+@settings(deadline=None)
 @given(st.sampled_from([*families]), st.sampled_from([*families]), limits, st.data())
 def test_samples_go_to_another_family_and_back(tmp_path_factory, source, family, limits, data):
     size = data.draw(st.sampled_from([(640, 428), (84, 112), (1500, 30), (2000, 2000)]))
@@ -54,6 +64,7 @@ def test_samples_go_to_another_family_and_back(tmp_path_factory, source, family,
     assert to_boxes(there, family, **limits) == there
     if all(b <= a for a, b in zip(*frames[::-1])): assert back['output'] == sample['output']
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(['{', '}', '[', ']', '"bbox_2d": ', '[1, 2, 3, 4]', '"label": "a"', ',', '<|box_start|>', '<|box_end|>', '(1,2)', '```', 'x', '\\"']), max_size=40).map(''.join) | st.text())
 def test_any_text_is_read_without_an_exception(text):
     read, malformed = count_boxes(text)
@@ -71,3 +82,398 @@ def test_an_answer_that_is_cut_off_keeps_its_complete_boxes():
         read, malformed = count_boxes(whole[:end])
         assert read == (whole[:end].count('}')) and read + malformed <= 2
     assert count_boxes(whole[:60]) == (1, 1)
+
+# --- files as the tools write them
+
+PICTURE, BOXES = (120, 90), [('dog', (40, 30, 90, 80)), ('cat', (12, 9, 24, 18))]
+PICTURES = {'a.png': BOXES, 'b.png': BOXES[:1], 'c.png': []}
+
+def _drawn(folder, size=PICTURE, **options):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, name in enumerate(PICTURES): Image.new('RGB', size, (i*40, 90, 0)).save(folder/name, **options)
+    return folder
+
+def _json(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2), encoding='utf-8')
+    return path
+
+def _sized(x1, y1, x2, y2): return [x1, y1, x2 - x1, y2 - y1]
+
+def _coco(**changes):
+    "As pycocotools and the exports of CVAT and Roboflow have it, with the outlines beside the boxes."
+    kinds = [{'id': 1, 'name': 'dog', 'supercategory': 'animal'}, {'id': 18, 'name': 'cat', 'supercategory': 'animal'}]
+    images = [{'id': 10 + i, 'width': 120, 'height': 90, 'file_name': name, 'license': 1, 'date_captured': ''} for i, name in enumerate(PICTURES)]
+    notes = [{'id': 100 + 10*i + j, 'image_id': 10 + i, 'category_id': {'dog': 1, 'cat': 18}[label], 'bbox': _sized(*box), 'area': 9.5, 'iscrowd': 0,
+              'segmentation': [[40, 30, 90, 30, 90, 80]]} for i, boxes in enumerate(PICTURES.values()) for j, (label, box) in enumerate(boxes)]
+    return {'info': {'year': 2024}, 'licenses': [], 'categories': kinds, 'images': images, 'annotations': notes} | changes
+
+def _coco_file(folder, **changes):
+    _drawn(folder/'images')
+    return _json(folder/'annotations'/'instances.json', _coco(**changes)), {'media_dir': folder/'images'}
+
+def _yolo(folder, lines=None, yaml='names:\n  0: cat\n  1: dog\ntrain: images\nval: images\n'):
+    "As Ultralytics' tools write it."
+    _drawn(folder/'images')
+    (folder/'labels').mkdir()
+    for name, boxes in PICTURES.items():
+        text = ''.join(f"{('cat', 'dog').index(label)} {(x1 + x2)/240:.6f} {(y1 + y2)/180:.6f} {(x2 - x1)/120:.6f} {(y2 - y1)/90:.6f}\n" for label, (x1, y1, x2, y2) in boxes)
+        (folder/'labels'/name).with_suffix('.txt').write_text(text if lines is None else lines)
+    (folder/'data.yaml').write_text(yaml)
+    return folder, {}
+
+VOC = '''<annotation verified="yes">
+\t<folder>JPEGImages</folder>
+\t<filename>{name}</filename>
+\t<path>C:\\\\data\\\\{name}</path>
+\t<source><database>Unknown</database></source>
+\t<size><width>{width}</width><height>{height}</height><depth>3</depth></size>
+\t<segmented>0</segmented>
+{objects}</annotation>'''
+THING = '''\t<object>
+\t\t<name>{}</name><pose>Unspecified</pose><truncated>0</truncated><difficult>0</difficult>
+\t\t<bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox>
+\t</object>
+'''
+
+def _voc(folder, change=lambda text: text, size=PICTURE):
+    "As labelImg writes it, in the folders of VOC."
+    _drawn(folder/'JPEGImages')
+    (folder/'Annotations').mkdir()
+    for name, boxes in PICTURES.items():
+        text = VOC.format(name=name, width=size[0], height=size[1], objects=''.join(THING.format(label, *box) for label, box in boxes))
+        (folder/'Annotations'/name).with_suffix('.xml').write_text(change(text))
+    return folder, {}
+
+def _labelme(folder, change=lambda shape: shape, **changes):
+    "As LabelMe 5 writes it, beside the pictures."
+    _drawn(folder)
+    for name, boxes in PICTURES.items():
+        shapes = [change({'label': label, 'points': [[x1, y1], [x2, y2]], 'group_id': None, 'description': '', 'shape_type': 'rectangle', 'flags': {}, 'mask': None})
+                  for label, (x1, y1, x2, y2) in boxes]
+        _json((folder/name).with_suffix('.json'), {'version': '5.5.0', 'flags': {}, 'shapes': shapes, 'imagePath': name, 'imageData': None, 'imageHeight': 90, 'imageWidth': 120} | changes)
+    return folder, {}
+
+def _result(label, box, **changes):
+    x, y, width, height = (100*n/side for n, side in zip(_sized(*box), (120, 90, 120, 90)))
+    value = {'x': x, 'y': y, 'width': width, 'height': height, 'rotation': 0, 'rectanglelabels': [label]}
+    return {'original_width': 120, 'original_height': 90, 'image_rotation': 0, 'value': value, 'id': 'a1', 'from_name': 'label', 'to_name': 'image', 'type': 'rectanglelabels', 'origin': 'manual'} | changes
+
+def _tasks(change=lambda result: result):
+    return [{'id': i, 'annotations': [{'id': i, 'completed_by': 1, 'was_cancelled': False, 'ground_truth': False, 'result': [change(_result(*box)) for box in boxes]}],
+             'predictions': [], 'data': {'image': f'/data/upload/1/0a1b2c3d-{name}'}, 'meta': {}, 'project': 1} for i, (name, boxes) in enumerate(PICTURES.items())]
+
+def _studio(folder, change=lambda result: result):
+    _drawn(folder/'images')
+    return _json(folder/'project-1.json', _tasks(change)), {'media_dir': folder/'images'}
+
+def _studio_min(folder):
+    _drawn(folder/'images')
+    rows = [{'image': f'/data/local-files/?d=images/{name}', 'id': i, 'label': [result['value'] | {'original_width': 120, 'original_height': 90} for result in (_result(*box) for box in boxes)],
+             'annotator': 1, 'annotation_id': i} for i, (name, boxes) in enumerate(PICTURES.items())]
+    return _json(folder/'min.json', rows), {}
+
+def _table(folder, header='filename,width,height,class,xmin,ymin,xmax,ymax', rows=None):
+    "As the exports for TensorFlow have it; a picture without boxes has empty cells."
+    _drawn(folder)
+    rows = rows or [f'{name},120,90,{label},{",".join(map(str, box))}' for name, boxes in PICTURES.items() for label, box in boxes or [('', ['']*4)]]
+    (folder/'boxes.csv').write_text('\n'.join([header, *rows]))
+    return folder/'boxes.csv', {}
+
+def _shares(folder): return _table(folder, 'image,label,x,y,w,h', [f'{name},{label},{",".join(str(n/s) for n, s in zip(_sized(*box), (120, 90, 120, 90)))}' for name, boxes in PICTURES.items() for label, box in boxes] + ['c.png,,,,,'])
+
+FORMS = {'COCO': _coco_file, 'YOLO': _yolo, 'Pascal VOC': _voc, 'LabelMe': _labelme, 'Label Studio': _studio, 'Label Studio, JSON-MIN': _studio_min, 'a table with corners': _table,
+         'a table with fractions': _shares}
+
+@pytest.mark.parametrize('family', families)
+@pytest.mark.parametrize('make', FORMS.values(), ids=FORMS.keys())
+def test_the_files_of_annotation_tools_are_read(make, family, tmp_path, capsys):
+    "With a prompt and limits; the check has nothing to say, and the boxes are those that were drawn."
+    source, how = make(tmp_path/'set')
+    samples = read_samples(source, prompt='Find the animals.', family=family, image_max_pixels=90*90, **how)
+    assert [s['instruction'] for s in samples] == ['<image>Find the animals.']*3
+    assert '3 box(es) of 2 class(es)' in capsys.readouterr().out
+    for sample, boxes in zip(samples, PICTURES.values(), strict=True):
+        found = sample_boxes(sample, PICTURE)
+        assert _near([Box(label, *box) for label, box in boxes], found, [.8, .8]), (sample, boxes)
+        assert parse_boxes(sample['output'], PICTURE, family, image_max_pixels=90*90) == found
+    found = check_samples(samples, image_max_pixels=90*90)
+    assert not (found.level != 'note').any(), list(found.what)
+    assert all(fault.level == 'note' for s in samples for _, fault in box_faults(s, {p: PICTURE for p in s['images']}, family, 90*90))
+    again = [to_boxes(to_boxes(s, 'qwen3_vl'), family, image_max_pixels=90*90) for s in samples]
+    assert [s['box_frame'] for s in again] == [s['box_frame'] for s in samples]
+
+@pytest.mark.parametrize('make', FORMS.values(), ids=FORMS.keys())
+def test_without_a_family_the_reader_asks_for_one(make, tmp_path):
+    source, how = make(tmp_path/'set')
+    with pytest.raises(ValueError, match="say for which, as in family='Qwen2.5-VL"): read_samples(source, **how)
+
+def test_what_was_read_goes_through_llamafactorys_loader(tmp_path, factory):
+    "The column with the coordinates' size is no hindrance, and marks and JSON arrive as they are."
+    for family in ('qwen2_vl', 'qwen2_5_vl'):
+        source, how = _coco_file(tmp_path/family)
+        samples = read_samples(source, family=family, **how)
+        registry = Registry(tmp_path/f'{family} data')
+        registry.add('boxes', samples)
+        assert dataset_samples(registry, 'boxes') == samples
+        rows = factory.load(registry.dataset_dir, 'boxes')
+        assert [row['_response'][0]['content'] for row in rows] == [s['output'] for s in samples]
+
+# --- pictures that are turned, or were scaled
+
+def _turned(folder, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return _drawn(folder, PICTURE, exif=exif)
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+@pytest.mark.parametrize('family', ['qwen2_5_vl', 'qwen3_vl'])
+def test_boxes_of_upright_pictures_are_turned_to_fit_the_file_and_back_when_it_is_mended(family, orientation, tmp_path):
+    upright = PICTURE if orientation < 5 else PICTURE[::-1]
+    box = (10, 20, 40, 70)
+    _turned(tmp_path/'photos', orientation)
+    images = [{'id': 1, 'file_name': 'a.png', 'width': upright[0], 'height': upright[1]}]
+    note = {'image_id': 1, 'category_id': 1, 'bbox': _sized(*box)}
+    source = _json(tmp_path/'boxes.json', {'images': images, 'categories': [{'id': 1, 'name': 'dog'}], 'annotations': [note]})
+    sample, = read_samples(source, family=family, media_dir=tmp_path/'photos')
+    assert orientation < 5 or sample_boxes(sample, PICTURE)[0].coordinates[0] > 15  # it lies
+    [mended], found = mend_samples([sample])
+    assert Image.open(mended['images'][0]).size == upright and list(found.level) == ['mended']*(orientation > 1)
+    assert _near([Box('dog', *box)], sample_boxes(mended, upright), [.6, .6])
+    assert _near(sample_boxes(mended, upright), parse_boxes(mended['output'], upright, family), [0, 0])
+
+def test_boxes_that_were_drawn_in_the_picture_as_it_lies_stay(tmp_path):
+    _turned(tmp_path/'images', 6)
+    source = _json(tmp_path/'annotations'/'instances.json', _coco())
+    samples = read_samples(source, family='qwen3_vl', media_dir=tmp_path/'images')
+    assert _near([Box(label, *box) for label, box in BOXES], sample_boxes(samples[0], PICTURE), [.1, .1])
+
+def test_boxes_follow_pictures_that_were_scaled(tmp_path):
+    source, how = _voc(tmp_path)
+    _drawn(tmp_path/'JPEGImages', (240, 180))
+    sample = read_samples(source, family='qwen2_5_vl')[0]
+    assert _near([Box(label, *(2*n for n in box)) for label, box in BOXES], sample_boxes(sample, (240, 180)), [.6, .6])
+
+def test_labelmes_own_picture_is_written_out(tmp_path):
+    source, _ = _labelme(tmp_path/'set')
+    data = json.loads((source/'a.json').read_text())
+    _json(source/'a.json', data | {'imageData': base64.b64encode((source/'a.png').read_bytes()).decode()})
+    (source/'a.png').unlink()
+    sample = read_samples(source, family='qwen3_vl')[0]
+    assert Image.open(sample['images'][0]).size == PICTURE and len(sample_boxes(sample, PICTURE)) == 2
+
+def test_points_are_read(tmp_path):
+    source, _ = _labelme(tmp_path/'labelme', lambda shape: shape | {'shape_type': 'point', 'points': shape['points'][:1]})
+    point = lambda result: result | {'type': 'keypointlabels', 'value': {'x': result['value']['x'], 'y': result['value']['y'], 'width': .2, 'keypointlabels': result['value']['rectanglelabels']}}
+    other, how = _studio(tmp_path/'studio', point)
+    for samples in (read_samples(source, family='qwen2_vl'), read_samples(other, family='qwen2_vl', **how)):
+        assert samples[0]['output'] == '<|object_ref_start|>dog<|object_ref_end|><|box_start|>(333,333)<|box_end|><|object_ref_start|>cat<|object_ref_end|><|box_start|>(100,100)<|box_end|>'
+
+def test_splits_of_yolo_are_read_one_at_a_time(tmp_path):
+    for split in ('train', 'valid'):
+        _yolo(tmp_path/split)
+        (tmp_path/split/'data.yaml').unlink()
+    (tmp_path/'data.yaml').write_text("train: ../train/images\nval: ../valid/images\nnc: 2\nnames: ['cat', 'dog']\n")
+    with pytest.raises(ValueError, match='contains the splits train, val: read each'): read_samples(tmp_path, family='qwen3_vl')
+    for source in (tmp_path/'train', tmp_path/'train'/'images'): assert len(read_samples(source, family='qwen3_vl')) == 3
+    with pytest.raises(ValueError, match='contains the splits'): read_samples(tmp_path/'data.yaml', family='qwen3_vl')
+
+# --- bad input, each kind in the files of a tool
+
+def _changed(i, **changes):
+    "COCO with a changed annotation."
+    return lambda folder: _coco_file(folder, annotations=[note | changes if j == i else note for j, note in enumerate(_coco()['annotations'])])
+
+def _replaced(old, new, files=_voc): return lambda folder: files(folder, lambda text: text.replace(old, new))
+
+def _bytes(make, name, data):
+    "A file of the set with other content."
+    def spoil(folder):
+        source, how = make(folder)
+        (folder/name).write_bytes(data.encode() if isinstance(data, str) else data)
+        return source, how
+    return spoil
+
+def _without(make, *names):
+    "The set without some of its files."
+    def spoil(folder):
+        source, how = make(folder)
+        for name in names: (folder/name).unlink()
+        return source, how
+    return spoil
+
+def _pipe(folder):
+    source, how = _yolo(folder)
+    (folder/'labels'/'a.txt').unlink()
+    os.mkfifo(folder/'labels'/'a.txt')
+    return source, how
+
+ENTITIES = '<!DOCTYPE a [<!ENTITY b "ha"><!ENTITY c "&b;&b;&b;">]><annotation><filename>&c;</filename></annotation>'
+OUTSIDE = '<!DOCTYPE a [<!ENTITY b SYSTEM "file:///etc/hostname">]><annotation><filename>&b;</filename></annotation>'
+ROW = 'a.png,120,90,dog'
+
+BAD = { # name → what makes the files, and the words with which they are refused: the file, the place and the fault
+    'COCO: an annotation without a box': (_changed(1, bbox=[]), ['instances.json', 'annotations[1] has no bbox, only an outline or a mask']),
+    'COCO: a box of three numbers': (_changed(0, bbox=[1, 2, 3]), ['annotations[0] has bbox [1, 2, 3], not [x, y, width, height]']),
+    'COCO: a box of text': (_changed(0, bbox=['1', '2', '3', '4']), ["annotations[0] has bbox ['1', '2', '3', '4']"]),
+    'COCO: a box of NaN': (_changed(2, bbox=[1, 2, float('nan'), 4]), ['annotations[2] has bbox [1, 2, nan, 4]']),
+    'COCO: a box of huge numbers': (_changed(2, bbox=[1, 2, 10**400, 4]), ['annotations[2] has bbox']),
+    'COCO: a picture that is not among the images': (_changed(0, image_id=99), ['annotations[0] has image_id 99, which is not among the images']),
+    'COCO: a category that is not among them': (_changed(0, category_id=2), ['annotations[0] has category_id 2, which is not among the categories']),
+    'COCO: an id that is a list': (_changed(0, image_id=[1]), ['annotations[0] has image_id [1]']),
+    'COCO: no categories': (lambda f: _coco_file(f, categories=None), ['annotations[0] has category_id 1']),
+    'COCO: an annotation that is no object': (lambda f: _coco_file(f, annotations=[7, *_coco()['annotations']]), ['annotations[0] is 7, not an object']),
+    'COCO: a picture without a file name': (lambda f: _coco_file(f, images=[{'id': 10}, *_coco()['images'][1:]]), ['images[0] lacks id or file_name']),
+    'COCO: two pictures with one id': (lambda f: _coco_file(f, images=_coco()['images'] + _coco()['images'][:1]), ['images[3] has the id 10 of another picture']),
+    'COCO: images that are no list': (lambda f: _coco_file(f, images={}), ['instances.json has no list of images']),
+    'COCO: panoptic masks': (lambda f: _coco_file(f, annotations=[{'image_id': 10, 'file_name': 'a.png', 'segments_info': [{'id': 1}]}]), ['only an outline or a mask']),
+    'COCO: the file is cut off': (lambda f: (_bytes(_coco_file, 'annotations/instances.json', json.dumps(_coco())[:-40])(f)), ['instances.json is not JSON', 'line 1']),
+    'COCO: boxes for another picture': (lambda f: _coco_file(f, images=[image | {'width': 300} for image in _coco()['images']]), ['picture 0 (', 'for 300×90 pixels, and the picture has 120×90']),
+    'YOLO: an outline': (lambda f: _yolo(f, '0 .1 .1 .2 .1 .2 .2\n'), ['a.txt: line 1 has 7 numbers instead of five; only upright boxes and points are read']),
+    'YOLO: a rotated box': (lambda f: _yolo(f, '0 .1 .1 .2 .1 .2 .2 .1 .2\n'), ['a.txt: line 1 has 9 numbers instead of five']),
+    'YOLO: a confidence': (lambda f: _yolo(f, '0 .5 .5 .2 .2 .93\n'), ['a.txt: line 1 has six numbers: a confidence?']),
+    'YOLO: pixels': (lambda f: _yolo(f, '\n0 60 45 50 50\n'), ['a.txt: line 2 has numbers over 1']),
+    'YOLO: a class without a name': (lambda f: _yolo(f, '2 .5 .5 .2 .2\n'), ['a.txt: line 1 has class 2, and data.yaml names 2 classes']),
+    'YOLO: names instead of numbers': (lambda f: _yolo(f, 'dog .5 .5 .2 .2\n'), ['a.txt: line 1 has something that is not a number']),
+    'YOLO: a line that is cut off': (lambda f: _yolo(f, '0 .5 .5\n'), ['a.txt: line 1 has fewer than five numbers']),
+    'YOLO: infinity': (lambda f: _yolo(f, '0 inf .5 .2 .2\n'), ['a.txt: line 1 has something that is not a number']),
+    'YOLO: YAML that is none': (lambda f: _yolo(f, yaml='names: [cat, dog\n'), ['data.yaml is not YAML']),
+    'YOLO: YAML that would run code': (lambda f: _yolo(f, yaml='names: !!python/object/apply:os.system ["touch ran"]\n'), ['data.yaml is not YAML', 'python/object']),
+    'YOLO: YAML that is nested too deeply': (lambda f: _yolo(f, yaml='names: ' + '['*5000), ['data.yaml is not YAML']),
+    'YOLO: no label files': (_without(_yolo, 'labels/a.txt', 'labels/b.txt', 'labels/c.txt'), ['but 3 picture(s) and 0 label file(s)']),
+    'YOLO: no pictures': (_without(_yolo, 'images/a.png', 'images/b.png', 'images/c.png'), ['but 0 picture(s)']),
+    'YOLO: a label file that is a pipe': (_pipe, ['a.txt is not a regular file']),
+    'YOLO: labels that are no text': (_bytes(_yolo, 'labels/a.txt', b'\xff\xfe\0'), ['a.txt is not UTF-8 text']),
+    'VOC: a polygon': (_replaced('bndbox', 'polygon'), ['a.xml: object 1 has a polygon instead of a bndbox; only upright boxes']),
+    'VOC: a rotated box': (_replaced('bndbox', 'robndbox'), ['a.xml: object 1 has a robndbox instead']),
+    'VOC: an object without a box': (_replaced('bndbox', 'part'), ['a.xml: object 1 has no bndbox']),
+    'VOC: a corner that is missing': (_replaced('<xmax>90</xmax>', ''), ["a.xml: object 1 has a bndbox of '40', '30', '', '80', not four numbers"]),
+    'VOC: a corner of words': (_replaced('<xmin>40<', '<xmin>left<'), ["object 1 has a bndbox of 'left'"]),
+    'VOC: entities that grow': (_bytes(_voc, 'Annotations/a.xml', ENTITIES), ['a.xml: it defines entities or a DTD']),
+    'VOC: an entity of another file': (_bytes(_voc, 'Annotations/a.xml', OUTSIDE), ['a.xml: it defines entities or a DTD']),
+    'VOC: a file that is cut off': (_bytes(_voc, 'Annotations/b.xml', VOC[:200]), ['b.xml: it is not XML: ']),
+    'VOC: a file that is empty': (_bytes(_voc, 'Annotations/b.xml', ''), ['b.xml: it is not XML: ']),
+    'VOC: other XML': (_bytes(_voc, 'Annotations/b.xml', '<html/>'), ['b.xml: it is XML of a html']),
+    'VOC: an encoding that nobody knows': (_bytes(_voc, 'Annotations/b.xml', '<?xml version="1.0" encoding="klingon"?><annotation/>'), ['b.xml: it is not XML']),
+    'VOC: boxes for another picture': (lambda f: _voc(f, size=(500, 90)), ['for 500×90 pixels, and the picture has 120×90']),
+    'LabelMe: a polygon': (lambda f: _labelme(f, lambda s: s | {'shape_type': 'polygon'}), ["a.json: shapes[0] is a 'polygon'; only upright boxes and points"]),
+    'LabelMe: a circle': (lambda f: _labelme(f, lambda s: s | {'shape_type': 'circle'}), ["shapes[0] is a 'circle'"]),
+    'LabelMe: a rectangle of four points': (lambda f: _labelme(f, lambda s: s | {'points': s['points']*2}), ['shapes[0] is a rectangle with points']),
+    'LabelMe: points of text': (lambda f: _labelme(f, lambda s: s | {'points': [['1', '2'], ['3', '4']]}), ['shapes[0] is a rectangle with points']),
+    'LabelMe: a shape that is no object': (lambda f: _labelme(f, lambda s: 7), ['a.json: shapes[0] is 7, not an object']),
+    'LabelMe: a file of another kind among them': (_bytes(_labelme, 'b.json', '[]'), ['b.json: it is not of LabelMe']),
+    'LabelMe: a file that is cut off': (_bytes(_labelme, 'b.json', '{"shapes": ['), ['b.json is not JSON']),
+    'Label Studio: a polygon': (lambda f: _studio(f, lambda r: r | {'type': 'polygonlabels', 'value': {'points': [[1, 2]], 'polygonlabels': ['dog']}}), ['task 0, result 0 is of type polygonlabels; only']),
+    'Label Studio: a brush': (lambda f: _studio(f, lambda r: r | {'type': 'brushlabels', 'value': {'format': 'rle', 'rle': [1], 'brushlabels': ['dog']}}), ['task 0, result 0 is of type brushlabels']),
+    'Label Studio: a rotated box': (lambda f: _studio(f, lambda r: r | {'value': r['value'] | {'rotation': 12}}), ['task 0, result 0 is rotated; only upright boxes']),
+    'Label Studio: a turned picture': (lambda f: _studio(f, lambda r: r | {'image_rotation': 90}), ['task 0, result 0 is rotated']),
+    'Label Studio: a box without numbers': (lambda f: _studio(f, lambda r: r | {'value': r['value'] | {'x': None}}), ['task 0, result 0 has no numbers for its place']),
+    'Label Studio: tasks without a picture': (lambda f: (_json(f/'a.json', [task | {'data': {'text': 'x'}} for task in _tasks()]), {}), ['task 0 names no picture']),
+    'a table with words for numbers': (lambda f: _table(f, rows=[f'{ROW},1,2,3,wide']), ['boxes.csv', 'row 0 has something that is not a number in xmin, ymin, xmax, ymax']),
+    'a table with a corner missing': (lambda f: _table(f, rows=[f'{ROW},1,2,3,']), ['row 0 has something that is not a number']),
+    'a table without a picture in a row': (lambda f: _table(f, rows=[f'{ROW},1,2,3,4', ',120,90,dog,1,2,3,4']), ["row 1 has '' as filename"]),
+    'a table without a column for the picture': (lambda f: _table(f, 'foto,width,height,class,xmin,ymin,xmax,ymax'), ['boxes.csv has boxes and no column for the picture: image=']),
+    'a table whose column is misspelt': (lambda f: (_table(f)[0], {'image': 'foto'}), ["has no column 'foto'", 'filename, width']),
+    'a table for another picture': (lambda f: _table(f, rows=['a.png,500,90,dog,1,2,3,4']), ['for 500×90 pixels, and the picture has 120×90']),
+    'a label between marks that is a mark': (lambda f: _table(f, rows=['a.png,120,90,<|box_end|>,1,2,3,4']), ["The label '<|box_end|>' contains a mark"]),
+}
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize('make,words', BAD.values(), ids=BAD.keys())
+def test_bad_files_are_refused_in_words(make, words, tmp_path):
+    source, how = make(tmp_path/'set')
+    before = sorted(tmp_path.rglob('*'))
+    with pytest.raises(ValueError) as refused: read_samples(source, family='qwen2_vl', **how)
+    for word in words: assert word in str(refused.value), str(refused.value)
+    assert len(str(refused.value)) < 3000 and sorted(tmp_path.rglob('*')) == before
+
+def test_all_faults_come_at_once(tmp_path):
+    notes = [note | {'bbox': None} for note in _coco()['annotations']]
+    source, how = _coco_file(tmp_path, annotations=notes*1000)
+    with pytest.raises(ValueError, match=r'has 3000 box\(es\) or picture\(s\) that cannot be read') as refused: read_samples(source, family='qwen2_vl', **how)
+    assert 'annotations[4]' in str(refused.value) and len(str(refused.value)) < 1000
+
+def test_a_family_that_is_none_is_refused(tmp_path):
+    source, how = _coco_file(tmp_path)
+    for family in ('my 7B', '/nowhere/model'):
+        with pytest.raises(ValueError, match='neither a model folder nor has it a family'): read_samples(source, family=family, **how)
+
+# --- what is wrong with boxes that can be read
+
+def _boxed(output, **columns): return {'images': ['a.png'], 'instruction': '<image>Where?', 'input': '', 'output': output} | columns
+
+def _as(family, *boxes): return format_boxes([Box('dog', *box) for box in boxes], (640, 428), family)
+
+WRONG = { # name → a sample of a picture of 640×428 pixels, the model, the words, changes of the limits
+    'pixels for Qwen3-VL': (_boxed(_as('qwen2_5_vl', (0, 0, 640, 428)).replace('644', '1280')), 'qwen3_vl', 'counts from 0 to 1000: are they pixels?', {}),
+    'pixels for Qwen2-VL': (_boxed('<|box_start|>(10,10),(1800,900)<|box_end|>'), 'qwen2_vl', 'counts from 0 to 1000: are they pixels?', {}),
+    'fractions': (_boxed('[{"bbox_2d": [0.1, 0.2, 0.3, 1.0], "label": "dog"}]'), 'qwen3_vl', 'fractions of the picture', {}),
+    'decimals': (_boxed('[{"bbox_2d": [100.5, 200, 300, 400], "label": "dog"}]'), 'qwen3_vl', 'have decimals', {}),
+    'pixels of the picture before it is resized': (_boxed('[{"bbox_2d": [100, 20, 620, 400], "label": "dog"}]'), 'qwen2_5_vl', 'pixels of the resized picture', {'image_max_pixels': 300*200}),
+    'thousandths, as the sample says': (_boxed(_as('qwen3_vl', (1, 2, 300, 400)), box_frame=[1000, 1000]), 'qwen2_5_vl', 'are in thousandths, and Qwen2.5-VL writes them in pixels of a picture of 644×420', {}),
+    'other pixel limits, as the sample says': (_boxed(_as('qwen2_5_vl', (1, 2, 300, 400)), box_frame=[644, 420]), 'qwen2_5_vl', 'a picture of 308×196, which is what it sees', {'image_max_pixels': 256*256}),
+    'marks for a family with JSON': (_boxed(_as('qwen2_vl', (1, 2, 300, 400))), 'qwen3_vl', 'boxes between marks, and Qwen3-VL was trained to write them in JSON', {}),
+    'JSON for a family with marks': (_boxed(_as('qwen3_vl', (1, 2, 300, 400))), 'qwen2_vl', 'boxes in JSON, and Qwen2-VL was trained to write them between marks', {}),
+    'a size taken for a corner': (_boxed('[{"bbox_2d": [500, 600, 100, 200], "label": "dog"}]'), 'qwen3_vl', 'Taken as x, y, width and height, all', {}),
+    'corners in the wrong order': (_boxed('[{"bbox_2d": [900, 600, 800, 700], "label": "dog"}]'), 'qwen3_vl', 'x1 ≥ x2', {}),
+    'a box without width': (_boxed('[{"bbox_2d": [900, 600, 900, 700], "label": "dog"}]'), 'qwen3_vl', 'no width', {}),
+    'beyond the picture': (_boxed('[{"bbox_2d": [100, 100, 700, 430], "label": "dog"}]', box_frame=[644, 420]), 'qwen2_5_vl', 'reach beyond the picture, whose corner is at (644,420)', {}),
+    'before the picture': (_boxed('[{"bbox_2d": [-50, 100, 300, 400], "label": "dog"}]'), 'qwen3_vl', 'reach beyond the picture', {}),
+    'a point beyond the picture': (_boxed('[{"point_2d": [100, 1900], "label": "dog"}]', box_frame=[1000, 1000]), 'qwen3_vl', 'reach beyond the picture', {}),
+    'the same box twice': (_boxed(_as('qwen3_vl', (1, 2, 300, 400), (1, 2, 300, 400))), 'qwen3_vl', 'in it more than once', {}),
+    'malformed boxes': (_boxed('[{"bbox_2d": [1, 2, 3], "label": "dog"}, {"bbox_2d": [1, 2, 300, 400], "label": "dog"}]'), 'qwen3_vl', '1 of its 2 box(es) are malformed', {}),
+    'a mark that is not closed': (_boxed('<|box_start|>(1,2),(300,400)'), 'qwen2_vl', '1 of its 1 box(es) are malformed', {}),
+    'boxes below a patch': (_boxed(_as('qwen3_vl', (1, 2, 8, 9), (1, 2, 300, 400))), 'qwen3_vl', '1 of its 2 box(es) are smaller than a patch of 16 pixels', {}),
+    'boxes that are gone when the picture is scaled': (_boxed(_as('qwen2_vl', (100, 100, 130, 125))), 'qwen2_vl', 'in which all 1 box(es) are smaller than a patch of 14 pixels', {'image_max_pixels': 100*100}),
+    'a column box_frame that is none': (_boxed(_as('qwen3_vl', (1, 2, 300, 400)), box_frame=['a', 'b']), 'qwen3_vl', "The box_frame is ['a', 'b'], not [width, height]", {}),
+}
+
+@pytest.fixture(scope='module')
+def picture(tmp_path_factory):
+    path = tmp_path_factory.mktemp('picture')/'a.png'
+    Image.effect_noise((640, 428), 90).convert('RGB').save(path)
+    return str(path)
+
+@pytest.mark.parametrize('sample,model,words,limits', WRONG.values(), ids=WRONG.keys())
+def test_wrong_boxes_are_found(sample, model, words, limits, picture):
+    found = [fault for _, fault in box_faults(sample, {'a.png': (640, 428)}, model, **limits)]
+    assert any(words in fault.what for fault in found), found
+    assert all(fault.level in ('warning', 'note') and fault.cure for fault in found) and len({fault.what for fault in found}) == len(found)
+
+@pytest.mark.parametrize('model', families)
+def test_sound_boxes_have_no_finding(model, picture):
+    right = _boxed(_as(model, (1, 2, 300, 400), (300, 20, 640, 428)), images=[picture])
+    assert not box_faults(right, {picture: (640, 428)}, model)
+    assert not box_faults(to_boxes(right, model, source=model), {picture: (640, 428)}, model)
+
+def test_the_check_and_the_recipe_name_the_row(picture, tiny, tmp_path):
+    right = _boxed(_as('qwen2_vl', (1, 2, 300, 400)), images=[picture])
+    wrong = _boxed(_as('qwen3_vl', (1, 2, 300, 400)), images=[picture], instruction='<image>And where is it here?')
+    found = check_samples([right, wrong], model=tiny)
+    assert list(zip(found.row, found.field, found.level)) == [(1, 'output', 'warning')]
+    Registry(tmp_path).add('boxes', [right, wrong])
+    found = data_findings({'model_name_or_path': str(tiny), 'dataset': 'boxes', 'dataset_dir': str(tmp_path), 'do_train': True})
+    assert [(f.where, f.level) for f in found] == [('boxes', 'warning')] and 'the first is row 1' in found[0].what
+
+def test_llamafactory_trains_on_wrong_boxes_without_a_word(picture, tiny, tmp_path, factory):
+    "So no finding about boxes may be an error."
+    samples = [sample | {'images': [picture]} for sample, *_ in WRONG.values() if not isinstance((sample.get('box_frame') or [0])[0], str)]
+    Registry(tmp_path).add('boxes', [{k: v for k, v in sample.items() if k != 'box_frame'} for sample in samples])
+    ids, batches = factory.prepare(tmp_path, 'boxes')
+    assert len(ids) == len(samples) and all((batch['labels'] != -100).any() for batch in batches)
+
+def test_a_class_that_occurs_once_is_noted(picture):
+    samples = [_boxed(f'[{{"bbox_2d": [1, 2, 300, 400], "label": "{label}"}}]', images=[picture], id=i) for i, label in enumerate(['dog', 'cat', 'cow', 'pig', 'hen']*5 + ['dgo'])]
+    found = check_samples(samples, media=False)
+    assert [(row, level) for row, level, what in zip(found.row, found.level, found.what) if 'only here' in what] == [(25, 'note')]
+    assert not check_samples(samples[:-1], media=False).what.str.contains('only here').any()
+
+def test_pictures_whose_boxes_cannot_be_turned_stay_as_they_are(tmp_path):
+    _turned(tmp_path/'photos', 6)
+    two = _boxed(_as('qwen3_vl', (1, 2, 30, 40)), images=[str(tmp_path/'photos'/'a.png')])
+    many = two | {'images': two['images'] + [str(tmp_path/'photos'/'b.png')], 'instruction': '<image><image>Where?', 'box_frame': [1000, 1000]}
+    bad = two | {'output': '[{"bbox_2d": [1], "label": "dog"}]', 'box_frame': [1000, 1000]}
+    mended, found = mend_samples([two, many, bad, {k: v for k, v in two.items() if k != 'output'} | {'output': 'A dog.', 'images': [str(tmp_path/'photos'/'c.png')]}])
+    assert mended[:3] == [two, many, bad] and mended[3]['images'] != [str(tmp_path/'photos'/'c.png')]
+    assert found.row[found.what.str.contains('was not turned')].tolist() == [0, 1, 2]
+    assert [p.name for p in (tmp_path/'photos_mended').iterdir()] == ['c.png']

@@ -34,6 +34,7 @@ def _told(predictions): return [(row['predict'], row['finish_reason'], row['prom
 def test_boxes_come_back(by_hf, boxes):
     found = score(by_hf)
     assert found['rows'] == 40 and found['exact'] >= 90
+    assert found['boxes.parsed'] == 100 and found['boxes.iou'] >= found['exact'] and found.boxes.support['(all)'] == 40
     assert {row['finish_reason'] for row in by_hf} == {'stop'} and [row['label'] for row in by_hf] == [s['output'] for s in boxes]
     assert not any('<|im_end|>' in row['predict'] for row in by_hf), 'the end token is no part of an answer'
     assert 'special tokens' not in repr(found)
@@ -41,6 +42,7 @@ def test_boxes_come_back(by_hf, boxes):
 def test_they_are_shown_as_text(by_hf):
     shown = show_predictions(by_hf)._repr_html_()
     assert '&lt;|box_start|&gt;' in shown and '<|' not in shown
+    assert shown.count('data:image/svg+xml') == 8, 'and drawn'
 
 def test_answers_of_a_version_that_cut_them_off_are_another_question(by_hf, ask, boxes, tmp_path):
     before = Path(shutil.copytree(by_hf.output_dir, tmp_path/'before'))

@@ -246,6 +246,7 @@ def is_studio(
     if all(map(is_task, data)): return True
     return any(map(_min_results, data)) and all('data' not in task for task in data)
 
+# %% ../../nbs/data/05_annotations.ipynb #5f5ee280
 def _is_picture(key, value): return key in ('image', 'img', 'photo') or bool(re.search(r'\.[A-Za-z]{3,4}$', value))
 
 def _studio_picture(task, faults, where):
@@ -293,6 +294,7 @@ def box_columns(
             'corners': [by_name[name] for name in corners], 'has_size': corners[2] in ('w', 'width'),
             'size': [by_name[k] for k in ('width', 'height') if k in by_name and k not in corners]}
 
+# %% ../../nbs/data/05_annotations.ipynb #91ff4fbc
 def _cells(row, names):
     "The numbers in some cells of a row; nothing if they are all empty; `None` if one is not a number."
     cells = [row.get(name) for name in names]

@@ -56,9 +56,9 @@ def _marked_pieces(text):
         pieces.append(Piece(*found.span(), 'marks', label, numbers, found.span(2)))
     return pieces
 
-# %% ../../nbs/data/15_boxes.ipynb #a599940a
+# %% ../../nbs/data/15_boxes.ipynb #d08b6bad
 _key = re.compile('|'.join(box_keys.values()))
-_decoder = json.JSONDecoder()
+_decoder, _nothing = json.JSONDecoder(), re.compile(r'\s*(```(json)?)?\s*\[\s*\]\s*(```)?\s*')
 
 def _numbers_of(found, n):
     "The coordinates under the key of a box or point; `None` if they are not n numbers."
@@ -94,8 +94,9 @@ def box_pieces(
 )->list: # `Piece`s in the order of the text; `None` if nothing in it is written as a box
     "The boxes that are written in a text, in any family's form; an empty JSON list has none."
     if not isinstance(text, str): return
-    found = sorted(_marked_pieces(text) + _json_pieces(text), key=lambda piece: piece.start)
-    return found if found or re.fullmatch(r'\s*(```(json)?)?\s*\[\s*\]\s*(```)?\s*', text) else None
+    found = _marked_pieces(text) if box_marks['box'][0] in text else []
+    found = sorted(found + _json_pieces(text), key=lambda piece: piece.start)
+    return found if found or len(text) < 99 and _nothing.fullmatch(text) else None
 
 # %% ../../nbs/data/15_boxes.ipynb #457af076
 def _scaled(numbers, size, frame):

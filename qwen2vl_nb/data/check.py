@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from ..model import special_tokens
 from ..findings import findings_table, show_value
+from .boxes import box_pieces, known_frame, turn_sample
+from .box_check import box_faults, class_faults
 from .media import Fault, look_at_picture, look_at_video, mend_picture, near_duplicates
 from .preferences import preference_faults, preference_faults_between
 from .samples import (as_list, is_dialogue, is_ranking, media_key, media_of, map_media, media_paths,
@@ -339,8 +341,8 @@ def _length_faults(rows, text, media, cutoff_len):
                            f'Set cutoff_len to {total} or more, or a smaller {smaller}.', level)
 
 # %% ../../nbs/data/40_check.ipynb #53c1f2d0
-def _mend_pictures(seen):
-    "Mended copies of the pictures that can be mended: path → copy."
+def _mend_pictures(seen, kept):
+    "Mended copies of the pictures that can be mended and are not `kept`: path → copy."
     faulty = {path: look for path, look in seen.items() if any(f.mends for f in look.faults)}
     if not faulty: return {}
     folders = [os.path.dirname(os.path.abspath(p)) for p, look in seen.items() if look.size]
@@ -348,7 +350,7 @@ def _mend_pictures(seen):
     # pictures on several disks have no common folder
     beside = common.parent/f'{common.name}_mended' if common.name else Path('mended').absolute()
     copies = {p: _mended_copy(p, look, beside/Path(os.path.abspath(p)).relative_to(common))
-              for p, look in faulty.items()}
+              for p, look in faulty.items() if p not in kept}
     return {p: copy for p, copy in copies.items() if copy}
 
 def _mended_copy(path, look, to):
@@ -364,11 +366,37 @@ def _mended_text(value):
     if isinstance(value, list): return [_mended_text(v) for v in value]
     return {k: _mended_text(v) for k,v in value.items()} if isinstance(value, dict) else value
 
-def _mended_sample(sample, copies):
+def _mended_sample(sample, copies, looks):
     if not isinstance(sample, dict): return sample
+    turns = _turns_in(sample, {path: looks[path] for path in copies})
+    if turns and _has_boxes(sample): sample = turn_sample(sample, *turns, known_frame(sample))
     try: text = {k: _mended_text(v) for k,v in sample.items() if k not in ('images', 'image', 'videos', 'video')}
     except RecursionError: text = {}
     return map_media(sample | text, lambda path: copies.get(path, path))
+
+# %% ../../nbs/data/40_check.ipynb #348bbae8
+def _has_boxes(sample): return any(box_pieces(text) for _, _, text in sample_turns(sample))
+
+def _turns_in(sample, looks):
+    "Orientations of a sample's pictures that mending turns upright."
+    seen = [looks[path] for path in media_paths(sample) if path in looks]
+    return {look.orientation for look in seen if any(f.mends == 'pixels' for f in look.faults)} - {0, 1}
+
+def _can_turn(sample):
+    "Whether the boxes of a sample can be turned with its picture."
+    if len(media_paths(sample)) != 1 or sample.get('box_frame') is None: return False
+    try: return bool(turn_sample(sample, 1, known_frame(sample)))
+    except ValueError: return False
+
+def _unturned(samples, looks):
+    "Row → the pictures, for rows with boxes whose pictures would have to be turned without them."
+    rows = [(i, s) for i, s in enumerate(samples) if isinstance(s, dict)]
+    return {i: media_paths(s) for i, s in rows if _turns_in(s, looks) and _has_boxes(s) and not _can_turn(s)}
+
+def _unturned_faults(samples, unturned):
+    what = 'Its picture was not turned, because it is not known in what coordinates its boxes are.'
+    cure = 'Read them with `read_samples(…, family=…)`, or give the sample a box_frame; see `to_boxes`.'
+    return [(i, media_key(samples[i], 'images'), Fault(what, cure, 'warning')) for i in unturned]
 
 # %% ../../nbs/data/40_check.ipynb #13ecf34d
 def _leaks_of(looks, against, pictures, clips, workers):
@@ -379,14 +407,17 @@ def _leaks_of(looks, against, pictures, clips, workers):
     return leaks
 
 def _look_around(samples, against, fix, workers, limits):
-    """What was seen in the pictures and clips, which of them the other split also contains, and copies of those that
-    were mended."""
+    """What was seen in the pictures and clips, which of them the other split also contains, copies of those that were
+    mended, and findings about those that were not, because of their boxes."""
     sizes = {k: limits[k] for k in ('image_max_pixels', 'image_min_pixels')}
     about = (partial(look_at_picture, hashes=bool(against), **sizes),
              partial(look_at_video, **clip_sampling(limits)), workers)
     looks = look_at_samples(samples, *about)
     leaks = _leaks_of(looks, against, *about) if samples and against else {}
-    return looks, leaks, _mend_pictures(looks[0]) if fix else {}
+    if not fix: return looks, leaks, {}, []
+    kept = _unturned(samples, looks[0])
+    copies = _mend_pictures(looks[0], {path for paths in kept.values() for path in paths})
+    return looks, leaks, copies, _unturned_faults(samples, kept)
 
 def _said_before(rows, against):
     "Rows without pictures that the other split also contains."
@@ -400,7 +431,7 @@ def _said_before(rows, against):
 def _between_rows(rows, told):
     "Faults between rows; each (row, field) in `told` already has a worse finding."
     return [*_column_faults(rows, told), *_late_faults(rows), *_id_faults(rows), *_same_faults(rows),
-            *_balance_faults(rows), *preference_faults_between(rows)]
+            *_balance_faults(rows), *class_faults(rows), *preference_faults_between(rows)]
 
 def _rows_table(found):
     columns = ('row', 'field', 'what', 'cure', 'level')
@@ -410,7 +441,7 @@ def _rows_table(found):
 
 # %% ../../nbs/data/40_check.ipynb #82b876b4
 def _check(samples, fix, against, model, cutoff_len, media, workers, **limits):
-    "All (row, field, fault) of samples; and path → copy of the pictures that were mended."
+    "All (row, field, fault) of samples; path → copy of the pictures that were mended; and path → `Look` of all."
     from tqdm import tqdm
     if isinstance(samples, (str, os.PathLike)):
         raise TypeError('Samples are checked, not files: check_samples(read_samples(…)).')
@@ -419,13 +450,17 @@ def _check(samples, fix, against, model, cutoff_len, media, workers, **limits):
     bar = tqdm(samples, desc='Checking rows', unit='row', delay=2, file=sys.stdout)
     found = [(i, *fault) for i, s in enumerate(bar) for fault in _row_faults(s)]
     found += _said_before(rows, against or [])
-    looks, leaks, copies = _look_around(samples if media else [], against, fix, workers, limits)
+    looks, leaks, copies, more = _look_around(samples if media else [], against, fix, workers, limits)
+    found += more
     if media: found += [(i, *fault) for i, s in rows for fault in _media_faults(s, looks, leaks, copies)]
+    sizes = {path: look.size for path, look in looks[0].items()}
+    pixels = {key: limits[key] for key in ('image_max_pixels', 'image_min_pixels')}
+    found += [(i, *fault) for i, s in rows for fault in box_faults(s, sizes, model, **pixels)]
     told = {(i, field.split('[')[0]) for i, field, fault in found if fault.level == 'error'}
     found += _between_rows(rows, told)
     text = text_tokens(samples, model, looks, fps=limits['video_fps']) if model else [0]*len(samples)
     shown = media_tokens(samples, looks, model, limits) if media else [0]*len(samples)
-    return [*found, *_length_faults(rows, text, shown, cutoff_len)], copies
+    return [*found, *_length_faults(rows, text, shown, cutoff_len)], copies, looks[0]
 
 # %% ../../nbs/data/40_check.ipynb #mend0001
 def check_samples(
@@ -450,6 +485,7 @@ def mend_samples(
     **limits, # As for `check_samples`
 )->tuple: # (samples, findings as a `DataFrame`); the level of a finding that was mended is `'mended'`
     "Mend what can be mended without guessing, in copies: the given samples and all files stay as they are."
-    found, copies = _check(samples, True, against, model, cutoff_len, media, workers, **limits)
+    found, copies, looks = _check(samples, True, against, model, cutoff_len, media, workers, **limits)
     noted = lambda f: f._replace(cure='Mended: removed.', level='mended') if f.mends == 'text' else f
-    return [_mended_sample(s, copies) for s in samples], _rows_table([(i, field, noted(f)) for i, field, f in found])
+    mended = [_mended_sample(s, copies, looks) for s in samples]
+    return mended, _rows_table([(i, field, noted(f)) for i, field, f in found])

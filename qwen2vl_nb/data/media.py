@@ -29,6 +29,7 @@ class Look:
     "What was found out about one picture or clip."
     size:tuple=None # Width and height in pixels; `None` if it can't be read
     frames:int=1 # Number of frames that LLaMA-Factory samples; 1 for a picture
+    orientation:int=1 # Of the EXIF data; LLaMA-Factory does not turn the picture
     times:tuple=() # Time of each of them in seconds from the beginning of the clip
     faults:list=field(default_factory=list) # `Fault`s
     digest:str='' # Digest of the file's bytes: equal for equal files
@@ -110,8 +111,7 @@ def _animated(im):
     return Fault(f'It has {im.n_frames} frames or pages, and only the first is seen.',
                  'Save the frame you want, or register it as a video.', 'warning')
 
-def _turned(im):
-    orientation = im.getexif().get(0x0112, 1)
+def _turned(orientation):
     if orientation in (0, 1): return
     return Fault(f'Its EXIF data says that it must be rotated (orientation {orientation}), '
                  'and LLaMA-Factory does not.', 'Rotate it and save it again.', 'warning', 'pixels')
@@ -184,7 +184,9 @@ def _decode(look, im, path, hashes, limits):
     im.load()
     # what LLaMA-Factory does to the whole; some modes refuse
     im.crop((0, 0, 2, 2)).resize((1, 1)).convert('RGB')
-    look.faults += [f for f in (shape, large, _animated(im), _turned(im), _spoilt(im), _misnamed(path, im)) if f]
+    look.orientation = im.getexif().get(0x0112, 1)
+    found = (shape, large, _animated(im), _turned(look.orientation), _spoilt(im), _misnamed(path, im))
+    look.faults += [f for f in found if f]
     if hashes: _see(look, im)
 
 _scale = 'Scale it down: the model sees less than a million pixels.'

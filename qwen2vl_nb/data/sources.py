@@ -764,6 +764,7 @@ def _boxed_row(picture, place, family, limits):
     found = {'image': path or (paths or [''])[0], 'output': answer, 'box_frame': [*frame]}
     return {'instruction': 'Locate every object in the picture.'} | picture.more | found, is_turned
 
+# %% ../../nbs/data/20_sources.ipynb #0695b099
 def _check_faults(path, faults):
     if not faults: return
     raise ValueError(f'{path} has {len(faults)} box(es) or picture(s) that cannot be read. {"; ".join(faults[:5])}'
@@ -830,7 +831,7 @@ def _beside(file, name, *folders):
     names = dict.fromkeys([name, name.rpartition('/')[2], *stem])
     return [str(folder/one) for one in names if one for folder in folders]
 
-# %% ../../nbs/data/20_sources.ipynb #b80717f2
+# %% ../../nbs/data/20_sources.ipynb #da310aee
 def _yaml(file):
     "The content of a YAML file; raises `ValueError`."
     import yaml
@@ -868,7 +869,7 @@ def _label_file(picture):
     parts = list(picture.parts)
     at = [i for i, part in enumerate(parts) if part == 'images']
     beside = [Path(*parts[:at[-1]], 'labels', *parts[at[-1]+1:])]*bool(at) + [picture]
-    return next((file for one in beside if (file := one.with_suffix('.txt')).is_file()), None)
+    return next((file for one in beside if os.path.lexists(file := one.with_suffix('.txt'))), None)
 
 # %% ../../nbs/data/20_sources.ipynb #59faad1e
 def _yolo_folder(folder, splits):
@@ -891,6 +892,7 @@ def _yolo_pictures(folder):
         without += not labels
         faults += [f'{labels.name}: {fault}' for fault in wrong]
         pictures.append(Annotated(str(picture), boxes, frame=(1, 1)))
+    if without == len(files) and file.parent != folder.absolute(): return  # the YAML file above is of something else
     if not files or without == len(files):
         raise ValueError(f'{folder} has {file.name}, which names classes, but {len(files)} picture(s) and '
                          f'{len(files) - without} label file(s): give the folder that contains images and labels.')
@@ -983,6 +985,38 @@ def read_rows(
     if rows: return rows, taken
     raise ValueError(f'{source} has no rows.')
 
+
+# %% ../../nbs/data/20_sources.ipynb #13671f7c
+def _said_columns(columns, words):
+    media = {'pictures': ' and '.join(columns['images']), 'clips': columns['videos']}
+    named = ', '.join(f'{kind} from {names}' for kind, names in media.items() if names) or 'no pictures'
+    prompt = f'the prompt {words!r} for all' if words is not None else f"prompts from {columns['prompt']}"
+    return f"{named}, {prompt}, answers from {columns['response']}"
+
+def _each(path, rows, make):
+    "Make something of each row; the rows for which this fails are reported together."
+    made, bad = [], []
+    for i, row in enumerate(rows):
+        try: made.append(make(row))
+        except ValueError as e: bad.append(f'row {i}: {e}')
+    if bad:
+        raise ValueError(f'{path} has {len(bad)} row(s) that cannot be read. ' + '; '.join(bad[:5])
+                         + (' …' if len(bad) > 5 else '') + '.')
+    return made
+
+def _say(source, samples, taken, place, how, media_dir):
+    name = ' + '.join(Path(p).name for p in source) if isinstance(source, (list, tuple)) else Path(source).name
+    more = [f'{place.written} file(s) written to {place.out.name}/.'] if place.written else []
+    if place.lost:
+        cure = f'there is no such file in {media_dir}' if media_dir else 'media_dir=… names the folder of the pictures'
+        more.append(f'{place.lost} path(s) lead nowhere, the first is {place.first_lost}: {cure}.')
+    if place.weights:
+        more.append(f'{place.weights} turn(s) have a loss_weight that LLaMA-Factory does not read in this form; '
+                    '`check_samples` names them.')
+    if place.beside_calls:
+        more.append(f'Words beside {place.beside_calls} tool call(s) left out: '
+                    'LLaMA-Factory has no place for them.')
+    print(f'{name}: {len(samples)} rows of {taken}; {how}.', *more)
 
 # %% ../../nbs/data/20_sources.ipynb #305f6354
 def _said_columns(columns, words):

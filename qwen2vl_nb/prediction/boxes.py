@@ -12,7 +12,7 @@ from contextlib import redirect_stdout
 from typing import TYPE_CHECKING
 from ..findings import text_table
 from ..data.boxes import read_boxes
-if TYPE_CHECKING: import pandas as pd
+if TYPE_CHECKING: import numpy as np, pandas as pd
 
 # %% ../../nbs/prediction/47_boxes.ipynb #b0838dc2
 def stated_boxes(
@@ -36,7 +36,7 @@ def _area(corners):
 def box_ious(
     labels:list, # `Box`es of the label
     answers:list, # `Box`es of the answer
-)->'numpy.ndarray': # 0 to 1; one row for each box of the label, one column for each of the answer # noqa: F821
+)->'np.ndarray': # 0 to 1; one row for each box of the label, one column for each of the answer
     "The IoU of each box of a label with each box of an answer; 0 if their names differ."
     import numpy as np
     a, b = _corners(labels)[:, None], _corners(answers)[None]
@@ -47,7 +47,7 @@ def box_ious(
 
 # %% ../../nbs/prediction/47_boxes.ipynb #42965ce2
 def pair_boxes(
-    ious:'numpy.ndarray', # As from `box_ious` # noqa: F821
+    ious:'np.ndarray', # As from `box_ious`
     at:float=0, # IoU from which a pair counts, 0 to 1
 )->list: # (position in the label, position in the answer, IoU) of each pair
     """The assignment with the most pairs that count and, among those, with the largest sum of IoUs; at 0 the one with
@@ -152,7 +152,7 @@ def _precision_at(coco, answers, name, pictures):
 def average_precision(
     rows:list, # (`Box`es of the label, `Box`es of the answer or `None`) of each picture
     names:list, # Names of the classes; each must occur in a label
-)->'numpy.ndarray': # AP, AP50 and AP75 in percent; one row for each name # noqa: F821
+)->'np.ndarray': # AP, AP50 and AP75 in percent; one row for each name
     "The average precision of each class by COCOeval; all boxes count as equally certain."
     import numpy as np
     from pycocotools.coco import COCO

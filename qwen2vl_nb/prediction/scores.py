@@ -229,7 +229,7 @@ def _column_of(dicts, key):
 
 # %% ../../nbs/prediction/50_scores.ipynb #1eb96029
 class Scores(dict):
-    "Figures by name: `rows`, `failed`, and each measure in percent; `.rows`, `.overall`, `.fields`, `.by(…)`."
+    "Figures by name: `rows`, `failed`, each measure in percent; `.rows`, `.overall`, `.fields`, `.boxes`, `.by(…)`."
     def __init__(self,
         given, # All rows as a sequence, including those without a label
         rows, # A `DataFrame`: `id` and measures of each row with a label; its index is the position in `given`
