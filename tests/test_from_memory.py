@@ -132,6 +132,20 @@ def test_lists_of_samples_come_through_unchanged():
     from qwen2vl_nb.data.sources import given_samples
     assert given_samples(faulty, None) == faulty and given_samples(iter(sound), None) == sound
 
+def test_samples_kept_in_a_table_come_back_as_they_were(tmp_path):
+    _pictures()[0].save(tmp_path/'a.png')
+    questions = [{'images': [str(tmp_path/'a.png')], 'instruction': '<image>q', 'input': '', 'output': 'a', 'n': 1}]
+    talks = [{'images': [str(tmp_path/'a.png')], 'messages': [{'role': 'user', 'content': '<image>q'}, {'role': 'assistant', 'content': 'a'}]}]
+    for samples in (questions, talks):
+        assert read_samples(pd.DataFrame(samples)) == read_samples(datasets.Dataset.from_list(samples)) == read_samples(pa.Table.from_pylist(samples)) == samples
+    paths = datasets.Dataset.from_dict({'image': [str(tmp_path/'a.png')], 'question': ['q'], 'label': [1]},
+        features=datasets.Features({'image': datasets.Image(), 'question': datasets.Value('string'), 'label': datasets.ClassLabel(names=['car', 'bus'])}))
+    assert read_samples(paths, response='label') == [{'images': [str(tmp_path/'a.png')], 'instruction': '<image>q', 'input': '', 'output': 'bus'}], 'pictures that are files stay where they are'
+
+def test_a_table_is_no_list_of_samples():
+    for table in (pd.DataFrame([_row()]), _splits()['test'], pa.table({'question': ['q']})):
+        with pytest.raises(TypeError, match='not files or tables: check_samples'): check_samples(table)
+
 def test_the_registry_takes_the_same(factory, tmp_path):
     for name, source in (('frame', pd.DataFrame(_table(_pictures()))), ('set', _data_set(_pictures())), ('rows', _rows(_pictures())), ('arrow', pa.table(_table([*map(_png, _pictures())])))):
         Registry(tmp_path).add(name, source, file_name=f'{name}/train.json')

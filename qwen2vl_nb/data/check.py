@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from ..model import special_tokens
 from ..findings import findings_table, show_value
 from .media import Fault, look_at_picture, look_at_video, mend_picture, near_duplicates
+from .objects import is_table
 from .samples import (as_list, is_dialogue, media_key, media_of, map_media, media_paths, media_tags,
                                      sample_turns, without_tags)
 from .tokens import clip_sampling, known_limits, look_at_samples, media_tokens, text_tokens
@@ -403,8 +404,8 @@ def _rows_table(found):
 def _check(samples, fix, against, model, cutoff_len, media, workers, **limits):
     "All (row, field, fault) of samples; and path → copy of the pictures that were mended."
     from tqdm import tqdm
-    if isinstance(samples, (str, os.PathLike)):
-        raise TypeError('Samples are checked, not files: check_samples(read_samples(…)).')
+    if isinstance(samples, (str, os.PathLike)) or is_table(samples):
+        raise TypeError('Samples are checked, not files or tables: check_samples(read_samples(…)).')
     limits, samples = known_limits(limits), list(samples)
     rows = [(i, s) for i, s in enumerate(samples) if isinstance(s, dict)]
     bar = tqdm(samples, desc='Checking rows', unit='row', delay=2, file=sys.stdout)
