@@ -153,6 +153,11 @@ def test_the_registry_takes_the_same(factory, tmp_path):
         assert len(list((tmp_path/name/'train_media').iterdir())) == 3 and all(p.startswith(f'{name}/train_media/') for row in json.loads((tmp_path/name/'train.json').read_text()) for p in row['images'])
     assert [s['car'] for s in dataset_samples(Registry(tmp_path), 'frame')] == [17, 18, 19, 20]
 
+def test_nothing_is_written_for_a_name_that_is_taken(tmp_path):
+    (tmp_path/'dataset_info.json').write_text('{"cars": {"hf_hub_url": "me/cars"}}')
+    with pytest.raises(ValueError, match='is taken'): Registry(tmp_path).add('cars', _rows(_pictures()))
+    assert [p.name for p in tmp_path.rglob('*.*') if p.name != '.dataset_info.lock'] == ['dataset_info.json']
+
 def test_predict_takes_the_same(tiny, tmp_path):
     "Questions without answers; asked again, the same pictures are the same question."
     asked = _data_set(_pictures()).remove_columns('answer')
