@@ -132,12 +132,31 @@ def test_lists_of_samples_come_through_unchanged():
     from qwen2vl_nb.data.sources import given_samples
     assert given_samples(faulty, None) == faulty and given_samples(iter(sound), None) == sound
 
+def test_samples_kept_in_a_table_come_back_as_they_were(tmp_path):
+    _pictures()[0].save(tmp_path/'a.png')
+    questions = [{'images': [str(tmp_path/'a.png')], 'instruction': '<image>q', 'input': '', 'output': 'a', 'n': 1}]
+    talks = [{'images': [str(tmp_path/'a.png')], 'messages': [{'role': 'user', 'content': '<image>q'}, {'role': 'assistant', 'content': 'a'}]}]
+    for samples in (questions, talks):
+        assert read_samples(pd.DataFrame(samples)) == read_samples(datasets.Dataset.from_list(samples)) == read_samples(pa.Table.from_pylist(samples)) == samples
+    paths = datasets.Dataset.from_dict({'image': [str(tmp_path/'a.png')], 'question': ['q'], 'label': [1]},
+        features=datasets.Features({'image': datasets.Image(), 'question': datasets.Value('string'), 'label': datasets.ClassLabel(names=['car', 'bus'])}))
+    assert read_samples(paths, response='label') == [{'images': [str(tmp_path/'a.png')], 'instruction': '<image>q', 'input': '', 'output': 'bus'}], 'pictures that are files stay where they are'
+
+def test_a_table_is_no_list_of_samples():
+    for table in (pd.DataFrame([_row()]), _splits()['test'], pa.table({'question': ['q']})):
+        with pytest.raises(TypeError, match='not files or tables: check_samples'): check_samples(table)
+
 def test_the_registry_takes_the_same(factory, tmp_path):
     for name, source in (('frame', pd.DataFrame(_table(_pictures()))), ('set', _data_set(_pictures())), ('rows', _rows(_pictures())), ('arrow', pa.table(_table([*map(_png, _pictures())])))):
         Registry(tmp_path).add(name, source, file_name=f'{name}/train.json')
         assert [r['_response'][0]['content'] for r in factory.load(tmp_path, name)] == WORDS
         assert len(list((tmp_path/name/'train_media').iterdir())) == 3 and all(p.startswith(f'{name}/train_media/') for row in json.loads((tmp_path/name/'train.json').read_text()) for p in row['images'])
     assert [s['car'] for s in dataset_samples(Registry(tmp_path), 'frame')] == [17, 18, 19, 20]
+
+def test_nothing_is_written_for_a_name_that_is_taken(tmp_path):
+    (tmp_path/'dataset_info.json').write_text('{"cars": {"hf_hub_url": "me/cars"}}')
+    with pytest.raises(ValueError, match='is taken'): Registry(tmp_path).add('cars', _rows(_pictures()))
+    assert [p.name for p in tmp_path.rglob('*.*') if p.name != '.dataset_info.lock'] == ['dataset_info.json']
 
 def test_predict_takes_the_same(tiny, tmp_path):
     "Questions without answers; asked again, the same pictures are the same question."

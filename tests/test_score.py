@@ -2,6 +2,8 @@
 
 What the figures must be is said by others: LLaMA-Factory's own metric, scipy, and counting in another way."""
 import json, random, re
+from collections.abc import Sequence
+from weakref import WeakSet
 
 import numpy as np
 import pandas as pd
@@ -256,3 +258,17 @@ def test_rows_that_do_not_match_are_named():
         with pytest.raises(ValueError, match=re.escape(said)): compare(rows, second)
     assert compare([r | {'id': 'same'} for r in rows], rows).p == 1, 'the rows\' numbers tell them apart'
     with pytest.raises(ValueError, match='no measure'): compare(rows, rows, 'malformed')
+
+def test_compare_holds_few_rows_in_memory():
+    "Of predictions that are read when they are accessed, no more than the rows at hand are held, in whatever order the second one is."
+    class Row(dict): __hash__ = object.__hash__
+    alive, most = WeakSet(), [0]
+    class Rows(Sequence):
+        def __init__(self, order): self.order = order
+        def __len__(self): return len(self.order)
+        def __getitem__(self, k):
+            alive.add(row := Row(id=self.order[k], label='a', predict='a'))
+            most[0] = max(most[0], len(alive))
+            return row
+    assert compare(Rows(range(500)), Rows(range(499, -1, -1))).after == 100
+    assert most[0] < 10, most

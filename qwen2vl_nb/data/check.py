@@ -17,6 +17,7 @@ from ..findings import findings_table, show_value
 from .boxes import box_pieces, known_frame, turn_sample
 from .box_check import box_faults, class_faults
 from .media import Fault, look_at_picture, look_at_video, mend_picture, near_duplicates
+from .objects import is_table
 from .preferences import preference_faults, preference_faults_between
 from .samples import (as_list, is_dialogue, is_ranking, media_key, media_of, map_media, media_paths,
                                      media_tags, sample_kind, sample_turns, without_tags)
@@ -443,8 +444,8 @@ def _rows_table(found):
 def _check(samples, fix, against, model, cutoff_len, media, workers, **limits):
     "All (row, field, fault) of samples; path → copy of the pictures that were mended; and path → `Look` of all."
     from tqdm import tqdm
-    if isinstance(samples, (str, os.PathLike)):
-        raise TypeError('Samples are checked, not files: check_samples(read_samples(…)).')
+    if isinstance(samples, (str, os.PathLike)) or is_table(samples):
+        raise TypeError('Samples are checked, not files or tables: check_samples(read_samples(…)).')
     limits, samples = known_limits(limits), list(samples)
     rows = [(i, s) for i, s in enumerate(samples) if isinstance(s, dict)]
     bar = tqdm(samples, desc='Checking rows', unit='row', delay=2, file=sys.stdout)

@@ -432,6 +432,7 @@ def add(self:Registry,
     file_name = os.path.normpath(file_name or f'{name}.json')
     if not file_name.endswith('.json'):
         raise ValueError(f'{file_name}: the name must end in .json; LLaMA-Factory decides by the ending.')
+    _check_free(name, file_name, self._read()[0])  # before pictures are written
     file = self.dataset_dir/file_name
     samples = in_one_form(given_samples(samples, file.with_name(f'{file.stem}_media')))
     if not samples: raise ValueError(f'{name}: there are no samples to add.')

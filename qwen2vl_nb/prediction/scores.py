@@ -421,27 +421,32 @@ def score(
 
 # %% ../../nbs/prediction/50_scores.ipynb #3544ca7c
 def _key_of(first, second):
-    "The key that identifies rows uniquely in both."
+    "The key that identifies rows uniquely in both, and its values in the first and in the second."
     for key in ('id', 'row'):
         known = [[_plain(row.get(key)) for row in rows] for rows in (first, second)]
-        if all(None not in ids and len(set(ids)) == len(ids) for ids in known): return key
+        if all(None not in ids and len(set(ids)) == len(ids) for ids in known): return key, *known
     raise ValueError('Neither `id` nor `row` tells the rows apart in both: give each row an `id` of its own.')
 
 def _listed(ids): return ', '.join(map(str, ids[:5])) + ', …'*(len(ids) > 5)
 
+class _Reordered(Sequence):
+    "Rows in another order; each is read when it is accessed."
+    def __init__(self, rows, places): self.rows, self.places = rows, array('q', places)
+    def __len__(self): return len(self.places)
+    def __getitem__(self, i): return self.rows[self.places[i]]
+
 def _matched(first, second):
     "The second rows in the order of the first."
-    key = _key_of(first, second)
-    of = lambda row: _plain(row[key])
-    known, asked = {of(row): row for row in second}, {of(row) for row in first}
-    gone, new = [of(row) for row in first if of(row) not in known], [k for k in known if k not in asked]
+    key, asked, known = _key_of(first, second)
+    place, wanted = {k: i for i,k in enumerate(known)}, set(asked)
+    gone, new = [k for k in asked if k not in place], [k for k in known if k not in wanted]
     if gone or new:
         raise ValueError(f'They are not about the same rows. By `{key}`, {len(gone)} of the first are not in '
                          f'the second ({_listed(gone)}), and {len(new)} the other way round ({_listed(new)}). '
                          'Compare those that both have.')
-    found = [known[of(row)] for row in first]
+    found = _Reordered(second, map(place.get, asked))
     text = lambda row: (row.get('label') or '').strip()
-    other = [of(row) for row,match in zip(first, found) if text(row) != text(match)]
+    other = [k for k,row,match in zip(asked, first, found) if text(row) != text(match)]
     if other:
         raise ValueError(f'{len(other)} row(s) have another label in the second ({_listed(other)}): '
                          'was the data changed in between?')
@@ -518,9 +523,10 @@ def compare(
     one, two = (c[measure] for c in columns)
     is_sharp, change = set(one) | set(two) <= {0, 100}, two - one
     answer = lambda row: (row['predict'] or '').strip()
-    lines = [dict(id=columns[0].id[i], label=first[i]['label'], before=first[i]['predict'],
-                  after=second[i]['predict'], what=_what(one[i], two[i], is_sharp), change=change[i])
-             for i in one.index if change[i] or answer(first[i]) != answer(second[i])]
+    pairs = ((i, first[i], second[i]) for i in one.index)
+    lines = [dict(id=columns[0].id[i], label=a['label'], before=a['predict'], after=b['predict'],
+                  what=_what(one[i], two[i], is_sharp), change=change[i])
+             for i,a,b in pairs if change[i] or answer(a) != answer(b)]
     changed = text_table(pd.DataFrame(lines, columns=['id', 'label', 'before', 'after', 'what', 'change']))
     return Comparison(measure, one.mean(), two.mean(), _summary(change.to_frame()).iloc[0].to_dict(),
                       *_chance(change.to_numpy(), is_sharp), text_table(_table(one, two, is_sharp)), changed,
