@@ -51,6 +51,11 @@ def _has_clips(recipe):
     try: return any('videos' in str(registry[name.strip()].get('columns')) for name in named.split(',') if name.strip())
     except (OSError, ValueError, KeyError): return False  # another check reports what is wrong
 
+def _kind(recipe):
+    "The `model_type` of the recipe's model; empty if it can't be read, which is reported elsewhere."
+    try: return model_type(recipe.get('model_name_or_path') or '')
+    except ValueError: return ''
+
 def _version_findings(recipe, versions):
     "Combinations of versions that are known to fail in what the recipe uses."
     uses = {'scores': recipe.get('predict_with_generate'), 'DeepSpeed': recipe.get('deepspeed'),
@@ -144,11 +149,6 @@ def model_findings(
     return found
 
 # %% ../nbs/20_checks.ipynb #071e26a0
-def _kind(recipe):
-    "The `model_type` of the recipe's model; empty if it can't be read, which is reported elsewhere."
-    try: return model_type(recipe.get('model_name_or_path') or '')
-    except ValueError: return ''
-
 def _family(recipe):
     "The family of the recipe's model; Qwen2-VL if it is of another, which is reported elsewhere."
     return families.get(_kind(recipe), families['qwen2_vl'])
