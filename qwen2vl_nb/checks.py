@@ -354,6 +354,22 @@ _numbers = [k for k,v in train_recipe('', '').items() if isinstance(v, (int, flo
 _trackers = ('wandb', 'swanlab', 'mlflow', 'comet_ml', 'clearml', 'neptune')
 
 def _argument_findings(recipe):
+    for key in (k for k in _numbers if isinstance(recipe.get(k), str)):
+        yield Finding(key, f'LLaMA-Factory needs a number here, and {recipe[key]!r} is text.',
+                      'Write a number, without quotes.')
+    trackers = [] if 'report_to' in recipe else list(filter(find_spec, _trackers))
+    if trackers:
+        yield Finding('report_to',
+            f'Without it the run reports to {", ".join(trackers)}, and may hang waiting for a login.',
+            'Set report_to: none, or the tracker you want.', 'warning')
+    if recipe.get('trust_remote_code'):
+        yield Finding('trust_remote_code',
+            'Code from the model folder would run; the model needs none.',
+            'Remove trust_remote_code.', 'note')
+
+# %% ../nbs/20_checks.ipynb #0c71f2d6
+def _family_findings(recipe):
+    "Traps of the model's family: a template of another, and weights that are not trained."
     template = recipe.get('template')
     family, usual = _family(recipe), usual_template(recipe.get('model_name_or_path') or '')
     if template in other_templates:
@@ -369,18 +385,12 @@ def _argument_findings(recipe):
                       'Only the last projector is trained: for LLaMA-Factory the others of Qwen3-VL, '
                       '`deepstack_merger_list`, are part of the vision tower.',
                       'Set freeze_vision_tower: false to train them, too.', 'note')
-    for key in (k for k in _numbers if isinstance(recipe.get(k), str)):
-        yield Finding(key, f'LLaMA-Factory needs a number here, and {recipe[key]!r} is text.',
-                      'Write a number, without quotes.')
-    trackers = [] if 'report_to' in recipe else list(filter(find_spec, _trackers))
-    if trackers:
-        yield Finding('report_to',
-            f'Without it the run reports to {", ".join(trackers)}, and may hang waiting for a login.',
-            'Set report_to: none, or the tracker you want.', 'warning')
-    if recipe.get('trust_remote_code'):
-        yield Finding('trust_remote_code',
-            'Code from the model folder would run; the model needs none.',
-            'Remove trust_remote_code.', 'note')
+    adapts = recipe.get('do_train') and recipe.get('finetuning_type', 'lora') == 'lora'
+    if adapts and _kind(recipe).endswith('_moe'):
+        yield Finding('finetuning_type',
+                      'LoRA adapts linear layers. The experts to which tokens are routed are none, and stay as they '
+                      'are.',
+                      'Use full fine-tuning to train the experts, too.', 'note')
 
 # %% ../nbs/20_checks.ipynb #ad8a5285
 def _is_finished(folder):
@@ -411,8 +421,8 @@ def recipe_findings(
     nproc:int=1, # Number of processes that will run it
 )->list: # `Finding`s
     "Everything that can be said about a recipe immediately and without LLaMA-Factory, apart from its data."
-    return [*_model_path_findings(recipe), *_adapter_findings(recipe), *_argument_findings(recipe),
-            *_output_findings(recipe), *_zero_findings(recipe, nproc)]
+    return [*_model_path_findings(recipe), *_adapter_findings(recipe), *_family_findings(recipe),
+            *_argument_findings(recipe), *_output_findings(recipe), *_zero_findings(recipe, nproc)]
 
 # %% ../nbs/20_checks.ipynb #473c86ab
 def _known(value):
