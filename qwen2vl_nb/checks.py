@@ -54,6 +54,11 @@ def _has_clips(recipe):
     try: return any('videos' in str(registry[name.strip()].get('columns')) for name in named.split(',') if name.strip())
     except (OSError, ValueError, KeyError): return False  # another check reports what is wrong
 
+def _kind(recipe):
+    "The `model_type` of the recipe's model; empty if it can't be read, which is reported elsewhere."
+    try: return model_type(recipe.get('model_name_or_path') or '')
+    except ValueError: return ''
+
 def _version_findings(recipe, versions):
     "Combinations of versions that are known to fail in what the recipe uses."
     uses = {'scores': recipe.get('predict_with_generate'), 'DeepSpeed': recipe.get('deepspeed'),
@@ -147,11 +152,6 @@ def model_findings(
     return found
 
 # %% ../nbs/20_checks.ipynb #071e26a0
-def _kind(recipe):
-    "The `model_type` of the recipe's model; empty if it can't be read, which is reported elsewhere."
-    try: return model_type(recipe.get('model_name_or_path') or '')
-    except ValueError: return ''
-
 def _family(recipe):
     "The family of the recipe's model; Qwen2-VL if it is of another, which is reported elsewhere."
     return families.get(_kind(recipe), families['qwen2_vl'])
@@ -415,6 +415,23 @@ def _preference_findings(recipe):
                       'Use LoRA if the run may be interrupted.', 'note')
 
 def _argument_findings(recipe):
+    for key in (k for k in _numbers if isinstance(recipe.get(k), str)):
+        yield Finding(key, f'LLaMA-Factory needs a number here, and {recipe[key]!r} is text.',
+                      'Write a number, without quotes.')
+    trackers = [] if 'report_to' in recipe else list(filter(find_spec, _trackers))
+    if trackers:
+        yield Finding('report_to',
+            f'Without it the run reports to {", ".join(trackers)}, and may hang waiting for a login.',
+            'Set report_to: none, or the tracker you want.', 'warning')
+    yield from _preference_findings(recipe)
+    if recipe.get('trust_remote_code'):
+        yield Finding('trust_remote_code',
+            'Code from the model folder would run; the model needs none.',
+            'Remove trust_remote_code.', 'note')
+
+# %% ../nbs/20_checks.ipynb #0c71f2d6
+def _family_findings(recipe):
+    "Traps of the model's family: a template of another, and weights that are not trained."
     template = recipe.get('template')
     family, usual = _family(recipe), usual_template(recipe.get('model_name_or_path') or '')
     if template in other_templates:
@@ -430,19 +447,12 @@ def _argument_findings(recipe):
                       'Only the last projector is trained: for LLaMA-Factory the others of Qwen3-VL, '
                       '`deepstack_merger_list`, are part of the vision tower.',
                       'Set freeze_vision_tower: false to train them, too.', 'note')
-    for key in (k for k in _numbers if isinstance(recipe.get(k), str)):
-        yield Finding(key, f'LLaMA-Factory needs a number here, and {recipe[key]!r} is text.',
-                      'Write a number, without quotes.')
-    trackers = [] if 'report_to' in recipe else list(filter(find_spec, _trackers))
-    if trackers:
-        yield Finding('report_to',
-            f'Without it the run reports to {", ".join(trackers)}, and may hang waiting for a login.',
-            'Set report_to: none, or the tracker you want.', 'warning')
-    yield from _preference_findings(recipe)
-    if recipe.get('trust_remote_code'):
-        yield Finding('trust_remote_code',
-            'Code from the model folder would run; the model needs none.',
-            'Remove trust_remote_code.', 'note')
+    adapts = recipe.get('do_train') and recipe.get('finetuning_type', 'lora') == 'lora'
+    if adapts and _kind(recipe).endswith('_moe'):
+        yield Finding('finetuning_type',
+                      'LoRA adapts linear layers. The experts to which tokens are routed are none, and stay as they '
+                      'are.',
+                      'Use full fine-tuning to train the experts, too.', 'note')
 
 # %% ../nbs/20_checks.ipynb #ad8a5285
 def _is_finished(folder):
@@ -473,8 +483,8 @@ def recipe_findings(
     nproc:int=1, # Number of processes that will run it
 )->list: # `Finding`s
     "Everything that can be said about a recipe immediately and without LLaMA-Factory, apart from its data."
-    return [*_model_path_findings(recipe), *_adapter_findings(recipe), *_argument_findings(recipe),
-            *_output_findings(recipe), *_zero_findings(recipe, nproc)]
+    return [*_model_path_findings(recipe), *_adapter_findings(recipe), *_family_findings(recipe),
+            *_argument_findings(recipe), *_output_findings(recipe), *_zero_findings(recipe, nproc)]
 
 # %% ../nbs/20_checks.ipynb #473c86ab
 def _known(value):

@@ -80,6 +80,14 @@ def _unknown(recipe, names):
         hint = f'; did you mean {near[0]!r}?' if near else '.'
         yield key, f'LLaMA-Factory has no argument {key!r}{hint}', 'Correct the key, or remove it.'
 
+def _no_template(name):
+    "That there is no such template, which LLaMA-Factory notices only when it loads the data."
+    from llamafactory.data.template import TEMPLATES
+    if not name or name in TEMPLATES: return
+    near = difflib.get_close_matches(name, TEMPLATES, 1)
+    hint = f'; did you mean {near[0]!r}?' if near else '.'
+    yield 'template', f'LLaMA-Factory has no template {name!r}{hint}', 'Correct its name.'
+
 def _refused(recipe, error):
     "The exception that the parser raised, with the keys that it names."
     named = [key for key in recipe if re.search(f'(?<![a-z_]){re.escape(key)}(?![a-z_])', str(error))]
@@ -99,7 +107,8 @@ def arguments(
     for key, fault in wrong.items(): yield key, *fault
     try:
         right = {k: v for k, v in recipe.items() if k in names and k not in wrong}
-        model, _, training, *_ = hparams.get_train_args(right)
+        model, data, training, *_ = hparams.get_train_args(right)
+        yield from _no_template(data.template)
         yield from _missing_packages(recipe, model, training)
     except Exception as e: yield _refused(recipe, e)
     if not zero: return

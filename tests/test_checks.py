@@ -36,6 +36,7 @@ STOPS = {
     'quantization without bitsandbytes': dict(quantization_bit=4),
     'an adapter with full fine-tuning': dict(adapter_name_or_path='nowhere', finetuning_type='full'),
     'an adapter that is not there': dict(adapter_name_or_path='/nowhere'),
+    'a template that nobody knows': dict(template='qwen2vl'),
     'a package that an argument needs': dict(enable_liger_kernel=True),
     'DeepSpeed without its file': dict(deepspeed='ds_z9.json', use_cpu=None),
     'a model folder that is not there': dict(model_name_or_path='/nowhere/model'),

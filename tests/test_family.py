@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from packaging.version import Version
 from PIL import Image
+from safetensors import safe_open
 
 from conftest import until, write_clip
 from qwen2vl_nb.all import attach, check_recipe, export, launch, predict, predict_recipe, read_log, score, train_recipe, zero_config, zero_table
@@ -211,6 +212,8 @@ def test_families_whose_memory_is_not_predicted(kind, factory, data, tmp_path):
         with pytest.raises(RuntimeError, match='does not recognize this architecture'): run.wait()
         return
     run.wait()
+    with safe_open(run.output_dir/'adapter_model.safetensors', 'np') as f: assert not [key for key in f.keys() if '.experts.' in key]
+    assert [f.where for f in quick_findings(recipe) if 'experts' in f.what] == ['finetuning_type']*kind.endswith('_moe')
     losses = read_log(run).loss.dropna()
     assert len(losses) == 6 and losses.iloc[-2:].mean() < losses.iloc[:2].mean()
     ids, _ = factory.prepare(data, 'car_item', model_name_or_path=str(model), template=recipe['template'], max_samples=8, cache_dir=str(tmp_path/'cache'), output_dir=str(tmp_path/'out'))

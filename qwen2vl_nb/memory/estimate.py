@@ -181,7 +181,7 @@ def _unpredicted(recipe, config, stage):
     optim = recipe.get('optim', 'adamw_torch_fused')
     offloaded = [part.get('device') for part in (config or {}).get('zero_optimization', {}).values()
                  if isinstance(part, dict)]
-    family = family_of(recipe['model_name_or_path'])
+    family = family_of(recipe.get('model_name_or_path') or '')
     predicted = ', '.join(other.name for other in families.values() if other.sizes)
     rules = [
         (not family.sizes, f'The memory of {family.name} is not predicted; that of {predicted} is.'),
