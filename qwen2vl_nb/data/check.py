@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ..model import special_tokens
 from ..findings import findings_table, show_value
 from .media import Fault, look_at_picture, look_at_video, mend_picture, near_duplicates
-from .preferences import preference_faults, preference_faults_between
+from .preference_faults import preference_faults, preference_faults_between
 from .samples import (is_dialogue, is_ranking, media_key, media_of, map_media, media_paths, media_tags,
                                      sample_kind, sample_turns, without_tags)
 from .tokens import clip_sampling, known_limits, look_at_samples, media_tokens, text_tokens
