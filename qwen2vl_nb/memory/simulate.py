@@ -105,9 +105,10 @@ class Autocast(TorchFunctionMode):
     "What autocast does on a GPU, for tensors on the meta device."
     def __init__(self,
         dtype:torch.dtype, # bf16 or fp16
+        on_cpu:bool=False, # Whether the Trainer computes the whole loss under autocast, as it does on a CPU
     ):
         super().__init__()
-        self.dtype, self.depth, self._casts = dtype, 0, {}
+        self.dtype, self.depth, self._casts, self.on_cpu = dtype, 0, {}, on_cpu
 
     def _cast(self, x):
         if not isinstance(x, torch.Tensor) or x.dtype != torch.float32: return x
@@ -348,7 +349,7 @@ def _prepare(job):
     if job['zero_3']:
         from deepspeed.runtime.zero.linear import zero3_linear_wrap
         torch.nn.functional.linear = zero3_linear_wrap # it keeps the inputs of frozen layers, too
-    half = Autocast(getattr(torch, job['autocast'])) if job['autocast'] else None
+    half = Autocast(getattr(torch, job['autocast']), job['kernel'] == 'cpu') if job['autocast'] else None
     torch.autocast = torch.amp.autocast = half.region if half else lambda *_, **__: nullcontext()
     torch.is_autocast_enabled = lambda *_: bool(half and half.depth) # checkpointing asks this for its second pass
     return half
@@ -372,9 +373,11 @@ def _copied(batch):
     return {k: v.clone() if isinstance(v, torch.Tensor) and v.device.type == 'meta' else v
             for k,v in batch.items()} | {'attention_mask': own}
 
-def _log_probabilities(logits, labels):
-    "The log-probability of each row's labels."
-    chances = logits[:, :-1].log_softmax(-1).gather(2, labels[:, 1:].clone().unsqueeze(2)).squeeze(2)
+def _log_probabilities(logits, labels, copies=False):
+    "The log-probability of each row's labels; on the CPU, autocast copies those of all tokens."
+    chances = logits[:, :-1].log_softmax(-1)
+    if copies: _copy = chances.detach().clone()
+    chances = chances.gather(2, labels[:, 1:].clone().unsqueeze(2)).squeeze(2)
     return (chances*(labels[:, 1:] != 0)).sum(-1)
 
 def _scored(model, batch, half, copies=True):
@@ -382,7 +385,7 @@ def _scored(model, batch, half, copies=True):
     batch = _copied(batch) if copies else dict(batch)
     labels = batch.pop('labels')
     logits = _forward(model, batch, half).logits.to(torch.float32)
-    return logits, _log_probabilities(logits, labels)
+    return logits, _log_probabilities(logits, labels, bool(half and half.on_cpu))
 
 @contextmanager
 def _asking(model, reference):
@@ -430,7 +433,9 @@ def _step(model, reference, job, n, half, recorder):
         if job['copy'] and 'pixel_values' in batch:
             given['pixel_values'] = torch.empty_like(batch['pixel_values'], dtype=getattr(torch, job['copy']))
         live.part = 'language'
-        loss = losses.get(job['recipe'].get('stage'), _ordinary_loss)(model, given, half, job, reference)
+        kind = losses.get(job['recipe'].get('stage'), _ordinary_loss)
+        with half.region() if half and half.on_cpu and kind is not _ordinary_loss else nullcontext():
+            loss = kind(model, given, half, job, reference)
         del given
         recorder.note('backward')
         if job['backward']: torch.autograd.backward(loss) # the tensor's method would leave autocast's mode
