@@ -380,12 +380,12 @@ def _log_probabilities(logits, labels, copies=False):
     chances = chances.gather(2, labels[:, 1:].clone().unsqueeze(2)).squeeze(2)
     return (chances*(labels[:, 1:] != 0)).sum(-1)
 
-def _scored(model, batch, half, copies=True):
+def _scored(model, batch, half, job, copies=True):
     "Logits in fp32 and the log-probability of each row."
     batch = _copied(batch) if copies else dict(batch)
     labels = batch.pop('labels')
     logits = _forward(model, batch, half).logits.to(torch.float32)
-    return logits, _log_probabilities(logits, labels, bool(half and half.on_cpu))
+    return logits, _log_probabilities(logits, labels, bool(job['half'] and job['kernel'] == 'cpu'))
 
 @contextmanager
 def _asking(model, reference):
@@ -394,20 +394,20 @@ def _asking(model, reference):
 
 # %% ../../nbs/memory/00_simulate.ipynb #00simulatep32
 def _dpo_loss(model, batch, half, job, reference):
-    logits, scores = _scored(model, batch, half, job['reference'])
+    logits, scores = _scored(model, batch, half, job, job['reference'])
     if not job['reference']: return scores.mean()
-    with _asking(model, reference) as other: _, others = _scored(other, batch, half)
+    with _asking(model, reference) as other: _, others = _scored(other, batch, half, job)
     return (scores - others).mean()
 
-def _kto_scored(model, batch, half):
+def _kto_scored(model, batch, half, job):
     "As `_scored`; and then the answers of other rows, without gradients. The logits are copied by mark."
-    logits, scores = _scored(model, batch, half)
-    with torch.no_grad(): _scored(model, batch, half)
+    logits, scores = _scored(model, batch, half, job)
+    with torch.no_grad(): _scored(model, batch, half, job)
     return logits.index_select(0, torch.arange(len(logits), device='meta')), scores
 
 def _kto_loss(model, batch, half, job, reference):
-    logits, scores = _kto_scored(model, batch, half)
-    with _asking(model, reference) as other: _, others = _kto_scored(other, batch, half)
+    logits, scores = _kto_scored(model, batch, half, job)
+    with _asking(model, reference) as other: _, others = _kto_scored(other, batch, half, job)
     return (scores - others).mean()
 
 def _reward_loss(model, batch, half, job, reference=None):
