@@ -41,8 +41,13 @@ MORE = {'lora clip': clip, 'full plain clip': full | plain | clip, 'lora tower':
 KINDS = {'lora': {}, 'lora bf16 z3': bf16 | dict(zero='z3'), 'lora plain pairs': plain | pairs, 'full': full, 'full bf16 plain by four': full | bf16 | plain | by_four, 'full z0': full | dict(zero='z0'),
          'full bf16 z2': full | bf16 | dict(zero='z2'), 'full z3': full | dict(zero='z3'), 'lora pairs twice z3': pairs | twice | dict(zero='z3'), 'lora tower': tower, 'answers': dict(asks=True), 'lora clip': clip, 'full plain clip': full | plain | clip}
 FAMILIES = {f'{family} {name}': changes | dict(model=family) for family in ('qwen2_5_vl', 'qwen3_vl') for name, changes in KINDS.items()}
-FEW = [f'{family} {name}' for family in ('qwen2_5_vl', 'qwen3_vl') for name in ('lora plain pairs', 'full bf16 z2')]
-CASES = ALONE | RANKS | MORE | FAMILIES
+FEW = [f'{family} {name}' for family in ('qwen2_5_vl', 'qwen3_vl') for name in ('lora plain pairs', 'full bf16 z2')] + ['dpo lora', 'kto full']
+# Preferences: two of them here, the rest in `make soak`
+dpo, kto, rm = (dict(stage=stage) for stage in ('dpo', 'kto', 'rm'))
+PREFERENCES = {'dpo lora': dpo, 'kto full': kto | full, 'dpo full': dpo | full, 'rm lora': rm, 'orpo lora plain': dpo | plain | dict(pref_loss='orpo'),
+               'dpo full bf16 by four': dpo | full | bf16 | by_four, 'kto lora bf16 by four': kto | bf16 | by_four, 'simpo full': dpo | full | dict(pref_loss='simpo'), 'qwen3_vl dpo lora': dpo | dict(model='qwen3_vl'),
+               'dpo lora bf16 z2': dpo | bf16 | dict(zero='z2'), 'dpo lora z3': dpo | dict(zero='z3')}
+CASES = ALONE | RANKS | MORE | FAMILIES | PREFERENCES
 
 TOWERS = {'qwen2_vl': dict(embed_dim=160, hidden_size=256), 'qwen2_5_vl': dict(hidden_size=160, intermediate_size=320, out_hidden_size=256, fullatt_block_indexes=[2, 5]),
           'qwen3_vl': dict(hidden_size=160, intermediate_size=320, out_hidden_size=256, deepstack_visual_indexes=[1, 3])}
@@ -81,6 +86,8 @@ def make(tiny, medium, mediums, data, tmp_path_factory):
     pictures = [str(data/path) for row in rows for path in row['images']]
     singles = [{'images': [p], 'instruction': '<image>What is this?', 'input': '', 'output': 'A car.'} for p in pictures]
     Registry(work/'data').add('single', singles)
+    Registry(work/'data').add('ranked', [{k: v for k, v in s.items() if k != 'output'} | {'chosen': s['output'], 'rejected': 'It is a dog.'} for s in singles])
+    Registry(work/'data').add('marked', [s | {'kto_tag': i % 2 == 0} for i, s in enumerate(singles)])
     Registry(work/'data').add('pairs', [s | {'images': [s['images'][0], p], 'instruction': '<image>' + s['instruction']} for s,p in zip(singles, reversed(pictures))])
     write_clip(work/'clip.mp4', 16, 4, (256, 256))
     Registry(work/'data').add('clip', [{'videos': [str(work/'clip.mp4')], 'messages': [{'role': 'user', 'content': '<video>What is this?'}, {'role': 'assistant', 'content': 'A car.'}]}]*8)
@@ -92,7 +99,8 @@ def make(tiny, medium, mediums, data, tmp_path_factory):
         config = zero and zero_config(zero)
         if zero: config['zero_optimization'] |= SMALL[zero]
         engine = {'deepspeed': config} if zero else {'use_cpu': True}
-        return train_recipe(folder, changes.pop('dataset', 'single'), work/name, **shared | engine | changes)
+        usual = {'dpo': 'ranked', 'rm': 'ranked', 'kto': 'marked'}.get(changes.get('stage'), 'single')
+        return train_recipe(folder, changes.pop('dataset', usual), work/name, **shared | engine | changes)
     make.work = work
     return make
 
@@ -127,7 +135,7 @@ def cases(make, request):
         return most['peak'], predict_memory(recipes[name], None, len(found), gpu=False, sample=_sample(most['batches']))
     with ThreadPoolExecutor(2) as pool: return {name: pool.submit(compare, name) for name in recipes}
 
-@pytest.mark.parametrize('name', [*ALONE, *RANKS, *FEW, *(pytest.param(name, marks=pytest.mark.soak) for name in [*MORE, *FAMILIES] if name not in FEW)])
+@pytest.mark.parametrize('name', [*ALONE, *RANKS, *FEW, *(pytest.param(name, marks=pytest.mark.soak) for name in [*MORE, *FAMILIES, *PREFERENCES] if name not in FEW)])
 def test_real_runs(name, cases):
     "Within 2 %; of Qwen2-VL, not more than 1 % too low."
     real, predicted = cases[name].result()
@@ -231,7 +239,9 @@ FAULTS = {
     'in eight bits': (dict(quantization_bit=8), {}, 'only those in 4 bits'),
     'another optimizer': (dict(optim='adafactor'), {}, "The optimizer 'adafactor' is not predicted; AdamW is"),
     'another way to train': (dict(finetuning_type='oft'), {}, "finetuning_type 'oft' is not predicted; lora, full and freeze are"),
-    'preferences': (dict(stage='dpo'), {}, "stage 'dpo' is not predicted"),
+    'reinforcement': (dict(stage='ppo'), {}, "stage 'ppo' is not predicted"),
+    'a reference model under ZeRO-3': (dict(stage='dpo', finetuning_type='full'), dict(zero='z3', gpus=2), 'A reference model under ZeRO-3 is not predicted'),
+    'another reference model': (dict(stage='dpo', ref_model='other'), {}, 'ref_model is not predicted'),
     'ZeRO-1': ({}, dict(zero={'zero_optimization': {'stage': 1}}), 'ZeRO stage 1 is not predicted'),
     'offload to disk': ({}, dict(zero={'zero_optimization': {'stage': 3, 'offload_param': {'device': 'nvme'}}}), 'to the host only'),
     'fp8': ({}, dict(zero='z3_fp8'), 'needs `fp8: true` and a Hopper GPU'),

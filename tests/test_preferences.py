@@ -274,3 +274,19 @@ def test_llamafactory_trains_other_losses_as_sigmoid():
                              finetuning_args=SimpleNamespace(use_ref_model=name not in ('orpo', 'simpo')), accelerator=SimpleNamespace(device='cpu'))
         return trainer.compute_preference_loss(*torch.tensor([[-1., -2, -3, -4], [-4., -3, -2, -1], [-2.]*4, [-2.]*4]))[0].tolist()
     assert loss('hinge') == loss('ipo') == loss('sigmiod') == loss('sigmoid') != loss('simpo') != loss('orpo')
+
+# --- runs
+
+SHOWN = {'dpo': {'accuracy', 'rewards/chosen', 'rewards/rejected', 'rewards/margins', 'eval_rewards/margins', 'eval_rewards/accuracies'}, 'rm': {'eval_accuracy'}, 'kto': {'rewards/margins'}}
+PANELS = {'dpo': ['loss', 'reward', 'accuracy'], 'rm': ['loss', 'accuracy'], 'kto': ['loss', 'reward']}
+
+@pytest.mark.parametrize('stage', ['dpo', *(pytest.param(stage, marks=pytest.mark.soak) for stage in ('rm', 'kto'))])
+def test_a_run_logs_its_rewards_and_they_are_drawn(stage, tiny, tmp_path):
+    from qwen2vl_nb.run.loss import plot_loss, read_log
+    from qwen2vl_nb.run.start import launch
+    rows = [STAGES[stage](i) for i in range(12)]
+    recipe = _recipe(tiny, tmp_path, stage, rows, max_steps=4, logging_steps=2, val_size=4, eval_strategy='steps', eval_steps=2, per_device_train_batch_size=4, gradient_accumulation_steps=1)
+    run = launch(recipe).wait()
+    assert run.status == 'done', run.failure
+    assert SHOWN[stage] <= {*read_log(run)}
+    assert [ax.get_ylabel() for ax in plot_loss(run).axes] == PANELS[stage]

@@ -18,7 +18,7 @@ from .boxes import box_pieces, known_frame, turn_sample
 from .box_check import box_faults, class_faults
 from .media import Fault, look_at_picture, look_at_video, mend_picture, near_duplicates
 from .objects import is_table
-from .preferences import preference_faults, preference_faults_between
+from .preference_faults import preference_faults, preference_faults_between
 from .samples import (as_list, is_dialogue, is_ranking, media_key, media_of, map_media, media_paths,
                                      media_tags, sample_kind, sample_turns, without_tags)
 from .tokens import clip_sampling, known_limits, look_at_samples, media_tokens, text_tokens

@@ -50,7 +50,8 @@ class ZeroRow:
         return f'{self.estimate.host/GiB:.0f} GiB' if self.estimate and self.estimate.host else ''
 
 # %% ../../nbs/memory/30_plan.ipynb #8b43b144
-_colours = {'weights': '#0072B2', 'adapters': '#56B4E9', 'gradients': '#E69F00', 'optimizer': '#D55E00',
+_colours = {'weights': '#0072B2', 'reference': '#332288', 'adapters': '#56B4E9', 'gradients': '#E69F00',
+            'optimizer': '#D55E00',
             'communication': '#CC79A7',
             'vision': '#117733', 'language': '#009E73', 'logits': '#A8C66C', 'KV cache': '#F0E442',
             'allowance': '#9d9d9d'}

@@ -53,6 +53,7 @@ class Rank:
         self.held, self.peak, self.most, self.when, self.host = Counter(), {}, 0, '', 0
         if self.recipe.get('do_train'): self.setup()
         else: self.held['weights'] = sum(p[0]*p[1] for p in step['parameters'])
+        if step.get('reference'): self.held['reference'] = step['reference']
 
     def bytes_of(self, i): return self.numel[i]*self.step_['parameters'][i][1]
 

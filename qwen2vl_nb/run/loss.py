@@ -55,7 +55,8 @@ def _add(rows, row):
 # %% ../../nbs/run/50_loss.ipynb #c01d0002
 _counts = 'current_steps', 'total_steps', 'total_tokens' # Columns of LLaMA-Factory's log that contain integers
 _floats = ('loss', 'eval_loss', 'predict_loss', 'reward', 'accuracy', 'lr', 'epoch', 'percentage', 'throughput',
-           'vram_allocated', 'vram_reserved')
+           'vram_allocated', 'vram_reserved', 'rewards/chosen', 'rewards/rejected', 'rewards/margins', 'eval_accuracy',
+           'eval_rewards/chosen', 'eval_rewards/rejected', 'eval_rewards/margins', 'eval_rewards/accuracies')
 _times = 'elapsed_time', 'remaining_time' # Those that contain text
 _most_columns = 64 # A log that has more was not written by LLaMA-Factory
 _KIND = 0 # Key of the array with the kinds of the rows, next to the columns; no column has a number as its name
@@ -296,9 +297,10 @@ def table(self:Log)->'pd.DataFrame': # The same object until something changes
     return self.rows.table()
 
 @patch
-def summary(self:Log)->dict: # The last `step`, `loss`, `eval_loss` and `lr`, if any; `lowest`: the lowest evaluation
+def summary(self:Log)->dict: # The last `step`, `loss`, `eval_loss`, `lr`, `margin`, `accuracy`; `lowest` evaluation
     "The figures of the log as the plot shows them; all code that reports one takes it from here."
-    courses = {name: _series(self.rows, name) for name in ('loss', 'eval_loss', 'lr')}
+    named = {'loss': 'loss', 'eval_loss': 'eval_loss', 'lr': 'lr', 'margin': 'rewards/margins', 'accuracy': 'accuracy'}
+    courses = {name: _series(self.rows, column) for name, column in named.items()}
     found = {name: float(values.iloc[-1]) for name,values in courses.items() if len(values)}
     evals = courses['eval_loss'].dropna()
     if found: found['step'] = int(self.rows.last_step)
@@ -483,6 +485,36 @@ def _log_scale(ax):
     ax.yaxis.set_major_formatter('{x:,.6g}')
     ax.yaxis.set_minor_locator(ticker.NullLocator())
 
+def _column(rows, names):
+    "The series of the first of some columns that has values."
+    return next((series for name in names if len(series := _series(rows, name))), _series(rows, names[0]))
+
+def _draw_rewards(ax, rows, i, smooth, alone):
+    "Draw the margin between the rewards of both answers; for a single run, the rewards, too."
+    for j, name in enumerate(('chosen', 'rejected') if alone else ()):
+        _draw(ax, _smoothed(_series(rows, f'rewards/{name}'), smooth), _look(j, True), linewidth=1.4, label=name)
+    look = _look(2 if alone else i, alone)
+    _draw(ax, _smoothed(_series(rows, 'rewards/margins'), smooth), look, linewidth=1.8, label='margin')
+    _draw(ax, _series(rows, 'eval_rewards/margins'), look, linewidth=1.4, linestyle='--', label='margin, evaluation')
+    if alone and ax.lines:
+        ax.legend(frameon=False, fontsize=8, labelcolor=GREY, ncols=4, loc='lower left', bbox_to_anchor=(0, 1),
+                  borderaxespad=0)
+
+_accuracies = ('accuracy',), ('eval_rewards/accuracies', 'eval_accuracy') # In training and in evaluations
+
+def _draw_accuracy(ax, rows, i, smooth, alone):
+    "Draw the share of pairs in which the chosen answer has the higher reward."
+    train, evals = (_column(rows, names) for names in _accuracies)
+    _draw(ax, _smoothed(train, smooth), _look(i, alone), linewidth=1.4)
+    _draw(ax, evals, _look(1 if alone else i, alone), linewidth=1.4, linestyle='--')
+    ax.set_ylim(-.03, 1.03)
+
+def _preference_panels(logs):
+    "What the logs have of preferences, by its panel."
+    has = lambda *names: any(len(_column(rows, names)) for rows in logs)
+    panels = {'reward': _draw_rewards} if has('rewards/margins', 'eval_rewards/margins') else {}
+    return panels | ({'accuracy': _draw_accuracy} if has(*_accuracies[0], *_accuracies[1]) else {})
+
 def _from_zero(ax):
     if ax.lines: ax.set_ylim(0, 1.15*ax.dataLim.y1)
 
@@ -544,7 +576,8 @@ def plot_loss(
     throughput:bool=False, # Also draw the throughput: tokens per second if all runs count them, otherwise steps
     path:str|Path=None, # File to write the figure to, .png for print or .svg; its background is transparent
 ): # A matplotlib `Figure`
-    "Draw the training and evaluation loss of one or several runs."
+    """Draw the training and evaluation loss of one or several runs; if their logs have them, also the rewards of chosen
+    and rejected answers, and the accuracy."""
     from matplotlib.figure import Figure
     runs = list(_each(runs))
     if not runs: raise ValueError('Give a run or its folder.')
@@ -554,12 +587,14 @@ def plot_loss(
     logs, alone = [_rows_for(r) for r in runs], len(runs) == 1
     tokens = all('total_tokens' in rows.columns() for rows in logs)
     count, unit = ('total_tokens', 'tokens/s') if tokens else ('current_steps', 'steps/s')
-    panels = ['loss', *['learning rate']*lr, *[unit]*throughput]
+    preferences = _preference_panels(logs)
+    panels = ['loss', *preferences, *['learning rate']*lr, *[unit]*throughput]
     figure = Figure(figsize=(7, 2.4 + 1.2*len(panels)), dpi=120, facecolor='none', layout='constrained')
     figure._repr_png_ = partial(_png, figure)
     axes = _axes(figure, panels)
     for i,rows in enumerate(logs):
         _draw_loss(axes['loss'], rows, i, smooth, alone)
+        for panel, draw in preferences.items(): draw(axes[panel], rows, i, smooth, alone)
         if lr: _draw(axes['learning rate'], _series(rows, 'lr'), _look(i, alone), linewidth=1.4)
         if throughput: _draw(axes[unit], _rates(rows.table(), count), _look(i, alone), linewidth=1.4)
     if throughput: _from_zero(axes[unit])

@@ -41,7 +41,8 @@ def _headline(seen):
 
 def _figures(logged):
     "What was logged, as `Log.summary` gives it, in words."
-    names = {'loss': 'loss', 'eval_loss': 'evaluation', 'lr': 'learning rate'}
+    names = {'loss': 'loss', 'eval_loss': 'evaluation', 'lr': 'learning rate', 'margin': 'margin',
+             'accuracy': 'accuracy'}
     lowest = {'eval_loss': f' (lowest {logged["lowest"]:.4g})'} if 'lowest' in logged else {}
     said = [f'{name} {logged[key]:.4g}{lowest.get(key, "")}' for key,name in names.items() if key in logged]
     return f'logged up to step {logged["step"]}: ' + ', '.join(said) if said else ''
