@@ -220,23 +220,6 @@ def _box_findings(name, samples, recipe):
         yield Finding(name, f'{len(found)} row(s) have boxes that should be looked at; the first is row {first}: '
                             f'{what}', cure, 'warning')
 
-def _row_findings(name, samples, recipe, stage):
-    "Faults in the text of the rows, with the first one of each kind, and in their lengths."
-    answered = lambda s: s if is_dialogue(s) or s.get('output') else s | {'output': '?'}
-    # at stage pt LLaMA-Factory reads only the text, and an answer is needed only if it is trained on
-    asked = [s if stage in ('sft', 'kto') else answered(s) for s in samples]
-    if stage == 'pt':
-        asked = [s | {'images': [], 'videos': [], 'instruction': without_tags(str(s['instruction']))} for s in asked
-                 if not is_dialogue(s)]
-    found = check_samples(asked, media=False)
-    for field, rows in found[found.level == 'error'].groupby('field', sort=False):
-        first = rows.iloc[0]
-        yield Finding(name,
-            f'{rows.row.nunique()} row(s) have a fault in {field or "their form"}; '
-            f'the first is row {first.row}: {first.what}', _see(name))
-    if stage == 'pt': return
-    for findings in (_clip_findings, _length_findings, _box_findings): yield from findings(name, samples, recipe)
-
 # %% ../nbs/20_checks.ipynb #0c71f2d4
 def _template_findings(name, samples, recipe):
     "Rows whose pictures or clips LLaMA-Factory can't put into the prompt, or puts there wrongly, under a template."
@@ -288,7 +271,7 @@ def _row_findings(name, samples, recipe, stage):
     if stage == 'pt': return
     yield from _template_findings(name, samples, recipe)
     if stage == 'sft': yield from _thought_findings(name, samples, recipe)
-    yield from (*_clip_findings(name, samples, recipe), *_length_findings(name, samples, recipe))
+    for findings in (_clip_findings, _length_findings, _box_findings): yield from findings(name, samples, recipe)
 
 # %% ../nbs/20_checks.ipynb #f9ad7cb3
 def _stage_of(name, recipe):

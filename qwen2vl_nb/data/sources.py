@@ -986,38 +986,6 @@ def read_rows(
     raise ValueError(f'{source} has no rows.')
 
 
-# %% ../../nbs/data/20_sources.ipynb #13671f7c
-def _said_columns(columns, words):
-    media = {'pictures': ' and '.join(columns['images']), 'clips': columns['videos']}
-    named = ', '.join(f'{kind} from {names}' for kind, names in media.items() if names) or 'no pictures'
-    prompt = f'the prompt {words!r} for all' if words is not None else f"prompts from {columns['prompt']}"
-    return f"{named}, {prompt}, answers from {columns['response']}"
-
-def _each(path, rows, make):
-    "Make something of each row; the rows for which this fails are reported together."
-    made, bad = [], []
-    for i, row in enumerate(rows):
-        try: made.append(make(row))
-        except ValueError as e: bad.append(f'row {i}: {e}')
-    if bad:
-        raise ValueError(f'{path} has {len(bad)} row(s) that cannot be read. ' + '; '.join(bad[:5])
-                         + (' …' if len(bad) > 5 else '') + '.')
-    return made
-
-def _say(source, samples, taken, place, how, media_dir):
-    name = ' + '.join(Path(p).name for p in source) if isinstance(source, (list, tuple)) else Path(source).name
-    more = [f'{place.written} file(s) written to {place.out.name}/.'] if place.written else []
-    if place.lost:
-        cure = f'there is no such file in {media_dir}' if media_dir else 'media_dir=… names the folder of the pictures'
-        more.append(f'{place.lost} path(s) lead nowhere, the first is {place.first_lost}: {cure}.')
-    if place.weights:
-        more.append(f'{place.weights} turn(s) have a loss_weight that LLaMA-Factory does not read in this form; '
-                    '`check_samples` names them.')
-    if place.beside_calls:
-        more.append(f'Words beside {place.beside_calls} tool call(s) left out: '
-                    'LLaMA-Factory has no place for them.')
-    print(f'{name}: {len(samples)} rows of {taken}; {how}.', *more)
-
 # %% ../../nbs/data/20_sources.ipynb #305f6354
 def _said_columns(columns, words):
     media = {'pictures': ' and '.join(columns['images']), 'clips': columns['videos']}
