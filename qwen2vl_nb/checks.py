@@ -357,7 +357,8 @@ def _model_path_findings(recipe):
     model, give = recipe.get('model_name_or_path') or '', 'Give the folder of the model.'
     if model and Path(model).is_dir(): return model_findings(model)
     if not model or model[0] in './~' or model.count('/') > 1:
-        return [Finding('model_name_or_path', f'There is no folder {model or "named"}.', give)]
+        what = f'There is no folder {model}.' if model else 'The recipe names no model.'
+        return [Finding('model_name_or_path', what, give)]
     hub = f'There is no folder {model} here: LLaMA-Factory will look for {model!r} on a model hub.'
     return [Finding('model_name_or_path', hub, give, 'warning')]
 

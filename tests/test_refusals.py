@@ -33,6 +33,18 @@ REFUSED = {  # Cell → a part of the message
     'predict(recipe | {"output_dir": folder}, [{"instruction": "?", "output": ""}])': 'another question',
     'Registry(folder).add("a,b", [{}])': 'cannot name a data set',
     'Registry(folder).add("cars", [{"instruction": "?", "output": "!"}])': 'overwrite=True',
+    'Registry(folder)["cars"]': 'No data set',
+    'read_samples(folder + "/labels.xlsx")': 'labels.xlsx',
+    'write_samples([{"instruction": "?", "output": "!"}], folder + "/cars.json")': 'overwrite=True',
+    'split_samples([], test=2)': 'test=2',
+    'pick_zero(recipe)': 'No GPU is visible',
+    'zero_table(recipe)': 'No GPU is visible',
+    'zero_table({}, gpus=2, gpu_gib=80)': 'names no model',
+    'predict({})': 'names no folder',
+    'zero_config("z4")': 'z4',
+    'plot_loss(folder)': 'trainer_log.jsonl',
+    'Predictions(damaged)': 'predictions.jsonl',
+    'score([])': '',
 }
 
 @pytest.fixture(scope='module')

@@ -94,7 +94,7 @@ def describe_samples(
     from matplotlib.figure import Figure
     samples = [s for s in samples if isinstance(s, dict)]
     looks = glance_at_samples(samples, known_limits(limits))
-    figure = Figure(figsize=(10, 2.8), layout='constrained')
+    figure = Figure(figsize=(8.8, 2.7), layout='constrained')
     lengths, sizes, answers = figure.subplots(1, 3, width_ratios=(3, 3, 2))
     _draw_lengths(lengths, count_tokens(samples, model, looks, **limits), cutoff_len)
     _draw_sizes(sizes, looks[0], known_limits(limits)['image_max_pixels'])

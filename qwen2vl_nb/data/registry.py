@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from filelock import FileLock
 from ..boot import child_env
 from ..files import read_bytes, sweep, write_text
-from ..findings import Finding, findings_class, in_words
+from ..findings import Finding, findings_class
 from ..questions import ask, loaded
 from .samples import in_one_form, media_key, sample_turns
 from .sources import MediaPlace, dialogue_sample, question_sample, read_rows
@@ -414,7 +414,6 @@ def values(self:Registry):
 
 # %% ../../nbs/data/80_registry.ipynb #8f9346c1
 @patch
-@in_words
 def add(self:Registry,
     name:str, # Name of the data set, as recipes call it
     samples:list, # Its samples

@@ -204,6 +204,7 @@ def _faults(recipe, stage, ranks):
                              'gradient_accumulation_steps': recipe.get('gradient_accumulation_steps', 1)}.items()
             if v < 1}
     rules = [
+        (not recipe.get('model_name_or_path'), 'The recipe names no model: set model_name_or_path.'),
         (recipe.get('bf16') and recipe.get('fp16'), 'bf16 and fp16 are both set: choose one.'),
         (bits and train and kind != 'lora',
          'A quantized model can only be trained with LoRA: set finetuning_type: lora, or remove quantization_bit.'),

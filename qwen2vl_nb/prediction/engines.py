@@ -6,13 +6,14 @@
 __all__ = ['predict']
 
 # %% ../../nbs/prediction/45_engines.ipynb #58c9c1c3
-import os, sys, warnings
+import os, sys
 from contextlib import suppress
 from pathlib import Path
+from ..names import warn
 from ..boot import script
 from ..files import whole_file, whole_lines, write_json
 from ..model import model_config
-from ..findings import Finding, in_words
+from ..findings import Finding
 from ..stack import GiB
 from ..checks import quick_findings
 from . import hf
@@ -165,10 +166,9 @@ def _set_aside(path, rows):
     "Move damaged answers and answers to other questions to another file, with a warning."
     wrong = set_damaged_aside(path, _checked_against(rows))
     if wrong:
-        warnings.warn(f'{len(wrong)} line(s) of {path} contain no answer to a row of this question, and were moved to '
-                      f'{path.name}.damaged:\n'
-                      f'{list_damaged(wrong)}\nWhere their rows have no other answer, they are asked again.',
-                      stacklevel=4)
+        warn(f'{len(wrong)} line(s) of {path} contain no answer to a row of this question, and were moved to '
+             f'{path.name}.damaged:\n{list_damaged(wrong)}\n'
+             'Where their rows have no other answer, they are asked again.')
 
 # %% ../../nbs/prediction/45_engines.ipynb #4862a3a2
 def _kept(folder, n):
@@ -187,8 +187,8 @@ def _warn_of_failed(predictions):
     if not failed: return
     said = '\n'.join(f"- row {row['row']} (id {row['id']!r}): {row.get('error')}" for row in failed[:5])
     more = f'\n- and {len(failed) - 5} more, see .failed' if failed[5:] else ''
-    warnings.warn(f'{len(failed)} of {len(predictions)} rows have no answer; calling predict again asks them again.'
-                  f'\n{said}{more}', stacklevel=4)
+    warn(f'{len(failed)} of {len(predictions)} rows have no answer; calling predict again asks them again.'
+         f'\n{said}{more}')
 
 # %% ../../nbs/prediction/45_engines.ipynb #6b59010e
 def _check_options(engine, options):
@@ -197,7 +197,6 @@ def _check_options(engine, options):
     unknown = options.keys() - {'openai': options, 'vllm': ('concurrency', 'media')}.get(engine, ())
     if unknown: raise TypeError(f"The engine {engine!r} has no {', '.join(sorted(unknown))}.")
 
-@in_words
 def predict(
     recipe:dict, # A prediction recipe
     samples:list=None, # Samples to ask, with or without answers; `None`: those of the recipe's data set
@@ -211,6 +210,7 @@ def predict(
     Interrupting does not stop the work; calling again attaches to it or resumes it."""
     if engine not in _engines: raise ValueError(f"There is no engine {engine!r}; available: {', '.join(_engines)}.")
     _check_options(engine, options)
+    if not recipe.get('output_dir'): raise ValueError('The recipe names no folder for the answers: set output_dir.')
     folder, given = Path(recipe['output_dir']).absolute(), samples is not None
     samples = _given_samples(samples) if given else _asked_samples(recipe)
     if not samples: raise ValueError('There is nothing to predict: no samples.')

@@ -6,13 +6,14 @@
 __all__ = ['without_end', 'parse_generated', 'list_damaged', 'Predictions']
 
 # %% ../../nbs/prediction/40_predictions.ipynb #predictionprediction02
-import os, re, warnings
+import os, re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 import orjson
 from fastcore.basics import patch
+from ..names import warn
 from ..files import Damaged, open_regular, whole_lines
 from ..findings import text_table
 from .rows import Index, is_at, load_line, parse_row, with_own_keys
@@ -86,11 +87,10 @@ class Predictions(Sequence):
             return self.__init__(output_dir)  # the file was put in order in the meantime
         if self._index.damaged:
             wrong = [f'line {line}: {what}' for line, _, what in self._index.damaged]
-            warnings.warn(f'{self.path} has {len(wrong)} damaged line(s), which are left out:\n{list_damaged(wrong)}',
-                          stacklevel=2)
+            warn(f'{self.path} has {len(wrong)} damaged line(s), which are left out:\n{list_damaged(wrong)}')
         elif self._left and status(self.output_dir) != 'running':
-            warnings.warn(f'{self.path} has {len(self)} of {len(self) + self._left} rows; calling predict again asks '
-                          'the others.', stacklevel=2)
+            warn(f'{self.path} has {len(self)} of {len(self) + self._left} rows; calling predict again asks '
+                 'the others.')
 
     @cached_property
     def _left(self):

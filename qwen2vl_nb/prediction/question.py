@@ -6,10 +6,11 @@
 __all__ = ['asked_row', 'treated_alike', 'special_token_findings', 'question', 'read_question', 'ask_question']
 
 # %% ../../nbs/prediction/35_question.ipynb #predictionquestion02
-import hashlib, json, os, re, warnings
+import hashlib, json, os, re
 from contextlib import suppress
 from pathlib import Path
 from filelock import FileLock
+from ..names import warn
 from .. import hidden
 from ..files import Damaged, read_json, whole_lines, write_json, write_text
 from ..findings import Finding
@@ -205,7 +206,7 @@ def ask_question(
         with suppress(FileNotFoundError): found = rows_digest(path)
         if found != asked['rows']:
             if found and found != (before or {}).get('rows'):
-                warnings.warn(f'{path} was changed or truncated: it is rewritten from the samples.', stacklevel=4)
+                warn(f'{path} was changed or truncated: it is rewritten from the samples.')
             write_text(path, ''.join(rows), private=True)
         if not before or before['rows'] != asked['rows']:
             write_json(folder/QUESTION, (before or {}) | asked, private=True)

@@ -6,9 +6,10 @@
 __all__ = ['port_findings', 'run_command', 'visible_gpus', 'gpus_for', 'child_environment', 'inherited_environment', 'secrets_of']
 
 # %% ../../nbs/run/30_command.ipynb #runcommand02
-import os, re, socket, warnings
+import os, re, socket
 from dataclasses import asdict
 from pathlib import Path
+from ..names import warn
 from .. import hidden
 from ..boot import script
 from ..findings import Finding
@@ -121,9 +122,9 @@ def secrets_of(
     missing = sorted({k.upper() for k in names.get('recipe', [])} - {k.upper() for k in of_recipe}
                      | {*names.get('env', [])} - of_env.keys() - os.environ.keys())
     if missing:
-        warnings.warn("The run was started with secrets, which are not written down, and now lacks "
-                      f"{', '.join(missing)}. "
-                      'If it needs them: stop() it, set these environment variables, and resume().', stacklevel=5)
+        warn("The run was started with secrets, which are not written down, and now lacks "
+             f"{', '.join(missing)}. "
+             'If it needs them: stop() it, set these environment variables, and resume().')
     packed = hidden.pack(recipe=of_recipe, options=hidden.apart(about.get('options', {}))[0])
     return of_env | packed, {'recipe': sorted({*names.get('recipe', []), *of_recipe}),
                              'env': sorted({*names.get('env', []), *of_env})}

@@ -11,7 +11,6 @@ from pathlib import Path
 from ..boot import child_env
 from ..files import write_text
 from ..model import chat_template, model_config
-from ..findings import in_words
 from ..recipe import find_adapter, save_recipe
 from .start import Run
 
@@ -21,7 +20,6 @@ def _precision(model):
     config = model_config(model)
     return config.get('dtype') or config.get('torch_dtype') or 'bfloat16'
 
-@in_words
 def export(
     run:str|os.PathLike, # A LoRA run, or its folder
     path:str|Path, # Folder for the model; it must not exist yet

@@ -6,7 +6,7 @@
 __all__ = ['Progress', 'Run', 'attach', 'runs', 'raise_errors', 'keep_earlier', 'start', 'describe_start', 'launch']
 
 # %% ../../nbs/run/60_start.ipynb #49a64c03
-import itertools, os, re, shutil, socket, subprocess, sys, time, uuid, warnings
+import itertools, os, re, shutil, socket, subprocess, sys, time, uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING
 import psutil
 from fastcore.basics import patch
 from filelock import FileLock
+from ..names import warn
 from .. import hidden
 from ..boot import script
 from ..files import Damaged, parse_json, read_tail, sweep, write_json
-from ..findings import Finding, in_words, text_table
+from ..findings import Finding, text_table
 from ..stack import GiB, gpus, installed_versions
 from ..checkpoint import checkpoints, newest_complete, when_written
 from ..checks import data_findings, late_findings, quick_findings, slow_findings
@@ -117,7 +118,6 @@ class Run:
         Raises `FileNotFoundError` or `ValueError` if `recipe.yaml` is missing or damaged."""
         return load_recipe(self.output_dir/RECIPE)
 
-@in_words
 def attach(
     output_dir:str|Path, # Folder of a run that was launched, now or on another day
 )->Run:
@@ -214,7 +214,6 @@ def watch(self:Run):
     return watch_loss(self)
 
 @patch
-@in_words
 def wait(self:Run):
     """Block until the run has ended, and show its progress; interrupting leaves the run at work.
     Raises `RuntimeError` with the cause if the run failed."""
@@ -239,7 +238,6 @@ def wait(self:Run):
 
 # %% ../../nbs/run/60_start.ipynb #0efd8116
 @patch
-@in_words
 def stop(self:Run,
     patience:float=120, # Seconds to wait for the end of a step; 0: end the run at once, without a checkpoint
 ):
@@ -252,7 +250,6 @@ def stop(self:Run,
     return self
 
 @patch
-@in_words
 def resume(self:Run,
     master:str=None, # Address and port of the first of several machines; `None`: as before
     trust:bool=False, # Also resume a run started by somebody else or elsewhere: whatever its folder names is executed
@@ -293,7 +290,7 @@ def raise_errors(
 ):
     "Raise all errors together, as a `ValueError`; warn about the rest."
     said = lambda *levels: [str(f) for f in found if f.level in levels]
-    for text in said('warning', *['error']*force): warnings.warn(text, stacklevel=5)
+    for text in said('warning', *['error']*force): warn(text)
     if said('error') and not force: raise ValueError('This recipe cannot run:\n- ' + '\n- '.join(said('error')))
 
 def _end_refused(run, force, future):
@@ -410,7 +407,6 @@ def _stale(recipe):
     before = [c for c in found if start and c.resolve() == Path(start).resolve()]
     return {c.name: when_written(c) for c in found[found.index(before[0]) + 1 if before else 0:] if when_written(c)}
 
-@in_words
 def launch(
     recipe:dict, # A recipe for training or prediction
     nproc:int=None, # Number of processes on this machine; `None`: one for each GPU here, or one if there is none
@@ -445,7 +441,7 @@ def _newest(recipe, ranks, stale):
     "The checkpoint to resume from; warns of newer ones."
     last, passed = newest_complete(recipe['output_dir'], ranks, stale)
     if last:
-        for why in passed: warnings.warn(f'Resuming from {last.name}. {why}', stacklevel=5)
+        for why in passed: warn(f'Resuming from {last.name}. {why}')
         return last
     other = ''
     if any('is complete' in p for p in passed):
