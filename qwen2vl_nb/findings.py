@@ -14,7 +14,7 @@ if TYPE_CHECKING: import pandas as pd
 # %% ../nbs/04_findings.ipynb #b7ea5455
 @dataclass
 class Finding:
-    "A fault and how to fix it."
+    "A problem and how to fix it."
     where:str # The package, recipe key or file concerned
     what:str  # What is wrong
     cure:str  # What to do about it
@@ -36,7 +36,7 @@ def _text_class():
         "A `DataFrame` whose cells a notebook shows literally."
         _constructor = property(lambda self: TextTable)
         def _repr_html_(self):
-            shown = super()._repr_html_()  # `None` where pandas is set to show text
+            shown = super()._repr_html_()  # `None` if pandas is set to show plain text
             return shown and as_text(shown)
         def __reduce__(self): return pd.DataFrame, (pd.DataFrame(self),)  # so that any process can read it
     return TextTable
@@ -44,14 +44,14 @@ def _text_class():
 def text_table(
     table, # A pandas `DataFrame`
 )->'pd.DataFrame': # The same data as a `DataFrame` in which MathJax typesets nothing
-    "A table of the user's data, which is shown literally."
+    "A table of the user's data that a notebook shows literally."
     return _text_class()(table, copy=False)
 
 # %% ../nbs/04_findings.ipynb #43575d44
 _levels, _shown = ('error', 'warning', 'note', 'mended'), 60
 
 def _worst(table):
-    "The findings that are shown, and a line about those that are not."
+    "The findings to show, and a line with the number of all findings if not all are shown."
     if len(table) <= _shown or 'level' not in table: return table, ''
     counts = table.level.value_counts()
     named = ', '.join(f'{counts[level]} {level}' for level in _levels if level in counts)
@@ -80,7 +80,7 @@ def findings_class()->type: # Of `DataFrame`
     return FindingsTable
 
 def findings_table(
-    findings:list, # `Finding`s, or dicts with the keys `columns`
+    findings:list, # `Finding`s, or dicts whose keys are `columns`
     columns:tuple=('level', 'where', 'what', 'cure'), # Column names, in order
 )->'pd.DataFrame': # One row for each finding
     "Findings as a table for a notebook."
@@ -91,7 +91,7 @@ def findings_table(
 def show_value(
     value, # A value of any type
 )->str: # At most about 80 characters
-    "The text of a value for a message, with the middle left out if it is long."
+    "The text of a value as shown in a message; if it is long, the middle is left out."
     try: text = repr(value)
     except (ValueError, RecursionError): return f'a {type(value).__name__} too large to show'
     return text if len(text) <= 80 else f'{text[:50]} … {text[-20:]}'

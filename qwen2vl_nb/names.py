@@ -21,7 +21,7 @@ def _comment(line):
     return found and found[1].strip()
 
 def _entry(name, type_, default, comment):
-    "A parameter or a result, as numpydoc writes it."
+    "A parameter or a result in numpydoc's format."
     kind = ', '.join(filter(None, [type_ and ast.unparse(type_), default and f'default {ast.unparse(default)}']))
     return ' : '.join(filter(None, [name, kind])) + (f'\n    {comment}' if comment else '')
 
@@ -115,7 +115,7 @@ def as_public(
 
 # %% ../nbs/00_names.ipynb #name0004
 def _homes(package, folder):
-    """A dict from each name that a package's stub file imports to its module; `from .x import *` stands for the names
+    """A dict from each name that a package's stub file imports to its module; `from .x import *` stands for all names
     of the package `x`."""
     homes = {}
     for node in ast.parse((folder/'__init__.pyi').read_text(encoding='utf-8')).body:

@@ -28,7 +28,7 @@ REFUSED = {  # Cell → a part of the message
     'attach(folder)': 'No run was launched',
     'Run(folder).resume()': 'There is nothing to resume',
     'Run(damaged).wait()': 'run.json',
-    'export(Run(folder), folder)': 'is already there',
+    'export(Run(folder), folder)': 'already exists',
     'predict(recipe, [], engine="no")': "There is no engine 'no'",
     'predict(recipe | {"output_dir": folder}, [{"instruction": "?", "output": ""}])': 'another question',
     'Registry(folder).add("a,b", [{}])': 'cannot name a data set',

@@ -65,7 +65,7 @@ def _parse_own(i, line): return parse_row(line, _load_quickly)
 def list_damaged(
     damaged:list, # What is wrong with each line, in words
 )->str:
-    "The first five of them, and how many more there are."
+    "The first five problems, and how many more there are."
     return '\n'.join(f'- {what}' for what in damaged[:5]) + (f'\n- and {len(damaged) - 5} more' if damaged[5:] else '')
 
 # %% ../../nbs/prediction/40_predictions.ipynb #17c5656b
@@ -119,7 +119,7 @@ def _row(self:Predictions, k):
     try: row = with_own_keys(_load_quickly(line)) if self._is_own else parse_generated(number, line)
     except (ValueError, KeyError): row = {}
     if row.get('row') == number: return row
-    raise Damaged(f'{self.path} was changed in the meantime, and row {number} can\'t be read any more: make a new '
+    raise Damaged(f'{self.path} was changed in the meantime, and row {number} can\'t be read any more: create a new '
                   '`Predictions`.')
 
 @patch(as_prop=True)

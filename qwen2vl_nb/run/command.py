@@ -36,7 +36,7 @@ def port_findings(
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try: s.bind(('', port))
         except OSError:
-            return [Finding('master', f'Port {port} is taken on this machine.', 'Name another port, on all machines.')]
+            return [Finding('master', f'Port {port} is taken on this machine.', 'Use another port, on all machines.')]
     return []
 
 # %% ../../nbs/run/30_command.ipynb #f7ec21bf
@@ -91,7 +91,7 @@ def child_environment(
     recipe:dict, # The recipe
     about:dict, # The fields of `RunStart` that are known before the start
 )->dict:
-    "The variables that the child's environment has in addition to those of this one."
+    "The variables that the child's environment has in addition to those of this process."
     scripts = str(Path(about['python']).parent)
     added = {'PATH': os.pathsep.join([scripts, os.environ.get('PATH', '')]), 'PYTHONUTF8': '1', 'PYTHONUNBUFFERED': '1',
              'PYTHONSAFEPATH': '1', RUN_MARK: about['id']}
@@ -107,7 +107,7 @@ def child_environment(
 
 _kept = re.compile(r'^(CUDA|OMP|MKL|NCCL|GLOO|TORCH|PYTORCH|PET_|HF_|DS_|SLURM|PYTHON|LD_|QWEN2VL)')
 def inherited_environment()->dict:
-    "The part of this environment that matters to a run, without secrets."
+    "The part of this process's environment that matters to a run, without secrets."
     return {k: v for k,v in hidden.apart(os.environ)[1].items() if _kept.match(k)}
 
 # %% ../../nbs/run/30_command.ipynb #e10b0002
@@ -115,7 +115,7 @@ def secrets_of(
     recipe:dict, # The recipe
     about:dict, # The fields of `RunStart` that are known before the start
 )->tuple: # (environment variables that carry the secrets, names of all secrets that the run needs)
-    "The secrets of a start, which are passed on in memory. Warns of those that a resumed run lacks."
+    "The secrets of a start, which are passed on in memory. Warns about those that a resumed run lacks."
     names = about.get('secrets', {})
     again = {k: os.environ[k.upper()] for k in names.get('recipe', []) if k not in recipe and k.upper() in os.environ}
     of_env, of_recipe = hidden.apart(child_environment(recipe, about))[0], hidden.apart(recipe)[0] | again

@@ -26,7 +26,7 @@ def export(
 )->Path: # The folder
     "Merge the adapter of a run into its base, which gives a standalone model."
     recipe, path = Run(run).recipe, Path(path).absolute()
-    if os.path.lexists(path): raise FileExistsError(f'{path} is already there: name a new folder.')
+    if os.path.lexists(path): raise FileExistsError(f'{path} already exists: choose a new folder.')
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f'.{path.name}-') as folder:
         merging = {k: recipe[k] for k in ('model_name_or_path', 'template', 'trust_remote_code') if k in recipe} | {
