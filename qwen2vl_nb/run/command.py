@@ -97,6 +97,8 @@ def child_environment(
              'PYTHONSAFEPATH': '1', RUN_MARK: about['id']}
     compiled = Path.home()/'.cache'/'torch_extensions'/f"torch_{about['versions'].get('torch')}"
     if 'TORCH_EXTENSIONS_DIR' not in os.environ: added['TORCH_EXTENSIONS_DIR'] = str(compiled)
+    if 'TORCHINDUCTOR_COMPILE_THREADS' not in os.environ and not any(key.startswith('torch_compile') for key in recipe):
+        added['TORCHINDUCTOR_COMPILE_THREADS'] = '1'
     if about['nproc'] > 1 or recipe.get('deepspeed'):
         added |= {'PYTORCH_CUDA_ALLOC_CONF': 'expandable_segments:True', 'TORCH_NCCL_AVOID_RECORD_STREAMS': '1'}
     if about['nnodes'] == 1 and 'GLOO_SOCKET_IFNAME' not in os.environ:
