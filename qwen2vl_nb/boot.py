@@ -13,7 +13,7 @@ from pathlib import Path
 def script(
     module:str, # Name of a module of this package that has a `main`, such as `'run.rank'`
     *arguments, # Its arguments
-)->list: # Strings, to follow the interpreter
+)->list: # Strings that follow the interpreter on the command line
     "The command-line arguments with which an interpreter runs a module."
     return [__file__, module, *map(str, arguments)]
 
@@ -23,14 +23,14 @@ def child_env()->dict: # Environment variables
     return env | {'CUDA_VISIBLE_DEVICES': '', 'PYTHONUTF8': '1'}
 
 def _add_package(folder):
-    "Let this process import the package in a folder, and nothing else that is there."
+    "Let this process import the package in a folder, but nothing else from that folder."
     if sys.path and sys.path[0] == str(folder): del sys.path[0]
     spec = importlib.util.spec_from_file_location('qwen2vl_nb', folder/'__init__.py')
     package = sys.modules['qwen2vl_nb'] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(package)
 
 def main():
-    "Run the module that the first argument names, with the others as its own."
+    "Run the module named by the first argument, and pass it the remaining arguments."
     name = sys.argv.pop(1)
     importlib.import_module(f'qwen2vl_nb.{name}').main()
 

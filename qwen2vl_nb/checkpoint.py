@@ -26,7 +26,7 @@ def _zip_fault(f):
 def _safetensors_fault(f):
     "What is wrong with a safetensors file, as far as its header shows."
     size = int.from_bytes(f.read(8), 'little')
-    if size > 100_000_000: return 'has a damaged header'  # safetensors allows no longer header
+    if size > 100_000_000: return 'has a damaged header'  # the format allows no header longer than that
     ends = [int(t['data_offsets'][1]) for name, t in parse_json(f.read(size)).items() if name != '__metadata__']
     return '' if f.seek(0, 2) == 8 + size + max(ends, default=0) else 'is cut off'
 
@@ -55,8 +55,8 @@ def is_whole_file(
 _values = ('BINUNICODE', 'BININT', 'BININT1', 'BININT2')
 
 def _pickled(path, keys):
-    """The numbers and texts that follow the given strings in a file written by torch, by string.
-    Its pickle is not executed."""
+    """A dict from each of the given strings to the number or string that follows it in the pickle of a file written by
+    torch. The pickle is not executed."""
     with open_regular(path) as f, zipfile.ZipFile(f) as z:
         pickle = z.read(next(name for name in z.namelist() if name.endswith('/data.pkl')))
     memo, last, found = {}, None, {}
@@ -69,7 +69,7 @@ def _pickled(path, keys):
     return found
 
 def _deepspeed(folder):
-    "What DeepSpeed needs to load a checkpoint: the paths of its files, and the number of ranks, `None` for any."
+    "What DeepSpeed needs to load a checkpoint: the paths of its files and the number of ranks (`None`: any number)."
     tag = read_text(folder/'latest', 255).strip()
     if Path(tag).name != tag: raise Damaged('latest is damaged')
     step = folder/tag
@@ -123,13 +123,13 @@ def checkpoint_fault(
 def why_not(
     folder, # Folder of a checkpoint
     world_size:int=1, # Number of ranks that would load it
-)->str: # A sentence; empty if they can
+)->str: # A sentence; empty if it can be resumed
     "Why a run can't be resumed from a checkpoint."
     fault = checkpoint_fault(folder := Path(folder))
     if fault: return f'{folder.name} is incomplete: {fault}.'
     ranks = _deepspeed(folder)[1] if (folder/'latest').is_file() else None
     if ranks in (None, world_size): return ''
-    return (f'{folder.name} is complete, but DeepSpeed can load it on {ranks} rank(s) only, and here there are '
+    return (f'{folder.name} is complete, but DeepSpeed can load it on {ranks} rank(s) only, and this run has '
             f'{world_size}.')
 
 def is_whole(

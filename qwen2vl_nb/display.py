@@ -18,7 +18,7 @@ from .findings import as_text
 def video_frames(
     path:str, # Path of the clip
     n:int=4, # Number of frames, evenly spaced
-)->list: # Pillow pictures; fewer if the clip has fewer
+)->list: # Pillow images; fewer if the clip has fewer frames
     "Some frames of a clip."
     import av
     frames = []
@@ -124,7 +124,7 @@ def div(
     style:str, # CSS
     inside:str, # HTML
 )->str:
-    "HTML in a box."
+    "HTML in a styled `<div>`."
     return f'<div style="{style}">{inside}</div>'
 
 def _strip_html(uris):

@@ -37,7 +37,7 @@ def train_recipe(
     model:str|Path, # Model folder, or a name that LLaMA-Factory can download
     dataset:str, # Registered data set, or several separated by commas
     output_dir:str|Path=None, # Folder for the run; `None`: `saves/<model>/<finetuning_type>/<dataset>`
-    **changes, # Any other argument of LLaMA-Factory, whose names Tab completes; `None` removes a default
+    **changes, # Other arguments of LLaMA-Factory (Tab completes their names); `None` removes a default
 )->dict: # The recipe
     "A recipe for fine-tuning a Qwen-VL model, with LoRA unless `finetuning_type` says otherwise."
     model, kind, stage = os.fspath(model), changes.get('finetuning_type', 'lora'), changes.get('stage', 'sft')
@@ -54,7 +54,7 @@ def train_recipe(
 
 # %% ../nbs/10_recipe.ipynb #comp0002
 def _fields(path):
-    "Names of the fields of all dataclasses of arguments in a Python file."
+    "Names of the fields of all argument dataclasses in a Python file."
     classes = [n for n in ast.parse(path.read_text(encoding='utf-8')).body if isinstance(n, ast.ClassDef)
                and 'Argument' in n.name]
     fields = [n for c in classes for n in c.body if isinstance(n, ast.AnnAssign)
@@ -73,7 +73,7 @@ def argument_names()->tuple: # Sorted; empty without LLaMA-Factory
     return tuple(sorted(found))
 
 def _open_call(text):
-    "The name of the function whose arguments are being written at the end of a text; empty if there is none."
+    "The name of the function whose arguments are being typed at the end of a text; empty if there is none."
     depth = 0
     for i in reversed(range(len(text))):
         depth += (text[i] in ')]}') - (text[i] in '([{')
@@ -112,7 +112,7 @@ def _own_folders(folder):
     return [p for p in (folder, *reversed(checkpoints(folder))) if not is_stale(p, stale, '.' if p == folder else None)]
 
 def _best_checkpoint(folders):
-    "The checkpoint that the trainer noted as best, if it noted one."
+    "The checkpoint that the trainer recorded as the best, if there is one."
     state = next((s for p in folders if (s := p/'trainer_state.json').is_file()), None)
     best = state and json_or({}, state).get('best_model_checkpoint')
     if not isinstance(best, str): return []
@@ -129,7 +129,7 @@ def find_adapter(
         if is_adapter(found): return found
     why = '; did the run end without an error?' if folder.is_dir() else ': the folder does not exist.'
     raise FileNotFoundError(f'There is no adapter in {folder}{why} '
-                            'A fully fine-tuned model is not an adapter: give its folder as the model.')
+                            'A fully fine-tuned model is not an adapter: pass its folder as the model.')
 
 # %% ../nbs/10_recipe.ipynb #bb0cf879
 def predict_recipe(
@@ -137,9 +137,9 @@ def predict_recipe(
     dataset:str=None, # Registered data set to predict; `None`: samples are given later
     output_dir:str|Path=None, # Folder for the predictions; `None`: next to the adapter, or under `saves/<model>`
     adapter:str|os.PathLike=None, # A training run, its folder, or an adapter's folder; `None`: the model as it is
-    **changes, # Any other argument of LLaMA-Factory, whose names Tab completes; `None` removes a default
+    **changes, # Other arguments of LLaMA-Factory (Tab completes their names); `None` removes a default
 )->dict: # The recipe
-    "A recipe for predicting a data set in bulk."
+    "A recipe for batch prediction on a data set."
     adapter = adapter and find_adapter(adapter)
     beside = f'{adapter}-predict-' if adapter else f'saves/{Path(model).name}/predict/'
     beside += dataset or 'samples'
@@ -154,7 +154,7 @@ def predict_recipe(
 
 # %% ../nbs/10_recipe.ipynb #eee21064
 class _Loader(yaml.SafeLoader): "YAML in which `1e-4` is a number, as LLaMA-Factory reads it."
-class _Dumper(yaml.SafeDumper): "The same for writing: the text `1e-4` gets quotes."
+class _Dumper(yaml.SafeDumper): "The same for writing: the string `1e-4` gets quotes."
 
 _power_of_ten = re.compile(r'^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$')
 for _yaml in (_Loader, _Dumper):

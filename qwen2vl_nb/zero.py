@@ -69,7 +69,7 @@ def zero_config(
 
 # %% ../nbs/11_zero.ipynb #95685048
 def read_zero(
-    deepspeed, # What a recipe has under `deepspeed`: a dict, a file, or `None`
+    deepspeed, # The value of `deepspeed` in a recipe: a dict, a file, or `None`
 )->dict: # The DeepSpeed config; empty without one
     "The ZeRO config of a recipe as a dict."
     if not deepspeed: return {}
@@ -77,7 +77,7 @@ def read_zero(
     return json.loads(Path(deepspeed).read_text(encoding='utf-8'))
 
 def zero_stage(
-    deepspeed, # As for `read_zero`
+    deepspeed, # As in `read_zero`
 )->int: # 0 to 3; `None` without DeepSpeed
     "The ZeRO stage of a recipe."
     config = read_zero(deepspeed)

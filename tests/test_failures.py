@@ -103,7 +103,7 @@ def killed_rank(room):
     rank(run, 1).kill()
     return failure_of(run)
 
-@case('^rank 1$', 'ended by SIGSEGV', cure='compiled part')
+@case('^rank 1$', 'ended by SIGSEGV', cure='Compiled code crashed')
 def segfault_of_a_rank(room):
     run = room.start(2, deepspeed=zero_config('z0'))
     rank(run, 1).send_signal(signal.SIGSEGV)
@@ -437,7 +437,7 @@ launch(recipe)"""
     said = [p.communicate()[1] for p in both]
     try:
         assert sorted(p.returncode for p in both) == [0, 1], said
-        assert 'RuntimeError: A run is at work in' in ''.join(said)
+        assert 'RuntimeError: A run is in progress in' in ''.join(said)
         assert attach(tmp_path/'run').is_running
     finally: attach(tmp_path/'run').stop(patience=0)
 

@@ -141,7 +141,7 @@ REFUSED = { # name → what makes the file, words of the error
     'bytes of another encoding': (_parquet({'q': Q, 'output': pa.array(['红色的车'.encode('gb18030')]*2)}), "column 'output' holds bytes that are neither"),
     'a quote that swallows rows': (_text('q,output\nx,"y\nz"\na,"A car\nb,A bus\nc,"A van"\nd,A tram\n'), 'the quote that opens a cell in line 4'),
     'a quote after other cells of several lines': (_text('q,output\n"x\ny","A car\nb,A bus\n'), 'the quote that opens a cell in line 3'),
-    'a row with a cell too many': (_text('q,output\na,b\nc,d,e\nf,g,h\n'), r'in its header \(2\): line 3 has 3, line 4 has 3'),
+    'a row with a cell too many': (_text('q,output\na,b\nc,d,e\nf,g,h\n'), r'than its header \(2\): line 3 has 3, line 4 has 3'),
     'rows in hidden sheets alone': (_excel(('old', 'hidden', [HEAD, *ROWS]), ('new', 'visible', [])), r'only hidden sheets have rows \(old\)'),
     'a small workbook that unpacks to 400 MB': (_bomb, 'would unpack to 4'),
     'a workbook of 16,384 columns': (_last_corner, 'rows of 16,384 cells'),

@@ -35,7 +35,7 @@ def test_rows_are_measured_once(script, tmp_path):
     assert rows[['predicted', 'torch', 'transformers', 'deepspeed', 'llamafactory']].notna().all(axis=None)
     out = tmp_path/'two.csv'
     before, again = out.read_text(), _start(script, out, '--cpu', '--rows', 1, 2)
-    assert again.communicate()[0].count('there already') == 2 and out.read_text() == before
+    assert again.communicate()[0].count('already measured') == 2 and out.read_text() == before
 
 def test_without_a_gpu_it_says_so(script, tmp_path):
     asked = _start(script, tmp_path/'out.csv')

@@ -243,10 +243,10 @@ FAULTS = {
     'a reference model under ZeRO-3': (dict(stage='dpo', finetuning_type='full'), dict(zero='z3', gpus=2), 'A reference model under ZeRO-3 is not predicted'),
     'another reference model': (dict(stage='dpo', ref_model='other'), {}, 'ref_model is not predicted'),
     'ZeRO-1': ({}, dict(zero={'zero_optimization': {'stage': 1}}), 'ZeRO stage 1 is not predicted'),
-    'offload to disk': ({}, dict(zero={'zero_optimization': {'stage': 3, 'offload_param': {'device': 'nvme'}}}), 'to the host only'),
+    'offload to disk': ({}, dict(zero={'zero_optimization': {'stage': 3, 'offload_param': {'device': 'nvme'}}}), 'only to the host'),
     'fp8': ({}, dict(zero='z3_fp8'), 'needs `fp8: true` and a Hopper GPU'),
     'an unknown ZeRO config': ({}, dict(zero='z9'), "There is no ZeRO config 'z9'; choose one of z0"),
-    'a picture longer than its sample': ({}, dict(sample={'tokens': 8, 'pictures': [12]}), 'The pictures take 12 tokens, the whole sample 8'),
+    'a picture longer than its sample': ({}, dict(sample={'tokens': 8, 'pictures': [12]}), 'The pictures take 12 tokens, but the sample has 8'),
 }
 
 @pytest.mark.parametrize('changes,arguments,words', FAULTS.values(), ids=FAULTS.keys())

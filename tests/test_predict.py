@@ -302,7 +302,7 @@ def test_too_long_a_row_is_an_error_of_its_own(ask, data, tmp_path):
 
 def test_predictions_of_an_unknown_question_are_left_alone(ask, tmp_path):
     (tmp_path/'predictions.jsonl').write_text('{"row": 0, "predict": "x"}\n')
-    with pytest.raises(ValueError, match='nobody knows which question'): predict(ask(tmp_path))
+    with pytest.raises(ValueError, match='it is unknown which question'): predict(ask(tmp_path))
     assert (tmp_path/'predictions.jsonl').read_text() == '{"row": 0, "predict": "x"}\n'
 
 def test_an_unknown_model_is_said_before_anything_starts(ask, tmp_path):

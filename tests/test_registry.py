@@ -273,12 +273,12 @@ def test_check_says_what_the_loader_says(tmp_path, monkeypatch):
         put('marked', b'\xef\xbb\xbf[]'): ('local file, alpaca', 'no', 'BOM'),
         put('no rows', []): ('local file, alpaca', 'no', 'has no rows'),
         put('mixed', [QUESTION, QUESTION | {'output': 5}]): ('local file, alpaca', 'no', 'output'),
-        put('renamed', [{'instruction': 'a', 'input': '', 'outputs': 'b'}]): ('local file, alpaca', 'no', "no 'output', which the entry uses for its response; did you mean 'outputs'?"),
-        put('no tags', [{'messages': TURNS}], formatting='sharegpt', columns={'messages': 'messages'}): ('local file, sharegpt', 'no', "has no 'from'"),
+        put('renamed', [{'instruction': 'a', 'input': '', 'outputs': 'b'}]): ('local file, alpaca', 'no', "no column 'output', which the entry uses for its response; did you mean 'outputs'?"),
+        put('no tags', [{'messages': TURNS}], formatting='sharegpt', columns={'messages': 'messages'}): ('local file, sharegpt', 'no', "has no column 'from'"),
         put('odd', [dialogue, dialogue | {'messages': TURNS[:1]}], **{k: v for k, v in reg['dialogues'].items() if k != 'file_name'}):
             ('local file, sharegpt, 2 rows', 'in part', 'drops 1 of 2 rows; the first is row 1'),
         put('no answers', [QUESTION | {'output': None}]): ('local file, alpaca, 1 row', 'no', 'drops 1 of 1 rows'),
-        put('lost', [QUESTION | {'images': ['a.png', 'b.png']}], columns=reg['questions']['columns']): ('local file, alpaca, 1 row', 'no', '1 of its pictures or videos are not there; the first is b.png'),
+        put('lost', [QUESTION | {'images': ['a.png', 'b.png']}], columns=reg['questions']['columns']): ('local file, alpaca, 1 row', 'no', '1 of its pictures or videos do not exist; the first is b.png'),
         put('split', [QUESTION], split='test'): ('local file, alpaca', 'no', 'split "test"'),
         put('misspelt', [QUESTION], columns={'prompt': 'instruction', 'response': 'output', 'image': 'image'}): ('local file, alpaca, 1 row', 'yes', "did you mean 'images'?"),
     }
@@ -286,8 +286,8 @@ def test_check_says_what_the_loader_says(tmp_path, monkeypatch):
         ('list', [], 'no data set', 'no', 'is a list'), ('nothing', {}, 'no data set', 'no', 'where its rows are'),
         ('number', {'file_name': 5}, 'local file, alpaca', 'no', 'file_name is 5'), ('gone', {'file_name': 'gone.json'}, 'local file, alpaca', 'no', 'no file'),
         ('hub', {'hf_hub_url': 'x/y', 'ms_hub_url': 'z/y'}, 'on the hub: hf: x/y, ms: z/y', 'not tried', ''),
-        ('script', {'script_url': 'x/y'}, 'script x/y: needs code from outside', 'not tried', 'script'),
-        ('cloud', {'cloud_file_name': 's3://x/y.json'}, 'file in a cloud: s3://x/y.json', 'not tried', ''),
+        ('script', {'script_url': 'x/y'}, 'script x/y: needs external code', 'not tried', 'script'),
+        ('cloud', {'cloud_file_name': 's3://x/y.json'}, 'file in cloud storage: s3://x/y.json', 'not tried', ''),
     ]:
         reg.path.write_text(json.dumps(json.loads(reg.path.read_text()) | {name: entry}))
         expected[name] = (what, loads, why)

@@ -135,7 +135,7 @@ def _used(run, kind, data, tmp_path):
     if kind == 'lora': assert answers('adapter', run.recipe['model_name_or_path'], adapter=run) == answers('merged', export(run, tmp_path/'merged'))
     else:
         assert len(answers('whole', run)) == 4
-        with pytest.raises(FileNotFoundError, match='give its folder as the model'): export(run, tmp_path/'merged')
+        with pytest.raises(FileNotFoundError, match='pass its folder as the model'): export(run, tmp_path/'merged')
 
 # bf16, which LLaMA-Factory leaves to GPUs: DeepSpeed itself trains so on the CPU
 

@@ -97,6 +97,7 @@ def test_stopping_ends_at_a_step_with_a_checkpoint_and_leaves_nothing(nproc, few
     _at_step(run, 3)
     processes, sessions = _processes(run), _sessions(_processes(run))
     assert len(processes) >= 2*nproc and len(sessions) == (2 if nproc == 1 else 4), 'the waiter, torchrun and two ranks, each in a session of its own'
+    assert not any('compile_worker' in ' '.join(p.cmdline()) for p in processes), "torch's compiler has nothing to do"
     assert attach(run).stop().status == 'stopped'
     assert _left(run, sessions) == ([], [])
     last = checkpoints(run)[-1]

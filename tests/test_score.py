@@ -142,7 +142,7 @@ def test_tolerance():
     numbers = rows_of([('1', '1.10'), ('-3', '-3'), ('2', 'two'), ('1e3', '1000')])
     assert score(numbers)['number'] == 50 and score(numbers, tolerance=.1)['number'] == 75
     for wrong in (-1, float('nan'), float('inf')):
-        with pytest.raises(ValueError, match='give a number from 0'): score(numbers, tolerance=wrong)
+        with pytest.raises(ValueError, match='give a number that is at least 0'): score(numbers, tolerance=wrong)
 
 @pytest.mark.parametrize('pairs', [[('12.5 km', '12.5 km')], [('1', '1'), ('one', 'one')], [('{"a": 1}', '1')]])
 def test_what_is_not_all_numbers_is_not_compared_as_such(pairs): assert 'number' not in score(rows_of(pairs))

@@ -43,7 +43,7 @@ def test_a_password_in_the_address_of_a_server_is_written_nowhere(loopback, tiny
     samples, recipe = [{'instruction': f'Is it {i}?', 'images': []} for i in range(9)], predict_recipe(tiny, output_dir=tmp_path/'out')
     with pytest.warns(UserWarning, match='1 of 9 rows have no answer') as found: p = predict(recipe, samples, engine='openai', base_url=urls)
     assert [row['row'] for row in p.failed] == [3] and 'Not for Basic … of http://***@here' in p.failed[0]['error']
-    assert 'is not there' in (tmp_path/'out'/'run.log').read_text() and not told(tmp_path)
+    assert 'is not reachable' in (tmp_path/'out'/'run.log').read_text() and not told(tmp_path)
     assert not [w for w in found if PASSWORD in str(w.message)]
     again = predict(recipe, samples, engine='openai', base_url=urls)
     assert [json.loads(row['predict'])['user'] for row in again] == [[f'Is it {i}?'] for i in range(9)] and not told(tmp_path)

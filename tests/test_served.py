@@ -156,9 +156,9 @@ FAILS = {
     '500': (lambda h: h.reply(500, {'error': {'message': 'CUDA error'}}), '500 Internal Server Error: CUDA error'),
     '503': (lambda h: h.reply(503, b'<html>down</html>'), '503 Service Unavailable: <html>down</html>'),
     'closes in the middle': (_torn, 'RemoteProtocolError'),
-    'rubbish': (lambda h: h.reply(200, b'\xff\x00 rubbish'), 'no chat completion'),
+    'rubbish': (lambda h: h.reply(200, b'\xff\x00 rubbish'), 'not a chat completion'),
     'a page': (lambda h: h.reply(200, b'<html>Welcome</html>', Content_Type='text/html'), 'Welcome'),
-    'no choices': (lambda h: h.reply(200, {'choices': []}), 'no chat completion'),
+    'no choices': (lambda h: h.reply(200, {'choices': []}), 'not a chat completion'),
     'an error as an answer': (lambda h: h.reply(200, {'error': 'overloaded'}), 'overloaded'),
 }
 REFUSES = {
@@ -360,7 +360,7 @@ def test_where_there_is_no_server_the_run_fails_and_says_so(tmp_path):
     urls = [f'http://127.0.0.1:{port}/v1' for port in free_ports(2)]
     assert _run(tmp_path/'run', [_row(0, 'Hi')], urls, patience=2, model='mine')
     said = _failure(tmp_path/'run')
-    assert 'No server was there for 2 s' in said and all(url in said for url in urls)
+    assert 'No server was reachable for 2 s' in said and all(url in said for url in urls)
 
 def test_a_server_that_wants_a_key(loopback, tmp_path):
     def behave(handler, *_):

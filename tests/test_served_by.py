@@ -113,7 +113,7 @@ def test_one_without_an_exception_is_told_by_its_last_lines(begin):
 def test_when_none_is_left_the_worker_is_ended_and_what_is_done_kept(begin):
     run = begin({'rows': 7}, {'rows': 5})
     assert _ended(run) == 'failed'
-    assert 'ended with exit status 3 while it was asked' in run.failure.what
+    assert 'ended with exit status 3 while answering requests' in run.failure.what
     assert 0 < len(_answers(run)) <= 12 and run.progress.step == len(_answers(run))
 
 def test_one_of_several_that_dies_costs_no_row(begin):

@@ -267,7 +267,7 @@ def measure_all(out, chosen, cpu):
     with tempfile.TemporaryDirectory() as work:
         for case in chosen:
             name = ' '.join(str(case[k]) for k in ASKED)
-            if is_measured(out, case | here): print(f'{name}: there already', flush=True); continue
+            if is_measured(out, case | here): print(f'{name}: already measured', flush=True); continue
             run = Path(tempfile.mkdtemp(dir=work))
             recipe = recipe_of(case, model_folder(Path(work), case['model']), run, cpu)
             guess = predicted(case, recipe, cpu)

@@ -1,4 +1,4 @@
-"Run the car_item tutorial headless, in front of the user; `make demo` calls this."
+"Run the car_item tutorial without a browser and show its progress in the terminal; `make demo` calls this."
 import os, sys, time
 from pathlib import Path
 
@@ -14,11 +14,11 @@ def main():
     folder = ROOT/'runs'/f"car_item-{time.strftime('%Y%m%d-%H%M%S')}"
     folder.mkdir(parents=True)
     os.environ['RUN_FOLDER'] = os.path.relpath(folder, HERE)
-    print(f'The whole job, in {folder}')
+    print(f'Running the whole job in {folder}')
     execute(HERE/'car_item.ipynb', folder/'car_item.ipynb')
     before, after = (score(Predictions(folder/name))['exact'] for name in ('before', 'after'))
     print(f'''
-Done in {time.time() - began:.0f} s. Item cards exactly right, on pictures that training never saw:
+Done in {time.time() - began:.0f} s. Item cards that are exactly right, for pictures that were not used in training:
   before fine-tuning  {before:5.1f} %
   after               {after:5.1f} %
 The notebook with its pictures   {folder}/car_item.ipynb
@@ -26,7 +26,7 @@ The loss curve                   {folder}/training_loss.png
 The answers                      {folder}/after/predictions.jsonl
 Next: `make lab` opens JupyterLab on that notebook.''')
     if not (before <= 20 and after >= 90):
-        sys.exit('That is not what it should be (at most 20 % before, at least 90 % after): please report it, with the '
-                 'folder above.')
+        sys.exit('This is not the expected result (at most 20 % before, at least 90 % after): please report it, with '
+                 'the folder above.')
 
 if __name__ == '__main__': main()

@@ -37,7 +37,7 @@ def _empty_fault(text, name):
 def _mark_fault(text, name):
     found = '<|' in text and [mark for mark in special_tokens if mark in text]
     if found:
-        return Fault(f'The {name} has {", ".join(found)}, which the tokenizer takes for the token itself.',
+        return Fault(f'The {name} has {", ".join(found)}, which the tokenizer turns into the special token itself.',
                      'Remove it from the text.')
 
 def _place_fault(role, text, name):
@@ -53,7 +53,7 @@ def _stray_fault(text):
         return Fault('It contains a byte-order mark (U+FEFF), which is a token of its own.',
                      'Remove it.', 'warning', 'text')
     if '\0' in text:
-        return Fault('It contains the character NUL, as damaged files do.', 'Remove it.', 'warning', 'text')
+        return Fault('It contains the character NUL, as damaged files often do.', 'Remove it.', 'warning', 'text')
 
 def _text_faults(role, text):
     "Faults in the text of one turn."
@@ -78,7 +78,7 @@ def _tag_fault(sample, turns, tag, key):
     if tags == media: return
     where = f" ({', '.join(f'{n} in {field}' for field, n in counts)})" if counts else ''
     what = {'<image>': 'picture(s)', '<video>': 'clip(s)', '<audio>': 'sound(s)'}[tag]
-    return Fault(f'{tags} {tag} tag(s){where} for {media} {what}.', f'Put one {tag} into the prompts for each.')
+    return Fault(f'{tags} {tag} tag(s){where} for {media} {what}.', f'Put one {tag} in the prompts for each of them.')
 
 def _tag_faults(sample, turns):
     field = next((f for f, role, _ in turns if role == 'user'), 'messages')
@@ -95,8 +95,8 @@ def _order_faults(turns, ranks=False):
         role, wanted = turn.get('role'), (_asking, _answering)[i%2]
         if role in wanted: continue
         yield f'messages[{i+start}]', Fault(
-            f"The role is {show_value(role)}, where {' or '.join(wanted)} must come: LLaMA-Factory drops the row.",
-            'Put the turns in order, one of the user and one of the assistant.')
+            f"The role is {show_value(role)}, where {' or '.join(wanted)} is expected: LLaMA-Factory drops the row.",
+            'Put the turns in order, alternating between the user and the assistant.')
         return
     if not turns[start:]:
         yield 'messages', Fault('There are no turns: LLaMA-Factory drops the row.', 'Drop the row.')
@@ -126,22 +126,22 @@ def _weight_faults(turns):
         if turn.get('loss_weight') is None or turn['loss_weight'] == (turn.get('role') in _answering): continue
         yield f'messages[{i}]', Fault(
             f'Its loss_weight is {show_value(turn["loss_weight"])}, which LLaMA-Factory '
-            f'{"trains as 1" if turn.get("role") in _answering else "takes for 0"} in this form.',
-            'If only last answers should count, set mask_history: true in the recipe; otherwise remove the key.',
+            f'{"treats as 1" if turn.get("role") in _answering else "treats as 0"} in this form.',
+            'If only the last answer should count, set mask_history: true in the recipe; otherwise remove the key.',
             'warning')
 
 # %% ../../nbs/data/40_check.ipynb #52fff3d6
 def _system_faults(sample):
-    "The finding if there are two system prompts; LLaMA-Factory uses the one in the turn."
+    "The fault if there are two system prompts; LLaMA-Factory uses the one in the first turn."
     if sample.get('system') and sample['messages'] and sample['messages'][0].get('role') == 'system':
-        yield 'system', Fault('It has two system prompts; the one in the first turn counts.',
+        yield 'system', Fault('It has two system prompts; LLaMA-Factory uses the one in the first turn.',
                               'Remove one of them.', 'warning')
 
 def _history_faults(sample):
     history = sample.get('history') or []
     is_pair = lambda pair: isinstance(pair, (list, tuple)) and len(pair) == 2
     if isinstance(history, list) and all(map(is_pair, history)): return []
-    return [('history', Fault(f'The history is {show_value(history)}.', 'Give a list of pairs, [asked, answered].'))]
+    return [('history', Fault(f'The history is {show_value(history)}.', 'Give a list of pairs, [prompt, answer].'))]
 
 def _objects(text, *keys):
     "Whether the text is the JSON of an object, or of a list of objects, with these keys."
@@ -156,10 +156,10 @@ def _tool_faults(sample, turns):
     for field, text in calls:
         if not _objects(text, 'name', 'arguments'):
             what = f'The function call is {show_value(text)}, not JSON with name and arguments: training stops.'
-            yield field, Fault(what, 'Give {"name": …, "arguments": {…}}, or a list of such.')
+            yield field, Fault(what, 'Give {"name": …, "arguments": {…}}, or a list of such objects.')
     tools = sample.get('tools')
     if tools and not (_objects(tools, 'name') or _objects(tools, 'function')) or _is_no_list(tools):
-        yield 'tools', Fault(f'The tools are {show_value(tools)}, not JSON text of a list of tools: training stops.',
+        yield 'tools', Fault(f'The tools are {show_value(tools)}, not a list of tools as JSON text: training stops.',
                              'Give a list of {"name": …, "parameters": …} as text: json.dumps(…).')
 
 def _is_no_list(tools): return isinstance(tools, str) and bool(tools) and not tools.lstrip().startswith('[')
@@ -171,7 +171,7 @@ def _json_faults(sample):
         found = [(str(k), fault) for k,v in sample.items() if (fault := _unwritable(v))]
         return found or [('', _unwritable(sample))]
     nul = [k for k,v in sample.items() if _has_nul_key({k: v})] if '\\u0000' in text else []
-    what = 'A key contains the character NUL, at which Arrow ends the name.'
+    what = 'A key contains the character NUL, and Arrow cuts off the name there.'
     return [(k, Fault(what, 'Remove it.')) for k in nul]
 
 def _has_nul_key(value):
@@ -182,7 +182,7 @@ def _has_nul_key(value):
 def _key_faults(sample):
     for key, other in (('images', 'image'), ('videos', 'video')):
         if sample.get(other) and key in sample and not sample[key]:
-            yield other, Fault(f'There are {key!r}, too: nothing under {other!r} is shown to the model.',
+            yield other, Fault(f'There is also the key {key!r}, but it is empty: the model sees nothing of {other!r}.',
                                f'Remove the key {key!r}.', 'warning')
 
 def _unwritable(value):
@@ -212,11 +212,11 @@ _types = {str: 'text', int: 'a number', float: 'a number', bool: 'true or false'
 
 def _column_faults(rows, told):
     """Columns with more than one type; rows are (number, sample), and each (row, key) in `told` already has a worse
-    finding."""
+    finding and is skipped."""
     for key in dict.fromkeys(k for _, s in rows for k in s):
         values = [(i, _as_written(s, key)) for i, s in rows if s.get(key) is not None and (i, key) not in told]
         if {type(v) for _, v in values} <= {str} or not (error := _arrow_error(values)): continue
-        # the first that doesn't fit
+        # the first value that doesn't fit
         n = bisect_left(range(len(values)), True, key=lambda n: bool(_arrow_error(values[:n+1])))
         yield values[n][0], key, _mixed(key, values[:n+1], error)
 
@@ -233,8 +233,8 @@ def _arrow_error(values):
 def _mixed(key, values, error):
     named = list(dict.fromkeys(_types.get(type(v), type(v).__name__) for _, v in values))
     what = (f'{key!r} is {named[-1]} here and {named[0]} before' if len(named) > 1
-            else f'{key!r} does not go with the rows before ({error})')
-    return Fault(f'{what}: the loader takes one type for a column, and stops.',
+            else f'{key!r} does not fit the rows before it ({error})')
+    return Fault(f'{what}: the loader accepts only one type in a column, and stops.',
                  'Give it one type, or remove it from the samples.')
 
 def _late_faults(rows):
@@ -267,13 +267,13 @@ def _same_faults(rows):
         if (said := _said_in(s)) is None: continue
         what = hash(said)
         if first.setdefault(what, i) != i:
-            yield i, '', Fault(f'The row says the same as row {first[what]}.',
-                               'Drop one of them, unless it should count twice.', 'note')
+            yield i, '', Fault(f'The row has the same content as row {first[what]}.',
+                               'Drop one of them, unless it should have twice the weight.', 'note')
 
-_rare = 10  # an answer that is this many times as frequent as the rarest one is noted as imbalance
+_rare = 10  # an imbalance is noted if the most frequent answer is this many times as frequent as the rarest
 
 def _balance_faults(rows):
-    "The rarest answer, if the answers are classes and one of them is much more frequent."
+    "A note about the rarest answer, if the answers are classes and another one is much more frequent."
     last = [(i, turns[-1][2]) for i, s in rows if not is_ranking(s) and (turns := sample_turns(s))]
     answers = [(i, text) for i, text in last if isinstance(text, str)]
     counts = Counter(answer for _, answer in answers).most_common()
@@ -282,7 +282,7 @@ def _balance_faults(rows):
     if most >= _rare*least:
         yield next(i for i, a in answers if a == rare), 'output', Fault(
             f'{show_value(rare)} is the answer of {least} row(s), {show_value(common)} of {most}.',
-            'Collect more of it, and score it separately.', 'note')
+            'Collect more rows with this answer, and look at its score separately.', 'note')
 
 # %% ../../nbs/data/40_check.ipynb #33983140
 def _shown_in(samples, key):
@@ -313,7 +313,7 @@ def _named(path, fault):
     return fault if name in fault.what else fault._replace(what=f'{name}: {fault.what}')
 
 def _item_faults(key, item, looks, leaks, copies):
-    "Faults of one picture or clip; for those that were mended, the cure names the copy."
+    "Faults of one picture or clip; for those that were mended, `cure` names the copy."
     if isinstance(item, str):
         faults = [*looks[key == 'videos'][item].faults, *leaks.get(item, [])]
         mended = lambda f: f._replace(cure=f'Mended in the copy {copies[item]}', level='mended')
@@ -331,15 +331,15 @@ def _length_faults(rows, text, media, cutoff_len):
     for i, s in rows:
         total = text[i] + (media[i] or 0)
         if total <= cutoff_len: continue
-        share, level, ends, smaller = '', 'warning', 'cut off', 'text'
+        share, level, ends, smaller = '', 'warning', 'cut off', 'shorten the text'
         if media[i] and sample_kind(s) != 'answers' and media[i] <= cutoff_len:
             # a long answer is cut before the prompt is
             share, ends = f', {media[i]} of them for its pictures or clips', 'cut off, perhaps inside a picture'
         elif media[i]:
             share, level = f', {media[i]} of them for its pictures or clips', 'error'
-            ends, smaller = 'cut in the middle of a picture, and training stops', 'image_max_pixels'
+            ends, smaller = 'cut in the middle of a picture, and training stops', 'set a smaller image_max_pixels'
         yield i, '', Fault(f'It takes {total} tokens{share}: above cutoff_len {cutoff_len} it is {ends}.',
-                           f'Set cutoff_len to {total} or more, or a smaller {smaller}.', level)
+                           f'Set cutoff_len to {total} or more, or {smaller}.', level)
 
 # %% ../../nbs/data/40_check.ipynb #53c1f2d0
 def _mend_pictures(seen, kept):
@@ -355,10 +355,10 @@ def _mend_pictures(seen, kept):
     return {p: copy for p, copy in copies.items() if copy}
 
 def _mended_copy(path, look, to):
-    "The path of the mended copy; `None`, with a finding added, if it can't be made."
+    "Make a repaired copy, and return its path; `None`, with a fault added, if it can't be made."
     try: return mend_picture(path, look.faults, to)
     except Exception as e:
-        cure = 'Make sure that the folder of the copies can be written, or save the picture again yourself.'
+        cure = 'Make sure that the folder of the copies is writable, or save the picture again yourself.'
         look.faults.append(Fault(f'It could not be mended: {e}.', cure, 'warning'))
 
 def _mended_text(value):
@@ -401,7 +401,7 @@ def _unturned_faults(samples, unturned):
 
 # %% ../../nbs/data/40_check.ipynb #13ecf34d
 def _leaks_of(looks, against, pictures, clips, workers):
-    "Path → faults, for pictures and clips that the samples `against` also contain."
+    "Path → faults, for pictures and clips that the samples in `against` also contain."
     others, leaks = look_at_samples(against, pictures, clips, workers), {}
     for key, mine, theirs in zip(('images', 'videos'), looks, others):
         for path, fault in _leaks(mine, theirs, against, key): leaks.setdefault(path, []).append(fault)
@@ -426,11 +426,11 @@ def _said_before(rows, against):
     others = {said: i for i, s in enumerate(against) if (said := key(s))}
     for i, s in rows if others else []:
         if (said := key(s)) in others:
-            yield i, '', Fault(f'The row says the same as row {others[said]} of the other split.',
+            yield i, '', Fault(f'The row has the same content as row {others[said]} of the other split.',
                                'Keep them in one split: `split_samples` does.', 'warning')
 
 def _between_rows(rows, told):
-    "Faults between rows; each (row, field) in `told` already has a worse finding."
+    "Faults between rows; each (row, field) in `told` already has a worse finding and is skipped."
     return [*_column_faults(rows, told), *_late_faults(rows), *_id_faults(rows), *_same_faults(rows),
             *_balance_faults(rows), *class_faults(rows), *preference_faults_between(rows)]
 
@@ -473,7 +473,7 @@ def check_samples(
     workers:int=None, # Number of threads that look at pictures; `None`: one per core
     **limits, # `image_max_pixels`, `image_min_pixels`, `video_fps`, `video_maxlen`, …, as in the recipe
 )->'pd.DataFrame': # Columns row, field, what, cure, level
-    "Find every fault of the samples before training runs into it; never raises on bad data. See `mend_samples`."
+    "Find every fault in the samples before training runs into it; never raises on bad data. See `mend_samples`."
     return _rows_table(_check(samples, False, against, model, cutoff_len, media, workers, **limits)[0])
 
 def mend_samples(
@@ -484,8 +484,8 @@ def mend_samples(
     media:bool=True, # As for `check_samples`
     workers:int=None, # As for `check_samples`
     **limits, # As for `check_samples`
-)->tuple: # (samples, findings as a `DataFrame`); the level of a finding that was mended is `'mended'`
-    "Mend what can be mended without guessing, in copies: the given samples and all files stay as they are."
+)->tuple: # (samples, findings as a `DataFrame`); what was repaired has the level `'mended'`
+    "Repair in copies what can be repaired without guessing; the given samples and all files stay as they are."
     found, copies, looks = _check(samples, True, against, model, cutoff_len, media, workers, **limits)
     noted = lambda f: f._replace(cure='Mended: removed.', level='mended') if f.mends == 'text' else f
     mended = [_mended_sample(s, copies, looks) for s in samples]

@@ -68,10 +68,10 @@ def _draw_lengths(ax, table, cutoff_len):
     has_text, total = bool(table.text.sum()), table.total.dropna().astype(int)
     media, longer = table.media[total.index].astype(int), int((total > cutoff_len).sum())
     bins = [max(total, default=1)*i/30 for i in range(31)]
-    ax.hist(total, bins, color=BLUE, alpha=.7, label='in all')
+    ax.hist(total, bins, color=BLUE, alpha=.7, label='total')
     if media.any(): ax.hist(media, bins, color=ORANGE, alpha=.6, label='pictures')
     if max(total, default=0) > cutoff_len/2: ax.axvline(cutoff_len, color=RED, linewidth=1)
-    what = 'rows' if has_text else 'rows, their text apart,'
+    what = 'rows' if has_text else 'rows, without their text,'
     ax.set_title(f'{longer:,} of {len(total):,} {what} above cutoff_len {cutoff_len}',
                  color=RED if longer else GREY, fontsize=9)
     ax.legend(frameon=False, labelcolor=GREY, fontsize=8)
@@ -100,7 +100,7 @@ def _draw_answers(ax, answers):
     plain_axes(ax, 'rows')
     ax.set_yticks(range(len(counts)), [_short(answer) for answer, _ in counts], parse_math=False, fontsize=8)
     different = len(set(answers))
-    some = ', the first 10' if different > 10 else ''
+    some = ', the 10 most frequent' if different > 10 else ''
     ax.set_title(f'{different:,} answers{some}', color=GREY, fontsize=9)
 
 # %% ../../nbs/data/70_describe.ipynb #a29d4955
@@ -158,7 +158,7 @@ def describe_samples(
     looks = glance_at_samples(samples, known_limits(limits))
     pixels = {key: value for key, value in limits.items() if key.startswith('image_')}
     boxes = [box for s in samples for box in boxes_of_sample(s, model, **pixels)]
-    figure = Figure(figsize=(10, 5.6 if boxes else 2.8), layout='constrained')
+    figure = Figure(figsize=(8.8, 5.6 if boxes else 2.8), layout='constrained')
     axes = figure.subplots(1 + bool(boxes), 3, width_ratios=(3, 3, 2), squeeze=False)
     lengths, sizes, answers = axes[0]
     _draw_lengths(lengths, count_tokens(samples, model, looks, **limits), cutoff_len)

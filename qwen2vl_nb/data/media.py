@@ -19,10 +19,10 @@ from ..model import pixel_limits, sampled_frames, trainer_size
 # %% ../../nbs/data/10_media.ipynb #3270c756
 class Fault(NamedTuple):
     "What is wrong with a picture, a clip or a text."
-    what:str # In words
+    what:str # Description of the fault
     cure:str # What to do about it
     level:str='error' # `'error'`, `'warning'` or `'note'`
-    mends:str='' # What `mend_picture` can mend without guessing: the `'name'`, or the `'pixels'`
+    mends:str='' # What can be repaired without guessing: the file's `'name'`, its `'pixels'`, or the `'text'`
 
 @dataclass(slots=True)
 class Look:
@@ -30,7 +30,7 @@ class Look:
     size:tuple=None # Width and height in pixels; `None` if it can't be read
     frames:int=1 # Number of frames that LLaMA-Factory samples; 1 for a picture
     orientation:int=1 # Of the EXIF data; LLaMA-Factory does not turn the picture
-    times:tuple=() # Time of each of them in seconds from the beginning of the clip
+    times:tuple=() # Time of each sampled frame, in seconds from the beginning of the clip
     faults:list=field(default_factory=list) # `Fault`s
     digest:str='' # Digest of the file's bytes: equal for equal files
     hash:int=None # Perceptual hash of 64 bits: few bits differ between pictures that look alike
@@ -41,39 +41,39 @@ class Look:
 def _names_in(folder, changed): return {name.lower(): name for name in os.listdir(folder)}
 
 def _near_name(path):
-    "The file that was probably meant: the same name in another case."
+    "The file that was probably meant: one whose name differs only in case."
     folder, name = os.path.split(path)
     try: return _names_in(folder or '.', os.stat(folder or '.').st_mtime_ns).get(name.lower())
-    except OSError: return None  # there is no such folder, or it may not be listed
+    except OSError: return None  # there is no such folder, or it can't be listed
 
 def _not_regular(path):
-    "A pipe, a device or a socket."
+    "The fault of a pipe, a device or a socket; `None` if there is nothing at the path."
     try: os.stat(path)
     except (OSError, ValueError): return
-    return Fault(f'{path} is not a regular file, and is not opened.', 'Give the path of a file.')
+    return Fault(f'{path} is not a regular file, so it is not opened.', 'Give the path of a file.')
 
 def _missing(path):
     near = _near_name(path)
-    hint = f' There is {near}, in another case.' if near and near != os.path.basename(path) else ''
+    hint = f' There is {near}, which differs only in case.' if near and near != os.path.basename(path) else ''
     return Fault(f'There is no file {path}.{hint}', 'Correct the path, or drop the row.')
 
 def _address_fault(path, is_clip):
-    "The fault of a web address; FFmpeg would fetch a clip each time that LLaMA-Factory opens it."
+    "The fault if a path is a web address; FFmpeg would download a clip each time LLaMA-Factory opens it."
     if not (address := re.match(r'(https?|ftp|rtmps?|rtsp|s3|gs|hdfs|file)://', path)): return
     if is_clip and address[1] not in ('s3', 'gs', 'hdfs'):
-        return Fault(f'{path} is a web address: nothing is downloaded here, and LLaMA-Factory would fetch it every '
-                     'time.',
-                     'Download it, and give its path.', 'warning')
-    return Fault(f'{path} is a web address, and nothing is downloaded.', 'Download it, and give its path.')
+        return Fault(f'{path} is a web address: nothing is downloaded here, and LLaMA-Factory would download it each '
+                     'time it opens it.',
+                     'Download the clip, and give the path of the file.', 'warning')
+    return Fault(f'{path} is a web address, and nothing is downloaded.', 'Download it, and give the path of the file.')
 
 def _file_fault(path, is_clip=False):
-    "What is wrong with a path or with its file, without reading the file."
+    "What is wrong with a path or its file, as far as can be seen without reading the file."
     if not isinstance(path, str): return Fault(f'The path is {path!r}, not text.', 'Give the path of a file.')
     if not path.strip(): return Fault('The path is empty.', 'Give the path of a file, or an empty list.')
     if fault := _address_fault(path, is_clip): return fault
     if path.startswith('data:'):
         return Fault('The picture is in the row itself (data: …).',
-                     'Read it with `read_samples`, which writes it out.')
+                     'Read the samples with `read_samples`, which writes it to a file.')
     if os.path.isdir(path): return Fault(f'{path} is a folder.', 'Give the path of a file.')
     if not os.path.isfile(path): return _not_regular(path) or _missing(path)
     if not os.path.getsize(path): return Fault(f'{path} is empty.', 'Save it again, or drop the row.')
@@ -108,13 +108,13 @@ def _unreadable(path, data, error):
 def _animated(im):
     # Phones save MPO as .jpg: one photograph with its preview
     if im.format == 'MPO' or not getattr(im, 'is_animated', False): return
-    return Fault(f'It has {im.n_frames} frames or pages, and only the first is seen.',
+    return Fault(f'It has {im.n_frames} frames or pages, and the model sees only the first.',
                  'Save the frame you want, or register it as a video.', 'warning')
 
 def _turned(orientation):
     if orientation in (0, 1): return
     return Fault(f'Its EXIF data says that it must be rotated (orientation {orientation}), '
-                 'and LLaMA-Factory does not.', 'Rotate it and save it again.', 'warning', 'pixels')
+                 'and LLaMA-Factory does not rotate it.', 'Rotate it and save it again.', 'warning', 'pixels')
 
 def _is_clear(im):
     "Whether parts of the picture are transparent."
@@ -122,15 +122,15 @@ def _is_clear(im):
     return 'transparency' in im.info and im.convert('RGBA').getextrema()[-1][0] < 255
 
 def _spoilt(im):
-    "What conversion to RGB does to the colours."
+    "The fault if conversion to RGB would spoil the colours."
     if im.mode.startswith('I;16'):
-        return Fault('It has 16 bits per channel, and the conversion clips what is above 255.',
+        return Fault('It has 16 bits per channel, and converting it to RGB clips all values above 255.',
                      'Save it with 8 bits per channel.', 'warning', 'pixels')
     if im.mode in ('I', 'F'):
-        return Fault('Its pixels are 32-bit numbers, and the conversion clips what is above 255.',
+        return Fault('Its pixels are 32-bit numbers, and converting it to RGB clips all values above 255.',
                      'Scale it to 0…255 and save it as PNG.', 'warning')
     if im.mode in ('CMYK', 'LAB', 'YCbCr', 'HSV'):
-        return Fault(f'Its colours are {im.mode}, as for print or film, and are converted roughly.',
+        return Fault(f'Its colours are {im.mode}, as used for print or film, and are converted only approximately.',
                      'Save it as RGB.', 'warning', 'pixels')
     if _is_clear(im):
         return Fault('It has transparent parts: the model sees whatever colour lies beneath, often black.',
@@ -139,7 +139,7 @@ def _spoilt(im):
 # %% ../../nbs/data/10_media.ipynb #93a4af38
 @lru_cache(maxsize=1)
 def _formats():
-    "Ending → format, for all that Pillow reads."
+    "File extension → format, for all formats that Pillow reads."
     from PIL import Image
     return Image.registered_extensions()
 
@@ -151,8 +151,8 @@ def _ending(kind):
 def _misnamed(path, im):
     ending = os.path.splitext(path)[1].lower()
     if _formats().get(ending) in (_kind(im), im.format) or not _ending(_kind(im)): return
-    named = f'the ending {ending}' if ending else 'no ending'
-    return Fault(f'It is a {_kind(im)} file with {named}.', f'Rename it to {_ending(_kind(im))}.',
+    named = f'the extension {ending}' if ending else 'no extension'
+    return Fault(f'It is a {_kind(im)} file with {named}.', f'Change its extension to {_ending(_kind(im))}.',
                  'warning', 'name')
 
 # %% ../../nbs/data/10_media.ipynb #0f98741b
@@ -161,15 +161,15 @@ def _shape_fault(size, image_max_pixels=pixel_limits['image_max_pixels'],
     width, height = size
     try: trainer_size(width, height, image_max_pixels, image_min_pixels)
     except ValueError:
-        return Fault(f'It has {width}×{height} pixels: scaled down, nothing is left of one side.',
+        return Fault(f'It has {width}×{height} pixels: scaled down, one side would have no pixels left.',
                      'Crop it, or drop the row.')
     if max(size) > 200*min(size):
-        return Fault(f'It has {width}×{height} pixels: the processor refuses more than 200:1, '
+        return Fault(f'It has {width}×{height} pixels: the processor refuses aspect ratios of more than 200:1, '
                      'and LLaMA-Factory distorts it to 180:1.', 'Crop it, or drop the row.', 'warning')
 
 # %% ../../nbs/data/10_media.ipynb #5d12ede4
 def _see(look, im):
-    "Add the perceptual hash and the coarse colours of a picture."
+    "Add the perceptual hash and the coarse colours of a picture to its `Look`."
     from PIL import Image
     import imagehash
     small = im.resize((256, 256), Image.Resampling.NEAREST) if min(im.size) > 256 else im
@@ -182,25 +182,25 @@ def _decode(look, im, path, hashes, limits):
     look.size = im.size
     shape, large = _shape_fault(im.size, **limits), _large(im)
     im.load()
-    # what LLaMA-Factory does to the whole; some modes refuse
+    # LLaMA-Factory does this to the whole picture; for some modes it raises an error
     im.crop((0, 0, 2, 2)).resize((1, 1)).convert('RGB')
     look.orientation = im.getexif().get(0x0112, 1)
     found = (shape, large, _animated(im), _turned(look.orientation), _spoilt(im), _misnamed(path, im))
     look.faults += [f for f in found if f]
     if hashes: _see(look, im)
 
-_scale = 'Scale it down: the model sees less than a million pixels.'
+_scale = 'Scale it down: the model sees fewer than a million pixels.'
 
 def _large(im):
-    "The fault of a picture about whose size Pillow warns."
+    "The fault if a picture is so large that Pillow warns about it."
     from PIL import Image
     if im.width*im.height > Image.MAX_IMAGE_PIXELS:
-        return Fault(f'It has {im.width}×{im.height} pixels and takes long to read.', _scale, 'warning')
+        return Fault(f'It has {im.width}×{im.height} pixels and takes a long time to read.', _scale, 'warning')
 
 # %% ../../nbs/data/10_media.ipynb #c456cf5a
 def look_at_picture(
     path:str, # Path of the picture
-    hashes:bool=False, # Also compute the hashes that near duplicates are found by
+    hashes:bool=False, # Also compute the hashes that are used to find near duplicates
     **limits, # `image_max_pixels` and `image_min_pixels`, as in the recipe
 )->Look: # Its size, faults and hashes
     "Read all of a picture and find what is wrong with it; never raises."
@@ -229,26 +229,26 @@ def _times(taken, stream):
 def _header_fault(stream):
     frames, seconds = _stream_facts(stream)
     if not stream.average_rate:
-        return Fault('It does not say how many frames per second it has.', 'Save it as MP4 again.')
-    if frames and not seconds: return Fault('It does not say how long it is.', 'Save it as MP4 again.')
+        return Fault('Its header does not say how many frames per second it has.', 'Save it as MP4 again.')
+    if frames and not seconds: return Fault('Its header does not say how long it is.', 'Save it as MP4 again.')
     if not frames:
-        return Fault('It does not say how many frames it has (as MKV and WebM): '
-                     'LLaMA-Factory takes its first frames instead of sampling each second.',
+        return Fault('Its header does not say how many frames it has (as in MKV and WebM files): '
+                     'LLaMA-Factory takes its first frames instead of sampling frames from each second.',
                      'Save it as MP4.', 'warning')
 
 def _frame_faults(found, taken, decoded, promised):
-    "What is wrong with a clip in which `found` of the frames `taken` can be decoded."
-    if not found: return [Fault('No frame of it can be decoded.', 'Save it again, or drop the row.')]
+    "What is wrong with a clip of which `found` of the frames in `taken` can be decoded."
+    if not found: return [Fault('None of its frames can be decoded.', 'Save it again, or drop the row.')]
     if promised and found < len(taken):
-        return [Fault(f'Its header promises {promised} frames, and it has {decoded}: '
-                      f'{found} of the {len(taken)} that LLaMA-Factory takes.',
+        return [Fault(f'Its header promises {promised} frames, but it has {decoded}: '
+                      f'only {found} of the {len(taken)} that LLaMA-Factory takes.',
                       'Save it again, or drop the row.')]
     return []
 
 def _watch(look, container, video_fps, video_maxlen):
     stream = next((s for s in container.streams if s.type == 'video'), None)
     if stream is None:
-        look.faults = [Fault('It contains no pictures, at most sound.', 'Drop the row.')]
+        look.faults = [Fault('It contains no video, at most sound.', 'Drop the row.')]
         return
     look.size, fault = (stream.width, stream.height), _header_fault(stream)
     if fault: look.faults.append(fault)
@@ -259,8 +259,8 @@ def _watch(look, container, video_fps, video_maxlen):
     look.times = _times(taken[:look.frames], stream)
     look.faults += _frame_faults(look.frames, taken, decoded, stream.frames)
     if rotation:
-        look.faults.append(Fault(f'It says that it must be rotated ({rotation}°), and LLaMA-Factory does not.',
-                                 'Rotate it and save it again.', 'warning'))
+        look.faults.append(Fault(f'Its metadata says that it must be rotated ({rotation}°), and LLaMA-Factory does '
+                                 'not rotate it.', 'Rotate it and save it again.', 'warning'))
 
 # %% ../../nbs/data/10_media.ipynb #98dae9b6
 def _undecodable(path, head, error):
@@ -271,9 +271,9 @@ def _undecodable(path, head, error):
     return Fault(f'{path} cannot be decoded: {why}', 'Save the clip again, or drop the row.')
 
 def look_at_video(
-    path:str, # Of the clip
+    path:str, # Path of the clip
     video_fps:float=2., # Frames taken for each second, as in the recipe
-    video_maxlen:int=128, # and at most so many
+    video_maxlen:int=128, # Largest number of frames taken, as in the recipe
 )->Look: # Its size, the frames taken, and faults
     "Decode all of a clip and find what is wrong with it; never raises."
     look, fault, head = Look(), _file_fault(path, True), b''
@@ -286,7 +286,7 @@ def look_at_video(
 
 # %% ../../nbs/data/10_media.ipynb #55a4ab1c
 def glance_at_picture(
-    path:str, # Of the picture
+    path:str, # Path of the picture
 )->Look: # With its size, or a fault
     "Read the size of a picture from its header."
     fault = _file_fault(path)
@@ -296,9 +296,9 @@ def glance_at_picture(
     except Exception as e: return Look(faults=[_unreadable(path, b'', e)])
 
 def glance_at_video(
-    path:str, # Of the clip
+    path:str, # Path of the clip
     video_fps:float=2., # Frames taken for each second, as in the recipe
-    video_maxlen:int=128, # and at most so many
+    video_maxlen:int=128, # Largest number of frames taken, as in the recipe
 )->Look: # With its size and the number of frames taken, or a fault
     "Read the size and length of a clip from its header."
     fault = _file_fault(path, True)
@@ -313,7 +313,7 @@ def glance_at_video(
 # %% ../../nbs/data/10_media.ipynb #60749bf5
 @contextmanager
 def _memory_kept(workers):
-    "Have Pillow keep blocks of memory (of 16 MB at most) for the next picture."
+    "Make Pillow keep blocks of memory (of at most 16 MB each) for the next picture."
     from PIL import Image
     before = Image.core.get_blocks_max()
     Image.core.set_blocks_max(max(before, 4*workers))
@@ -335,7 +335,7 @@ def look_at_all(
     looks, bar = {}, tqdm(total=len(paths), desc=f'Looking at {what}', delay=2, file=sys.stdout)
     def look_at_some(some): return [(path, look(path, **options)) for path in some]
     with bar, _memory_kept(workers), warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
-        # Warnings about bombs and damaged EXIF data; filters are global, so they are not set in the threads
+        # No warnings about decompression bombs and damaged EXIF data; set here, as filters apply to all threads
         warnings.simplefilter('ignore')
         for seen in pool.map(look_at_some, _batches(paths, 16)):
             looks.update(seen)
@@ -343,7 +343,7 @@ def look_at_all(
     return looks
 
 # %% ../../nbs/data/10_media.ipynb #8942709f
-_near_bits, _near_colour = 6, 20  # of 64 bits that may differ; of 255, mean difference of the colours
+_near_bits, _near_colour = 6, 20  # limits: how many of 64 bits differ; mean difference of the colours (0 to 255)
 
 def near_duplicates(
     looks:dict, # Path → `Look`, made with `hashes=True`
@@ -378,7 +378,7 @@ def _as_rgb(im):
     return Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im).convert('RGB')
 
 def _mended(path, faults):
-    "The mended picture as a file's bytes, and the ending that it should have."
+    "The repaired picture as a file's bytes, and the extension that it should have."
     from PIL import ImageOps
     with open_regular(path) as file, open_picture(file) as im:
         kind, out = _kind(im), io.BytesIO()
@@ -392,9 +392,9 @@ def _mended(path, faults):
 def mend_picture(
     path:str, # Path of the picture
     faults:list, # Its `Fault`s, as `look_at_picture` finds them
-    to, # File to write; its folder is created, and a wrong ending is followed by the right one
-)->str: # Path of the mended copy; a different one if there is already another file at `to`
-    "Write a mended copy of a picture."
+    to, # File to write; its folder is created, and the right extension is appended if it has a wrong one
+)->str: # Path of the repaired copy; not `to` if another file is already there
+    "Write a repaired copy of a picture."
     data, ending = _mended(path, faults)
     to = str(to) if _formats().get(os.path.splitext(to)[1].lower()) == _formats()[ending] else f'{to}{ending}'
     return str(write_new(to, data))

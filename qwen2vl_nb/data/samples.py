@@ -12,23 +12,23 @@ from pathlib import PurePath
 
 # %% ../../nbs/data/00_samples.ipynb #2d01f0b0
 def history_turns(
-    history, # Of a sample: pairs of a prompt and an answer
+    history, # The `history` of a sample: pairs of a prompt and an answer
 )->list:
-    "The texts of earlier turns, one after another; of what is no such list, as far as it is."
+    "The texts of the earlier turns, in order; anything that is not a list of pairs is skipped."
     if not isinstance(history, list): return []
     return [turn for pair in history if isinstance(pair, (list, tuple)) for turn in pair]
 
-_also = {'images': 'image', 'videos': 'video', 'audios': 'audio'} # Keys of samples, and the names that are read, too
+_also = {'images': 'image', 'videos': 'video', 'audios': 'audio'} # Key of a sample → another name that is also accepted
 
 def media_key(
     sample:dict, # A sample
     kind:str, # `'images'`, `'videos'` or `'audios'`
 )->str:
-    "The key under which a sample has its pictures, clips or sounds: `image` if there are no `images`."
+    "The key under which a sample has its pictures, clips or sounds: `image` if there is no key `images`."
     return _also[kind] if kind not in sample and _also[kind] in sample else kind
 
 def as_list(
-    value, # Of a cell: a list, one path or nothing
+    value, # The value of a cell: a list, one path or nothing
 )->list:
     "The paths in a cell."
     return value if isinstance(value, list) else [] if value in (None, '') else [value]
@@ -85,7 +85,7 @@ def sample_turns(
     return system + said + _answer_turns(sample)
 
 # %% ../../nbs/data/00_samples.ipynb #samp0051
-media_tags = '<image>', '<video>', '<audio>' # Of LLaMA-Factory: one for each picture or clip, where it is in the text
+media_tags = '<image>', '<video>', '<audio>' # LLaMA-Factory's tags: one in the text for each picture, clip or sound
 
 def without_tags(
     text:str, # Text of a turn
@@ -98,7 +98,7 @@ def without_tags(
 def trained_turns(
     sample:dict, # A sample
 )->list: # (role, text) of each turn
-    "The turns as LLaMA-Factory trains on them: an input is part of its instruction."
+    "The turns as LLaMA-Factory trains on them: the input is part of the instruction."
     turns = [(role, text) for _, role, text in sample_turns(sample)]
     if not is_dialogue(sample) and sample.get('input'):
         end = len(turns) - len(_answer_turns(sample))
@@ -152,7 +152,7 @@ def map_media(
     sample:dict, # A sample
     change, # Returns the new path, given a path
 )->dict: # A new sample
-    "The sample with other paths of its pictures and clips."
+    "The sample with the paths of its pictures and clips changed."
     def each(item):
         if isinstance(item, list): return [each(i) for i in item]
         return change(item) if isinstance(item, str) else item

@@ -47,12 +47,12 @@ class MediaPlace:
     beside_calls:int=0
     weights:int=0
     def find(self, path):
-        "The path at which there is a file, or `None`."
+        "The path of the file if it exists in one of the folders, otherwise `None`."
         found = next((full for r in self.roots if os.path.isfile(full := os.path.join(r, path))), None)
         if not found and '\\' in path: return self.find(path.replace('\\', '/'))
         return found and os.path.normpath(found)
     def located(self, path):
-        "The path at which there is a file; without one, the path as given, which is counted."
+        "The path of the file if it exists; otherwise the path as given, which is counted as lost."
         found = self.find(path)
         if not found: self.lost, self.first_lost = self.lost + 1, self.first_lost or path
         return found or path
@@ -71,7 +71,7 @@ def _place(path, media_dir=None):
 
 # %% ../../nbs/data/20_sources.ipynb #07f04868
 def _media_ending(data):
-    "The ending for a file with these bytes; `None` if they are not a picture or clip."
+    "The extension for a file with these bytes; `None` if they are not a picture or clip."
     if data[4:8] == b'ftyp': return 'mp4'
     if data[:4] == b'\x1aE\xdf\xa3': return 'mkv'
     if data[:4] == b'RIFF' and data[8:12] == b'AVI ': return 'avi'
@@ -82,7 +82,7 @@ def _media_ending(data):
 def _write_out(data, place):
     "Write a picture's bytes to a file."
     if not place.out: raise NoFolder('A row contains a picture or clip: media_dir=… names the folder to write it to.')
-    # `check_samples` will say more
+    # `check_samples` reports bytes that are not a picture or clip
     file = place.out/f'{hashlib.sha1(data).hexdigest()[:16]}.{_media_ending(data) or "img"}'
     place.written += not file.is_file()
     return str(write_new(file, data))
@@ -90,7 +90,7 @@ def _write_out(data, place):
 # %% ../../nbs/data/20_sources.ipynb #d5d1acf6
 def _from_data_uri(uri, place):
     try: return _write_out(base64.b64decode(uri.split(',', 1)[1], validate=True), place)
-    except (IndexError, ValueError): return uri  # `check_samples` will say so
+    except (IndexError, ValueError): return uri  # `check_samples` will report it
 
 def _without_scheme(path): return unquote(urlparse(path).path) if path.startswith('file:') else path
 
@@ -106,7 +106,7 @@ def _one_media(value, place):
     return place.located(_without_scheme(value))
 
 def _cell_media(text, place):
-    "The paths in one cell: a JSON list; several, separated by semicolons, bars, commas or line breaks; or one."
+    "The paths in one cell: a JSON list; several, separated by semicolons, vertical bars, commas or newlines; or one."
     if text.startswith('['):
         try: return _media(json.loads(text), place)
         except (ValueError, RecursionError): pass
@@ -130,7 +130,7 @@ def _is_common(character):
     except UnicodeEncodeError: return False
 
 def _wide_encoding(data):
-    "UTF-16 or UTF-32, from the mark or the places of the zero bytes; `None` for other text."
+    "UTF-16 or UTF-32, recognized by the byte-order mark or the positions of the zero bytes; `None` for other text."
     if data[:4] in (b'\xff\xfe\0\0', b'\0\0\xfe\xff'): return 'utf-32'
     if data[:2] in (b'\xff\xfe', b'\xfe\xff'): return 'utf-16'
     a, b, c, d = (data[i:4000:4].count(0)/max(1, len(data[i:4000:4])) for i in range(4))
@@ -151,7 +151,7 @@ def _read_text(path, encoding=None):
     wide = [c for c in text[:100_000] if ord(c) > 127]
     if sum(map(_is_common, wide)) > .8*len(wide): return text, 'GB18030'
     raise ValueError(f'{path} is neither UTF-8 nor GB18030 (line {place}): '
-                     "name its encoding, as in encoding='cp1252'.")
+                     "give its encoding, for example encoding='cp1252'.")
 
 # %% ../../nbs/data/20_sources.ipynb #4872fa7c
 def _read_jsonl(path, place, encoding):
@@ -180,14 +180,14 @@ def _separator(path, text):
     return '\t' if path.suffix.lower() == '.tsv' else max(',;\t|', key=header.count)
 
 def _open_quote(lines, between, first):
-    "Number of the line with the quote that spoils the row which begins in line `first`."
+    "Number of the line with the quote that is not closed correctly, in the row that begins in line `first`."
     text, at = ''.join(lines[first-1:]), 0
     quoted, bare = re.compile(fr'"[^"]*(?:""[^"]*)*"(?=[{between}\r\n]|$)'), re.compile(fr'[^{between}\r\n]*')
     while at < len(text) and (cell := (quoted if text[at] == '"' else bare).match(text, at)): at = cell.end() + 1
     return first + len(re.findall(r'\r\n?|\n', text[:at]))
 
 def _csv_rows(path, text, between):
-    "(number of its first line, cells) of each line or row that is not blank."
+    "(number of its first line, cells) for each row that is not blank."
     lines = io.StringIO(text, newline='').readlines()
     limit = csv.field_size_limit(max(131_072, len(text)))
     rows, line = csv.reader(lines, delimiter=between, strict=True), 1
@@ -198,12 +198,12 @@ def _csv_rows(path, text, between):
     except csv.Error:
         raise ValueError(f'{path}: the quote that opens a cell in line {_open_quote(lines, between, line)} is not '
                          'closed at the end of a cell. '
-                         'Write quotes inside a quoted cell twice (""), or remove them.') from None
+                         'Double the quotes inside a quoted cell (""), or remove them.') from None
     finally: csv.field_size_limit(limit)
 
 # %% ../../nbs/data/20_sources.ipynb #da772aba
 def _swallowed(rows, width, between):
-    "A remark about cells of several lines that may have swallowed rows."
+    "A note about multi-line cells that may have swallowed rows."
     lines = [line + sum(before.count('\n') for before in cells[:i]) for line, cells in rows
              for i, cell in enumerate(cells)
              if '\n' in cell and any(part.count(between) >= width-1 for part in cell.split('\n')[1:])]
@@ -220,15 +220,15 @@ def _read_table(path, place, encoding):
     width, filled = len(header[1]), lambda cells: max((i for i, cell in enumerate(cells, 1) if cell), default=0)
     wide = [f'line {line} has {len(cells)}' for line, cells in rows if filled(cells) > width]
     if wide:
-        raise ValueError(f'{path} is not a CSV file with as many cells in its rows as in its header ({width}): '
+        raise ValueError(f'{path} is not a CSV file, because some rows have more cells than its header ({width}): '
                          f'{_some(wide)}.')
-    named = {',': 'commas', ';': 'semicolons', '|': 'bars'}.get(between, 'tabs')
+    named = {',': 'commas', ';': 'semicolons', '|': 'vertical bars'}.get(between, 'tabs')
     samples, blank = _filled(header[1], [cells for _, cells in rows])
     return samples, f'a table in {encoding} with {named}{blank}{_swallowed(rows, width, between)}'
 
 def _filled(header, rows):
-    """The rows of a table that are not blank, as dicts, and a remark about those that were left out. A column without
-    a name and without cells is left out, too."""
+    """The rows of a table that are not blank, as dicts, and a note about those that were left out. A column that has
+    neither a name nor any cells is left out, too."""
     names, seen = [], Counter()
     for i, name in enumerate(map(str.strip, header)):
         name = name or f'Unnamed: {i}'
@@ -240,13 +240,13 @@ def _filled(header, rows):
     return full, f' ({len(rows) - len(kept)} blank rows left out)' if len(kept) < len(rows) else ''
 
 # %% ../../nbs/data/20_sources.ipynb #a45098e4
-_most_cells = 20_000_000 # In a sheet
+_most_cells = 20_000_000 # Largest number of cells in a sheet
 
 def _check_unpacked(path, packed, unpacked):
-    "Refuse a file that unpacks to a size that no honest file has; the sizes are in bytes."
+    "Refuse a file that would unpack to an implausible size; the sizes are in bytes."
     if unpacked <= max(2**28, 100*packed): return
-    raise ValueError(f'{path} has {packed:,} bytes and would unpack to {unpacked:,}: it is not read. If it is intact, '
-                     'save it as CSV or JSON.')
+    raise ValueError(f'{path} has {packed:,} bytes and would unpack to {unpacked:,}, so it is not read. If it is a '
+                     'genuine file, save it as CSV or JSON.')
 
 def _cell_text(cell):
     "The text that Excel shows in a cell."
@@ -259,8 +259,8 @@ def _cell_text(cell):
     return text.zfill(len(cell.number_format)) if is_padded else text
 
 def _sheet_rows(path, sheet, errors):
-    "The rows of a sheet that have cells, as text; the places of cells with an error are appended to `errors`."
-    sheet.reset_dimensions()  # those in the file may be wrong
+    "The rows of a sheet that have cells, as text; the positions of cells with an error are appended to `errors`."
+    sheet.reset_dimensions()  # the dimensions in the file may be wrong
     rows, n = [], 0
     for row in sheet.rows:
         cells = [_cell_text(cell) for cell in row]
@@ -283,7 +283,7 @@ def _first_sheet(path, book):
         if len(rows) > 1: hidden.append(sheet.title)
         empty = empty or (sheet.title, rows, errors)
     if hidden:
-        raise ValueError(f'{path}: only hidden sheets have rows ({_some(hidden)}). Show the one that is meant, or save '
+        raise ValueError(f'{path}: only hidden sheets have rows ({_some(hidden)}). Unhide the one to be read, or save '
                          'it as CSV.')
     return empty or ('', [], [])
 
@@ -297,7 +297,7 @@ def _read_excel(path, place, encoding):
             name, rows, errors = _first_sheet(path, book)
     except Exception as e:
         if str(e).startswith(str(path)): raise
-        raise ValueError(f'{path} is not an Excel workbook that can be read ({e}). '
+        raise ValueError(f'{path} is not an Excel workbook, or cannot be read ({e}). '
                          'Save it as .xlsx or as CSV UTF-8.') from None
     width = max(map(len, rows), default=0)
     if width*len(rows) > _most_cells:
@@ -331,12 +331,12 @@ def _text_columns(path, rows):
     text = {k for k, found in columns.items() if all(_as_text(data) is not None for data in found)}
     for k in columns.keys() - text:
         if not any(map(_media_ending, columns[k])):
-            raise ValueError(f'{path}: the column {k!r} holds bytes that are neither pictures or clips nor text in '
+            raise ValueError(f'{path}: the column {k!r} holds bytes that are neither pictures, clips nor text in '
                              'UTF-8. Write it as text.')
     return text
 
 def _plain(value, place, is_text=False):
-    "A value that JSON can represent; pictures are written to files."
+    "The value in a form that JSON can represent; pictures are written to files."
     if value is None or isinstance(value, (str, int, float)): return value
     if isinstance(value, bytes) and is_text and (text := _as_text(value)) is not None: return text
     if isinstance(value, bytes) or _holds_picture(value): return _one_media(value, place)
@@ -379,9 +379,9 @@ def _arrow_rows(path, batches, place):
     return _plain_rows(path, map(_batch_rows, batches), place)
 
 def _bounded(path, batches):
-    "The batches, as long as they contain no more than a file of this size plausibly can."
+    "Yield the batches; raise an error once they contain more than a file of this size plausibly can."
     size, unpacked = os.path.getsize(path), 0
-    for batch in batches:  # a dictionary stores a text once that many rows have
+    for batch in batches:  # dictionary encoding stores a text only once, even if many rows have it
         unpacked += sum(getattr(column, 'dictionary_decode', lambda column=column: column)().nbytes
                         for column in batch.columns)
         _check_unpacked(path, size, unpacked)
@@ -395,7 +395,7 @@ def _read_parquet(path, place, encoding):
             _check_unpacked(path, os.path.getsize(path), 100*file.metadata.num_rows)
             return _arrow_rows(path, _bounded(path, file.iter_batches(256)), place), 'Parquet'
     except (pa.ArrowException, OSError, OverflowError) as e:
-        raise ValueError(f'{path} is not Parquet, or damaged: {e}') from None
+        raise ValueError(f'{path} is not Parquet, or it is damaged: {e}') from None
 
 # %% ../../nbs/data/20_sources.ipynb #289be14c
 _readers = {'.csv': _read_table, '.tsv': _read_table, '.json': _read_json, '.jsonl': _read_jsonl,
@@ -404,23 +404,23 @@ _readers = {'.csv': _read_table, '.tsv': _read_table, '.json': _read_json, '.jso
 def _existing(path):
     path = Path(path)
     if path.is_file(): return path
-    raise FileNotFoundError(f'There is no file {path} (working folder: {Path.cwd()}).')
+    raise FileNotFoundError(f'There is no file {path} (working directory: {Path.cwd()}).')
 
 def _read_file(path, place, encoding=None):
     "The content of a file, and its recognized form."
     ending = path.suffix.lower()
     if ending not in _readers:
-        named = path.suffix or 'a file without an ending'
-        raise ValueError(f'{path}: cannot read {named}; give one of {", ".join(_readers)}.')
+        named = path.suffix or 'a file without an extension'
+        raise ValueError(f'{path}: cannot read {named}; these are supported: {", ".join(_readers)}.')
     try: return _readers[ending](path, place, encoding)
     except UnicodeDecodeError as e:
         raise ValueError(f'{path} is not {e.encoding}: {e.reason} at byte {e.start}.') from None
-    except LookupError: raise ValueError(f'{path}: Python knows no encoding {encoding!r} for text.') from None
-    except RecursionError: raise ValueError(f'{path} is nested too deeply to be rows.') from None
+    except LookupError: raise ValueError(f'{path}: Python has no text encoding {encoding!r}.') from None
+    except RecursionError: raise ValueError(f'{path} is nested too deeply to be a list of rows.') from None
     except MemoryError: raise ValueError(f'{path} is too large for the memory of this machine. Split it.') from None
 
 # %% ../../nbs/data/20_sources.ipynb #b894451c
-# HEIC is not read; `check_samples` says what to do about it
+# HEIC pictures cannot be read; `check_samples` says what to do about them
 picture_endings = ('.jpg', '.jpeg', '.jfif', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.avif',
                    '.heic', '.heif')
 _split_names = {'train', 'test', 'val', 'valid', 'validation', 'dev'}
@@ -442,7 +442,7 @@ def _read_class_folder(folder):
         raise ValueError(f'{folder} has no subfolders with pictures or clips, one for each class.{hint}')
     if classes.keys() <= _split_names:
         raise ValueError(f'{folder} contains splits, not classes: '
-                         f'read each, as in read_samples({str(folder/next(iter(classes)))!r}, …).')
+                         f'read each by itself, as in read_samples({str(folder/next(iter(classes)))!r}, …).')
     key = lambda f: 'videos' if f.suffix.lower() in video_endings else 'images'
     rows = [{key(f): [str(f.resolve())], 'output': f.relative_to(folder).parts[0]} for f in files]
     passed = f' ({len(others)} other file(s) skipped: {_some(others)})' if others else ''
@@ -455,7 +455,7 @@ def _read_saved(folder, place):
     except Exception as e: raise ValueError(f'{folder} is not a data set that datasets can load: {e}') from None
     if isinstance(saved, dict):
         raise ValueError(f'{folder} contains the splits {", ".join(saved)}: '
-                         f'read each, as in read_samples({str(folder/next(iter(saved)))!r}, …).')
+                         f'read each by itself, as in read_samples({str(folder/next(iter(saved)))!r}, …).')
     return _arrow_rows(folder, saved.with_format('arrow').iter(256), place), 'a saved Hugging Face data set'
 
 def _read_folder(folder, place):
@@ -500,7 +500,7 @@ def _unnamed_media(rows, columns):
 def _names_in(rows): return list(dict.fromkeys(str(name) for row in rows for name in row))
 
 def _table_columns(path, rows, image, video, prompt, response):
-    "A dict from LLaMA-Factory's columns to the source's, and the prompt if it is given; reports all faults at once."
+    "A dict from LLaMA-Factory's columns to the source's, and the prompt if given; all faults are reported at once."
     columns, faults = _names_in(rows), []
     def column(*about):
         try: return _column(columns, *about)
@@ -513,7 +513,7 @@ def _table_columns(path, rows, image, video, prompt, response):
     found['response'] = column('response', response, True)
     if image is None and video is None and not (found['images'] or found['videos']):
         what, name = _unnamed_media(rows, columns) or ('', '')
-        if what: faults.append(f'no column for {_what[what]}; {name!r} holds paths: {what}={name!r}')
+        if what: faults.append(f'no column for {_what[what]}; {name!r} holds paths: pass {what}={name!r}')
     if faults: raise ValueError(f'{path} has {"; ".join(faults)}. Its columns: {", ".join(columns)}.')
     found |= {'query': 'input' if 'input' in columns else None}
     return found | {k: k for k in ('system', 'tools', 'history') if k in columns}, prompt if is_text else None
@@ -567,7 +567,7 @@ _beside_media = {'type', 'index', 'detail', 'min_pixels', 'max_pixels', 'total_p
 
 def _part(part):
     """What one part of a turn is (`'text'`, `'thought'`, `'call'`, `'<image>'` or `'<video>'`), and its value;
-    raises `ValueError`."""
+    raises `ValueError` if either is unknown."""
     if isinstance(part, str): return 'text', part
     given = {k: v for k,v in part.items() if v is not None} if isinstance(part, dict) else {}
     kind = given.get('type', next((k for k in _part_kinds if k in given), None))
@@ -586,7 +586,7 @@ def _shortened(value):
     return text if len(text) <= 120 else f'{text[:120]} …'
 
 def _parts(content, place):
-    "The text with tags, tool calls, pictures and clips of a turn that consists of parts."
+    "The text (with tags), the tool calls, the pictures and the clips of a turn that consists of parts."
     read = [_part(part) for part in content]
     words = {'thought': lambda v: f'<think>\n{v.strip()}\n</think>\n\n', 'text': str, 'call': lambda v: ''}
     text = ''.join(words[what](v) if what in words else what for what, v in read)
@@ -594,13 +594,13 @@ def _parts(content, place):
     return text, [_loaded(v) for what, v in read if what == 'call'], media('<image>'), media('<video>')
 
 def _loaded(call):
-    "A tool call, which may be JSON text."
+    "A tool call, parsed if it is JSON text."
     try: return json.loads(call) if isinstance(call, str) else call
     except (ValueError, RecursionError): raise ValueError(f'a tool call that is not JSON: {_shortened(call)}') from None
 
 # %% ../../nbs/data/20_sources.ipynb #f6e69bcb
 def _turn(turn, role_tag, content_tag, roles, place):
-    "One turn with `role` and `content`, and its own pictures and clips; anything but a turn stays as it is."
+    "One turn with `role` and `content`, and its own pictures and clips; anything that is not a turn stays as it is."
     if not isinstance(turn, dict): return turn, [], []
     role, content, calls, images, videos = turn.get(role_tag), turn.get(content_tag), turn.get('tool_calls'), [], []
     calls = calls if isinstance(calls, list) else []
@@ -621,13 +621,13 @@ def _weight(turn, role, place):
 
 # %% ../../nbs/data/20_sources.ipynb #d0017e24
 def _call(call):
-    "A tool call of OpenAI's in LLaMA-Factory's form: its arguments are an object, not text."
+    "An OpenAI tool call in LLaMA-Factory's form, in which the arguments are an object, not text."
     call = call.get('function', call) if isinstance(call, dict) else call
     try: return {'name': call['name'], 'arguments': json.loads(call['arguments'])}
     except (TypeError, KeyError, ValueError): return call
 
 def _in_one_turn(turns):
-    "Consecutive answers of tools joined to one observation, since LLaMA-Factory allows no more."
+    "The turns, with consecutive tool responses joined into one observation, because LLaMA-Factory allows only one."
     joined = []
     for turn in turns:
         if not (joined and _is_observation(joined[-1]) and _is_observation(turn)): joined.append(turn)
@@ -674,7 +674,7 @@ def _turns(given, tags, roles, key, place):
     return read
 
 def _tagged_turns(turns, images, videos):
-    "The turns; if none has a tag, the user's first one gets a tag for each picture and clip."
+    "The turns; if none has a tag, the user's first turn gets a tag for each picture and clip."
     if not (isinstance(turns, list) and all(isinstance(t, dict) for t in turns)): return turns
     first = next((i for i,t in enumerate(turns) if t['role'] == 'user'), None)
     if first is None: return turns
@@ -733,7 +733,7 @@ def _read_vqa(paths, place):
     "Rows of a pair of files: questions, and annotations, in either order."
     if len(paths) != 2:
         raise ValueError(f'{_some(paths)}: VQA v2 is a pair of files, (questions, annotations); '
-                         'a table is one.')
+                         'for a table, give a single file.')
     files = [(p, _read_file(p, place)[0]) for p in map(_existing, paths)]
     by_key = {key: (p, f) for p, f in files if isinstance(f, dict)
               for key in ('questions', 'annotations') if key in f}
@@ -931,7 +931,7 @@ def _rows_of(path, data, place):
     if isinstance(data, dict) and {'images', 'annotations'} <= data.keys():
         return _coco_rows(path, data), ' (COCO captions)'
     if isinstance(data, dict) and data.keys() & {'questions', 'annotations'}:
-        raise ValueError(f'{path} is one half of VQA v2: give both, read_samples((questions, annotations), …).')
+        raise ValueError(f'{path} is one half of VQA v2: give both files, read_samples((questions, annotations), …).')
     if not isinstance(data, list):
         raise ValueError(f'{path} contains a {type(data).__name__}; it should be a list of rows.')
     bad = [i for i,row in enumerate(data) if not isinstance(row, dict)]
@@ -990,7 +990,7 @@ def read_rows(
 def _said_columns(columns, words):
     media = {'pictures': ' and '.join(columns['images']), 'clips': columns['videos']}
     named = ', '.join(f'{kind} from {names}' for kind, names in media.items() if names) or 'no pictures'
-    prompt = f'the prompt {words!r} for all' if words is not None else f"prompts from {columns['prompt']}"
+    prompt = f'the prompt {words!r} for all rows' if words is not None else f"prompts from {columns['prompt']}"
     answers = '' if columns.get('chosen') else f", answers from {columns['response']}"
     return f'{named}, {prompt}{answers}'
 
@@ -999,14 +999,14 @@ def _say(source, samples, taken, place, how, media_dir):
     else: name = ' + '.join(Path(p).name for p in (source if isinstance(source, (list, tuple)) else [source]))
     more = [f'{place.written} file(s) written to {place.out.name}/.'] if place.written else []
     if place.lost:
-        cure = f'there is no such file in {media_dir}' if media_dir else 'media_dir=… names the folder of the pictures'
-        more.append(f'{place.lost} path(s) lead nowhere, the first is {place.first_lost}: {cure}.')
+        cure = f'there is no such file in {media_dir}' if media_dir else 'pass the folder of the pictures as media_dir'
+        more.append(f'{place.lost} path(s) lead nowhere; the first is {place.first_lost}: {cure}.')
     if place.weights:
         more.append(f'{place.weights} turn(s) have a loss_weight that LLaMA-Factory does not read in this form; '
                     '`check_samples` names them.')
     if place.beside_calls:
-        more.append(f'Words beside {place.beside_calls} tool call(s) left out: '
-                    'LLaMA-Factory has no place for them.')
+        more.append(f'The text next to {place.beside_calls} tool call(s) was left out: '
+                    'LLaMA-Factory has no place for it.')
     print(f'{name}: {len(samples)} rows of {taken}; {how}.', *more)
 
 # %% ../../nbs/data/20_sources.ipynb #579c6733
@@ -1041,8 +1041,8 @@ def read_samples(
     image:str|list=None, # Column with a picture's path or paths, or a list of such columns; `None`: `image` or `images`
     prompt:str=None, # Column with the prompt, or the prompt itself; `None`: `instruction`, `prompt` or `question`
     response:str=None, # Column with the answer (of boxes: the name); `None`: `output`, `response` or `answer`
-    video:str=None, # Column with clips, as `image`; `None`: `video` or `videos`
-    media_dir:str|Path=None, # Folder of the pictures, and of those that are written; `None`: next to the source
+    video:str=None, # Column with a clip's path or paths; `None`: `video` or `videos`
+    media_dir:str|Path=None, # Folder of the pictures, also of those written to files; `None`: next to the source
     encoding:str=None, # Encoding of a text file; `None`: UTF-8, UTF-16, UTF-32 or GB18030, judging by its bytes
     family:str|Path=None, # Model folder or name: in whose form boxes are written; needed for boxes only
     image_max_pixels:int=None, # For the boxes of Qwen2.5-VL, as in the recipe; `None`: LLaMA-Factory's default

@@ -28,7 +28,7 @@ def _ties(samples, group):
     return [shown(s) + ([(group, s[group])] if group and s[group] not in ('', None) else []) for s in samples]
 
 def _groups(ties):
-    "Lists of row numbers that stay together: rows with a tie in common, directly or through others."
+    "Lists of row numbers that stay together: rows that have a tie in common, directly or through other rows."
     leader, first = list(range(len(ties))), {}
     def lead(i):
         while leader[i] != i: leader[i] = i = leader[leader[i]]
@@ -65,29 +65,30 @@ def _check_keys(samples, **keys):
 
 def split_samples(
     samples:list, # Samples
-    test:float=.1, # Share of the samples that goes into the test half, or their number if it is an integer
+    test:float=.1, # Fraction of the samples that goes into the test split, or their number if it is an integer
     group:str=None, # Key; rows with the same value stay together, as rows that share a picture always do
-    stratify:str=None, # Key whose values are represented in proportion in both halves, such as `'output'`
+    stratify:str=None, # Key whose values have the same proportions in both splits, such as `'output'`
     seed:int=0, # The same seed gives the same split
 )->tuple: # (train, test), each in the order of `samples`
-    "Split samples into a training and a test half that share no picture."
+    "Split samples into a training split and a test split that share no picture."
     want = test if isinstance(test, int) else round(test*len(samples))
     if not 0 < want < len(samples):
-        raise ValueError(f'test={test} takes {want} of {len(samples)} samples; both halves need some.')
+        raise ValueError(f'test={test} takes {want} of {len(samples)} samples; both splits need some.')
     _check_keys(samples, group=group, stratify=stratify)
     strata = [repr(s[stratify]) if stratify else '' for s in samples]
     ties = _ties(samples, group)
     groups = _groups(ties)
     held = _draw(_in_strata(groups, strata, random.Random(seed)), want)
     if not held: raise _too_large(groups, ties, want)
-    if len(held) < want: print(f'{len(held)} of the {want} rows asked for: rows that belong together stay together.')
+    if len(held) < want:
+        print(f'The test split has {len(held)} rows, not {want}: rows that belong together stay together.')
     return [s for i, s in enumerate(samples) if i not in held], [s for i, s in enumerate(samples) if i in held]
 
 # %% ../../nbs/data/50_split.ipynb #0e0d90ce
 def _too_large(groups, ties, want):
-    "The error for groups that don't fit; it names what ties the most rows together."
+    "The error if no group fits into the test split; it names what ties the most rows together."
     tie, n = Counter(tie for row in ties for tie in set(row)).most_common(1)[0]
     name = os.path.basename(tie) if isinstance(tie, str) else ' '.join(map(str, tie))
-    return ValueError(f'Rows that belong together come to {min(map(len, groups))} and more, '
-                      f'and the test half has room for {want}: a split would leak. '
-                      f'{n} of them share {show_value(name)}. Ask for a larger test half.')
+    return ValueError(f'The smallest group of rows that belong together has {min(map(len, groups))} rows, '
+                      f'but the test split has room for only {want}: splitting a group would leak. '
+                      f'{n} rows share {show_value(name)}. Ask for a larger test split.')

@@ -28,17 +28,17 @@ _frames = {'system': '<|im_start|>system\n{}<|im_end|>\n',
 _two_marks = '<|vision_start|><|vision_end|>'
 
 def clip_marks(
-    times:tuple, # When each frame of the clip was taken, in seconds
+    times:tuple, # Time of each sampled frame of the clip, in seconds
 )->str:
-    "What the prompt of a family with time stamps says of a clip: before each pair of frames, the mean of their times."
+    "The text for a clip in the prompt of a model family with timestamps: the mean time of each pair of frames."
     pairs = zip(times[::2], [*times[1::2], *times[-1:]])
     return ''.join(f'<{(one + two)/2:.1f} seconds>{_two_marks}' for one, two in pairs)
 
 def _encoded_strings(sample, template='qwen2_vl', thinks=None, marks_of=lambda clip: _two_marks):
-    "The strings that the tokenizer receives for a sample, with only the marks around each picture or clip."
+    "The strings that the tokenizer receives for a sample; of each picture or clip, only the special tokens around it."
     clips = map(marks_of, media_of(sample, 'videos'))
     def marked(text):
-        # half characters can't be encoded
+        # lone surrogates can't be encoded
         whole = text if text.isascii() else text.encode('utf-8', 'replace').decode()
         parts = whole.replace('<image>', _two_marks).split('<video>')
         return parts[0] + ''.join(next(clips, _two_marks) + part for part in parts[1:])
@@ -58,13 +58,13 @@ def _load_tokenizer(model):
 
 def text_tokens(
     samples:list, # Samples
-    model, # Model folder, whose tokenizer counts
-    looks:tuple=({}, {}), # As from `look_at_samples`, for the times of clips
-    template:str=None, # LLaMA-Factory's template; `None`: the usual one of the model
+    model, # Model folder, whose tokenizer is used
+    looks:tuple=({}, {}), # Result of `look_at_samples`, for the frame times of clips
+    template:str=None, # LLaMA-Factory's template; `None`: the one usually used with the model
     thinks:bool=None, # `enable_thinking` of the recipe
     fps:float=2., # `video_fps` of the recipe, for clips that are given as frames
 )->list: # A number for each sample
-    "The number of text tokens of each sample. Raises `FileNotFoundError` without a tokenizer."
+    "The number of text tokens of each sample. Raises `FileNotFoundError` if there is no tokenizer."
     from tqdm import tqdm
     tokenizer, known, counts, template = _load_tokenizer(model), {}, [], template or usual_template(model)
     has_times = family_of(model).has_times
@@ -90,13 +90,13 @@ def known_limits(
 )->dict: # All of them
     "LLaMA-Factory's limits on pictures and clips, updated with the given ones. Raises `TypeError` for an unknown key."
     unknown = limits.keys() - pixel_limits.keys()
-    if unknown: raise TypeError(f"Unknown: {', '.join(unknown)}; the limits are {', '.join(pixel_limits)}.")
+    if unknown: raise TypeError(f"Unknown limits: {', '.join(unknown)}; the limits are {', '.join(pixel_limits)}.")
     return pixel_limits | limits
 
 def clip_sampling(
-    limits:dict, # As from `known_limits`
+    limits:dict, # Result of `known_limits`
 )->dict:
-    "Those of the limits that say which frames of a clip are taken."
+    "The limits that determine which frames of a clip are taken."
     return {k: limits[k] for k in ('video_fps', 'video_maxlen')}
 
 # %% ../../nbs/data/30_tokens.ipynb #118c43f6
@@ -122,9 +122,9 @@ def _tokens_of(look, kind, limits, processor, frames=1):
 
 def media_tokens(
     samples:list, # Samples
-    looks:tuple, # As from `look_at_samples`
+    looks:tuple, # Result of `look_at_samples`
     model, # Model folder, for the processor's own limits; `None`: the published ones
-    limits:dict, # As from `known_limits`
+    limits:dict, # Result of `known_limits`
 )->list: # A number for each sample; `None` if one of its pictures or clips can't be read
     "The number of tokens of the pictures and clips of each sample."
     (seen, watched), image, frame = looks, processor_limits(model), processor_limits(model, video=True)
@@ -147,20 +147,20 @@ def media_tokens(
 # %% ../../nbs/data/30_tokens.ipynb #bf0fe3ce
 def glance_at_samples(
     samples:list, # Samples
-    limits:dict, # As from `known_limits`
-)->tuple: # As from `look_at_samples`
-    "Look at the headers of pictures and clips, which is all that counting tokens needs."
+    limits:dict, # Result of `known_limits`
+)->tuple: # As `look_at_samples` returns
+    "Read only the headers of pictures and clips, which is enough to count tokens."
     return look_at_samples(samples, glance_at_picture, partial(glance_at_video, **clip_sampling(limits)))
 
 def count_tokens(
     samples:list, # Samples
     model:str|Path=None, # Model folder, for its tokenizer and processor; `None`: no text is counted
-    looks:tuple=None, # Path → `Look` for the pictures, and the same for the clips, if they were looked at before
-    template:str=None, # LLaMA-Factory's template; `None`: the usual one of the model
+    looks:tuple=None, # Result of `look_at_samples` or `glance_at_samples`, if there is one already
+    template:str=None, # LLaMA-Factory's template; `None`: the one usually used with the model
     enable_thinking:bool=None, # As in the recipe
     **limits, # `image_max_pixels`, `video_fps`, … as in the recipe
 )->'pd.DataFrame': # `text`, `media`, `total` for each sample; <NA> if a picture can't be read
-    "Count the tokens that LLaMA-Factory makes of each sample."
+    "Count the tokens of each sample, as LLaMA-Factory encodes it."
     import pandas as pd
     limits = known_limits(limits)
     looks = looks or glance_at_samples(samples, limits)

@@ -47,14 +47,14 @@ def _eights(n): return -(-n//8)*8 # LLaMA-Factory pads to a multiple of eight
 
 def longest_sample(
     recipe:dict, # The recipe
-)->tuple: # {'tokens': …, 'pictures': [tokens of each]}, and where this comes from in words
-    "The longest sample that can occur with a recipe."
+)->tuple: # {'tokens': …, 'pictures': [tokens of each]}, and a description of where this comes from
+    "The longest sample that can occur in a run of the recipe."
     cutoff, pixels = recipe.get('cutoff_len', 2048), recipe_limits(recipe)['image_max_pixels']
     found = _from_data(recipe)
     if found:
         tokens, media = found
         name = recipe.get('dataset') or recipe.get('eval_dataset')
-        what = f'the longest sample of {name}: {tokens} tokens, at most {media} of a picture or clip'
+        what = f'the longest sample of {name}: {tokens} tokens; at most {media} tokens for pictures or clips'
         return {'tokens': _eights(min(tokens, cutoff)), 'pictures': [media] if media else []}, what
     side = int(pixels**.5)
     picture = min(image_tokens(side, side, pixels), cutoff - cutoff//8)
@@ -78,7 +78,7 @@ def _compares(recipe):
 def _half(recipe): return 'bfloat16' if recipe.get('bf16') else 'float16' if recipe.get('fp16') else None
 
 def _adapter_shape(recipe):
-    "Rank and targets of an adapter whose training continues."
+    "Rank and target modules of an existing adapter whose training is continued."
     file = Path(str(recipe.get('adapter_name_or_path')).split(',')[-1])/'adapter_config.json'
     if not recipe.get('do_train') or not file.is_file(): return {}
     shape = json.loads(file.read_text(encoding='utf-8'))
@@ -103,7 +103,7 @@ def _job(recipe, config, stage, sample, gpu, env):
 
 # %% ../../nbs/memory/20_estimate.ipynb #21e816eb
 def _cache_file(job):
-    "The file for a job's result, named by the job, the simulation's code and the installed versions."
+    "The file for a job's result, named after the job, the simulation's code and the installed versions."
     versions = [importlib.metadata.version(p) for p in ('torch', 'transformers', 'peft', 'accelerate', 'llamafactory')]
     code = Path(find_spec('qwen2vl_nb.memory.simulate').origin).read_text(encoding='utf-8')
     name = json.dumps([job, versions, code], sort_keys=True)
@@ -133,7 +133,7 @@ _allowances = {'low': (.3, .1, 0), 'likely': (.5, .5, .03), 'high': (1, 1, .1)}
 class MemoryEstimate:
     "Predicted memory of a run, in bytes."
     parts:dict # Part → bytes on each GPU at the peak; `'allowance'`: for everything but tensors
-    when:str # When the peak is: `'load'`, `'forward'`, `'backward'`, `'step'`; in a prediction `'prompt'` or `'answer'`
+    when:str # Moment of the peak: `'load'`, `'forward'`, `'backward'`, `'step'`; for predictions `'prompt'`, `'answer'`
     low:int # Lower end of the range for each GPU
     high:int # Upper end of the range
     host:int=0 # In the host's memory, all ranks together
@@ -161,7 +161,7 @@ class MemoryEstimate:
         parts = ', '.join(f'{k} {v/GiB:.1f}' for k,v in self.parts.items() if v > .05*GiB)
         host = f'; {self.host/GiB:.0f} GiB of host memory' if self.host else ''
         return (f'{self.peak/GiB:.1f} GiB on each GPU ({self.low/GiB:.1f} to {self.high/GiB:.1f}), '
-                f'at the {self.when}: {parts}{host}')
+                f'peak during {self.when}: {parts}{host}')
 
 def _allowance(tensors, ranks, how):
     context, nccl, gaps = _allowances[how]
@@ -203,12 +203,12 @@ def _unpredicted(recipe, config, stage):
         (train and recipe.get('stage') in ('dpo', 'kto') and kind != 'lora' and stage == 3 and _compares(recipe),
          'A reference model under ZeRO-3 is not predicted: take z2, or LoRA, which needs none.'),
         (bits and (bits != 4 or recipe.get('quantization_method', 'bnb') != 'bnb'),
-         'Of quantized models, only those in 4 bits by bitsandbytes are predicted.'),
-        (bits and stage == 3, 'A quantized model is not predicted with ZeRO-3: take z2, or no DeepSpeed.'),
+         'Of quantized models, only those in 4 bits with bitsandbytes are predicted.'),
+        (bits and stage == 3, 'A quantized model is not predicted with ZeRO-3: use z2, or no DeepSpeed.'),
         (stage == 1, 'ZeRO stage 1 is not predicted; 0, 2 and 3 are.'),
         (train and optim not in _optimizers,
          f'The optimizer {optim!r} is not predicted; AdamW is ({", ".join(_optimizers)}).'),
-        (any(d not in ('cpu', 'none') for d in offloaded), 'Offloading is predicted to the host only (device: cpu).')]
+        (any(d not in ('cpu', 'none') for d in offloaded), 'Offloading is predicted only to the host (device: cpu).')]
     return [text for holds, text in rules if holds] + [f'{k} is not predicted.' for k in _others if recipe.get(k)]
 
 def _faults(recipe, stage, ranks):
@@ -220,6 +220,7 @@ def _faults(recipe, stage, ranks):
                              'gradient_accumulation_steps': recipe.get('gradient_accumulation_steps', 1)}.items()
             if v < 1}
     rules = [
+        (not recipe.get('model_name_or_path'), 'The recipe names no model: set model_name_or_path.'),
         (recipe.get('bf16') and recipe.get('fp16'), 'bf16 and fp16 are both set: choose one.'),
         (bits and train and kind != 'lora',
          'A quantized model can only be trained with LoRA: set finetuning_type: lora, or remove quantization_bit.'),
@@ -238,14 +239,14 @@ def _filled(zero, hidden):
 
 # %% ../../nbs/memory/20_estimate.ipynb #158c849c
 def _answer(rank, recipe, tokens, layers):
-    "Add the end of the answer: keys and values of all tokens, and half a layer's while they are concatenated."
+    "Count the end of the answer, too: keys and values of all tokens, and half a layer's during concatenation."
     if rank.when == 'forward': rank.when = 'prompt'
     vision, _, _, cache = rank.work
     kept = cache*(tokens + recipe.get('max_new_tokens', 1024))//tokens
     rank.see((vision, kept//layers//2, 0, kept), 'answer')
 
 def _disk(step, recipe, stage, half):
-    "Bytes of a checkpoint, from the files of real ones; up to stage 2 DeepSpeed writes the weights a second time."
+    "Bytes of a checkpoint, as seen in real ones; up to stage 2, DeepSpeed writes the weights a second time."
     trained = sum(p[0] for p in step['parameters'] if len(p) == 3)
     size = lambda p: 2 if half and stage is not None else p[1]
     saved = [p for p in step['parameters'] if len(p) == 3 or recipe.get('finetuning_type', 'lora') != 'lora']
@@ -260,7 +261,7 @@ def _notes(recipe, config):
     rules = [(recipe.get('quantization_bit') and not find_spec('bitsandbytes'),
               'QLoRA needs bitsandbytes, which is not installed: pip install bitsandbytes'),
              (offloads and not shutil.which('g++'),
-              'Offloading compiles DeepSpeed\'s CPU Adam, and there is no compiler: apt-get install g++')]
+              'Offloading compiles DeepSpeed\'s CPU Adam, but there is no C++ compiler: apt-get install g++')]
     return [text for holds, text in rules if holds]
 
 def _estimate(rank, recipe, config, stage, gpu, source, disk, env):
@@ -293,7 +294,7 @@ def predict_memory(
     if faults or unpredicted: raise (ValueError if faults else NotPredicted)('\n'.join(faults + unpredicted))
     sample, source = (sample, f"samples of {sample['tokens']} tokens") if sample else longest_sample(recipe)
     if sum(sample['pictures']) > sample['tokens']:
-        raise ValueError(f'The pictures take {sum(sample["pictures"])} tokens, the whole sample {sample["tokens"]}.')
+        raise ValueError(f'The pictures take {sum(sample["pictures"])} tokens, but the sample has {sample["tokens"]}.')
     job = _job(recipe, config, stage, sample, gpu, env)
     step, half = _simulated(json.dumps(job, sort_keys=True)), _half(recipe)
     text = job['config'].get('text_config', job['config'])

@@ -36,17 +36,17 @@ class ZeroRow:
 
     @property
     def peak(self):
-        "Probable peak on each GPU in words; empty if it isn't predicted."
+        "Probable peak on each GPU as text; empty if it isn't predicted."
         return f'{self.estimate.peak/GiB:.1f} GiB' if self.estimate else ''
 
     @property
     def range(self):
-        "Lowest and highest peak in words; empty if it isn't predicted."
+        "Lowest and highest peak as text; empty if it isn't predicted."
         return f'{self.estimate.low/GiB:.1f}–{self.estimate.high/GiB:.1f}' if self.estimate else ''
 
     @property
     def host(self):
-        "Host memory of all ranks in words; empty if there is none."
+        "Host memory of all ranks as text; empty if there is none."
         return f'{self.estimate.host/GiB:.0f} GiB' if self.estimate and self.estimate.host else ''
 
 # %% ../../nbs/memory/30_plan.ipynb #8b43b144
@@ -70,7 +70,7 @@ def _bar(estimate, limit, scale):
                            title=f'{k} {estimate.parts[k]/GiB:.1f} GiB')
     line = _span(f'position:absolute;left:{share(limit)};top:-3px;height:24px;border-left:2px dashed currentColor')
     reach = _span(f'position:absolute;left:{share(estimate.low)};width:{share(estimate.high - estimate.low)};top:17px;'
-                  'border-top:2px solid currentColor;opacity:.6', title='from the lowest to the highest')
+                  'border-top:2px solid currentColor;opacity:.6', title='range of the prediction')
     bar = ''.join(part(k) for k in _colours if estimate.parts.get(k))
     style = 'position:relative;width:260px;height:20px;white-space:nowrap;font-size:0;line-height:14px'
     return f'<div style="{style}">{bar}{reach}{line}</div>'
@@ -169,7 +169,7 @@ def _changes(recipe, gpus, sample):
     yield [changed(per_device_train_batch_size=n, gradient_accumulation_steps=rounds*batch//n)
            for n in (batch//2**k for k in range(1, batch.bit_length()))]
     if recipe.get('disable_gradient_checkpointing'):
-        yield [changed('gradient checkpointing on: leave disable_gradient_checkpointing out',
+        yield [changed('gradient checkpointing, by removing disable_gradient_checkpointing',
                        disable_gradient_checkpointing=False)]
     if media: yield [changed(longest=smaller(share), image_max_pixels=int(pixels*share)) for share in (.5, .25)]
     yield [changed(longest=sample | {'tokens': n}, cutoff_len=n) for n in (cutoff//16*8, cutoff//32*8) if n > media]
@@ -178,7 +178,7 @@ def _changes(recipe, gpus, sample):
     yield [(f'{n} GPUs instead of {gpus}', recipe, n, sample) for n in (gpus*2**k for k in range(1, 7))]
 
 def _first_fit(recipe, gpus, gpu_gib, sample):
-    "The fastest config that fits, with its estimate; `None` if none does. The one that needs least is tried first."
+    "The fastest config that fits, with its estimate; `None` if none does. The one that needs least memory comes first."
     names = [n for n in _speed if not (recipe.get('quantization_bit') and 'z3' in n)]
     fits = lambda n: predict_memory(recipe, n, gpus, sample=sample).fits(gpu_gib) == 'fits'
     if fits(names[-1]): return next((n, predict_memory(recipe, n, gpus, sample=sample)) for n in names if fits(n))
@@ -207,7 +207,7 @@ def _why(table, chosen):
                        if r.estimate)
     host = f' and {chosen.host} of host memory' if chosen.host else ''
     return (f'{chosen.name}: {chosen.peak} on each of {table.where}{host}, at most {chosen.estimate.high/GiB:.1f} GiB; '
-            f'{"of the faster ones " + passed if passed else "nothing is faster"}.')
+            f'{"of the faster configs, " + passed if passed else "nothing is faster"}.')
 
 def pick_zero(
     recipe:dict, # A training recipe
@@ -216,10 +216,10 @@ def pick_zero(
     sample:dict=None, # The longest sample; `None`: from the data or the recipe
 )->dict: # The recipe with `deepspeed` set
     """The recipe with the fastest ZeRO config that fits; unchanged if nothing is predicted. If none fits, raises
-    `ValueError` with what would fit."""
+    `ValueError` with the changes that would make it fit."""
     if not recipe.get('do_train'):
-        raise ValueError('Only training needs a ZeRO config: in a prediction each GPU answers its share of the rows '
-                         'with a whole model.')
+        raise ValueError('Only training needs a ZeRO config: in a prediction, each GPU answers its share of the rows '
+                         'with a complete copy of the model.')
     table = zero_table(recipe, gpus, gpu_gib, sample)
     if not any(r.estimate for r in table):
         print(f"Nothing was chosen: {table.rows[0].why} The recipe is unchanged; set deepspeed yourself, to "
@@ -232,9 +232,10 @@ def pick_zero(
     least = min((r for r in table if r.estimate), key=lambda r: r.estimate.high)
     tight = f' {least.name} is tight: to try it, set deepspeed yourself.' if least.fits == 'tight' else ''
     would = what_would_fit(recipe, table.gpus, table.gpu_gib, sample)
-    raise ValueError(f'Nothing certainly fits {table.where}; {least.name} needs the least, {least.estimate}.{tight}\n' +
+    raise ValueError(f'No config is certain to fit {table.where}; {least.name} needs the least: '
+                     f'{least.estimate}.{tight}\n' +
                      ('What would fit:\n- ' + '\n- '.join(would) if would
-                      else 'Neither fewer pixels, a shorter cutoff_len, QLoRA nor 64 times the GPUs would be enough.'))
+                      else 'Even fewer pixels, a shorter cutoff_len, QLoRA or 64 times the GPUs would not be enough.'))
 
 # %% ../../nbs/memory/30_plan.ipynb #66036dea
 def memory_findings(
@@ -249,7 +250,7 @@ def memory_findings(
     least = min(gpus, key=lambda g: g.free)
     fits = estimate.fits(least.free/GiB)
     if fits == 'fits': return []
-    can, level = ('cannot fit', 'error') if fits == 'does not fit' else ('may not fit', 'warning')
+    can, level = ('cannot fit', 'error') if fits == 'does not fit' else ('might not fit', 'warning')
     what = (f'The run {can}: it needs {estimate.low/GiB:.1f} to {estimate.high/GiB:.1f} GiB of each GPU, '
             f'and {least.free/GiB:.1f} of {least.total/GiB:.1f} GiB are free on GPU {least.index}.')
     return [Finding('GPU memory', what, 'See `zero_table(recipe)` and `pick_zero(recipe)` for what does fit.', level)]

@@ -31,7 +31,7 @@ class LiveBytes(TorchDispatchMode):
 
     def add(self,
         tensor, # A result of an operation; anything but a tensor on the device is ignored
-        part:str=None, # The part for which it counts; `None`: the one that is running
+        part:str=None, # The part of the model to which it is attributed; `None`: the one that is running
     ):
         "Count a tensor's storage, once."
         if not isinstance(tensor, torch.Tensor) or tensor.device.type != self.device: return
@@ -59,7 +59,7 @@ class LiveBytes(TorchDispatchMode):
 
 # %% ../../nbs/memory/00_simulate.ipynb #01420dab
 def _cpu_kernel(query, key, mask, causal):
-    "The kernel that `scaled_dot_product_attention` would use on the CPU, asked with tensors of two tokens."
+    "The kernel that `scaled_dot_product_attention` would use on the CPU, determined with tensors of two tokens."
     small = lambda t: torch.zeros(t.shape[0], t.shape[1], 2, t.shape[3], dtype=t.dtype)
     shape = None if mask is None else torch.zeros(1, 1, 2, 2, dtype=torch.bool)
     is_flash = torch._fused_sdp_choice(small(query), small(key), small(key), shape, 0., causal,
@@ -73,12 +73,12 @@ def _as_numbers(mask, like):
 
 def attention(
     kernel:str, # `'cuda'`, `'cpu'` or `'fa2'`
-    module, query, key, value, attention_mask, # As transformers gives them; query (batch, heads, tokens, width)
+    module, query, key, value, attention_mask, # From transformers; shape of query: (batch, heads, tokens, width)
     dropout=0., scaling=None, is_causal=None, **_
 )->tuple: # (batch, tokens, heads, width), and None for the weights
     "Attention as the named kernel computes it."
     ops, groups = torch.ops.aten, query.shape[1] // key.shape[1]
-    query, key = query.to(value.dtype), key.to(value.dtype) # under autocast positions made them fp32
+    query, key = query.to(value.dtype), key.to(value.dtype) # under autocast, position embeddings made them fp32
     mask = None if kernel == 'fa2' else attention_mask
     causal = is_causal if is_causal is not None else mask is None and getattr(module, 'is_causal', True)
     if mask is not None: key, value = (t.repeat_interleave(groups, 1) if groups > 1 else t for t in (key, value))
@@ -124,7 +124,7 @@ class Autocast(TorchFunctionMode):
 
     @contextmanager
     def region(self, *_, enabled=True, **__):
-        "In place of `torch.autocast`: the cast weights are released at the end of the outermost region."
+        "Takes the place of `torch.autocast`; the cast weights are released at the end of the outermost region."
         before, self.depth = self.depth, self.depth + 1 if enabled else 0
         try: yield
         finally:
@@ -157,7 +157,7 @@ def pack_linear_layers(
 
 # %% ../../nbs/memory/00_simulate.ipynb #596d8349
 def _chosen(kind, recipe):
-    "LLaMA-Factory's arguments of one kind, from a recipe."
+    "One of LLaMA-Factory's argument classes, filled from a recipe."
     return kind(**{k: v for k,v in recipe.items() if k in {f.name for f in fields(kind)}})
 
 def family_config(
@@ -202,7 +202,7 @@ def build_reference(
 
 # %% ../../nbs/memory/00_simulate.ipynb #947bbdb8
 class _Told(torch.autograd.Function):
-    "Returns its tensor, and reports when the gradient of it has been computed."
+    "Returns its input, and reports when the gradient of that input has been computed."
     @staticmethod
     def forward(ctx, x, tell):
         ctx.tell = tell
@@ -219,13 +219,13 @@ def _through(tensors, tell):
     return tree_map_only(torch.Tensor, lambda x: _Told.apply(x, tell) if has_gradient(x) else x, tensors)
 
 # %% ../../nbs/memory/00_simulate.ipynb #58fe8fd6
-parts = ('vision', 'language', 'logits', 'KV cache') # For which bytes are counted
+parts = ('vision', 'language', 'logits', 'KV cache') # Bytes are counted separately for each
 
 class Recorder:
-    "Records the events of a step: (kind, number, maximum bytes since the previous event, bytes now), both by part."
+    "Records the events of a step: (kind, number, maximum bytes since the previous event, bytes now), bytes by part."
     def __init__(self,
         model, # The model
-        live:LiveBytes, # Counts while the model runs
+        live:LiveBytes, # Counts the bytes while the model runs
     ):
         self.live, self.events = live, []
         self.numbers = {p: i for i,p in enumerate(model.parameters())}
@@ -234,8 +234,8 @@ class Recorder:
             if p.requires_grad: p.register_post_accumulate_grad_hook(partial(self._gradient, i))
 
     def note(self,
-        kind:str, # `'start'`, `'backward'`, `'gradient'`, `'end'`; `'pre_forward'` and the like of a module
-        number:int=0, # Of the module or parameter
+        kind:str, # `'start'`, `'backward'`, `'gradient'`, `'end'`; for a module `'pre_forward'` and so on
+        number:int=0, # Number of the module or parameter
     ):
         "Record an event."
         now = dict(self.live.live)
@@ -244,7 +244,7 @@ class Recorder:
         self.live.peak = {}
 
     def _gradient(self, i, p):
-        "A gradient is ready. It counts for the rank, not for the step."
+        "A gradient is ready. It is counted by `Rank`, not in the simulated step."
         self.note('gradient', i)
         self.live.drop(p.grad)
         p.grad = None
@@ -273,14 +273,14 @@ def _watch(self:Recorder, i, name, module):
 
 # %% ../../nbs/memory/00_simulate.ipynb #9b4c1952
 def _pixel_type(job):
-    "The type to which LLaMA-Factory's collator casts pictures: the recipe's, or that of the machine."
+    "The dtype to which LLaMA-Factory's collator casts pictures: the recipe's, or the default of the machine."
     from llamafactory.extras.misc import infer_optim_dtype
     if job['half']: return getattr(torch, job['half'])
     weights = getattr(torch, job['dtype'])
     return infer_optim_dtype(weights) if job['kernel'] == 'cpu' else weights
 
 def _sides(tokens):
-    "The sides, in tokens, of a nearly square picture with a number of tokens."
+    "The sides, in tokens, of the most nearly square picture with the given number of tokens."
     short = max(side for side in range(1, math.isqrt(tokens) + 1) if tokens % side == 0)
     return short, tokens//short
 
@@ -305,18 +305,18 @@ def _batch(job, n, vision):
     return batch | {'pixel_values': patches, 'image_grid_thw': torch.tensor(grids)}, long(n, tokens)
 
 class _LengthsOnCpu(TorchFunctionMode):
-    "Leaves lists of lengths on the CPU, where the vision tower of Qwen2.5-VL can read them."
+    "Keeps lists of lengths on the CPU, where the vision tower of Qwen2.5-VL can read them."
     def __torch_function__(self, func, types, args=(), kwargs=None):
         is_list = func is torch.tensor and isinstance(args[0], list) and (kwargs or {}).get('dtype') is torch.int32
         return func(*args, **(kwargs or {}) | ({'device': 'cpu'} if is_list else {}))
 
 def _add_to_pictures(_, hidden_states, visual_pos_masks, visual_embeds):
-    "Takes the memory that Qwen3-VL takes to add to the picture tokens in a layer's output."
+    "Takes the memory that Qwen3-VL needs to add its visual embeddings to the image tokens in a layer's output."
     places = tuple(torch.empty(len(visual_embeds), dtype=torch.long, device='meta') for _ in range(2))
     return hidden_states.index_put(places, hidden_states[places].clone() + visual_embeds.to(hidden_states.dtype))
 
 def _find_pictures(input_ids, inputs_embeds, image_features=None, video_features=None):
-    "Takes the memory that finding the picture tokens takes, and returns a mask of the right shape."
+    "Takes the memory that finding the image tokens needs, and returns a mask of the right shape."
     if image_features is not None:
         torch.empty(3, image_features.numel(), dtype=torch.long, device='meta'), torch.empty_like(image_features)
     mask = (input_ids == 0).unsqueeze(-1).expand_as(inputs_embeds)
@@ -324,7 +324,7 @@ def _find_pictures(input_ids, inputs_embeds, image_features=None, video_features
 
 # %% ../../nbs/memory/00_simulate.ipynb #05689316
 def _book_cache(live):
-    "Count the stored keys and values as a part of their own."
+    "Count the stored keys and values as a separate part, the KV cache."
     from transformers.cache_utils import DynamicCache
     update = DynamicCache.update
     def booked(*args, **kwargs):
@@ -334,7 +334,7 @@ def _book_cache(live):
     DynamicCache.update = booked
 
 def _prepare(job):
-    "Replace the attention kernel and the search for picture tokens; returns the replacement of autocast."
+    "Replace the attention kernel and the search for image tokens; return the replacement for autocast."
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     if job['spares_tower']: spare_tower()
@@ -438,7 +438,7 @@ def _step(model, reference, job, n, half, recorder):
             loss = kind(model, given, half, job, reference)
         del given
         recorder.note('backward')
-        if job['backward']: torch.autograd.backward(loss) # the tensor's method would leave autocast's mode
+        if job['backward']: torch.autograd.backward(loss) # `loss.backward()` would leave the autocast mode
         recorder.note('end')
     return recorder.events
 
@@ -460,6 +460,6 @@ def simulate(
 
 def main():
     "Read a job from standard input and write the result as JSON."
-    gc.disable() # searching for cycles, of which there are none, takes a quarter of the time
+    gc.disable() # there are no reference cycles, and searching for them would take a quarter of the time
     out, sys.stdout = sys.stdout, sys.stderr
     json.dump(simulate(json.load(sys.stdin)), out)

@@ -17,7 +17,7 @@ from packaging.version import Version
 from ..frozen import is_spared
 
 # %% ../../nbs/memory/10_zero_rank.ipynb #afba2816
-parts = ('vision', 'language', 'logits', 'KV cache') # For which the bytes of a step are counted
+parts = ('vision', 'language', 'logits', 'KV cache') # The bytes of a step are counted separately for each
 
 class Step(dict):
     "A result of `simulate`."
@@ -64,7 +64,7 @@ class Rank:
         return [g for g in (group(False), group(True)) if g]
 
     def see(self, work, when, **more):
-        "Keep this moment if its sum is the largest so far; `more` is alive at this moment only."
+        "Keep this moment if its sum is the largest so far; `more`: bytes that are alive only at this moment."
         total = sum(self.held.values()) + sum(work) + sum(more.values())
         if total <= self.most: return
         self.most, self.when = total, when
@@ -77,8 +77,8 @@ class Rank:
         self.held['optimizer'] += 8*sum(self.trained.values())
         if self.ranks > 1 and not self.zero: self.held['communication'] += sum(map(self.bytes_of, self.trained))
 
-    def begin(self, first): "A micro batch begins; `first`: it is the first of its step."
-    def fetch(self, module, back): "A module is about to be used; `back`: in the backward pass."
+    def begin(self, first): "A micro batch begins; `first`: whether it is the first of its step."
+    def fetch(self, module, back): "A module is about to be used; `back`: whether in the backward pass."
     def release(self, module, back): "A module has been used."
 
 # %% ../../nbs/memory/10_zero_rank.ipynb #eaceaf58
@@ -92,7 +92,7 @@ def reduce(self:Rank, first, last): "A backward pass is complete."
 
 @patch
 def update(self:Rank):
-    "The optimizer's step; unless AdamW is fused, it takes one more number for each weight."
+    "The optimizer's step; unless AdamW is fused, it takes one more fp32 number for each trained weight."
     if self.recipe.get('optim') == 'adamw_torch': self.see(self.work, 'step', optimizer=4*sum(self.trained.values()))
 
 @patch
@@ -109,8 +109,8 @@ def run(self:Rank):
 
 @patch
 def _evaluate(self:Rank):
-    """An evaluation counts as the forward pass of a step, which keeps a little more; it matters only if its batch is
-    larger."""
+    """An evaluation is counted as the forward pass of a training step, which keeps a little more; it matters only if
+    its batch is larger."""
     n = self.recipe.get('per_device_eval_batch_size', 8)
     self.held['gradients'] *= bool(self.zero and self.zero.get('stage') == 3)
     for kind, _, most, _ in self.step_.batch(n):
@@ -137,7 +137,7 @@ def _micro_batch(self:Rank, first, last):
 
 # %% ../../nbs/memory/10_zero_rank.ipynb #2f5104e6
 def _most_together(sizes, limit):
-    "The largest sum of gradients that are reduced together, as soon as their sum exceeds `limit`."
+    "The largest number of gradients that are reduced together: they are collected until `limit` is exceeded."
     pile, most = 0, 0
     for n in sizes:
         pile += n
@@ -160,7 +160,7 @@ class Stage0(Rank):
 
 # %% ../../nbs/memory/10_zero_rank.ipynb #e3c723fe
 class Stage2(Rank):
-    "A rank under ZeRO-2: the one that owns most."
+    "The rank that owns the most under ZeRO-2."
     def setup(self):
         self.offload, self.bucket = 'offload_optimizer' in self.zero, int(self.zero['reduce_bucket_size'])
         self.padded = [math.ceil(sum(g.values())/(2*self.ranks))*2*self.ranks for g in self.groups]
@@ -256,7 +256,7 @@ class Stage3(Rank):
         self.passed = [0, *accumulate(sum(self.numel[i] for i in self.weights_of[m]) for m in self.order)]
 
     def begin(self, first):
-        for i in list(self.coming): # gathered ahead but not used; parameters that no backward pass released are kept
+        for i in list(self.coming): # gathered ahead but not used; those that the backward pass did not release are kept
             self._arrive(i)
             if i not in self.stays: self._leave(i)
         if first:
@@ -268,7 +268,7 @@ class Stage3(Rank):
 # %% ../../nbs/memory/10_zero_rank.ipynb #ef4319c1
 @patch
 def _enter(self:Stage3, i, n):
-    "Parameter `i` is gathered, with `n` weights; on a single rank it is its piece, unless that is on the host."
+    "Parameter `i` is gathered, with `n` weights; a single rank already holds all of it, unless it is on the host."
     self.there[i] = self.size*n if self.ranks > 1 or self.offload_weights else 0
     self.held['communication'] += self.there[i]
 
@@ -290,7 +290,7 @@ def _gather(self:Stage3, params):
 
 @patch
 def _arrive(self:Stage3, i):
-    "A parameter is needed: all that arrive with it are copied out of their buffer."
+    "A parameter is needed: all parameters that arrive with it are copied out of their common buffer."
     buffer = self.coming.pop(i)
     if not buffer['done']:
         for j in buffer['params']: self._enter(j, self.numel[j])

@@ -46,7 +46,7 @@ def _is_stopped(folder):
 class RowsLeftOut(Exception): "All workers ended successfully, but some rows have no line."
 
 def _tell_failure(folder, who, error):
-    "Say why a run failed, in its log and for those who look at it."
+    "Report why a run failed, in its log and in its failure file."
     print(error, flush=True)
     write_failure(folder, who, {'type': type(error).__name__, 'message': str(error)})
 
@@ -109,7 +109,7 @@ def _look_after(folder):
         for processes in workers, servers.running: end_children(processes)
         with suppress(OSError): (folder/MISSING).unlink(missing_ok=True)
         _tell(folder, count, n, began)
-        with suppress(OSError): put_in_order(answers)  # if the disk is full, the rows are still read in order
+        with suppress(OSError): put_in_order(answers)  # fails if the disk is full; readers then sort the rows
 
 # %% ../../nbs/prediction/10_coordinator.ipynb #9e66880c
 def main():

@@ -6,13 +6,14 @@
 __all__ = ['without_end', 'parse_generated', 'list_damaged', 'Predictions']
 
 # %% ../../nbs/prediction/40_predictions.ipynb #predictionprediction02
-import os, re, warnings
+import os, re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 import orjson
 from fastcore.basics import patch
+from ..names import warn
 from ..files import Damaged, open_regular, whole_lines
 from ..findings import text_table
 from .rows import Index, is_at, load_line, parse_row, with_own_keys
@@ -64,7 +65,7 @@ def _parse_own(i, line): return parse_row(line, _load_quickly)
 def list_damaged(
     damaged:list, # What is wrong with each line, in words
 )->str:
-    "The first five of them, and how many more there are."
+    "The first five problems, and how many more there are."
     return '\n'.join(f'- {what}' for what in damaged[:5]) + (f'\n- and {len(damaged) - 5} more' if damaged[5:] else '')
 
 # %% ../../nbs/prediction/40_predictions.ipynb #17c5656b
@@ -86,11 +87,10 @@ class Predictions(Sequence):
             return self.__init__(output_dir)  # the file was put in order in the meantime
         if self._index.damaged:
             wrong = [f'line {line}: {what}' for line, _, what in self._index.damaged]
-            warnings.warn(f'{self.path} has {len(wrong)} damaged line(s), which are left out:\n{list_damaged(wrong)}',
-                          stacklevel=2)
+            warn(f'{self.path} has {len(wrong)} damaged line(s), which are left out:\n{list_damaged(wrong)}')
         elif self._left and status(self.output_dir) != 'running':
-            warnings.warn(f'{self.path} has {len(self)} of {len(self) + self._left} rows; calling predict again asks '
-                          'the others.', stacklevel=2)
+            warn(f'{self.path} has {len(self)} of {len(self) + self._left} rows; calling predict again asks '
+                 'the others.')
 
     @cached_property
     def _left(self):
@@ -119,7 +119,7 @@ def _row(self:Predictions, k):
     try: row = with_own_keys(_load_quickly(line)) if self._is_own else parse_generated(number, line)
     except (ValueError, KeyError): row = {}
     if row.get('row') == number: return row
-    raise Damaged(f'{self.path} was changed in the meantime, and row {number} can\'t be read any more: make a new '
+    raise Damaged(f'{self.path} was changed in the meantime, and row {number} can\'t be read any more: create a new '
                   '`Predictions`.')
 
 @patch(as_prop=True)

@@ -6,9 +6,10 @@
 __all__ = ['port_findings', 'run_command', 'visible_gpus', 'gpus_for', 'child_environment', 'inherited_environment', 'secrets_of']
 
 # %% ../../nbs/run/30_command.ipynb #runcommand02
-import os, re, socket, warnings
+import os, re, socket
 from dataclasses import asdict
 from pathlib import Path
+from ..names import warn
 from .. import hidden
 from ..boot import script
 from ..findings import Finding
@@ -35,7 +36,7 @@ def port_findings(
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try: s.bind(('', port))
         except OSError:
-            return [Finding('master', f'Port {port} is taken on this machine.', 'Name another port, on all machines.')]
+            return [Finding('master', f'Port {port} is taken on this machine.', 'Use another port, on all machines.')]
     return []
 
 # %% ../../nbs/run/30_command.ipynb #f7ec21bf
@@ -90,12 +91,14 @@ def child_environment(
     recipe:dict, # The recipe
     about:dict, # The fields of `RunStart` that are known before the start
 )->dict:
-    "The variables that the child's environment has in addition to those of this one."
+    "The variables that the child's environment has in addition to those of this process."
     scripts = str(Path(about['python']).parent)
     added = {'PATH': os.pathsep.join([scripts, os.environ.get('PATH', '')]), 'PYTHONUTF8': '1', 'PYTHONUNBUFFERED': '1',
              'PYTHONSAFEPATH': '1', RUN_MARK: about['id']}
     compiled = Path.home()/'.cache'/'torch_extensions'/f"torch_{about['versions'].get('torch')}"
     if 'TORCH_EXTENSIONS_DIR' not in os.environ: added['TORCH_EXTENSIONS_DIR'] = str(compiled)
+    if 'TORCHINDUCTOR_COMPILE_THREADS' not in os.environ and not any(key.startswith('torch_compile') for key in recipe):
+        added['TORCHINDUCTOR_COMPILE_THREADS'] = '1'
     if about['nproc'] > 1 or recipe.get('deepspeed'):
         added |= {'PYTORCH_CUDA_ALLOC_CONF': 'expandable_segments:True', 'TORCH_NCCL_AVOID_RECORD_STREAMS': '1'}
     if about['nnodes'] == 1 and 'GLOO_SOCKET_IFNAME' not in os.environ:
@@ -106,7 +109,7 @@ def child_environment(
 
 _kept = re.compile(r'^(CUDA|OMP|MKL|NCCL|GLOO|TORCH|PYTORCH|PET_|HF_|DS_|SLURM|PYTHON|LD_|QWEN2VL)')
 def inherited_environment()->dict:
-    "The part of this environment that matters to a run, without secrets."
+    "The part of this process's environment that matters to a run, without secrets."
     return {k: v for k,v in hidden.apart(os.environ)[1].items() if _kept.match(k)}
 
 # %% ../../nbs/run/30_command.ipynb #e10b0002
@@ -114,16 +117,16 @@ def secrets_of(
     recipe:dict, # The recipe
     about:dict, # The fields of `RunStart` that are known before the start
 )->tuple: # (environment variables that carry the secrets, names of all secrets that the run needs)
-    "The secrets of a start, which are passed on in memory. Warns of those that a resumed run lacks."
+    "The secrets of a start, which are passed on in memory. Warns about those that a resumed run lacks."
     names = about.get('secrets', {})
     again = {k: os.environ[k.upper()] for k in names.get('recipe', []) if k not in recipe and k.upper() in os.environ}
     of_env, of_recipe = hidden.apart(child_environment(recipe, about))[0], hidden.apart(recipe)[0] | again
     missing = sorted({k.upper() for k in names.get('recipe', [])} - {k.upper() for k in of_recipe}
                      | {*names.get('env', [])} - of_env.keys() - os.environ.keys())
     if missing:
-        warnings.warn("The run was started with secrets, which are not written down, and now lacks "
-                      f"{', '.join(missing)}. "
-                      'If it needs them: stop() it, set these environment variables, and resume().', stacklevel=5)
+        warn("The run was started with secrets, which are not written down, and now lacks "
+             f"{', '.join(missing)}. "
+             'If it needs them: stop() it, set these environment variables, and resume().')
     packed = hidden.pack(recipe=of_recipe, options=hidden.apart(about.get('options', {}))[0])
     return of_env | packed, {'recipe': sorted({*names.get('recipe', []), *of_recipe}),
                              'env': sorted({*names.get('env', []), *of_env})}

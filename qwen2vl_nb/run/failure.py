@@ -34,12 +34,12 @@ def _cause(said):
 # %% ../../nbs/run/40_failure.ipynb #e9959220
 _known = [
     Cause(r'CUDA out of memory|CUDA error: out of memory', 'A GPU ran out of memory.',
-          'Take a ZeRO config that needs less, or lower cutoff_len or image_max_pixels.'),
+          'Use a ZeRO config that needs less memory, or lower cutoff_len or image_max_pixels.'),
     Cause(r"can't allocate memory|MemoryError|Cannot allocate memory", "The machine's own memory ran out.",
-          'Offload less, lower preprocessing_num_workers, or close what else runs here; then resume().'),
+          'Offload less, lower preprocessing_num_workers, or close other programs here; then resume().'),
     Cause(r'No space left|StorageFull|PytorchStreamWriter failed|unexpected pos \d+ vs', 'The disk is full.',
-          'Make room, or set save_total_limit; earlier checkpoints are as they were, '
-          'and resume() resumes from the newest complete one.'),
+          'Make room, or set save_total_limit; earlier checkpoints are intact, '
+          'and resume() continues from the newest complete one.'),
 ]
 
 # %% ../../nbs/run/40_failure.ipynb #69537e1c
@@ -49,8 +49,8 @@ _known += [
     Cause(r'Unsupported torch version|is required for a normal functioning|zip\(\) argument 2',
           'These versions do not work together.', 'See `check_stack()`, which says how to fix it.'),
     Cause(r'Tokenizer class \w+ does not exist',
-          'The tokenizer was saved by another version of transformers, and this one cannot read it.',
-          'Take the tokenizer files as they were published with the model, or the version that saved them.'),
+          'The tokenizer was saved with another version of transformers, and this one cannot read it.',
+          'Use the tokenizer files as they were published with the model, or the version that saved these.'),
 ]
 
 # %% ../../nbs/run/40_failure.ipynb #a78bb662
@@ -61,19 +61,19 @@ _known += [
     Cause(r'existing deepspeed config', 'There is no such ZeRO config.',
           "Set deepspeed to `zero_config('z3')`: it is written into the run's folder."),
     Cause(r'DeepSpeed config values that mismatch', 'ZeRO config and recipe contradict each other.',
-          "Leave its values to 'auto', as `zero_config(name)` has them."),
+          "Leave its values at 'auto', as in `zero_config(name)`."),
     Cause(r'predict_with_generate.* ZeRO-3', 'ZeRO-3 cannot generate.',
           'Remove the deepspeed key; each GPU then predicts its share with a complete model.'),
 ]
 
 # %% ../../nbs/run/40_failure.ipynb #b1604d20
 _known += [
-    Cause(r'SafetensorError', 'A file of weights is incomplete.',
-          "Download the model again. Of a run's checkpoints, resume() skips incomplete ones."),
-    Cause(r'PytorchStreamReader failed', 'A file of a checkpoint is incomplete.',
+    Cause(r'SafetensorError', 'A weights file is incomplete.',
+          "Download the model again. If it is a checkpoint of a run, resume() skips it."),
+    Cause(r'PytorchStreamReader failed', 'A checkpoint file is incomplete.',
           'resume() skips incomplete checkpoints.'),
     Cause(r"couldn't connect to|MaxRetryError|OfflineModeIsEnabled|LocalEntryNotFoundError",
-          'The hub of the model cannot be reached.',
+          'The model hub cannot be reached.',
           'Set HF_ENDPOINT to a mirror that can be reached, or USE_MODELSCOPE_HUB=1, or give the folder of a model '
           'that you have downloaded.'),
     Cause(r'no file named .*model\.safetensors|Unrecognized model in', 'The model folder is incomplete.',
@@ -90,8 +90,8 @@ _media = r'\.(jpe?g|png|webp|bmp|gif|tiff?|mp4|avi|mkv|mov)\b'
 _known += [
     Cause(r'dataset_info\.json', 'A data set is not registered.',
           'Register it: `Registry(folder).add(name, samples)`.'),
-    Cause(r'File \S+ not found', 'A file of the data is missing.', 'Write it, or correct file_name in the registry.'),
-    Cause(r'ArrowInvalid: JSON', 'A file of the data is not JSON.', 'See `read_samples(file)`, which names the line.'),
+    Cause(r'File \S+ not found', 'A data file is missing.', 'Write it, or correct file_name in the registry.'),
+    Cause(r'ArrowInvalid: JSON', 'A data file is not JSON.', 'See `read_samples(file)`, which names the line.'),
     Cause(r'Cannot find valid samples', 'LLaMA-Factory dropped every row.',
           'See `check_samples`; its columns must be those of the registry.'),
     Cause(r'number of (images|videos|audios) does not match',
@@ -104,14 +104,14 @@ _known += [
 ]
 
 # %% ../../nbs/run/40_failure.ipynb #db46eed9
-_outside = 'Something else ended it: a person, or a job system when its time was up. Then resume().'
+_outside = 'Something else ended it: a person, or the job scheduler at its time limit. You can resume() it.'
 
 _known += [
     Cause(r'worker .* killed by signal', 'A worker process that prepares rows was killed.',
           "Usually the machine's own memory ran out or, in a container, its /dev/shm: lower "
           'dataloader_num_workers, or make more memory available.'),
     Cause(r'SignalException', 'torchrun was asked to end.', _outside),
-    Cause(r'EADDRINUSE', 'The port is taken.', 'Name another port in master, on all machines.'),
+    Cause(r'EADDRINUSE', 'The port is taken.', 'Use another port in master, on all machines.'),
     Cause(r'waiting for clients|RendezvousTimeout', 'The machines did not find each other.',
           'Start the run on all of them within this time; master must be the address at which the others reach the '
           'first machine, with a port that no firewall blocks.'),
@@ -119,7 +119,7 @@ _known += [
           'See the logs of the other ranks, run.log(rank): '
           'one of them ended, hangs, or took longer than ddp_timeout.'),
     Cause(r'NCCL error|ncclInternalError|ncclSystemError', 'The GPUs could not communicate with each other.',
-          "Look at what env={'NCCL_DEBUG': 'INFO'} makes it say; NCCL_SOCKET_IFNAME names the network card."),
+          "See what it logs with env={'NCCL_DEBUG': 'INFO'}; NCCL_SOCKET_IFNAME selects the network interface."),
     Cause(r'CUDA error', 'A computation failed on the GPU.',
           "Start again with env={'CUDA_LAUNCH_BLOCKING': '1'} to see where."),
 ]
@@ -137,8 +137,8 @@ def _what_fits(recipe, gpus):
     less = names.index(now) + 1 if now in names else 0
     fits = next((row.name for row in table.rows[less:] if row.fits == 'fits'), None)
     if fits: return f'As predicted, {fits} fits:\n{table}'
-    other = f'`what_would_fit(run.recipe, {table.gpus}, {table.gpu_gib:g})` names other changes.'
-    return f'No config that needs less fits as it is; {other}\n{table}'
+    other = f'`what_would_fit(run.recipe, {table.gpus}, {table.gpu_gib:g})` lists other changes.'
+    return f'No config that needs less memory fits without other changes; {other}\n{table}'
 
 # %% ../../nbs/run/40_failure.ipynb #37f6f5c3
 def _end_of_log(folder):
@@ -160,14 +160,14 @@ def _killed(who, name, ended):
     "Describe the end of a process by a signal."
     if name in ('SIGTERM', 'SIGINT', 'SIGHUP'): return Finding(who, f'The process was ended by {name}.', _outside)
     if name != 'SIGKILL':
-        cure = 'A compiled part failed: see the last lines of its log, and `check_stack()`.'
+        cure = 'Compiled code crashed: see the last lines of its log, and `check_stack()`.'
         return Finding(who, f'The process was ended by {name}.', cure)
     if ended.get('killed_by_kernel'):
         what = "The kernel killed the process because the machine's own memory ran out (SIGKILL)."
         return Finding(who, what, _cause('MemoryError').cure)
     return Finding(who, 'The process was killed by SIGKILL.',
-                   "Usually the machine's own memory ran out, or the limit of a job system or container was reached; "
-                   'otherwise somebody ended it. Then resume(), or predict again.')
+                   "Usually the machine's own memory ran out, or a limit of a job scheduler or container was reached; "
+                   'otherwise somebody killed it. You can resume() it, or predict again.')
 
 # %% ../../nbs/run/40_failure.ipynb #9e32fe09
 def _shown(said, most=600): return said if len(said) <= most else f'{said[:most]} …'
@@ -209,16 +209,16 @@ def _unsaid(log, ended):
 
 # %% ../../nbs/run/40_failure.ipynb #4ee1bcb4
 def _refused(found):
-    "A finding about a run that the checks in parallel with the start have ended."
+    "A finding about a run that was ended by the checks that ran in parallel with its start."
     joined = lambda key: ' '.join(dict.fromkeys(f[key] for f in found))
     where = ', '.join(dict.fromkeys(f['where'] for f in found))
-    return Finding(where, f"The checks that ran during the start have ended it: {joined('what')}", joined('cure'))
+    return Finding(where, f"The checks that ran during the start ended it: {joined('what')}", joined('cure'))
 
 def _damaged(error):
     return Finding('run', str(error), 'It is unknown how the run ended. Everything else in the folder is unchanged: '
                                       'run.log, checkpoints.')
 
-_moved = Finding('run', 'The folder was moved or deleted while the run was at work, so the run was ended.',
+_moved = Finding('run', 'The folder was moved or deleted while the run was in progress, so the run was ended.',
                  'Move it back; then resume().')
 _gone = Finding('run', 'The run and its waiter ended without leaving a reason: the machine was restarted, or both were '
                        'killed.',
@@ -227,7 +227,7 @@ _gone = Finding('run', 'The run and its waiter ended without leaving a reason: t
 def find_failure(
     folder, # Folder of a run that has failed
 )->Finding: # `where`: the rank and the frame; `what`: an explanation, with the exception; `cure`: what to do
-    "Why a run failed: the first cause, not the loudest."
+    "Why a run failed: the original cause, not the errors that it led to."
     folder = Path(folder)
     try: refused, ended = (read_state(folder, name) for name in (REFUSED, ENDED))
     except Damaged as e: return _damaged(e)

@@ -37,12 +37,12 @@ def _rows_of(line):
 def _kind(row): return row.get('loss') is not None, row.get('eval_loss') is not None
 
 def _is_aside(row):
-    "Whether a row may come from a prediction or from an evaluation on its own: its progress, or a result at step 0."
+    "Whether a row may come from a prediction or a stand-alone evaluation: its progress, or a result at step 0."
     is_training, is_evaluation = _kind(row)
     return not is_training and (not is_evaluation or not row['current_steps'])
 
 def _add(rows, row):
-    "Append a row, after removing the rows that it takes back or repeats."
+    "Append a row, after removing the rows that it replaces or repeats."
     step = row['current_steps']
     if rows and rows[-1]['current_steps'] > step:
         while rows and rows[-1]['current_steps'] >= step: rows.pop()
@@ -68,7 +68,7 @@ def _number(value):
     except OverflowError: return math.inf
 
 def _text_type():
-    "The type of columns of text: two million times take 30 MiB, as Python strings 130."
+    "The dtype of text columns: two million time values take 30 MiB, instead of 130 MiB as Python strings."
     import pandas as pd
     return pd.StringDtype('pyarrow', na_value=math.nan)
 
@@ -144,7 +144,7 @@ def _read_quickly(block, after):
     return columns if _is_in_order(columns['current_steps'], columns[_KIND], after) else None
 
 # %% ../../nbs/run/50_loss.ipynb #c01d0004
-_most_dicts = 20_000 # Number of rows that are kept as dicts at most
+_most_dicts = 20_000 # Maximum number of rows that are kept as dicts
 
 # %% ../../nbs/run/50_loss.ipynb #9a163715
 class Rows:
@@ -186,7 +186,7 @@ class Rows:
 def add(self:Rows,
     row:dict, # With `current_steps`
 ):
-    "Append a row, after removing the rows that it takes back or repeats."
+    "Append a row, after removing the rows that it replaces or repeats."
     step, last = row['current_steps'], self.last_step
     self._trains |= _kind(row)[0]
     if step < last and self._trains and _is_aside(row): return
@@ -331,7 +331,7 @@ def _series(rows, column):
     if column not in columns: return pd.Series(dtype=float)
     values, steps, kinds = columns[column], columns['current_steps'], columns[_KIND]
     counts = (kinds & _bits[column]).astype(bool) if column in _bits else ~np.isnan(values)
-    counts[counts] = np.append(np.diff(steps[counts]) != 0, True)[:counts.sum()]  # of several at a step, the last one
+    counts[counts] = np.append(np.diff(steps[counts]) != 0, True)[:counts.sum()]  # if a step has several, the last one
     values = values[counts].astype(float, copy=False)
     values[~np.isfinite(values)] = math.nan
     return pd.Series(values, steps[counts], copy=False)
@@ -388,7 +388,7 @@ _most_of_name = 80 # Characters
 def _short(value):
     "A recipe's value in few characters; for a path, its name."
     if isinstance(value, float): return f'{value:g}'
-    # Of a nested value, the beginning
+    # For a nested value, only the beginning
     said = Path(value).name if isinstance(value, (str, os.PathLike)) else reprlib.repr(value)
     return said if len(said) <= _most_of_name else f'{said[:_most_of_name]}…'
 
@@ -409,7 +409,7 @@ def _by_folder(runs):
     return ['/'.join(p[-enough:]) for p in parts]
 
 def _names(runs):
-    "A name for each run; a table has no name, so if there is one, all are numbered."
+    "A name for each run; a table has no name, so if any of them is a table, all are numbered."
     if not all(isinstance(r, (str, os.PathLike)) for r in runs):
         return [f'{i} of {len(runs)}' for i,_ in enumerate(runs, 1)]
     names = _by_recipe(runs)
@@ -429,7 +429,7 @@ def _draw(ax, values, look, **style):
     if len(values): ax.plot(_thin(values), **look | style)
 
 def _draw_not_numbers(ax, steps, colour):
-    "Draw crosses on the axis, no more of them than can be seen."
+    "Draw crosses on the axis, no more of them than can be told apart."
     places = {step*500//(max(steps) + 1): step for step in steps}.values()
     ax.plot(places, [.03]*len(places), 'x', color=colour, markersize=5, label='not a number',
             transform=ax.get_xaxis_transform())
@@ -472,7 +472,7 @@ def _label(figure, ax, names):
 
 # %% ../../nbs/run/50_loss.ipynb #d9f5c908
 def _scientific(value, _=None):
-    "A number as 1.5e-4."
+    "Format a number like 1.5e-4."
     digits, power = f'{value:.3e}'.split('e')
     return f'{float(digits):g}e{int(power)}' if value else '0'
 
@@ -535,10 +535,10 @@ def _axes(figure, panels):
 
 # %% ../../nbs/run/50_loss.ipynb #7c204a09
 def _written(path):
-    "The format of a picture's file."
+    "The image format of a file, from its name."
     kind = Path(path).suffix.lower()
     if kind not in ('.png', '.svg'):
-        raise ValueError(f'{Path(path).name}: a picture is written as .png or .svg.')
+        raise ValueError(f'{Path(path).name}: a figure can only be written as .png or .svg.')
     return kind[1:]
 
 def _png(figure):
@@ -547,7 +547,7 @@ def _png(figure):
     return out.getvalue()
 
 def _each(given):
-    "Yield what was given one by one: runs, folders, `Log`s and tables, and those in lists of these."
+    "Yield the given runs, folders, `Log`s and tables one by one, including those in lists."
     import pandas as pd
     for one in given:
         if isinstance(one, (str, os.PathLike, pd.DataFrame)): yield one
@@ -563,7 +563,7 @@ def _rows_for(run):
     for row in run.to_dict('records'):
         row = {name: value for name,value in row.items() if value == value}
         if not _is_row(row):
-            raise ValueError('This table was not made by `read_log`: a row has no step in a column `current_steps`.')
+            raise ValueError('This table was not made by `read_log`: a row has no step in the column `current_steps`.')
         rows.add(row)
     return rows
 
@@ -582,7 +582,7 @@ def plot_loss(
     runs = list(_each(runs))
     if not runs: raise ValueError('Give a run or its folder.')
     if smooth is not None and not 0 <= smooth < 1:
-        raise ValueError(f'smooth={smooth}: give a weight from 0 to below 1.')
+        raise ValueError(f'smooth={smooth}: give a weight that is at least 0 and below 1.')
     kind = path and _written(path)
     logs, alone = [_rows_for(r) for r in runs], len(runs) == 1
     tokens = all('total_tokens' in rows.columns() for rows in logs)

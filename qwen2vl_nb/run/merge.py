@@ -11,7 +11,6 @@ from pathlib import Path
 from ..boot import child_env
 from ..files import write_text
 from ..model import chat_template, model_config
-from ..findings import in_words
 from ..recipe import find_adapter, save_recipe
 from .start import Run
 
@@ -21,14 +20,13 @@ def _precision(model):
     config = model_config(model)
     return config.get('dtype') or config.get('torch_dtype') or 'bfloat16'
 
-@in_words
 def export(
     run:str|os.PathLike, # A LoRA run, or its folder
     path:str|Path, # Folder for the model; it must not exist yet
 )->Path: # The folder
     "Merge the adapter of a run into its base, which gives a standalone model."
     recipe, path = Run(run).recipe, Path(path).absolute()
-    if os.path.lexists(path): raise FileExistsError(f'{path} is already there: name a new folder.')
+    if os.path.lexists(path): raise FileExistsError(f'{path} already exists: choose a new folder.')
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f'.{path.name}-') as folder:
         merging = {k: recipe[k] for k in ('model_name_or_path', 'template', 'trust_remote_code') if k in recipe} | {

@@ -40,7 +40,7 @@ def follow_schedule(
 def step_callback(
     folder:Path, # Folder of the run, for `stop`, `stopping` and `progress.json`
 ): # A callback for the trainer
-    """Return a callback that stops a training at a step on which all ranks agree, and writes its progress at most
+    """Return a callback that stops training at a step on which all ranks agree, and writes its progress at most
     twice a second."""
     from transformers import TrainerCallback
     is_first, own = os.environ.get('LOCAL_RANK', '0') == '0', os.stat(folder)
@@ -63,14 +63,14 @@ def step_callback(
             asked = folder/STOP
             if _any_rank(is_first and asked.exists(), args.device):
                 if is_first:
-                    # The request was seen on another machine
+                    # If there is no `stop` here, the request was seen on another machine
                     os.replace(asked, folder/STOPPING) if asked.exists() else (folder/STOPPING).touch()
                 control.should_log = control.should_save = control.should_training_stop = True
             self.on_epoch_end(args, state, control)
             if control.should_training_stop or is_first and time.time() - self.last >= .5: self.told(state)
 
         def on_epoch_end(self, args, state, control, **kwargs):
-            "Make a checkpoint that is about to be overwritten incomplete until its last file is there."
+            "Make a checkpoint that is about to be overwritten count as incomplete until its last file is written."
             old = Path(args.output_dir)/f'checkpoint-{state.global_step}'/'trainer_state.json'
             if control.should_save and state.is_world_process_zero: old.unlink(missing_ok=True)
 
@@ -128,9 +128,9 @@ def describe_failure(
 
 # %% ../../nbs/run/20_rank.ipynb #828f2d2a
 def blocking(
-    gather, # A collective that may return a handle to wait for
-): # The same collective, which has ended when it returns
-    "Make a collective return only when it has ended."
+    gather, # A collective that may return a handle to wait on
+): # The same collective, but it returns only when it has finished
+    "Make a collective return only when it has finished."
     def gather_and_wait(*args, **kwargs):
         handle = gather(*args, **kwargs)
         if handle is not None: handle.wait()
@@ -144,7 +144,7 @@ def _wait_for_gathers():
 # %% ../../nbs/run/20_rank.ipynb #04c09c12
 def saving_bf16(
     method, # `_save_checkpoint` or `_load_checkpoint` of DeepSpeed's engine
-): # The same method, which includes the optimizer at stage 0 in bf16
+): # The same method, but including the optimizer at stage 0 in bf16
     "Make DeepSpeed treat the bf16 optimizer at stage 0 in the same way as the fp32 optimizer."
     def with_optimizer(self, *args, **kwargs):
         optimizer = self.optimizer
@@ -159,12 +159,12 @@ def saving_bf16(
     return with_optimizer
 
 def _load_weights_only(optimizer):
-    print('This checkpoint has no optimizer: DeepSpeed left it out. The weights are loaded, and the moments of Adam '
-          'start at zero.', flush=True)
+    print('This checkpoint has no optimizer state: DeepSpeed left it out. The weights are loaded, and Adam\'s '
+          'moments start at zero.', flush=True)
     optimizer.refresh_fp32_params()
 
 def _save_bf16_optimizer():
-    "Fix DeepSpeed up to 0.18.4."
+    "Make DeepSpeed up to 0.18.4 save and load the optimizer at stage 0 in bf16."
     from deepspeed import __version__
     from deepspeed.runtime.engine import DeepSpeedEngine
     from packaging.version import Version
@@ -181,7 +181,7 @@ def _load_on_cpu():
 # %% ../../nbs/run/20_rank.ipynb #9908dc7d
 def keeping_epoch(
     skip, # accelerate's `skip_first_batches`
-): # The same function, with which the loader stays in its epoch
+): # The same function, but the data loader stays in its epoch
     "Skip batches in the order of the epoch that a data loader is in, not in that of the first epoch."
     def skip_and_keep(dataloader, *args, **kwargs):
         rest = skip(dataloader, *args, **kwargs)
@@ -247,12 +247,12 @@ def _load_renamed():
 
 # %% ../../nbs/run/20_rank.ipynb #8d85b261
 def show_downloads():
-    "Make huggingface_hub write the progress of a download to the log; by default it shows it only in a terminal."
+    "Make huggingface_hub write the progress of a download to the log; by default, only a terminal shows it."
     bars = importlib.import_module('huggingface_hub.utils.tqdm')
     bars.is_tqdm_disabled = lambda log_level: log_level == logging.NOTSET  # HF_HUB_DISABLE_PROGRESS_BARS still applies
 
 def _agree(recipe, choose):
-    "Return on all ranks what the first rank chooses. LLaMA-Factory's parser connects them."
+    "Return on all ranks what the first rank chooses; LLaMA-Factory's argument parser connects the ranks."
     from llamafactory.hparams.parser import get_train_args
     import torch
     get_train_args(recipe)
@@ -264,7 +264,7 @@ def _choose(output_dir):
     "The newest checkpoint that these ranks can load, and why they can't load newer ones."
     stale = json_or({}, RUN).get('stale', {})
     found, passed = newest_complete(output_dir, int(os.environ['WORLD_SIZE']), stale)
-    print(*passed, f'The ranks were started again, and resume from {found or "the beginning"}.', sep='\n', flush=True)
+    print(*passed, f'The ranks were restarted, and resume from {found or "the beginning"}.', sep='\n', flush=True)
     return found, passed
 
 def go_on(
@@ -284,7 +284,7 @@ def go_on(
 def work(
     folder:Path, # Folder of the run
 ):
-    "Train or predict as the recipe named on the command line says."
+    "Train or predict as specified by the recipe that is named on the command line."
     gc.disable()
     import torch
     from llamafactory.hparams.parser import read_args
@@ -308,11 +308,11 @@ def work(
     run_exp(recipe, [step_callback(folder)])
 
 # %% ../../nbs/run/20_rank.ipynb #0fd257bc
-_room = 2**16 # Bytes
+_room = 2**16 # Bytes reserved for the report
 
 def main(
-    work=work, # Function to run, given the run's folder
-    rank:int=None, # Number of this process among those of the run; `None`: the one from torchrun
+    work=work, # Function to run; it is passed the run's folder
+    rank:int=None, # Rank of this process; `None`: the one that torchrun has set
 ):
     "Entry point of each rank, started in the run's folder with the recipe's file as the argument."
     folder, rank = Path.cwd(), int(os.environ.get('RANK', 0)) if rank is None else rank

@@ -6,7 +6,7 @@
 __all__ = ['Progress', 'Run', 'attach', 'runs', 'raise_errors', 'keep_earlier', 'start', 'describe_start', 'launch']
 
 # %% ../../nbs/run/60_start.ipynb #49a64c03
-import itertools, os, re, shutil, socket, subprocess, sys, time, uuid, warnings
+import itertools, os, re, shutil, socket, subprocess, sys, time, uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING
 import psutil
 from fastcore.basics import patch
 from filelock import FileLock
+from ..names import warn
 from .. import hidden
 from ..boot import script
 from ..files import Damaged, parse_json, read_tail, sweep, write_json
-from ..findings import Finding, in_words, text_table
+from ..findings import Finding, text_table
 from ..stack import GiB, gpus, installed_versions
 from ..checkpoint import checkpoints, newest_complete, when_written
 from ..checks import data_findings, late_findings, quick_findings, slow_findings
@@ -37,7 +38,7 @@ if TYPE_CHECKING: import pandas as pd
 # %% ../../nbs/run/60_start.ipynb #48d7a074
 @dataclass
 class Progress:
-    "How far a run is."
+    "How far a run has got."
     step:int=0        # Steps done; for a prediction, rows
     steps:int=0       # Total number of steps; 0 as long as it is unknown
     epoch:float=0.    # Passes over the data
@@ -93,7 +94,7 @@ def _latest(path):
 
 # %% ../../nbs/run/60_start.ipynb #0efd8117
 class Run:
-    "A run, seen through its folder. Functions that take a folder take a run too."
+    "A run, seen through its folder. Functions that take a folder also accept a run."
     def __init__(self,
         output_dir:str|Path, # The run's folder
     ): self.output_dir = Path(output_dir).absolute()
@@ -108,7 +109,7 @@ class Run:
 
     @property
     def is_running(self):
-        "Whether the run is at work."
+        "Whether the run is still running."
         return self.status == 'running'
 
     @property
@@ -117,11 +118,10 @@ class Run:
         Raises `FileNotFoundError` or `ValueError` if `recipe.yaml` is missing or damaged."""
         return load_recipe(self.output_dir/RECIPE)
 
-@in_words
 def attach(
     output_dir:str|Path, # Folder of a run that was launched, now or on another day
 )->Run:
-    "Return the run of a folder."
+    "Return the run in a folder."
     run = Run(output_dir)
     if not os.path.exists(run.output_dir/RUN):
         raise FileNotFoundError(f'No run was launched in {run.output_dir}: there is no run.json.')
@@ -130,13 +130,13 @@ def attach(
 # %% ../../nbs/run/60_start.ipynb #0efd8111
 @patch
 def _doing(self:Run):
-    "What a run does before its first step."
+    "What a run is doing before its first step."
     ranks = self._rank_logs()
     return _last_bar(ranks[min(ranks)]/'stderr.log' if ranks else self.output_dir/RUN_LOG)
 
 @patch(as_prop=True)
 def progress(self:Run):
-    "How far the run is, as `Progress`."
+    "How far the run has got, as `Progress`."
     log = self.output_dir/TRAINER_LOG
     about, started = state_or_empty(self, RUN), state_or_empty(self, WAITER).get('started', 0)
     # The log of an earlier run does not count
@@ -153,13 +153,13 @@ def progress(self:Run):
                     about.get('unit', 'step'), now.get('from_step', 0), '' if now['steps'] else self._doing())
 
 # %% ../../nbs/run/60_start.ipynb #0efd8113
-_most = 2**24 # Bytes of a log that are shown
+_most = 2**24 # Maximum number of bytes of a log that are shown
 
 def _end_of(path):
     "The end of a log, and how much of it was left out."
     try: size, text = path.stat().st_size, read_tail(path, _most)
     except (OSError, Damaged) as e: return f'[{path} cannot be read: {e}]\n'
-    left_out = f'[The first {size - _most:,} of {size:,} bytes are left out: {path} has them.]\n'
+    left_out = f'[The first {size - _most:,} of {size:,} bytes are left out; they are in {path}.]\n'
     return left_out + text if size > _most else text
 
 @patch
@@ -174,7 +174,7 @@ def _rank_logs(self:Run):
 def log(self:Run,
     rank:int=None, # Rank on this machine whose own output to return; `None`: the output of the command
 )->str:
-    "What the run has printed so far; of a very long log, its end."
+    "What the run has printed so far; only the end if it is very long."
     ranks = self._rank_logs() or {0: None}
     if rank is not None and rank not in ranks:
         raise ValueError(f'There is no log of rank {rank}; available: {sorted(ranks)}.')
@@ -189,7 +189,7 @@ def failure(self:Run):
     fail."""
     status, damage = self.status, life.damage(self)
     if status == 'damaged':
-        return Finding('run', damage, 'Put the file back from a copy, if there is one. Everything else in the folder '
+        return Finding('run', damage, 'Restore the file from a backup, if there is one. Everything else in the folder '
                                       'is unchanged: run.log, checkpoints.')
     return find_failure(self.output_dir) if status == 'failed' else None
 
@@ -210,13 +210,12 @@ _bar = '{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix
 @patch
 def watch(self:Run):
     "Show the run live, and return at once; see `watch_loss`."
-    from qwen2vl_nb.run import watch_loss  # lazily: the view is made of this module's runs
+    from qwen2vl_nb.run import watch_loss  # imported late, because that module imports this one
     return watch_loss(self)
 
 @patch
-@in_words
 def wait(self:Run):
-    """Block until the run has ended, and show its progress; interrupting leaves the run at work.
+    """Block until the run has ended, and show its progress; interrupting does not stop the run.
     Raises `RuntimeError` with the cause if the run failed."""
     try:
         from tqdm import tqdm  # the text version: it is saved with the notebook, a widget is not
@@ -239,20 +238,18 @@ def wait(self:Run):
 
 # %% ../../nbs/run/60_start.ipynb #0efd8116
 @patch
-@in_words
 def stop(self:Run,
     patience:float=120, # Seconds to wait for the end of a step; 0: end the run at once, without a checkpoint
 ):
-    """End the run at the next step, with a checkpoint; end it by force when `patience` is over.
-    Returns when nothing of it is left."""
+    """End the run at the next step, with a checkpoint; end it by force if no step ends within `patience`.
+    Returns when none of its processes is left."""
     try: life.stop(self.output_dir, patience)
     except psutil.AccessDenied as e:
-        raise PermissionError(f'The run in {self.output_dir} belongs to another user, who alone can end it (process '
+        raise PermissionError(f'The run in {self.output_dir} belongs to another user: only they can end it (process '
                               f'{e.pid}).') from None
     return self
 
 @patch
-@in_words
 def resume(self:Run,
     master:str=None, # Address and port of the first of several machines; `None`: as before
     trust:bool=False, # Also resume a run started by somebody else or elsewhere: whatever its folder names is executed
@@ -273,9 +270,9 @@ def _row(folder, run):
             'loss': now.loss, 'best eval_loss': lowest}
 
 def runs(
-    folder:str|Path, # Folder below which to look
-)->'pd.DataFrame': # A row for each run: run (path below the folder), state, started, step, of, loss, best eval_loss
-    "All runs below a folder."
+    folder:str|Path, # Folder to search, including its subfolders
+)->'pd.DataFrame': # A row for each run: run (path in the folder), state, started, step, of, loss, best eval_loss
+    "List all runs in a folder and its subfolders."
     import pandas as pd
     folder = Path(folder).absolute()
     found = [Run(p.parent) for p in sorted(folder.rglob(RUN)) if EARLIER not in p.parts]
@@ -293,11 +290,11 @@ def raise_errors(
 ):
     "Raise all errors together, as a `ValueError`; warn about the rest."
     said = lambda *levels: [str(f) for f in found if f.level in levels]
-    for text in said('warning', *['error']*force): warnings.warn(text, stacklevel=5)
+    for text in said('warning', *['error']*force): warn(text)
     if said('error') and not force: raise ValueError('This recipe cannot run:\n- ' + '\n- '.join(said('error')))
 
 def _end_refused(run, force, future):
-    "End a run for errors that were found only after it had started."
+    "End a run because of errors that were found only after it had started."
     if future.exception(): return  # this process is exiting
     errors = [asdict(f) for f in future.result() if f.level == 'error']
     if not errors or force or not run.is_running: return
@@ -306,7 +303,7 @@ def _end_refused(run, force, future):
 
 # %% ../../nbs/run/60_start.ipynb #8ce1a50c
 def _clear(folder):
-    "Remove what an earlier run left from its start and end."
+    "Remove the files in which an earlier run recorded its start and end."
     for p in files_of(folder, last_start(folder)): shutil.rmtree(p) if p.is_dir() and not p.is_symlink() else p.unlink()
 
 def keep_earlier(
@@ -322,23 +319,23 @@ def keep_earlier(
 
 # %% ../../nbs/run/60_start.ipynb #9638d6c6
 def _before(run, make_room):
-    "How far an earlier start had come that is now being resumed."
+    "How far the start that is now being resumed had got."
     now = run.progress if make_room is keep_earlier else Progress()
     return {'step': now.step, 'steps': now.steps} if now.steps else {}
 
 def start(
     recipe:dict, # A recipe
     about:dict, # What is known about the run; `cwd` is its folder
-    make_room, # What to do with an earlier start's files, given the folder
+    make_room, # Function that moves or removes an earlier start's files; it is passed the folder
     command:list=None, # What to start; `None`: LLaMA-Factory, on this recipe
 )->Run: # The run
-    """Start a recipe below a waiter, once it is certain that no other run is at work in the folder.
-    Raises `ValueError` if it would harm other files."""
+    """Start a recipe under a waiter, once it is certain that no other run is running in the folder.
+    Raises `ValueError` if the start would overwrite or remove other files."""
     run = Run(about['cwd'])
     run.output_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(run.output_dir/'.lock', timeout=120):
         if run.is_running:
-            raise RuntimeError(f'A run is at work in {run.output_dir}: attach(…) to it, stop() it, or choose another '
+            raise RuntimeError(f'A run is in progress in {run.output_dir}: attach(…) to it, stop() it, or use another '
                                'output_dir.')
         about = about | {'command': command or run_command(recipe, about), 'before': _before(run, make_room)}
         refuse_foreign(run.output_dir, recipe, about)
@@ -372,7 +369,7 @@ def _checked(recipe, about):
     pool.shutdown(wait=False)
     then = lambda run: None
     try:
-        # If there is an error, wait until all others are known
+        # If there is an error, wait until all other findings are known
         found += beside.result(None if errors and not force else _seconds)
     except TimeoutError: then = lambda run: beside.add_done_callback(partial(_end_refused, run, force))
     raise_errors(found, force)
@@ -381,17 +378,17 @@ def _checked(recipe, about):
 def describe_start(
     nproc:int=None, # Processes on this machine; `None`: one for each GPU that is visible
     nnodes:int=1, # Number of machines
-    node_rank:int=0, # Number of this machine, from 0
+    node_rank:int=0, # Index of this machine, from 0
     master:str=None, # Address of the first machine, with its port
     env:dict=None, # Environment variables of the run
     python=None, # Interpreter of the run; `None`: this one
-    force:bool=False, # Whether the checks let everything pass
+    force:bool=False, # Whether to start despite errors
 )->dict: # For `run.json`
     """What is known about a run before its start, in addition to the recipe.
     Raises `ValueError` if there is no such interpreter."""
     found = shutil.which(python or sys.executable)
     if not found:
-        raise ValueError(f'python={os.fspath(python)!r} is not an interpreter: give its path, such as /env/bin/python.')
+        raise ValueError(f'python={os.fspath(python)!r} is not an interpreter: give a path such as /env/bin/python.')
     python = str(Path(found).absolute())
     env, cards = env or {}, gpus_for(env or {})
     nproc = nproc or max(1, len(cards))
@@ -412,12 +409,11 @@ def _stale(recipe):
     old = {c.name: c for c in found[found.index(before[0]) + 1 if before else 0:]} | {'.': recipe['output_dir']}
     return {name: when_written(c) for name, c in old.items() if when_written(c)}
 
-@in_words
 def launch(
     recipe:dict, # A recipe for training or prediction
     nproc:int=None, # Number of processes on this machine; `None`: one for each GPU here, or one if there is none
     nnodes:int=1, # Number of machines
-    node_rank:int=0, # This machine's number among them
+    node_rank:int=0, # Index of this machine among them, from 0
     master:str=None, # Address and port of the first machine, as the others reach it, such as '10.0.0.1:29500'
     env:dict=None, # Environment variables for the run, besides those of this process; secrets aren't written down
     python:str|Path=None, # Interpreter of another environment, with LLaMA-Factory; `None`: this one
@@ -440,18 +436,18 @@ def _resumable(recipe):
         raise RuntimeError(f'LLaMA-Factory cannot resume {stage} with {kind}: launch(recipe) starts from the '
                            'beginning.')
     if recipe.get('save_only_model') and recipe.get('deepspeed'):
-        raise RuntimeError('With save_only_model and DeepSpeed there are only weights in the checkpoints, and '
+        raise RuntimeError('With save_only_model and DeepSpeed, the checkpoints contain only weights, and '
                            'DeepSpeed cannot resume from those: launch(recipe) starts from the beginning.')
 
 def _newest(recipe, ranks, stale):
-    "The checkpoint to resume from; warns of newer ones."
+    "The checkpoint to resume from; warns about newer ones that are skipped."
     last, passed = newest_complete(recipe['output_dir'], ranks, stale)
     if last:
-        for why in passed: warnings.warn(f'Resuming from {last.name}. {why}', stacklevel=5)
+        for why in passed: warn(f'Resuming from {last.name}. {why}')
         return last
     other = ''
     if any('is complete' in p for p in passed):
-        other = (' To go on from a complete one: launch(recipe | {"resume_from_checkpoint": …}, nproc=…) on as many '
+        other = (' To continue from a complete one: launch(recipe | {"resume_from_checkpoint": …}, nproc=…) on as many '
                  'ranks as it needs.')
     raise RuntimeError('\n- '.join([f"There is no complete checkpoint in {recipe['output_dir']} to resume from: "
                                     f"launch(recipe) starts from the beginning.{other}", *passed]))
@@ -465,7 +461,7 @@ def _resume(run, master, trust):
         raise RuntimeError(f'There are predictions in {run.output_dir}: predict(…), called again as before, continues '
                            'with the missing rows.')
     if not isinstance(recipe.get('output_dir'), str):
-        raise RuntimeError(f"{run.output_dir/RECIPE} was changed after the start: it names no output_dir.")
+        raise RuntimeError(f"{run.output_dir/RECIPE} was changed after the start: it has no output_dir.")
     if not trust: refuse_stranger(run, about, recipe)
     _resumable(recipe)
     last = _newest(recipe, about['nproc']*about['nnodes'], about.get('stale', {}))

@@ -26,13 +26,13 @@ def _adopt_orphans():
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 def _reap():
-    "Take the exit status of adopted processes that have ended."
+    "Collect the exit status of adopted processes that have ended."
     try:
         while os.waitpid(-1, os.WNOHANG)[0]: pass
     except ChildProcessError: pass
 
 def _end_all():
-    "Kill whatever is left below this process, as far as possible."
+    "Kill all remaining descendants of this process, as far as possible."
     end = time.monotonic() + GRACE
     while (left := descendants(os.getpid())) and time.monotonic() < end:
         for pid in left:
@@ -77,10 +77,10 @@ def _start(run):
 
 def _wait(folder, own, child, told):
     """Wait until a run has ended, has used up its time after being asked to stop, or has lost its folder; returns
-    whether it was asked."""
+    whether it was asked to stop."""
     # When SIGTERM was passed on; the last heartbeat; when each file was first seen
     ending, beat, seen = 0, time.monotonic(), {}
-    # Torchrun ends its ranks after its caller has gone
+    # torchrun may still be ending its ranks after the process that called it is gone
     while child.poll() is None or ending and descendants(os.getpid()):
         if not is_there(folder, own): break
         left = 0 if told else _seconds_left(seen)
@@ -104,7 +104,7 @@ def wait_on(
     os.chdir(folder)  # from here on, file names refer to this folder, wherever its path may lead later
     own, run = os.stat('.'), read_json(RUN)
     write = lambda name, value: write_json(name, value, state=True)
-    told = []  # when SIGTERM came
+    told = []  # the times at which a signal arrived
     for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, lambda *_: told.append(time.time()))
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     _adopt_orphans()

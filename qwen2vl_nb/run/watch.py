@@ -24,10 +24,10 @@ class Seen:
     "What can be seen of a run at one moment."
     name:str     # Name of its folder
     state:str    # Its `status`, or `'stopping'`
-    now:Progress # How far it is
+    now:Progress # How far it has got
 
 def _look(run):
-    "Look at a run."
+    "What can be seen of a run now."
     state = run.status
     asked = any((run.output_dir/name).exists() for name in (STOP, STOPPING))
     if state == 'running' and asked: state = 'stopping'
@@ -60,7 +60,7 @@ def _cause(run):
 
 # %% ../../nbs/run/70_watch.ipynb #105127bd
 def _fullest(used):
-    "The fullest of GPUs, in words; `used` is what `Run.gpu` returns."
+    "The fullest GPU, in words; `used` is what `Run.gpu` returns."
     if used.empty: return ''
     gpu = used.loc[(used['used GiB']/used['of GiB']).idxmax()]
     load = f", {gpu['load %']:.0f} %" if gpu['load %'] >= 0 else ''  # an unknown load is `nan`
@@ -109,10 +109,10 @@ def _line(text, colour='inherit'):
 _looks = {'done': 'success', 'failed': 'danger', 'damaged': 'danger', 'stopped': 'warning', 'stopping': 'warning'}
 _shares = dict(words=.002, gpu=.002, curve=.013) # Shares of one core; together below 2 %
 _at_work = ('running', 'stopping', 'resuming')
-_most_failures = 30 # Number of looks in a row that may fail before the view gives up
+_most_failures = 30 # Number of refreshes in a row that may fail before the view gives up
 
 class RunView(VBox):
-    "A run as a widget, which is kept up to date as long as the run is at work."
+    "A run as a widget, which is kept up to date while the run is in progress."
     def __init__(self,
         run, # A `Run`
     ):
@@ -165,7 +165,7 @@ def _act(self:RunView, act):
 def follow(self:RunView,
     trouble:str='', # Message to be shown in red
 ):
-    "Bring the view up to date, and keep it so as long as the run is at work."
+    "Bring the view up to date, and keep it up to date while the run is in progress."
     with self._lock:
         self._trouble, self._left = trouble, 2
         self._wake.set()
@@ -184,7 +184,7 @@ def _keep_up(self:RunView):
         except Exception as e:
             failed += 1
             at_work = at_work and failed < _most_failures
-            self._warn(f'This could not be shown: {e}')
+            self._warn(f'The view could not be updated: {e}')
         with self._lock:
             self._left = 2 if at_work else self._left - 1
             if not self._left: self._thread = None
@@ -192,7 +192,7 @@ def _keep_up(self:RunView):
 # %% ../../nbs/run/70_watch.ipynb #067ed55c
 @patch
 def _refresh(self:RunView, now):
-    "Update what is due; returns whether the run is at work."
+    "Update what is due; returns whether the run is in progress."
     state = self._words(now)
     at_work = state in _at_work
     if len(self._log.rows) and self._log.offset != self._drawn: self._curve(now=not at_work)
@@ -220,7 +220,7 @@ def _tell(self:RunView): self._body.value = _line(' · '.join(filter(None, [self
 
 @patch
 def _draw(self:RunView):
-    "Draw the curve, as far as it is logged, into the picture, and show the figures that belong to it next to it."
+    "Draw the curve logged so far into the picture, and show its figures next to it."
     self._picture.value = plot_loss(self._log)._repr_png_()
     self._picture.layout.visibility, self._drawn = 'visible', self._log.offset
     self._logged = _figures(self._log.summary())
