@@ -100,7 +100,7 @@ OTHERS = {
     'nothing to score': (lambda t: score([]), 'no predictions'),
     'a file to register': (lambda t: Registry(t).add('x', 'labels.csv'), 'are not samples'),
     'a row that JSON has no words for': (lambda t: Registry(t).add('x', [{'images': [], 'instruction': 'a', 'output': 'b', 'n': float('nan')}]), 'Row 0 cannot be written'),
-    'a file to check': (lambda t: check_samples('labels.csv'), 'Give samples, not a file'),
+    'a file to check': (lambda t: check_samples('labels.csv'), 'Samples are checked, not files'),
     'nothing to split': (lambda t: split_samples([{'images': ['a']}]), 'both splits need some'),
 }
 

@@ -452,7 +452,7 @@ def test_the_check_and_the_recipe_name_the_row(picture, tiny, tmp_path):
     found = check_samples([right, wrong], model=tiny)
     assert list(zip(found.row, found.field, found.level)) == [(1, 'output', 'warning')]
     Registry(tmp_path).add('boxes', [right, wrong])
-    found = data_findings({'model_name_or_path': str(tiny), 'dataset': 'boxes', 'dataset_dir': str(tmp_path), 'do_train': True})
+    found = data_findings({'model_name_or_path': str(tiny), 'dataset': 'boxes', 'dataset_dir': str(tmp_path), 'do_train': True, 'template': 'qwen2_vl'})
     assert [(f.where, f.level) for f in found] == [('boxes', 'warning')] and 'the first is row 1' in found[0].what
 
 def test_llamafactory_trains_on_wrong_boxes_without_a_word(picture, tiny, tmp_path, factory):
