@@ -54,7 +54,7 @@ def is_whole_file(
 # %% ../nbs/12_checkpoint.ipynb #0db935f3
 _values = ('BINUNICODE', 'BININT', 'BININT1', 'BININT2')
 
-def _pickled(path, keys):
+def _read_pickle_values(path, keys):
     """A dict from each of the given strings to the number or string that follows it in the pickle of a file written by
     torch. The pickle is not executed."""
     with open_regular(path) as f, zipfile.ZipFile(f) as z:
@@ -68,7 +68,7 @@ def _pickled(path, keys):
             last = value
     return found
 
-def _deepspeed(folder):
+def _deepspeed_files(folder):
     "What DeepSpeed needs to load a checkpoint: the paths of its files and the number of ranks (`None`: any number)."
     tag = read_text(folder/'latest', 255).strip()
     if Path(tag).name != tag: raise Damaged('latest is damaged')
@@ -76,7 +76,7 @@ def _deepspeed(folder):
     first = next((p for p in (step/'mp_rank_00_model_states.pt', step/'zero_pp_rank_0_mp_rank_00_model_states.pt')
                   if p.is_file()), None)
     if not first: raise Damaged(f'{tag}/mp_rank_00_model_states.pt is missing')
-    saved = _pickled(first, ('dp_world_size', 'mp_world_size', 'stage'))
+    saved = _read_pickle_values(first, ('dp_world_size', 'mp_world_size', 'stage'))
     stage, data, model = saved.get('stage') or 0, saved['dp_world_size'], saved.get('mp_world_size') or 1
     bf16 = 'bf16_'*any(step.glob('bf16_*_optim_states.pt'))
     parts = [f'zero_pp_rank_{rank}_mp_rank_{part:02d}' for part in range(model) for rank in range(data)]
@@ -92,7 +92,7 @@ def _needed(folder):
     for index in folder.glob('*.index.json'):
         yield from (folder/name for name in set(read_json(index)['weight_map'].values()))
     with_states = any(folder.glob('rng_state*.pth'))
-    if any(folder.glob('global_step*')): yield from [folder/'latest', *_deepspeed(folder)[0]]
+    if any(folder.glob('global_step*')): yield from [folder/'latest', *_deepspeed_files(folder)[0]]
     elif with_states: yield from (folder/'optimizer.pt', folder/'scheduler.pt')
     ranks = [int(p.stem.rpartition('_')[2]) for p in folder.glob('rng_state_*.pth')]
     yield from (folder/f'rng_state_{rank}.pth' for rank in range(max(ranks, default=-1)))
@@ -127,7 +127,7 @@ def why_not(
     "Why a run can't be resumed from a checkpoint."
     fault = checkpoint_fault(folder := Path(folder))
     if fault: return f'{folder.name} is incomplete: {fault}.'
-    ranks = _deepspeed(folder)[1] if (folder/'latest').is_file() else None
+    ranks = _deepspeed_files(folder)[1] if (folder/'latest').is_file() else None
     if ranks in (None, world_size): return ''
     return (f'{folder.name} is complete, but DeepSpeed can load it on {ranks} rank(s) only, and this run has '
             f'{world_size}.')
@@ -139,7 +139,7 @@ def is_whole(
     "Whether a checkpoint is complete and this number of ranks can load it."
     return not why_not(folder, world_size)
 
-def _number(path): return int(re.search(r'checkpoint-(\d+)', path.name)[1])
+def _step_of(path): return int(re.search(r'checkpoint-(\d+)', path.name)[1])
 
 def checkpoints(
     output_dir, # Folder of a run
@@ -147,7 +147,7 @@ def checkpoints(
     "The checkpoints of a run, including those that an earlier version renamed to `torn-checkpoint-N`."
     found = [p for p in Path(output_dir).glob('*checkpoint-*')
              if re.fullmatch(r'checkpoint-\d+|torn-checkpoint-\d+(\.\d+)?', p.name)]
-    return sorted(found, key=lambda p: (_number(p), p.name.startswith('checkpoint'), p.name))
+    return sorted(found, key=lambda p: (_step_of(p), p.name.startswith('checkpoint'), p.name))
 
 # %% ../nbs/12_checkpoint.ipynb #1f24bed7
 def when_written(

@@ -54,7 +54,7 @@ def _has_clips(recipe):
     try: return any('videos' in str(registry[name.strip()].get('columns')) for name in named.split(',') if name.strip())
     except (OSError, ValueError, KeyError): return False  # another check reports what is wrong
 
-def _kind(recipe):
+def _recipe_model_type(recipe):
     "The `model_type` of the recipe's model; empty if it can't be read, which is reported elsewhere."
     try: return model_type(recipe.get('model_name_or_path') or '')
     except ValueError: return ''
@@ -62,7 +62,7 @@ def _kind(recipe):
 def _version_findings(recipe, versions):
     "Combinations of versions that are known to fail in what the recipe uses."
     uses = {'scores': recipe.get('predict_with_generate'), 'DeepSpeed': recipe.get('deepspeed'),
-            'video': _has_clips(recipe), 'Qwen3.5': 'qwen3_5' in _kind(recipe),
+            'video': _has_clips(recipe), 'Qwen3.5': 'qwen3_5' in _recipe_model_type(recipe),
             'LoRA with DeepSpeed': recipe.get('deepspeed') and recipe.get('finetuning_type', 'lora') == 'lora'}
     return [f for f in version_findings(versions, [use for use in uses if uses[use]]) if f.level == 'error']
 
@@ -99,7 +99,7 @@ def hub_findings(
                                           f'({" ".join(why.split())[:200]}).{part}', _other_way)]
 
 # %% ../nbs/20_checks.ipynb #75309f2b
-def _free(folder):
+def _free_bytes(folder):
     "Free bytes on the disk of a folder, which may not exist yet."
     there = next(p for p in (Path(folder).absolute(), *Path(folder).absolute().parents) if p.exists())
     return psutil.disk_usage(str(there)).free
@@ -111,7 +111,7 @@ def disk_findings(
     "Whether there is space for the checkpoints that are kept, and for one more while it is written."
     model = Path(recipe.get('model_name_or_path') or '')
     if not recipe.get('do_train') or not recipe.get('output_dir') or not model.is_dir(): return []
-    free, kept = _free(recipe['output_dir']), (recipe.get('save_total_limit') or 1) + 1
+    free, kept = _free_bytes(recipe['output_dir']), (recipe.get('save_total_limit') or 1) + 1
     if free > 7*kept*sum(p.stat().st_size for p in model.glob('*.safetensors')): return []
     try: one = predict_memory(recipe, None, ranks).disk
     except ValueError: return []
@@ -154,25 +154,25 @@ def model_findings(
 # %% ../nbs/20_checks.ipynb #071e26a0
 def _family(recipe):
     "The family of the recipe's model; Qwen2-VL if its family is not supported, which is reported elsewhere."
-    return families.get(_kind(recipe), families['qwen2_vl'])
+    return families.get(_recipe_model_type(recipe), families['qwen2_vl'])
 
 def _has_processor(model):
     "Whether the model has a processor that can be read; if it can't be read, this is reported elsewhere."
     try: return has_processor(model)
     except ValueError: return False
 
-def _see(name): return f'See `check_samples(dataset_samples(registry, {name!r}))` for each of them.'
+def _check_samples_hint(name): return f'See `check_samples(dataset_samples(registry, {name!r}))` for each of them.'
 
 def _length_findings(name, samples, recipe):
     "Rows with pictures that can't be read, and rows that are longer than `cutoff_len`."
     model, cutoff = Path(recipe.get('model_name_or_path') or ''), recipe.get('cutoff_len', 2048)
-    counts = _kind(recipe) in families and (model/'tokenizer.json').is_file() and _has_processor(model)
+    counts = _recipe_model_type(recipe) in families and (model/'tokenizer.json').is_file() and _has_processor(model)
     about = {'template': recipe.get('template'), 'enable_thinking': recipe.get('enable_thinking')}
     tokens = count_tokens(samples, model if counts else None, **about, **recipe_limits(recipe))
     lost = tokens.index[tokens.media.isna()]
     if len(lost):
         yield Finding(name, f'{len(lost)} row(s) have pictures or clips that cannot be read, or are too small; '
-                            f'the first is row {lost[0]}: {media_paths(samples[lost[0]])}.', _see(name))
+                            f'the first is row {lost[0]}: {media_paths(samples[lost[0]])}.', _check_samples_hint(name))
     total, prefers = tokens.total.dropna(), recipe.get('stage') in _preferring  # a long answer is cut before the prompt
     if len(total) and total.max() > cutoff:
         row, most = total.idxmax(), total.max()
@@ -183,7 +183,7 @@ def _length_findings(name, samples, recipe):
             f'Set cutoff_len to {most} or more, or reduce image_max_pixels.',
             'error' if tokens.media[row] and (not prefers or tokens.media.max() > cutoff) else 'warning')
 
-def _is_out_of_place(sample):
+def _lacks_timestamps(sample):
     "Whether LLaMA-Factory finds no timestamps for a clip: it looks them up by the turn's index, not the clip's."
     turns = [text for role, text in trained_turns(sample) if role != 'system']
     clips = len(media_of(sample, 'videos'))
@@ -192,7 +192,7 @@ def _is_out_of_place(sample):
 def _clip_findings(name, samples, recipe):
     "Rows whose clips LLaMA-Factory 0.9.5 cannot put into the prompt of a family with timestamps."
     if not _family(recipe).has_times: return
-    lost = [i for i, s in enumerate(samples) if _is_out_of_place(s)]
+    lost = [i for i, s in enumerate(samples) if _lacks_timestamps(s)]
     if lost:
         yield Finding(name, f'{len(lost)} row(s) have a clip in a later turn, for which LLaMA-Factory finds no '
                             f'timestamps and stops; the first is row {lost[0]}.',
@@ -207,7 +207,7 @@ def _clip_findings(name, samples, recipe):
 def _box_findings(name, samples, recipe):
     "Boxes that the recipe's model should not learn as they are, with the first row of each kind."
     rows = [(i, s) for i, s in enumerate(samples) if any(box_pieces(text) for _, _, text in sample_turns(s))]
-    if not rows or _kind(recipe) not in families: return
+    if not rows or _recipe_model_type(recipe) not in families: return
     limits = recipe_limits(recipe)
     sizes = {path: look.size for path, look in glance_at_samples([s for _, s in rows], limits)[0].items()}
     about = sizes, recipe['model_name_or_path'], limits['image_max_pixels'], limits['image_min_pixels']
@@ -267,7 +267,7 @@ def _row_findings(name, samples, recipe, stage):
         first = rows.iloc[0]
         yield Finding(name,
             f'{rows.row.nunique()} row(s) have a fault in {field or "their form"}; '
-            f'the first is row {first.row}: {first.what}', _see(name))
+            f'the first is row {first.row}: {first.what}', _check_samples_hint(name))
     if stage == 'pt': return
     yield from _template_findings(name, samples, recipe)
     if stage == 'sft': yield from _thought_findings(name, samples, recipe)
@@ -298,7 +298,7 @@ def _entry_findings(name, registry, recipe):
     return found + list(_row_findings(name, samples, recipe, stage))
 
 # %% ../nbs/20_checks.ipynb #731a7d55
-def _unregistered(name, names, path):
+def _unregistered_finding(name, names, path):
     near = get_close_matches(name, names, 1)
     hint = f'; did you mean {near[0]!r}?' if near else '.'
     return Finding('dataset',
@@ -320,7 +320,7 @@ def data_findings(
     found = []
     for name in dataset_names(recipe):
         if name in names: found += _entry_findings(name, reg, recipe)
-        else: found.append(_unregistered(name, names, reg.path))
+        else: found.append(_unregistered_finding(name, names, reg.path))
     return found
 
 # %% ../nbs/20_checks.ipynb #d2203f55
@@ -425,13 +425,13 @@ def _family_findings(recipe):
         yield Finding('template', f'The template is {template!r}; {family.name} was trained with {usual}.',
                       f'Set template: {usual}.', 'warning')
     trains_projector = not recipe.get('freeze_multi_modal_projector', True) and recipe.get('freeze_vision_tower', True)
-    if trains_projector and 'qwen3_vl' in _kind(recipe):
+    if trains_projector and 'qwen3_vl' in _recipe_model_type(recipe):
         yield Finding('freeze_multi_modal_projector',
                       'Only the last projector is trained: for LLaMA-Factory the others of Qwen3-VL, '
                       '`deepstack_merger_list`, are part of the vision tower.',
                       'Set freeze_vision_tower: false to train them, too.', 'note')
     adapts = recipe.get('do_train') and recipe.get('finetuning_type', 'lora') == 'lora'
-    if adapts and _kind(recipe).endswith('_moe'):
+    if adapts and _recipe_model_type(recipe).endswith('_moe'):
         yield Finding('finetuning_type',
                       'LoRA adapts linear layers. The experts to which tokens are routed are none, and stay as they '
                       'are.',
@@ -471,19 +471,19 @@ def recipe_findings(
             *_argument_findings(recipe), *_output_findings(recipe), *_zero_findings(recipe, nproc)]
 
 # %% ../nbs/20_checks.ipynb #473c86ab
-def _known(value):
+def _without_auto(value):
     "A DeepSpeed config without the values that the trainer fills in later."
-    return {k: _known(v) for k,v in value.items() if v != 'auto'} if isinstance(value, dict) else value
+    return {k: _without_auto(v) for k,v in value.items() if v != 'auto'} if isinstance(value, dict) else value
 
-def _trial(recipe, folder):
+def _checkable_recipe(recipe, folder):
     """The recipe in a form that can be checked without a GPU and without other ranks.
     Arguments that require a GPU are left out if there is one."""
     apart = ('deepspeed', *('pure_bf16', 'tf32')*bool(gpus()))
     return {k:v for k,v in recipe.items() if k not in apart} | {'use_cpu': True, 'output_dir': folder}
 
-def _trial_zero(recipe):
+def _checkable_zero(recipe):
     "The ZeRO config of the recipe in a form that can be checked; empty if there is none, or if it can't be read."
-    try: zero = _known(read_zero(recipe.get('deepspeed')))
+    try: zero = _without_auto(read_zero(recipe.get('deepspeed')))
     except (OSError, ValueError): return {}
     return zero and {'train_micro_batch_size_per_gpu': 1} | zero
 
@@ -493,7 +493,7 @@ def ask_llamafactory(
 )->list: # `Finding`s
     "What LLaMA-Factory's parser and DeepSpeed's config class say about a recipe; takes about ten seconds."
     with tempfile.TemporaryDirectory() as folder:
-        answers, why = ask(arguments, _trial(recipe, folder), _trial_zero(recipe), python=python,
+        answers, why = ask(arguments, _checkable_recipe(recipe, folder), _checkable_zero(recipe), python=python,
                            env=child_env(), cwd=folder)
     found = [Finding(*answer) for answer in answers]
     return found + [Finding('llamafactory', f'LLaMA-Factory cannot be imported: {why}',

@@ -16,7 +16,7 @@ from pathlib import Path
 # %% ../nbs/01_files.ipynb #81bd5150
 _prefix, _suffix = '.qwen2vl_nb-', '.tmp'
 
-def _create(path, mode, private):
+def _create_temporary(path, mode, private):
     "A new temporary file beside `path`, opened for writing."
     beside = path.with_name(f'{_prefix}{os.getpid()}-{secrets.token_hex(8)}{_suffix}')
     fd = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600 if private else 0o666)
@@ -35,7 +35,7 @@ def whole_file(
         path = Path(os.path.realpath(path))  # for a link, the file that it points to
         if path.exists() and not path.is_file(): raise Damaged(f'{path} is not a regular file.')
         path.parent.mkdir(parents=True, exist_ok=True)
-    beside, file = _create(path, mode, private)
+    beside, file = _create_temporary(path, mode, private)
     try:
         with file as f:
             yield f
@@ -70,7 +70,7 @@ def reserve(
     size:int, # Bytes
 )->Path: # A temporary file of that size beside it; remove it just before writing
     "Reserve disk space for a file that will be written later."
-    beside, file = _create(Path(path), 'wb', True)
+    beside, file = _create_temporary(Path(path), 'wb', True)
     with file as f: f.write(bytes(size))
     return beside
 
@@ -223,7 +223,7 @@ def file_digest(
     return found.hexdigest()
 
 # %% ../nbs/01_files.ipynb #0bc0d38b
-def _content(path):
+def _digest_of_path(path):
     "The digest of a regular file; `None` for anything else."
     with suppress(OSError, Damaged): return file_digest(path)
 
@@ -236,7 +236,7 @@ def other_name(
     ending = f'-{letters}{ending[-20:]}'
     return path.with_name(stem.encode()[:255-len(ending.encode())].decode(errors='ignore') + ending)
 
-def _place(beside, path):
+def _rename_if_free(beside, path):
     "Give a temporary file its name; raises `FileExistsError` if the name is taken."
     try: os.link(beside, path)
     except FileExistsError: raise
@@ -254,33 +254,33 @@ def write_new(
     letters = file_digest(data)
     for name in (path, other_name(path, letters[:8]), other_name(path, letters)):
         if len(name.name.encode()) > 255: continue
-        if not name.is_symlink() and _content(name) == letters: return name
+        if not name.is_symlink() and _digest_of_path(name) == letters: return name
         with suppress(FileExistsError): return _write_at(name, data)
     raise FileExistsError(f'{path} and its alternative names are taken by other files.')
 
 def _write_at(path, data):
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside, file = _create(path, 'wb', False)
+    beside, file = _create_temporary(path, 'wb', False)
     try:
         data.seek(0)
         with file: shutil.copyfileobj(data, file)
-        _place(beside, path)
+        _rename_if_free(beside, path)
     finally: beside.unlink(missing_ok=True)
     return path
 
 # %% ../nbs/01_files.ipynb #0e2ba07b
-def _written_list():
+def _written_list_path():
     "The path of the list of files that this user has written: JSON lines of the form [path, digest]."
     return Path(os.environ.get('XDG_DATA_HOME') or Path.home()/'.local'/'share')/'qwen2vl_nb'/'written.jsonl'
 
 def _was_written(path, digest):
     line = json.dumps([str(path), digest]).encode()
     with suppress(OSError, Damaged, RuntimeError):  # `RuntimeError` if there is no home folder
-        return any(found == line + b'\n' for _, found in whole_lines(_written_list()))
+        return any(found == line + b'\n' for _, found in whole_lines(_written_list_path()))
 
 def _note_written(path, digest):
     if _was_written(path, digest): return
-    file = _written_list()
+    file = _written_list_path()
     file.parent.mkdir(parents=True, exist_ok=True)
     fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     with open(fd, 'ab') as f: f.write(json.dumps([str(path), digest]).encode() + b'\n')
@@ -292,7 +292,7 @@ def may_replace(
     """Whether nothing would be lost: this package wrote the file and nobody has changed it since, or it already has the
     content that is to be written."""
     path = os.path.realpath(path)
-    found = _content(path)
+    found = _digest_of_path(path)
     return not os.path.lexists(path) or found is not None and (found == digest or _was_written(path, found))
 
 

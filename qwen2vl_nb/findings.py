@@ -48,15 +48,15 @@ def text_table(
     return _text_class()(table, copy=False)
 
 # %% ../nbs/04_findings.ipynb #43575d44
-_levels, _shown = ('error', 'warning', 'note', 'mended'), 60
+_levels, _max_shown = ('error', 'warning', 'note', 'mended'), 60
 
-def _worst(table):
+def _most_serious(table):
     "The findings to show, and a line with the number of all findings if not all are shown."
-    if len(table) <= _shown or 'level' not in table: return table, ''
+    if len(table) <= _max_shown or 'level' not in table: return table, ''
     counts = table.level.value_counts()
     named = ', '.join(f'{counts[level]} {level}' for level in _levels if level in counts)
-    worst = table.sort_values('level', key=lambda levels: levels.map(_levels.index), kind='stable').head(_shown)
-    return worst, f'{len(table)} findings ({named}); the worst {_shown} are:'
+    worst = table.sort_values('level', key=lambda levels: levels.map(_levels.index), kind='stable').head(_max_shown)
+    return worst, f'{len(table)} findings ({named}); the worst {_max_shown} are:'
 
 @cache
 def findings_class()->type: # Of `DataFrame`
@@ -67,14 +67,14 @@ def findings_class()->type: # Of `DataFrame`
         _constructor = property(lambda self: FindingsTable)
         def _repr_html_(self):
             if self.empty: return '<p>Nothing found.</p>'
-            worst, line = _worst(self)
+            worst, line = _most_serious(self)
             with pd.option_context('display.max_colwidth', None):
                 shown = super(FindingsTable, worst)._repr_html_() or ''
             for cell in 'td', 'th': shown = shown.replace(f'<{cell}>', f'<{cell} style="text-align:left">')
             return f'<p>{line}</p>{shown}' if line else shown
         def __repr__(self):
             if self.empty: return 'Nothing found.'
-            worst, line = _worst(self)
+            worst, line = _most_serious(self)
             rows = ['  '.join(f'{name}: {cell}' for name,cell in row.items()) for row in worst.to_dict('records')]
             return '\n'.join([line]*bool(line) + rows)
     return FindingsTable

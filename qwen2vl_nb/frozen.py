@@ -32,8 +32,8 @@ def spare_gathered():
 SPARE_FROZEN = 'QWEN2VL_NB_SPARE_FROZEN' # Environment variable; with `0`, nothing is changed
 
 # Package → first version with the effect, what that version keeps, and the function that prevents it
-_kept = {'transformers': ('5', 'activations of the frozen vision tower', spare_tower),
-         'deepspeed': ('0.19', 'gathered frozen weights', spare_gathered)}
+_changes = {'transformers': ('5', 'activations of the frozen vision tower', spare_tower),
+            'deepspeed': ('0.19', 'gathered frozen weights', spare_gathered)}
 
 def is_spared(
     package:str, # `'transformers'` or `'deepspeed'`
@@ -46,7 +46,7 @@ def is_spared(
     if (os.environ | (env or {})).get(SPARE_FROZEN) == '0' or not recipe.get('do_train'): return False
     if recipe.get('finetuning_type', 'lora') != 'lora': return False
     if package == 'deepspeed' and (stage != 3 or not recipe.get('use_reentrant_gc', True)): return False
-    return Version(importlib.metadata.version(package)) >= Version(_kept[package][0])
+    return Version(importlib.metadata.version(package)) >= Version(_changes[package][0])
 
 def describe_spared(
     recipe:dict, # A recipe
@@ -54,7 +54,7 @@ def describe_spared(
     env:dict=None, # Environment variables of the run in addition to those of this process
 )->str: # A sentence; empty if nothing is changed
     "What a run does differently from the installed versions."
-    what = [words for package, (_, words, _) in _kept.items() if is_spared(package, recipe, stage, env)]
+    what = [words for package, (_, words, _) in _changes.items() if is_spared(package, recipe, stage, env)]
     return f"{' and '.join(what)} are not kept ({SPARE_FROZEN}=0 keeps them)" if what else ''
 
 def spare_frozen(
@@ -62,6 +62,6 @@ def spare_frozen(
 )->str: # As returned by `describe_spared`
     "Make the changes that a recipe needs in this process."
     stage = zero_stage(recipe.get('deepspeed'))
-    for package, (_, _, spare) in _kept.items():
+    for package, (_, _, spare) in _changes.items():
         if is_spared(package, recipe, stage): spare()
     return describe_spared(recipe, stage)

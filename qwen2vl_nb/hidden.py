@@ -9,7 +9,7 @@ __all__ = ['is_secret', 'apart', 'mask', 'pack', 'given']
 import json, os, re
 
 # %% ../nbs/02_hidden.ipynb #d10a0005
-_words = re.compile(r"""(?x) TOKEN(?!S|IZ) | (?:API|AUTH|ACCESS|BEARER|SECRET)_?TOKENS |
+_secret_names = re.compile(r"""(?x) TOKEN(?!S|IZ) | (?:API|AUTH|ACCESS|BEARER|SECRET)_?TOKENS |
     SECRET | PASSW | PASSPHRASE | CREDENTIAL | WEBHOOK |
     (?: (?<!BY)(?<!COM)PASS | KEYS? | (?<!OLD)(?<=[A-Z_])PWD ) (?![A-Z]) |
     (?<![A-Z]) (?: PATS? | CREDS? | COOKIES? | JWT | BEARER | [A-Z]?AUTH(?:ORIZATION)? ) (?![A-Z])""")
@@ -23,7 +23,7 @@ def is_secret(
     if isinstance(value, dict): return any(is_secret(f'{name}.{k}', v) for k,v in value.items())
     if isinstance(value, (list, tuple)): return any(is_secret(name, v) for v in value)
     words = re.sub('(?<=[a-z])(?=[A-Z])', '_', name).upper()
-    return isinstance(value, str) and bool(value and _words.search(words) or _userinfo.search(value))
+    return isinstance(value, str) and bool(value and _secret_names.search(words) or _userinfo.search(value))
 
 def apart(
     values:dict, # Environment variables, or a recipe

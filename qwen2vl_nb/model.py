@@ -302,7 +302,7 @@ def recipe_limits(
 # %% ../nbs/03_model.ipynb #mode0041
 special_tokens = ('<|im_start|>', '<|im_end|>', '<|endoftext|>', '<|vision_start|>', '<|vision_end|>',
           '<|vision_pad|>', '<|image_pad|>', '<|video_pad|>')
-_thought = '<think>\n\n</think>\n\n' # What a template for thinking models adds to an answer without thoughts
+_empty_thought = '<think>\n\n</think>\n\n' # What a template for thinking models adds to an answer without thoughts
 
 def with_system(
     turns:list, # (role, text) of each turn
@@ -325,7 +325,7 @@ def with_thoughts(
     "An answer as a template for thinking models writes it: with its thoughts, or with empty ones if it has none."
     if template not in thinking_templates or not isinstance(text, str): return text
     if thinks is False: text = without_thoughts(text)
-    return text if '<think>' in text or '</think>' in text else _thought + text
+    return text if '<think>' in text or '</think>' in text else _empty_thought + text
 
 thinking_templates = tuple({name for family in families.values() for name in family.templates[1:]})
 template_times = {name: family.has_times for family in families.values() for name in family.templates}
@@ -370,7 +370,7 @@ def chat_template(
 _names = ('hidden_size', 'num_hidden_layers', 'num_attention_heads', 'num_key_value_heads', 'intermediate_size',
           'vocab_size')
 _rope = {'type': 'mrope', 'mrope_section': [16, 24, 24]}
-_rest_of_text = {
+_other_text_settings = {
     'qwen2_vl': {'max_position_embeddings': 32_768, 'rope_theta': 1e6, 'rope_scaling': _rope},
     'qwen2_5_vl': {'max_position_embeddings': 128_000, 'rope_theta': 1e6, 'rope_scaling': _rope},
     'qwen3_vl': {'max_position_embeddings': 262_144, 'rope_theta': 5e6, 'head_dim': 128, 'rope_scaling': {
@@ -400,7 +400,7 @@ def _published_config(name):
         raise ValueError(f'{name} is not a model folder, and its name has none of the sizes of {families[kind].name}: '
                          f"{', '.join(sizes).upper()}.")
     *text, tied = sizes[size[0]]
-    text = dict(zip(_names, text)) | {'tie_word_embeddings': tied} | _rest_of_text[kind]
+    text = dict(zip(_names, text)) | {'tie_word_embeddings': tied} | _other_text_settings[kind]
     return {'model_type': kind, 'dtype': 'bfloat16', 'tie_word_embeddings': tied, 'text_config': text,
             'vision_config': _tower(kind, size[0], text['hidden_size']), 'vision_start_token_id': 151_652,
             'vision_end_token_id': 151_653, 'image_token_id': 151_655, 'video_token_id': 151_656}

@@ -20,7 +20,7 @@ def _comment(line):
     found = re.search(r'(?:^|[\s,(])#(?!\|)\s?(.*)$', line)
     return found and found[1].strip()
 
-def _entry(name, type_, default, comment):
+def _format_entry(name, type_, default, comment):
     "A parameter or a result in numpydoc's format."
     kind = ', '.join(filter(None, [type_ and ast.unparse(type_), default and f'default {ast.unparse(default)}']))
     return ' : '.join(filter(None, [name, kind])) + (f'\n    {comment}' if comment else '')
@@ -32,25 +32,25 @@ def _parameters(arguments):
     others = [(stars + a.arg, a, None) for stars, a in (('*', arguments.vararg), ('**', arguments.kwarg)) if a]
     return [(a.arg, a, default) for a, default in named if a.arg != 'self'] + others
 
-def _sections(thing):
+def _docstring_sections(thing):
     "The sections of a docstring: the parameters of a function or the fields of a dataclass, and what is returned."
     source = textwrap.dedent(inspect.getsource(thing))
     lines, node = source.splitlines(), ast.parse(source).body[0]
     if isinstance(node, ast.ClassDef):
-        given, back = [_entry(n.target.id, n.annotation, None, _comment(lines[n.lineno - 1])) for n in node.body
+        given, back = [_format_entry(n.target.id, n.annotation, None, _comment(lines[n.lineno - 1])) for n in node.body
                        if isinstance(n, ast.AnnAssign)], []
     else:
         last = next((line for line in lines[node.lineno:] if line.startswith(')')), '')
-        given = [_entry(name, a.annotation, default, _comment(lines[a.lineno - 1]))
+        given = [_format_entry(name, a.annotation, default, _comment(lines[a.lineno - 1]))
                  for name, a, default in _parameters(node.args)]
-        back = [_entry('', node.returns, None, _comment(last)).strip()] if node.returns or _comment(last) else []
+        back = [_format_entry('', node.returns, None, _comment(last)).strip()] if node.returns or _comment(last) else []
     return ['\n'.join([title, '-'*len(title), *entries])
             for title, entries in (('Parameters', given), ('Returns', back)) if entries]
 
 # %% ../nbs/00_names.ipynb #name0016
 def _document(f, source):
     "Add the parameters of a function, or the fields of a class, to a docstring."
-    f.__doc__ = '\n\n'.join([f.__doc__ or '', *_sections(source)])
+    f.__doc__ = '\n\n'.join([f.__doc__ or '', *_docstring_sections(source)])
 
 # %% ../nbs/00_names.ipynb #name0018
 def _frames(tb):
@@ -114,13 +114,13 @@ def as_public(
     return thing
 
 # %% ../nbs/00_names.ipynb #name0004
-def _homes(package, folder):
+def _modules_by_name(package, folder):
     """A dict from each name that a package's stub file imports to its module; `from .x import *` stands for all names
     of the package `x`."""
     homes = {}
     for node in ast.parse((folder/'__init__.pyi').read_text(encoding='utf-8')).body:
         for alias in node.names:
-            if alias.name == '*': homes |= _homes(f'{package}.{node.module}', folder/node.module)
+            if alias.name == '*': homes |= _modules_by_name(f'{package}.{node.module}', folder/node.module)
             else: homes[alias.name] = f'{package}.{node.module}'
     return homes
 
@@ -136,7 +136,7 @@ def lazily(
     file:str, # Its `__file__`; `__init__.pyi` is next to it
 )->tuple: # `__all__`, `__getattr__` and `__dir__` of the package
     "The public names of a package, each imported when it is first used."
-    homes = _homes(package, Path(file).parent)
+    homes = _modules_by_name(package, Path(file).parent)
     inside = {home.removeprefix(f'{package}.').split('.')[0] for home in homes.values()}
     def get(name):
         if name in homes:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 # %% ../nbs/06_processes.ipynb #da0120de
-def _stat(pid):
+def _proc_stat(pid):
     "Fields of `/proc/<pid>/stat` after the name: state, parent, …; `None` if there is no such process."
     try: return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
     except OSError: return None
@@ -20,7 +20,7 @@ def descendants(
     pid:int, # Process id
 )->list: # Process ids, without `pid` itself
     "All current descendants of a process."
-    parents = {int(p.name): s for p in Path('/proc').iterdir() if p.name.isdigit() and (s := _stat(p.name))}
+    parents = {int(p.name): s for p in Path('/proc').iterdir() if p.name.isdigit() and (s := _proc_stat(p.name))}
     found, todo = [], [pid]
     while todo:
         above = todo.pop()
@@ -33,7 +33,7 @@ def created(
     pid:int, # Process id
 )->int: # Clock ticks from the machine's boot to the start of the process; `None` if it does not exist or has ended
     "When a process was started. The pid and this time identify a process, even if the pid is used again later."
-    stat = _stat(pid)
+    stat = _proc_stat(pid)
     return int(stat[19]) if stat and stat[0] != 'Z' else None
 
 # %% ../nbs/06_processes.ipynb #86d9820d

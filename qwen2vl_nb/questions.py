@@ -43,7 +43,7 @@ def hub(
     yield [kind, why, str(Path(cached).parent) if isinstance(cached, str) else None, constants.ENDPOINT]
 
 # %% ../nbs/07_questions.ipynb #bb59f842
-def _not_text(field, value):
+def _string_fault(field, value):
     "What is wrong with a string if the argument is declared as a number or a bool, which the parser doesn't check."
     words = set(re.findall('[a-zA-Z]+', str(field.type)))
     if words & {'str', 'list', 'dict', 'Literal', 'enum'}: return
@@ -73,7 +73,7 @@ def _missing_packages(recipe, model, training):
                'Install flash-attn, or leave flash_attn out.', 'warning')
 
 # %% ../nbs/07_questions.ipynb #468716b0
-def _unknown(recipe, names):
+def _unknown_keys(recipe, names):
     "The keys of a recipe that are not arguments of LLaMA-Factory."
     for key in (k for k in recipe if k not in names):
         near = difflib.get_close_matches(key, names, 1)
@@ -88,7 +88,7 @@ def _no_template(name):
     hint = f'; did you mean {near[0]!r}?' if near else '.'
     yield 'template', f'LLaMA-Factory has no template {name!r}{hint}', 'Correct its name.'
 
-def _refused(recipe, error):
+def _parser_error(recipe, error):
     "The exception that the parser raised, with the keys that it names."
     named = [key for key in recipe if re.search(f'(?<![a-z_]){re.escape(key)}(?![a-z_])', str(error))]
     return ', '.join(named) or 'recipe', f'LLaMA-Factory refuses the recipe: {error}', 'Change the recipe accordingly.'
@@ -102,29 +102,29 @@ def arguments(
     kinds = 'Model', 'Data', 'Training', 'Finetuning', 'Generating'
     names = {f.name: f for kind in kinds for f in dataclasses.fields(getattr(hparams, f'{kind}Arguments'))}
     wrong = {k: fault for k, v in recipe.items() if k in names and isinstance(v, str)
-             and (fault := _not_text(names[k], v))}
-    yield from _unknown(recipe, names)
+             and (fault := _string_fault(names[k], v))}
+    yield from _unknown_keys(recipe, names)
     for key, fault in wrong.items(): yield key, *fault
     try:
         right = {k: v for k, v in recipe.items() if k in names and k not in wrong}
         model, data, training, *_ = hparams.get_train_args(right)
         yield from _no_template(data.template)
         yield from _missing_packages(recipe, model, training)
-    except Exception as e: yield _refused(recipe, e)
+    except Exception as e: yield _parser_error(recipe, e)
     if not zero: return
     from deepspeed.runtime.config import DeepSpeedConfig
     try: DeepSpeedConfig(zero)
     except Exception as e: yield 'deepspeed', f'DeepSpeed refuses the config: {e}', 'Correct the ZeRO config.'
 
 # %% ../nbs/07_questions.ipynb #35d9a4a0
-def _absent(attr, columns):
+def _missing_columns(attr, columns):
     "Columns that a registry entry names but its data file does not have."
     used = ['system', 'tools', 'images', 'videos', 'audios', 'kto_tag']
     used += ['chosen', 'rejected'] if attr.ranking else ['response'] if attr.formatting == 'alpaca' else []
     used += ['prompt', 'query', 'history'] if attr.formatting == 'alpaca' else ['messages']
     return {k: getattr(attr, k) for k in used if getattr(attr, k) and getattr(attr, k) not in columns}
 
-def _dropped(table, attr):
+def _dropped_rows(table, attr):
     "The rows that the trainer drops."
     import pyarrow.compute as pc
     pairs = attr.ranking or attr.kto_tag
@@ -132,7 +132,7 @@ def _dropped(table, attr):
     lengths = zip(*(pc.list_value_length(table[k]).to_pylist() for k in ('_prompt', '_response')))
     return [i for i, (said, last) in enumerate(lengths) if said % 2 == 0 or (last < 2 if pairs else last != 1)]
 
-def _lost(table):
+def _missing_media(table):
     "Yield the paths of missing pictures, clips and audio files."
     import pyarrow as pa, pyarrow.compute as pc
     for k in ('_images', '_videos', '_audios'):
@@ -142,7 +142,7 @@ def _lost(table):
         for path in pc.unique(paths).to_pylist():
             if path and not os.path.isfile(path): yield path
 
-def _why(error, path):
+def _loader_error(error, path):
     "The exception that the loader raised, in one line; with line and column if the file is not valid JSON."
     while error.__cause__: error = error.__cause__
     try:
@@ -174,11 +174,11 @@ def loaded(
         try:
             attr, = parser.get_dataset_list([name], entries)
             table = loader._load_single_dataset(attr, *args).with_format('arrow')[:]
-            answer = {'rows': len(table), 'dropped': _dropped(table, attr), 'lost': list(_lost(table))}
+            answer = {'rows': len(table), 'dropped': _dropped_rows(table, attr), 'lost': list(_missing_media(table))}
         except KeyError as e:
             told = f'A turn of a dialogue has no key {e}, although the tags of the entry name it.'
-            answer = {'absent': _absent(attr, columns), 'columns': columns, 'error': told}
-        except Exception as e: answer = {'error': _why(e, os.path.join(folder, entry['file_name']))}
+            answer = {'absent': _missing_columns(attr, columns), 'columns': columns, 'error': told}
+        except Exception as e: answer = {'error': _loader_error(e, os.path.join(folder, entry['file_name']))}
         yield [name, answer]
 
 # %% ../nbs/07_questions.ipynb #6179436c

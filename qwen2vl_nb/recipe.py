@@ -19,7 +19,7 @@ from .checkpoint import checkpoints, is_stale, is_whole_file
 from .run.folder import RUN
 
 # %% ../nbs/10_recipe.ipynb #eca681f9
-def _recipe(defaults, changes):
+def _merge_recipe(defaults, changes):
     "The defaults updated with the changes; keys with the value `None` are left out."
     recipe = {k:v for k,v in (defaults | changes).items() if v is not None}
     if recipe.get('per_device_eval_batch_size', 1) < 1:
@@ -50,7 +50,7 @@ def train_recipe(
         'per_device_train_batch_size': 1, 'gradient_accumulation_steps': 8,
         'learning_rate': 1e-4 if is_lora else 1e-5, 'num_train_epochs': 3.0, 'lr_scheduler_type': 'cosine',
         'warmup_ratio': .1, 'bf16': True, 'ddp_timeout': 180_000_000}
-    return _recipe(defaults | _stage_defaults(stage, is_lora), changes)
+    return _merge_recipe(defaults | _stage_defaults(stage, is_lora), changes)
 
 # %% ../nbs/10_recipe.ipynb #comp0002
 def _fields(path):
@@ -72,7 +72,7 @@ def argument_names()->tuple: # Sorted; empty without LLaMA-Factory
         for file in files if spec else (): found.update(_fields(Path(spec.submodule_search_locations[0], file)))
     return tuple(sorted(found))
 
-def _open_call(text):
+def _function_being_called(text):
     "The name of the function whose arguments are being typed at the end of a text; empty if there is none."
     depth = 0
     for i in reversed(range(len(text))):
@@ -90,7 +90,7 @@ def complete_arguments(
     def recipe_arguments(context):
         before = context.full_text.split('\n')[:context.cursor_line]
         text, token = '\n'.join([*before, context.text_until_cursor]), re.search(r'\w*$', context.text_until_cursor)[0]
-        names = argument_names() if _open_call(text) in ('train_recipe', 'predict_recipe') else ()
+        names = argument_names() if _function_being_called(text) in ('train_recipe', 'predict_recipe') else ()
         return {'completions': [SimpleCompletion(f'{name}=', type='param') for name in names if name.startswith(token)]}
     shell.Completer.custom_matchers.append(recipe_arguments)
 
@@ -150,7 +150,7 @@ def predict_recipe(
         'eval_dataset': dataset, 'template': usual_template(model), 'cutoff_len': 2048, 'overwrite_cache': True,
         'preprocessing_num_workers': 4, 'output_dir': os.fspath(output_dir or beside), 'report_to': 'none',
         'per_device_eval_batch_size': 4, 'max_new_tokens': 128, 'do_sample': False}
-    return _recipe(defaults, changes)
+    return _merge_recipe(defaults, changes)
 
 # %% ../nbs/10_recipe.ipynb #eee21064
 class _Loader(yaml.SafeLoader): "YAML in which `1e-4` is a number, as LLaMA-Factory reads it."
@@ -160,13 +160,13 @@ _power_of_ten = re.compile(r'^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$')
 for _yaml in (_Loader, _Dumper):
     _yaml.add_implicit_resolver('tag:yaml.org,2002:float', _power_of_ten, list('-+0123456789'))
 
-def _size(node, known):
+def _expanded_size(node, known):
     "The number of values that a YAML node has with its aliases expanded; a node may contain itself."
     if id(node) not in known:
         known[id(node)] = math.inf
         pairs = node.value if isinstance(node.value, list) else []
         parts = [part for pair in pairs for part in (pair if isinstance(pair, tuple) else [pair])]
-        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
+        known[id(node)] = 1 + sum(_expanded_size(part, known) for part in parts)
     return known[id(node)]
 
 def load_recipe(
@@ -177,7 +177,7 @@ def load_recipe(
     text = read_text(path, 2**20)
     try:
         node = yaml.compose(text, _Loader)
-        if node and _size(node, {}) > 100_000:
+        if node and _expanded_size(node, {}) > 100_000:
             raise ValueError('its aliases (`*name`) stand for more than 100,000 values')
         recipe = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, LookupError, OverflowError, RecursionError) as e:
@@ -196,12 +196,12 @@ def zero_file_name(
     return f"ds_z{zero.get('stage', 0)}{offload}_config.json"
 
 # %% ../nbs/10_recipe.ipynb #4ffe6bb4
-_paths = ('model_name_or_path', 'adapter_name_or_path', 'dataset_dir', 'media_dir', 'output_dir', 'deepspeed',
-          'tokenized_path', 'resume_from_checkpoint')
+_path_keys = ('model_name_or_path', 'adapter_name_or_path', 'dataset_dir', 'media_dir', 'output_dir', 'deepspeed',
+              'tokenized_path', 'resume_from_checkpoint')
 
 def _absolute(key, value):
     "A value of the recipe, made absolute if it is a path. A name on a hub stays as it is."
-    if key not in _paths or isinstance(value, bool) or key == 'model_name_or_path' and not Path(value).is_dir():
+    if key not in _path_keys or isinstance(value, bool) or key == 'model_name_or_path' and not Path(value).is_dir():
         return value
     if key == 'adapter_name_or_path': return ','.join(str(Path(p).absolute()) for p in value.split(','))
     return str(Path(value).absolute())

@@ -72,9 +72,9 @@ bad_pairs = [
 ]
 
 # %% ../nbs/08_stack.ipynb #ec383f25
-_needed = ('torch', 'torchvision', 'torchaudio', 'transformers', 'peft', 'accelerate', 'datasets', 'trl',
-           'deepspeed', 'llamafactory')
-_scores = ('jieba', 'nltk', 'rouge-chinese')
+_required_packages = ('torch', 'torchvision', 'torchaudio', 'transformers', 'peft', 'accelerate', 'datasets', 'trl',
+                      'deepspeed', 'llamafactory')
+_score_packages = ('jieba', 'nltk', 'rouge-chinese')
 
 USES = 'scores', 'DeepSpeed', 'LoRA with DeepSpeed', 'video' # What only some recipes need
 
@@ -82,22 +82,23 @@ def installed_versions(
     python=sys.executable, # The interpreter of an environment
 )->dict: # Package → version
     "Versions of the packages that training and prediction need, without importing them."
-    names = (*_needed, *_scores, 'nbdev', 'execnb')
+    names = (*_required_packages, *_score_packages, 'nbdev', 'execnb')
     answers, why = ask(versions, *names, python=python)
     if why or not answers: raise ValueError(f'{python} cannot report its versions: {why or "it printed nothing"}')
     return answers[0]
 
 # %% ../nbs/08_stack.ipynb #4b1c06f2
-def _within(version, spec): return SpecifierSet(spec).contains(Version(version).base_version)
+def _version_matches(version, spec): return SpecifierSet(spec).contains(Version(version).base_version)
 
 def _missing_findings(versions, uses):
     refuses = ': LLaMA-Factory refuses to predict (`predict_with_generate`) without it.'
-    ends = dict.fromkeys(_needed, '.') | (dict.fromkeys(_scores, refuses) if 'scores' in uses else {})
+    ends = (dict.fromkeys(_required_packages, '.')
+            | (dict.fromkeys(_score_packages, refuses) if 'scores' in uses else {}))
     missing = [p for p in ends if p not in versions and (p != 'deepspeed' or 'DeepSpeed' in uses)]
     return [Finding(p, f'{p} is not installed{ends[p]}', f'pip install {p}') for p in missing]
 
 def _pair_findings(versions, uses):
-    holds = lambda pair: all(p in versions and _within(versions[p], spec) for p,spec in pair.when.items())
+    holds = lambda pair: all(p in versions and _version_matches(versions[p], spec) for p,spec in pair.when.items())
     name = lambda pair: ' + '.join(f'{p} {versions[p]}' for p in pair.when)
     return [Finding(name(b), b.what, b.cure, b.level) for b in bad_pairs if b.breaks in ('', *uses) and holds(b)]
 
@@ -107,7 +108,7 @@ def _built_for_findings(versions):
     torch = Version(versions['torch'])
     if torch.major != 2: return []
     right = {'torchvision': f'==0.{torch.minor+15}.*', 'torchaudio': f'==2.{torch.minor}.*'}
-    wrong = {p: spec for p,spec in right.items() if p in versions and not _within(versions[p], spec)}
+    wrong = {p: spec for p,spec in right.items() if p in versions and not _version_matches(versions[p], spec)}
     what = f'was not built for torch {torch}; importing it fails, and so does importing LLaMA-Factory.'
     return [Finding(p, f'{p} {versions[p]} {what}', f'pip install {p}{spec}') for p,spec in wrong.items()]
 

@@ -169,7 +169,7 @@ def _road(pen, rng, horizon, haze):
 # %% ../nbs/80_tiny.ipynb #f9d3a44e
 DRAWN = dict(car=(_car,23), truck=(_truck,31), bus=(_bus,34)) # Function that draws a vehicle, and half its length
 
-def _place(
+def _draw_with_shadow(
     image:Image.Image, # Picture of `SIZE` times `ZOOM` pixels
     item:str,          # One of `ITEMS`
     paint:tuple,       # RGB, 0 to 255
@@ -187,7 +187,7 @@ def _vehicle(image, rng, item, color):
     "A vehicle of any size that fits, anywhere on the road."
     scale,paint = rng.uniform(.85, 1.2),_mix(COLORS[color], (128,128,128), rng.uniform(0, .08))
     reach = DRAWN[item][1]*scale + 2
-    _place(image, item, paint, rng.uniform(reach, SIZE[0]-reach), rng.uniform(9, 17), scale)
+    _draw_with_shadow(image, item, paint, rng.uniform(reach, SIZE[0]-reach), rng.uniform(9, 17), scale)
 
 def _scenery(rng):
     "A picture of `SIZE` times `ZOOM` pixels with a road and nothing on it."
@@ -229,7 +229,7 @@ def draw_drive(
     reach = DRAWN[item][1]*scale + 2
     def frame(i):
         image = ground.copy()
-        _place(image, item, COLORS[color], reach + (SIZE[0]-2*reach)*i/(n-1), y, scale)
+        _draw_with_shadow(image, item, COLORS[color], reach + (SIZE[0]-2*reach)*i/(n-1), y, scale)
         if way == 'left': image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return image.resize(SIZE, Image.Resampling.BOX)
     return [frame(i) for i in range(n)]
@@ -325,7 +325,7 @@ def draw_scene(
     image,boxes = _scenery(rng),[]
     for item,(x,scale) in zip(items, _places(items, rng)):
         empty = image.copy()
-        _place(image, item, COLORS[rng.choice([*COLORS])], x, rng.uniform(4, 22), scale)
+        _draw_with_shadow(image, item, COLORS[rng.choice([*COLORS])], x, rng.uniform(4, 22), scale)
         corners = ImageChops.difference(empty, image).getbbox()
         boxes.append(Box(item, *(corner/ZOOM for corner in corners)))
     return image.resize(SIZE, Image.Resampling.BOX),boxes
@@ -500,7 +500,7 @@ def _config(
         vision_start_token_id=ids('vision_start'), vision_end_token_id=ids('vision_end'))
 
 # %% ../nbs/80_tiny.ipynb #dd8947fb
-def _say_tied(
+def _write_tied_flag(
     path:Path, # The model's `config.json`
 ):
     """Write `tie_word_embeddings` at the top level of the config: transformers 4.57 omits it because it has the default
@@ -529,6 +529,6 @@ def tiny_model(
         bos_token_id=ids('endoftext'), pad_token_id=ids('endoftext'), eos_token_id=[ids('im_end'), ids('endoftext')],
         do_sample=True, temperature=.01, top_k=1, top_p=.001)
     model.to(torch.bfloat16).save_pretrained(folder)
-    _say_tied(folder/'config.json')
+    _write_tied_flag(folder/'config.json')
     processor.save_pretrained(folder)
     return folder

@@ -4,8 +4,8 @@ import json, subprocess, sys
 import pytest
 
 from qwen2vl_nb.checks import quick_findings, slow_findings
-from qwen2vl_nb.checks import _trial_zero
-from qwen2vl_nb.checks import _trial
+from qwen2vl_nb.checks import _checkable_zero
+from qwen2vl_nb.checks import _checkable_recipe
 from qwen2vl_nb.boot import child_env
 from qwen2vl_nb.run.start import launch
 from qwen2vl_nb.findings import Finding
@@ -79,7 +79,7 @@ for name, question in json.load(sys.stdin).items(): print(json.dumps([name, list
 def found(recipes, tmp_path_factory):
     "name → the errors of `check_recipe`, whose question to LLaMA-Factory is put for all recipes in one child."
     folder = str(tmp_path_factory.mktemp('asked'))
-    questions = {name: [_trial(r, folder), _trial_zero(r)] for name, r in recipes.items()}
+    questions = {name: [_checkable_recipe(r, folder), _checkable_zero(r)] for name, r in recipes.items()}
     done = subprocess.run([sys.executable, '-c', ASK_ALL], input=json.dumps(questions, default=str), capture_output=True, text=True, env=child_env())
     asked = {name: [Finding(*f) for f in answers] for name, answers in map(json.loads, done.stdout.splitlines())}
     assert asked.keys() == recipes.keys(), done.stderr[-3000:]

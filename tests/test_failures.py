@@ -413,7 +413,7 @@ def test_failure(provoked, name):
 
 def test_data_found_bad_beside_the_start(tmp_path, tiny, data, monkeypatch):
     "The checks that take long have not ended when the run starts, and end it then."
-    monkeypatch.setattr(run_module, '_seconds', 0)
+    monkeypatch.setattr(run_module, '_check_seconds', 0)
     room = Room(tmp_path, tiny, data)
     changes = room.rows(good_rows)
     room.picture(7).unlink()

@@ -5,7 +5,7 @@ import pytest
 
 from qwen2vl_nb.checks import check_recipe
 from qwen2vl_nb.checks import ask_llamafactory
-from qwen2vl_nb.checks import _known, _trial
+from qwen2vl_nb.checks import _without_auto, _checkable_recipe
 from qwen2vl_nb.recipe import load_recipe, predict_recipe, save_recipe, train_recipe
 from qwen2vl_nb.zero import zero_config, zero_names
 
@@ -24,14 +24,14 @@ def test_recipes_are_parsed(name, recipe, tmp_path):
     "In this process, since LLaMA-Factory's import is what takes long."
     from llamafactory.hparams import get_train_args
     saved = load_recipe(save_recipe(recipe, tmp_path/'recipe.yaml'))
-    model, data, training, finetuning, generating = get_train_args(_trial(saved, str(tmp_path)))
+    model, data, training, finetuning, generating = get_train_args(_checkable_recipe(saved, str(tmp_path)))
     assert model.model_name_or_path == recipe['model_name_or_path'] and finetuning.finetuning_type == recipe['finetuning_type'] and data.template == 'qwen2_vl'
     assert generating.max_new_tokens == recipe.get('max_new_tokens', generating.max_new_tokens) and training.learning_rate == recipe.get('learning_rate', training.learning_rate)
 
 def test_zero_configs_are_parsed():
     "All seven in one process, since DeepSpeed's import is what takes long."
     import deepspeed.runtime.config as ds
-    for name in zero_names: assert ds.DeepSpeedConfig({'train_micro_batch_size_per_gpu': 1} | _known(zero_config(name))).zero_optimization_stage == int(name[1])
+    for name in zero_names: assert ds.DeepSpeedConfig({'train_micro_batch_size_per_gpu': 1} | _without_auto(zero_config(name))).zero_optimization_stage == int(name[1])
 
 def test_a_bad_zero_config_is_refused_by_deepspeed():
     zero = zero_config('z3')

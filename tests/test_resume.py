@@ -14,7 +14,7 @@ from qwen2vl_nb.recipe import find_adapter
 from qwen2vl_nb.run.folder import state_or_empty
 from qwen2vl_nb.run.loss import read_log
 from qwen2vl_nb.run.merge import export
-from qwen2vl_nb.run.owner import _note
+from qwen2vl_nb.run.owner import _record_path
 from qwen2vl_nb.run.start import attach, launch
 from qwen2vl_nb.zero import zero_config
 
@@ -366,13 +366,13 @@ def test_notes_of_starts_are_private_and_forgotten_with_their_folders(tmp_path):
         folder.mkdir()
         (folder/'run.json').write_text('{}')
         note_start(folder)
-    assert all(_note(f).stat().st_mode & 0o777 == 0o600 for f in folders)
+    assert all(_record_path(f).stat().st_mode & 0o777 == 0o600 for f in folders)
     shutil.rmtree(folders[0])
     note_start(folders[1])
-    assert [_note(f).exists() for f in folders] == [False, True]
-    (_note(folders[1]).parent/'broken.json').write_text('no JSON')
+    assert [_record_path(f).exists() for f in folders] == [False, True]
+    (_record_path(folders[1]).parent/'broken.json').write_text('no JSON')
     note_start(folders[1])
-    assert json.loads(_note(folders[1]).read_text())['folder'] == str(folders[1])
+    assert json.loads(_record_path(folders[1]).read_text())['folder'] == str(folders[1])
 
 # torchrun starts the ranks again
 

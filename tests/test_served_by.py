@@ -143,5 +143,5 @@ def test_no_proxy_is_asked_for_them(monkeypatch):
     port, = _free_ports(1)
     command = [sys.executable, '-c', SERVER, str(port), '{}']
     server = subprocess.Popen(command, env=os.environ | {'SERVER_NAME': 'x'})
-    try: _until(lambda: servers._names_models(f'http://127.0.0.1:{port}/v1'))
+    try: _until(lambda: servers._lists_models(f'http://127.0.0.1:{port}/v1'))
     finally: end_children([server])

@@ -25,29 +25,29 @@ from .tokens import clip_sampling, known_limits, look_at_samples, media_tokens, 
 if TYPE_CHECKING: import pandas as pd
 
 # %% ../../nbs/data/40_check.ipynb #930ce439
-_says = {'user': 'prompt', 'assistant': 'answer', 'system': 'system prompt', 'observation': 'observation',
-         'function_call': 'function call'}
+_role_names = {'user': 'prompt', 'assistant': 'answer', 'system': 'system prompt', 'observation': 'observation',
+               'function_call': 'function call'}
 
-def _words(text): return without_tags(text).strip('\ufeff \t\r\n\u3000\u00a0\u200b')
+def _visible_text(text): return without_tags(text).strip('\ufeff \t\r\n\u3000\u00a0\u200b')
 
 def _empty_fault(text, name):
-    if _words(text): return
+    if _visible_text(text): return
     return Fault(f'The {name} is empty.', f'Fill in the {name}, or drop the row.', 'warning')
 
-def _mark_fault(text, name):
+def _special_token_fault(text, name):
     found = '<|' in text and [mark for mark in special_tokens if mark in text]
     if found:
         return Fault(f'The {name} has {", ".join(found)}, which the tokenizer turns into the special token itself.',
                      'Remove it from the text.')
 
-def _place_fault(role, text, name):
+def _misplaced_tag_fault(role, text, name):
     "Tags in places where they don't belong."
     found = ('<' in text and role != 'user' and role != 'observation'
              and [tag for tag in media_tags if tag in text])
     level = 'warning' if role == 'system' else 'error'  # in a system prompt, a tag stays text
     if found: return Fault(f'The {name} has {found[0]} in it.', 'Remove it: tags belong in the prompt.', level)
 
-def _stray_fault(text):
+def _encoding_residue_fault(text):
     "Characters that are left over from a file's encoding."
     if '\ufeff' in text:
         return Fault('It contains a byte-order mark (U+FEFF), which is a token of its own.',
@@ -57,14 +57,14 @@ def _stray_fault(text):
 
 def _text_faults(role, text):
     "Faults in the text of one turn."
-    name = _says.get(role, 'text')
+    name = _role_names.get(role, 'text')
     if not isinstance(text, str):
         is_json = isinstance(text, (dict, list))
         cure = 'Write it as JSON text: json.dumps(…).' if is_json else f'Give the {name} as text.'
         return [Fault(f'The {name} is {show_value(text)}, not text: '
                       'LLaMA-Factory would drop the row or stop.', cure)]
-    faults = (_empty_fault(text, name), _mark_fault(text, name), _place_fault(role, text, name),
-              _stray_fault(text))
+    faults = (_empty_fault(text, name), _special_token_fault(text, name), _misplaced_tag_fault(role, text, name),
+              _encoding_residue_fault(text))
     return [f for f in faults if f]
 
 # %% ../../nbs/data/40_check.ipynb #6f53b0d3
@@ -143,7 +143,7 @@ def _history_faults(sample):
     if isinstance(history, list) and all(map(is_pair, history)): return []
     return [('history', Fault(f'The history is {show_value(history)}.', 'Give a list of pairs, [prompt, answer].'))]
 
-def _objects(text, *keys):
+def _is_json_objects(text, *keys):
     "Whether the text is the JSON of an object, or of a list of objects, with these keys."
     try: found = json.loads(text)
     except (ValueError, TypeError, RecursionError): return False
@@ -154,22 +154,22 @@ def _tool_faults(sample, turns):
     "Tools and function calls that LLaMA-Factory can't parse, which stops training."
     calls = [(field, text) for field, role, text in turns if role == 'function_call' and isinstance(text, str)]
     for field, text in calls:
-        if not _objects(text, 'name', 'arguments'):
+        if not _is_json_objects(text, 'name', 'arguments'):
             what = f'The function call is {show_value(text)}, not JSON with name and arguments: training stops.'
             yield field, Fault(what, 'Give {"name": …, "arguments": {…}}, or a list of such objects.')
     tools = sample.get('tools')
-    if tools and not (_objects(tools, 'name') or _objects(tools, 'function')) or _is_no_list(tools):
+    if tools and not (_is_json_objects(tools, 'name') or _is_json_objects(tools, 'function')) or _is_not_list(tools):
         yield 'tools', Fault(f'The tools are {show_value(tools)}, not a list of tools as JSON text: training stops.',
                              'Give a list of {"name": …, "parameters": …} as text: json.dumps(…).')
 
-def _is_no_list(tools): return isinstance(tools, str) and bool(tools) and not tools.lstrip().startswith('[')
+def _is_not_list(tools): return isinstance(tools, str) and bool(tools) and not tools.lstrip().startswith('[')
 
 # %% ../../nbs/data/40_check.ipynb #4863e48e
 def _json_faults(sample):
     try: (text := json.dumps(sample, ensure_ascii=False, allow_nan=False)).encode()
     except (TypeError, ValueError, RecursionError):
-        found = [(str(k), fault) for k,v in sample.items() if (fault := _unwritable(v))]
-        return found or [('', _unwritable(sample))]
+        found = [(str(k), fault) for k,v in sample.items() if (fault := _json_fault(v))]
+        return found or [('', _json_fault(sample))]
     nul = [k for k,v in sample.items() if _has_nul_key({k: v})] if '\\u0000' in text else []
     what = 'A key contains the character NUL, and Arrow cuts off the name there.'
     return [(k, Fault(what, 'Remove it.')) for k in nul]
@@ -185,7 +185,7 @@ def _key_faults(sample):
             yield other, Fault(f'There is also the key {key!r}, but it is empty: the model sees nothing of {other!r}.',
                                f'Remove the key {key!r}.', 'warning')
 
-def _unwritable(value):
+def _json_fault(value):
     try: json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError:
         return Fault('It contains half a character (a lone surrogate) and cannot be written.', 'Correct the text.')
@@ -218,7 +218,7 @@ def _column_faults(rows, told):
         if {type(v) for _, v in values} <= {str} or not (error := _arrow_error(values)): continue
         # the first value that doesn't fit
         n = bisect_left(range(len(values)), True, key=lambda n: bool(_arrow_error(values[:n+1])))
-        yield values[n][0], key, _mixed(key, values[:n+1], error)
+        yield values[n][0], key, _mixed_types_fault(key, values[:n+1], error)
 
 def _as_written(sample, key):
     "The value under a key as `write_samples` writes it: one path of a picture or clip becomes a list."
@@ -230,14 +230,14 @@ def _arrow_error(values):
     try: pa.array([v for _, v in values])
     except (pa.ArrowException, OverflowError, UnicodeError, TypeError) as e: return str(e) or type(e).__name__
 
-def _mixed(key, values, error):
+def _mixed_types_fault(key, values, error):
     named = list(dict.fromkeys(_types.get(type(v), type(v).__name__) for _, v in values))
     what = (f'{key!r} is {named[-1]} here and {named[0]} before' if len(named) > 1
             else f'{key!r} does not fit the rows before it ({error})')
     return Fault(f'{what}: the loader accepts only one type in a column, and stops.',
                  'Give it one type, or remove it from the samples.')
 
-def _late_faults(rows):
+def _late_column_faults(rows):
     "Columns that start with so many empty rows that LLaMA-Factory considers them empty."
     for key in ('images', 'image', 'videos', 'video', 'system', 'tools'):
         first = next((n for n, (_, s) in enumerate(rows) if s.get(key)), 0)
@@ -255,22 +255,22 @@ def _id_faults(rows):
                                  'Give each row its own id.', 'warning')
 
 # %% ../../nbs/data/40_check.ipynb #680ab9a9
-def _said_in(sample):
+def _content_of(sample):
     "Pictures and turns of a sample as one text; `None` if it is too long or too deeply nested."
     media = media_of(sample, 'images'), media_of(sample, 'videos')
     try: return repr((*media, sample_turns(sample), sample.get('kto_tag')))
     except (ValueError, RecursionError): return None
 
-def _same_faults(rows):
+def _duplicate_row_faults(rows):
     first = {}
     for i, s in rows:
-        if (said := _said_in(s)) is None: continue
+        if (said := _content_of(s)) is None: continue
         what = hash(said)
         if first.setdefault(what, i) != i:
             yield i, '', Fault(f'The row has the same content as row {first[what]}.',
                                'Drop one of them, unless it should have twice the weight.', 'note')
 
-_rare = 10  # an imbalance is noted if the most frequent answer is this many times as frequent as the rarest
+_imbalance_ratio = 10  # an imbalance is noted if the most frequent answer is this many times as frequent as the rarest
 
 def _balance_faults(rows):
     "A note about the rarest answer, if the answers are classes and another one is much more frequent."
@@ -279,13 +279,13 @@ def _balance_faults(rows):
     counts = Counter(answer for _, answer in answers).most_common()
     if not 2 <= len(counts) <= max(2, min(50, len(answers)//5)): return
     (common, most), (rare, least) = counts[0], counts[-1]
-    if most >= _rare*least:
+    if most >= _imbalance_ratio*least:
         yield next(i for i, a in answers if a == rare), 'output', Fault(
             f'{show_value(rare)} is the answer of {least} row(s), {show_value(common)} of {most}.',
             'Collect more rows with this answer, and look at its score separately.', 'note')
 
 # %% ../../nbs/data/40_check.ipynb #33983140
-def _shown_in(samples, key):
+def _first_rows_by_path(samples, key):
     "Path → number of the first row that shows it; a clip's frames count as pictures."
     rows = {}
     for i, s in enumerate(samples):
@@ -298,7 +298,7 @@ def _shown_in(samples, key):
 
 def _leaks(looks, others, against, key):
     "Path → fault, for pictures or clips that are also among `others`."
-    rows = _shown_in(against, key)
+    rows = _first_rows_by_path(against, key)
     found = {path: (path, True) for path in looks if path in rows}
     found |= near_duplicates(looks, {p: others[p] for p in rows if p in others})
     for path, (other, equal) in found.items():
@@ -307,7 +307,7 @@ def _leaks(looks, others, against, key):
                           'Keep them in one split: `split_samples(…, group=…)`.', 'warning')
 
 # %% ../../nbs/data/40_check.ipynb #579decbe
-def _named(path, fault):
+def _with_file_name(path, fault):
     "The fault, with the name of its file added if the text doesn't contain it."
     name = os.path.basename(path)
     return fault if name in fault.what else fault._replace(what=f'{name}: {fault.what}')
@@ -317,7 +317,7 @@ def _item_faults(key, item, looks, leaks, copies):
     if isinstance(item, str):
         faults = [*looks[key == 'videos'][item].faults, *leaks.get(item, [])]
         mended = lambda f: f._replace(cure=f'Mended in the copy {copies[item]}', level='mended')
-        return [_named(item, mended(f) if f.mends and item in copies else f) for f in faults]
+        return [_with_file_name(item, mended(f) if f.mends and item in copies else f) for f in faults]
     if key == 'videos' and isinstance(item, list) and item:
         return [f for frame in item for f in _item_faults('images', frame, looks, leaks, copies)]
     return [Fault(f'The path is {show_value(item)}, not text.', 'Give the path of a file.')]
@@ -400,29 +400,29 @@ def _unturned_faults(samples, unturned):
     return [(i, media_key(samples[i], 'images'), Fault(what, cure, 'warning')) for i in unturned]
 
 # %% ../../nbs/data/40_check.ipynb #13ecf34d
-def _leaks_of(looks, against, pictures, clips, workers):
+def _all_leaks(looks, against, pictures, clips, workers):
     "Path → faults, for pictures and clips that the samples in `against` also contain."
     others, leaks = look_at_samples(against, pictures, clips, workers), {}
     for key, mine, theirs in zip(('images', 'videos'), looks, others):
         for path, fault in _leaks(mine, theirs, against, key): leaks.setdefault(path, []).append(fault)
     return leaks
 
-def _look_around(samples, against, fix, workers, limits):
+def _inspect_media(samples, against, fix, workers, limits):
     """What was seen in the pictures and clips, which of them the other split also contains, copies of those that were
     mended, and findings about those that were not, because of their boxes."""
     sizes = {k: limits[k] for k in ('image_max_pixels', 'image_min_pixels')}
     about = (partial(look_at_picture, hashes=bool(against), **sizes),
              partial(look_at_video, **clip_sampling(limits)), workers)
     looks = look_at_samples(samples, *about)
-    leaks = _leaks_of(looks, against, *about) if samples and against else {}
+    leaks = _all_leaks(looks, against, *about) if samples and against else {}
     if not fix: return looks, leaks, {}, []
     kept = _unturned(samples, looks[0])
     copies = _mend_pictures(looks[0], {path for paths in kept.values() for path in paths})
     return looks, leaks, copies, _unturned_faults(samples, kept)
 
-def _said_before(rows, against):
+def _leaked_text_rows(rows, against):
     "Rows without pictures that the other split also contains."
-    key = lambda s: _said_in(s) if isinstance(s, dict) and not media_paths(s) else None
+    key = lambda s: _content_of(s) if isinstance(s, dict) and not media_paths(s) else None
     others = {said: i for i, s in enumerate(against) if (said := key(s))}
     for i, s in rows if others else []:
         if (said := key(s)) in others:
@@ -431,7 +431,7 @@ def _said_before(rows, against):
 
 def _between_rows(rows, told):
     "Faults between rows; each (row, field) in `told` already has a worse finding and is skipped."
-    return [*_column_faults(rows, told), *_late_faults(rows), *_id_faults(rows), *_same_faults(rows),
+    return [*_column_faults(rows, told), *_late_column_faults(rows), *_id_faults(rows), *_duplicate_row_faults(rows),
             *_balance_faults(rows), *class_faults(rows), *preference_faults_between(rows)]
 
 def _rows_table(found):
@@ -450,8 +450,8 @@ def _check(samples, fix, against, model, cutoff_len, media, workers, **limits):
     rows = [(i, s) for i, s in enumerate(samples) if isinstance(s, dict)]
     bar = tqdm(samples, desc='Checking rows', unit='row', delay=2, file=sys.stdout)
     found = [(i, *fault) for i, s in enumerate(bar) for fault in _row_faults(s)]
-    found += _said_before(rows, against or [])
-    looks, leaks, copies, more = _look_around(samples if media else [], against, fix, workers, limits)
+    found += _leaked_text_rows(rows, against or [])
+    looks, leaks, copies, more = _inspect_media(samples if media else [], against, fix, workers, limits)
     found += more
     if media: found += [(i, *fault) for i, s in rows for fault in _media_faults(s, looks, leaks, copies)]
     sizes = {path: look.size for path, look in looks[0].items()}

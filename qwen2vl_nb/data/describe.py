@@ -16,8 +16,8 @@ from .samples import is_ranking, media_of, sample_turns, with_each_answer, witho
 from .tokens import count_tokens, glance_at_samples, known_limits
 
 # %% ../../nbs/data/70_describe.ipynb #4a2dfdb2
-_asks = {'user': 'prompt', 'assistant': 'answer', 'system': 'system', 'observation': 'observation',
-         'function_call': 'call'}
+_role_labels = {'user': 'prompt', 'assistant': 'answer', 'system': 'system', 'observation': 'observation',
+                'function_call': 'call'}
 
 def boxes_of_sample(
     sample:dict, # A sample
@@ -41,7 +41,7 @@ def draw_box(
 _marks = {True: ('good answer', BLUE), False: ('bad answer', ORANGE)} # Of samples for KTO
 
 def _card(sample, family, limits):
-    lines = [(_asks.get(role, str(role)), without_tags(str(text)), None)
+    lines = [(_role_labels.get(role, str(role)), without_tags(str(text)), None)
              for _, role, text in sample_turns(sample)]
     if is_ranking(sample):
         lines[-2:] = [[('chosen', lines[-2][1], BLUE), ('rejected', lines[-1][1], ORANGE)]]

@@ -52,7 +52,7 @@ def _not_regular(path):
     except (OSError, ValueError): return
     return Fault(f'{path} is not a regular file, so it is not opened.', 'Give the path of a file.')
 
-def _missing(path):
+def _missing_fault(path):
     near = _near_name(path)
     hint = f' There is {near}, which differs only in case.' if near and near != os.path.basename(path) else ''
     return Fault(f'There is no file {path}.{hint}', 'Correct the path, or drop the row.')
@@ -75,21 +75,21 @@ def _file_fault(path, is_clip=False):
         return Fault('The picture is in the row itself (data: …).',
                      'Read the samples with `read_samples`, which writes it to a file.')
     if os.path.isdir(path): return Fault(f'{path} is a folder.', 'Give the path of a file.')
-    if not os.path.isfile(path): return _not_regular(path) or _missing(path)
+    if not os.path.isfile(path): return _not_regular(path) or _missing_fault(path)
     if not os.path.getsize(path): return Fault(f'{path} is empty.', 'Save it again, or drop the row.')
 
 # %% ../../nbs/data/10_media.ipynb #1c0e21f1
-_heads = {b'<!doctype': 'a web page', b'<html': 'a web page',
-          b'<svg': 'an SVG drawing', b'<?xml': 'XML or an SVG drawing',
-          b'version https://git-lfs': 'a Git LFS pointer (`git lfs pull` fetches the file)',
-          b'%pdf': 'a PDF', b'pk\x03\x04': 'a zip archive'}
+_file_signatures = {b'<!doctype': 'a web page', b'<html': 'a web page',
+                    b'<svg': 'an SVG drawing', b'<?xml': 'XML or an SVG drawing',
+                    b'version https://git-lfs': 'a Git LFS pointer (`git lfs pull` fetches the file)',
+                    b'%pdf': 'a PDF', b'pk\x03\x04': 'a zip archive'}
 
 def _true_kind(data):
     "What a file that Pillow cannot read really is, if it is one of the usual cases."
     head = data[:64].lstrip().lower()
     if data[4:12] in (b'ftypheic', b'ftypheix', b'ftypmif1', b'ftyphevc'):
         return 'a HEIC photograph; save it as JPEG'
-    return next((kind for start, kind in _heads.items() if head.startswith(start)), None)
+    return next((kind for start, kind in _file_signatures.items() if head.startswith(start)), None)
 
 def _unreadable(path, data, error):
     if isinstance(error, PermissionError):
@@ -105,23 +105,23 @@ def _unreadable(path, data, error):
     return Fault(f'{path} cannot be read: {why}.', 'Save the picture again, or drop the row.')
 
 # %% ../../nbs/data/10_media.ipynb #9ea2debe
-def _animated(im):
+def _animation_fault(im):
     # Phones save MPO as .jpg: one photograph with its preview
     if im.format == 'MPO' or not getattr(im, 'is_animated', False): return
     return Fault(f'It has {im.n_frames} frames or pages, and the model sees only the first.',
                  'Save the frame you want, or register it as a video.', 'warning')
 
-def _turned(orientation):
+def _rotation_fault(orientation):
     if orientation in (0, 1): return
     return Fault(f'Its EXIF data says that it must be rotated (orientation {orientation}), '
                  'and LLaMA-Factory does not rotate it.', 'Rotate it and save it again.', 'warning', 'pixels')
 
-def _is_clear(im):
+def _has_transparency(im):
     "Whether parts of the picture are transparent."
     if im.mode in ('RGBA', 'LA', 'PA', 'RGBa', 'La'): return im.getextrema()[-1][0] < 255
     return 'transparency' in im.info and im.convert('RGBA').getextrema()[-1][0] < 255
 
-def _spoilt(im):
+def _color_fault(im):
     "The fault if conversion to RGB would spoil the colours."
     if im.mode.startswith('I;16'):
         return Fault('It has 16 bits per channel, and converting it to RGB clips all values above 255.',
@@ -132,7 +132,7 @@ def _spoilt(im):
     if im.mode in ('CMYK', 'LAB', 'YCbCr', 'HSV'):
         return Fault(f'Its colours are {im.mode}, as used for print or film, and are converted only approximately.',
                      'Save it as RGB.', 'warning', 'pixels')
-    if _is_clear(im):
+    if _has_transparency(im):
         return Fault('It has transparent parts: the model sees whatever colour lies beneath, often black.',
                      'Put it on a white background.', 'warning', 'pixels')
 
@@ -143,17 +143,17 @@ def _formats():
     from PIL import Image
     return Image.registered_extensions()
 
-def _kind(im): return 'JPEG' if im.format == 'MPO' else im.format
-def _ending(kind):
+def _format_of(im): return 'JPEG' if im.format == 'MPO' else im.format
+def _extension_of(kind):
     usual = {'JPEG': '.jpg', 'TIFF': '.tif'}
     return usual.get(kind) or next((e for e,k in _formats().items() if k == kind), None)
 
-def _misnamed(path, im):
+def _extension_fault(path, im):
     ending = os.path.splitext(path)[1].lower()
-    if _formats().get(ending) in (_kind(im), im.format) or not _ending(_kind(im)): return
+    if _formats().get(ending) in (_format_of(im), im.format) or not _extension_of(_format_of(im)): return
     named = f'the extension {ending}' if ending else 'no extension'
-    return Fault(f'It is a {_kind(im)} file with {named}.', f'Change its extension to {_ending(_kind(im))}.',
-                 'warning', 'name')
+    return Fault(f'It is a {_format_of(im)} file with {named}.',
+                 f'Change its extension to {_extension_of(_format_of(im))}.', 'warning', 'name')
 
 # %% ../../nbs/data/10_media.ipynb #0f98741b
 def _shape_fault(size, image_max_pixels=pixel_limits['image_max_pixels'],
@@ -168,7 +168,7 @@ def _shape_fault(size, image_max_pixels=pixel_limits['image_max_pixels'],
                      'and LLaMA-Factory distorts it to 180:1.', 'Crop it, or drop the row.', 'warning')
 
 # %% ../../nbs/data/10_media.ipynb #5d12ede4
-def _see(look, im):
+def _add_hashes(look, im):
     "Add the perceptual hash and the coarse colours of a picture to its `Look`."
     from PIL import Image
     import imagehash
@@ -180,22 +180,23 @@ def _see(look, im):
 def _decode(look, im, path, hashes, limits):
     "Decode all of a picture and note what is wrong with it."
     look.size = im.size
-    shape, large = _shape_fault(im.size, **limits), _large(im)
+    shape, large = _shape_fault(im.size, **limits), _size_fault(im)
     im.load()
     # LLaMA-Factory does this to the whole picture; for some modes it raises an error
     im.crop((0, 0, 2, 2)).resize((1, 1)).convert('RGB')
     look.orientation = im.getexif().get(0x0112, 1)
-    found = (shape, large, _animated(im), _turned(look.orientation), _spoilt(im), _misnamed(path, im))
+    found = (shape, large, _animation_fault(im), _rotation_fault(look.orientation), _color_fault(im),
+             _extension_fault(path, im))
     look.faults += [f for f in found if f]
-    if hashes: _see(look, im)
+    if hashes: _add_hashes(look, im)
 
-_scale = 'Scale it down: the model sees fewer than a million pixels.'
+_scale_down = 'Scale it down: the model sees fewer than a million pixels.'
 
-def _large(im):
+def _size_fault(im):
     "The fault if a picture is so large that Pillow warns about it."
     from PIL import Image
     if im.width*im.height > Image.MAX_IMAGE_PIXELS:
-        return Fault(f'It has {im.width}×{im.height} pixels and takes a long time to read.', _scale, 'warning')
+        return Fault(f'It has {im.width}×{im.height} pixels and takes a long time to read.', _scale_down, 'warning')
 
 # %% ../../nbs/data/10_media.ipynb #c456cf5a
 def look_at_picture(
@@ -213,7 +214,7 @@ def look_at_picture(
             with open_picture(f) as im: _decode(look, im, path, hashes, limits)
     except Image.DecompressionBombError:
         look.faults = [Fault('It has over 178 million pixels, and Pillow refuses so many as a possible decompression '
-                             'bomb.', _scale)]
+                             'bomb.', _scale_down)]
     except Exception as e: look.faults = [_unreadable(path, head, e)]
     return look
 
@@ -245,7 +246,7 @@ def _frame_faults(found, taken, decoded, promised):
                       'Save it again, or drop the row.')]
     return []
 
-def _watch(look, container, video_fps, video_maxlen):
+def _decode_clip(look, container, video_fps, video_maxlen):
     stream = next((s for s in container.streams if s.type == 'video'), None)
     if stream is None:
         look.faults = [Fault('It contains no video, at most sound.', 'Drop the row.')]
@@ -280,7 +281,7 @@ def look_at_video(
     if fault: return Look(faults=[fault])
     try:
         with open_regular(path) as f: head, look.digest = f.read(64), file_digest(f)
-        with open_clip(path) as container: _watch(look, container, video_fps, video_maxlen)
+        with open_clip(path) as container: _decode_clip(look, container, video_fps, video_maxlen)
     except Exception as e: look.faults = [_undecodable(path, head, e)]
     return look
 
@@ -373,21 +374,21 @@ def _as_rgb(im):
     if im.mode.startswith('I;16'):
         import numpy as np
         im = Image.fromarray((np.asarray(im) >> 8).astype('uint8'))
-    if not _is_clear(im): return im.convert('RGB')
+    if not _has_transparency(im): return im.convert('RGB')
     im = im.convert('RGBA')
     return Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im).convert('RGB')
 
-def _mended(path, faults):
+def _repaired_bytes(path, faults):
     "The repaired picture as a file's bytes, and the extension that it should have."
     from PIL import ImageOps
     with open_regular(path) as file, open_picture(file) as im:
-        kind, out = _kind(im), io.BytesIO()
+        kind, out = _format_of(im), io.BytesIO()
         if not any(f.mends == 'pixels' for f in faults):
             file.seek(0)
-            return file.read(), _ending(kind)
+            return file.read(), _extension_of(kind)
         if kind != 'JPEG': kind = 'PNG'
         _as_rgb(ImageOps.exif_transpose(im)).save(out, kind, quality=95)
-    return out.getvalue(), _ending(kind)
+    return out.getvalue(), _extension_of(kind)
 
 def mend_picture(
     path:str, # Path of the picture
@@ -395,6 +396,6 @@ def mend_picture(
     to, # File to write; its folder is created, and the right extension is appended if it has a wrong one
 )->str: # Path of the repaired copy; not `to` if another file is already there
     "Write a repaired copy of a picture."
-    data, ending = _mended(path, faults)
+    data, ending = _repaired_bytes(path, faults)
     to = str(to) if _formats().get(os.path.splitext(to)[1].lower()) == _formats()[ending] else f'{to}{ending}'
     return str(write_new(to, data))

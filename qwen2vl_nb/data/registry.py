@@ -46,7 +46,7 @@ def sample_entry(
     return entry | {'formatting': 'sharegpt', 'columns': columns, 'tags': dict(_dialogue_tags)}
 
 # %% ../../nbs/data/80_registry.ipynb #bebd68f2
-def _broken(path, what, text, at):
+def _syntax_error(path, what, text, at):
     "The error for a registry file that is broken at position `at` in its text."
     line, column = text.count('\n', 0, at) + 1, at - text.rfind('\n', 0, at)
     return ValueError(f'{path}, line {line}, column {column}: {what}. Nothing was changed; correct it there.')
@@ -58,10 +58,10 @@ def _read_text(path):
     except UnicodeDecodeError as e:
         what = f'byte {raw[e.start]:#04x} is not UTF-8; save the file as UTF-8'
         before = raw[:e.start].decode('utf-8-sig')
-        raise _broken(path, what, before, len(before)) from None
+        raise _syntax_error(path, what, before, len(before)) from None
 
 # %% ../../nbs/data/80_registry.ipynb #f8724580
-def _placed(text):
+def _entries_with_positions(text):
     "(position, name, entry) of each entry in the text of a JSON object."
     read, gap = json.JSONDecoder().raw_decode, re.compile(r'[\s,:]*')
     at = gap.match(text, text.index('{') + 1).end()
@@ -76,18 +76,18 @@ def _read_registry(path):
     if not path.exists(): return {}, ''
     text, entries = _read_text(path), {}
     try: whole = json.loads(text)
-    except json.JSONDecodeError as e: raise _broken(path, e.msg, text, e.pos) from None
-    except RecursionError: raise _broken(path, 'it is nested too deeply', text, 0) from None
+    except json.JSONDecodeError as e: raise _syntax_error(path, e.msg, text, e.pos) from None
+    except RecursionError: raise _syntax_error(path, 'it is nested too deeply', text, 0) from None
     if not isinstance(whole, dict):
         what = f'{json.dumps(whole)[:40]} instead of an object with an entry for each data set'
-        raise _broken(path, what, text, len(text) - len(text.lstrip()))
-    for at, name, entry in _placed(text):
-        if name in entries: raise _broken(path, f'{name!r} occurs a second time', text, at)
+        raise _syntax_error(path, what, text, len(text) - len(text.lstrip()))
+    for at, name, entry in _entries_with_positions(text):
+        if name in entries: raise _syntax_error(path, f'{name!r} occurs a second time', text, at)
         entries[name] = entry
     return entries, text
 
 # %% ../../nbs/data/80_registry.ipynb #91023861
-def _as_before(entries, text):
+def _format_like(entries, text):
     "The entries as text, in the format of the previous text."
     indent = re.search(r'\n([ \t]+)"', text)
     new = json.dumps(entries, ensure_ascii=False, indent=indent[1] if indent else 2)
@@ -97,13 +97,13 @@ def _as_before(entries, text):
 def _write_registry(path, entries, text):
     "Write the entries to the file, in the format of its previous text."
     # this turns a lone surrogate into the escape that JSON uses for it
-    write_text(path, _as_before(entries, text).encode(errors='backslashreplace').decode())
+    write_text(path, _format_like(entries, text).encode(errors='backslashreplace').decode())
 
 # %% ../../nbs/data/80_registry.ipynb #909cdc53
 _hubs = {'hf': 'hf_hub_url', 'ms': 'ms_hub_url', 'om': 'om_hub_url'}
 _media = {'images': 'image', 'videos': 'video', 'audios': 'audio'}
 
-def _part(entry, key):
+def _columns_or_tags(entry, key):
     "The `columns` or `tags` of an entry; empty if they are not an object."
     return entry[key] if isinstance(entry, dict) and isinstance(entry.get(key), dict) else {}
 
@@ -121,10 +121,10 @@ def entry_source(
         return 'folder' if is_folder else where, str(entry[key])
     return '', ''
 
-def _described(name, entry, folder):
+def _find_row(name, entry, folder):
     "The row of an entry in the table of entries."
     (where, source), kept = entry_source(entry, folder), entry if isinstance(entry, dict) else {}
-    media = [word for k,word in _media.items() if _part(entry, 'columns').get(k)]
+    media = [word for k,word in _media.items() if _columns_or_tags(entry, 'columns').get(k)]
     return {'name': name, 'modality': '+'.join(media) or 'text', 'where': where, 'source': source,
             'formatting': kept.get('formatting', 'alpaca'), 'ranking': bool(kept.get('ranking')),
             'subset': kept.get('subset') or '', 'split': kept.get('split') or ''}
@@ -139,7 +139,7 @@ def entry_stage(
 )->str: # `'rm'`, `'kto'`, `'pt'` or `'sft'`
     """The training stage that an entry is made for, judging by its columns; `_stages` lists the other stages that
     accept it."""
-    columns = _part(entry, 'columns')
+    columns = _columns_or_tags(entry, 'columns')
     if entry.get('ranking'): return 'rm'
     if columns.get('kto_tag'): return 'kto'
     asks = columns.get('prompt') or columns.get('query')
@@ -148,7 +148,7 @@ def entry_stage(
 def _needed(entry, stage):
     "(part, key) for everything that the entry must name."
     is_alpaca = entry.get('formatting', 'alpaca') == 'alpaca'
-    asks = 'messages' if not is_alpaca else 'prompt' if not _part(entry, 'columns').get('query') else 'query'
+    asks = 'messages' if not is_alpaca else 'prompt' if not _columns_or_tags(entry, 'columns').get('query') else 'query'
     needed = [('columns', asks)] if 'columns' in entry else []
     if entry.get('ranking'): needed += [('columns', 'chosen'), ('columns', 'rejected')]
     elif is_alpaca and needed and (stage == 'sft' or entry['columns'].get('kto_tag')):
@@ -165,7 +165,7 @@ def _shape_faults(entry):
         if k in entry and not (isinstance(entry[k], str) and entry[k]):
             yield f'Its {k} is {entry[k]!r}, not a name.', f'Give {k} as text.'
     for k in _known:
-        for name, value in _part(entry, k).items():
+        for name, value in _columns_or_tags(entry, k).items():
             if value is None or isinstance(value, str): continue
             yield f'Its {k} name {value!r} for {name!r}, not text.', 'Give the name that the file uses for it.'
         if not isinstance(entry.get(k, {}), dict):
@@ -177,14 +177,14 @@ def _shape_faults(entry):
 def _name_faults(entry, stage):
     "Names that are missing, as (what, cure)."
     for part, k in _needed(entry, stage):
-        if _part(entry, part).get(k): continue
+        if _columns_or_tags(entry, part).get(k): continue
         yield (f'Its {part} name no {k!r}: LLaMA-Factory then uses none, not the default.',
                f'Add {k!r} to its {part} in dataset_info.json.')
 
-def _remarks(entry):
+def _entry_warnings(entry):
     "What LLaMA-Factory accepts but probably does not read as intended, as (what, cure)."
     for part, known in _known.items():
-        for k in _part(entry, part):
+        for k in _columns_or_tags(entry, part):
             if k in known: continue
             near = get_close_matches(k, known, 1)
             hint = f'; did you mean {near[0]!r}?' if near else '.'
@@ -221,7 +221,7 @@ def entry_faults(
         return [Finding(name, what, 'Write it as {"file_name": "…"}.')]
     stage = stage or entry_stage(entry)
     wrong = list(_shape_faults(entry)) or [*_name_faults(entry, stage), *_stage_faults(entry, stage)]
-    return [Finding(name, *f) for f in wrong] + [Finding(name, *f, 'warning') for f in _remarks(entry)]
+    return [Finding(name, *f) for f in wrong] + [Finding(name, *f, 'warning') for f in _entry_warnings(entry)]
 
 # %% ../../nbs/data/80_registry.ipynb #e92ce91c
 def _offline_env(folder):
@@ -237,7 +237,7 @@ def _load_all(entries, dataset_dir):
     return {name: dict(answers).get(name, died) for name in entries}
 
 # %% ../../nbs/data/80_registry.ipynb #a337333f
-def _absent_faults(answer):
+def _missing_column_faults(answer):
     for k, name in answer['absent'].items():
         near = get_close_matches(name, answer['columns'], 1)
         hint = f'; did you mean {near[0]!r}?' if near else '.'
@@ -246,7 +246,7 @@ def _absent_faults(answer):
 
 def _answer_faults(answer):
     "What the loader found, as (what, cure)."
-    if answer.get('absent'): yield from _absent_faults(answer)
+    if answer.get('absent'): yield from _missing_column_faults(answer)
     elif 'error' in answer: yield answer['error'], 'Correct the file or its entry; `read_samples(file)` says more.'
     if answer.get('lost'):
         yield (f'{len(answer["lost"])} of its pictures or videos do not exist; the first is {answer["lost"][0]}.',
@@ -258,7 +258,7 @@ def _answer_faults(answer):
                'Turns must alternate, user first, have roles that the tags name, and end with an answer that is text.')
 
 # %% ../../nbs/data/80_registry.ipynb #988ac18a
-def _is_here(entry, folder):
+def _has_local_files(entry, folder):
     "Whether an entry has a local file, or a folder with files."
     where, source = entry_source(entry, folder)
     path = f'{folder}/{source}'
@@ -268,12 +268,12 @@ def _row_faults(name, entry, folder, answer):
     "All faults of an entry and its rows."
     found, (where, source) = entry_faults(name, entry), entry_source(entry, folder)
     if any(f.level == 'error' for f in found): return found  # the loader's own message adds nothing to these
-    if where in ('file', 'folder') and not _is_here(entry, folder):
+    if where in ('file', 'folder') and not _has_local_files(entry, folder):
         cure = 'Create it, or correct file_name in dataset_info.json.'
         found.append(Finding(name, f'There is no file {folder/source}.', cure))
     return found + [Finding(name, *f) for f in _answer_faults(answer)]
 
-def _what(entry, folder, rows):
+def _describe_entry(entry, folder, rows):
     "What an entry is, in words."
     where, source = entry_source(entry, folder)
     if where in ('file', 'folder'):
@@ -283,20 +283,20 @@ def _what(entry, folder, rows):
     return {'hub': f'on the hub: {source}', 'cloud': f'file in cloud storage: {source}',
             'script': f'script {source}: needs external code'}.get(where, 'no data set')
 
-def _loads(where, answer, faults):
+def _load_status(where, answer, faults):
     "Whether it would load: `'yes'`, `'no'`, `'in part'` or `'not tried'`."
     partly = answer.get('dropped') and len(answer['dropped']) < answer['rows']
     errors = [f for f in faults if f.level == 'error']
     if partly and len(errors) == 1: return 'in part'
     return 'no' if errors else 'yes' if where in ('file', 'folder') else 'not tried'
 
-def _checked(name, entry, folder, answer, marked):
+def _check_row(name, entry, folder, answer, marked):
     "The row of an entry in the table; `marked`: whether the registry begins with a byte order mark."
     mark = Finding(name, 'dataset_info.json begins with a byte order mark, at which LLaMA-Factory stops.',
                    'It is removed when the next entry is written here; or save the file as UTF-8 without it.')
     faults = [mark]*marked + _row_faults(name, entry, folder, answer)
-    return {'name': name, 'what': _what(entry, folder, answer.get('rows')),
-            'loads': _loads(entry_source(entry, folder)[0], answer, faults),
+    return {'name': name, 'what': _describe_entry(entry, folder, answer.get('rows')),
+            'loads': _load_status(entry_source(entry, folder)[0], answer, faults),
             'why': ' '.join(f.what for f in faults), 'cure': ' '.join(dict.fromkeys(f.cure for f in faults))}
 
 # %% ../../nbs/data/80_registry.ipynb #bbd86a44
@@ -320,7 +320,7 @@ def _check_name(name):
 
 def _check_free(name, file_name, entries):
     "Raise `ValueError` if the name or the file belongs to something else."
-    files = {n: os.path.normpath(str(_part(entries, n).get('file_name'))) for n in entries}
+    files = {n: os.path.normpath(str(_columns_or_tags(entries, n).get('file_name'))) for n in entries}
     if name in entries and files[name] != file_name:
         raise ValueError(f'{name!r} is taken: {json.dumps(entries[name])}. '
                          f'Choose another name, or `del registry[{name!r}]` first.')
@@ -328,7 +328,7 @@ def _check_free(name, file_name, entries):
     if file_name == 'dataset_info.json': owners = ['the registry']
     if owners: raise ValueError(f'The file {file_name} belongs to {owners[0]}; give another file_name.')
 
-def _stamp(path):
+def _modification_stamp(path):
     """A value that changes when the file is written to; `None` if the last write is so recent that the next one
     might not change it."""
     try: s = os.stat(path)
@@ -360,7 +360,7 @@ class Registry(MutableMapping):
             yield
 
     @contextmanager
-    def _changing(self):
+    def _edit_entries(self):
         """Yield the current entries to be changed, and write them back if the block ends without an error.
         To be used only while the lock is held."""
         entries, text = _read_registry(self.path)
@@ -372,11 +372,11 @@ class Registry(MutableMapping):
     def __setitem__(self, name, entry):
         _check_name(name)
         if not isinstance(entry, dict): raise ValueError(f'{name}: an entry is a dict, not {entry!r}.')
-        with self._lock(), self._changing() as entries: entries[name] = entry
+        with self._lock(), self._edit_entries() as entries: entries[name] = entry
 
     def __delitem__(self, name):
-        self._asked(name, self._read()[0])  # first, so that a name that does not exist creates no lock file
-        with self._lock(), self._changing() as entries: entries.pop(name, None)
+        self._require_entry(name, self._read()[0])  # first, so that a name that does not exist creates no lock file
+        with self._lock(), self._edit_entries() as entries: entries.pop(name, None)
 
     def __iter__(self): return iter(self._read()[0])
     def __len__(self): return len(self._read()[0])
@@ -387,12 +387,12 @@ class Registry(MutableMapping):
 @patch
 def _read(self:Registry):
     "The entries and their text; the file is read again only if it has changed. Callers must not change them."
-    stamp = _stamp(self.path)
+    stamp = _modification_stamp(self.path)
     if not stamp or stamp != self._last[0]: self._last = stamp, *_read_registry(self.path)
     return self._last[1:]
 
 @patch
-def _asked(self:Registry, name, entries):
+def _require_entry(self:Registry, name, entries):
     if name in entries: return entries[name]
     near = get_close_matches(str(name), entries, 3)
     hint = f'; similar names: {", ".join(near)}' if near else ''
@@ -400,10 +400,10 @@ def _asked(self:Registry, name, entries):
 
 @patch
 def _entry(self:Registry, name, entries, text):
-    entry = self._asked(name, entries)
+    entry = self._require_entry(name, entries)
     if isinstance(entry, dict): return copy.deepcopy(entry)
-    at = next(at for at,n,_ in _placed(text) if n == name)
-    raise _broken(self.path, f'{name!r} is a {type(entry).__name__} instead of an object', text, at)
+    at = next(at for at,n,_ in _entries_with_positions(text) if n == name)
+    raise _syntax_error(self.path, f'{name!r} is a {type(entry).__name__} instead of an object', text, at)
 
 @patch
 def items(self:Registry):
@@ -439,7 +439,7 @@ def add(self:Registry,
     with self._lock(file.parent):
         _check_free(name, file_name, self._read()[0])
         write_samples(samples, file, media_dir=self.dataset_dir, media=media, overwrite=overwrite)
-        with self._changing() as entries:
+        with self._edit_entries() as entries:
             _check_free(name, file_name, entries)
             entries[name] = entry
     return entry
@@ -456,12 +456,12 @@ def find(self:Registry,
     _check_choice('hub', hub, (None, *_hubs, False))
     _check_choice('ranking', ranking, (None, True, False))
     entries, _ = self._read()
-    rows = [_described(n, e, self.dataset_dir) for n,e in entries.items()]
+    rows = [_find_row(n, e, self.dataset_dir) for n,e in entries.items()]
     def wanted(row):
         is_on = row['where'] == 'hub' and (not hub or _hubs[hub] in entries[row['name']])
         return (hub is None or is_on == bool(hub)) and modality in (None, *row['modality'].split('+')) \
             and ranking in (None, row['ranking'])
-    return _entries_table(filter(wanted, rows), _described('', {}, ''))
+    return _entries_table(filter(wanted, rows), _find_row('', {}, ''))
 
 @patch
 def check(self:Registry,
@@ -471,10 +471,10 @@ def check(self:Registry,
     if not self.path.exists(): raise FileNotFoundError(f'There is no {self.path}: nothing is registered here.')
     entries, text = self._read()
     wanted = entries if names is None else [names] if isinstance(names, str) else names
-    asked = {n: self._asked(n, entries) for n in wanted}
-    answers = _load_all({n: e for n,e in asked.items() if _is_here(e, self.dataset_dir)}, self.dataset_dir)
+    asked = {n: self._require_entry(n, entries) for n in wanted}
+    answers = _load_all({n: e for n,e in asked.items() if _has_local_files(e, self.dataset_dir)}, self.dataset_dir)
     marked = bool(asked) and read_bytes(self.path).startswith(codecs.BOM_UTF8)
-    rows = [_checked(n, e, self.dataset_dir, answers.get(n, {}), marked) for n,e in asked.items()]
+    rows = [_check_row(n, e, self.dataset_dir, answers.get(n, {}), marked) for n,e in asked.items()]
     return _entries_table(rows, ('name', 'what', 'loads', 'why', 'cure'))
 
 # %% ../../nbs/data/80_registry.ipynb #a7a60a20

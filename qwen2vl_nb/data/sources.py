@@ -60,7 +60,7 @@ class MediaPlace:
 class NoFolder(FileNotFoundError):
     "Pictures are to be written, and no folder for them is known."
 
-def _place(path, media_dir=None):
+def _make_media_place(path, media_dir=None):
     if isinstance(path, InMemory):
         folder = media_dir and Path(media_dir).resolve()
         if folder and folder.exists() and not folder.is_dir():
@@ -111,11 +111,11 @@ def _cell_media(text, place):
         try: return _media(json.loads(text), place)
         except (ValueError, RecursionError): pass
     text = text.strip()
-    is_one = text.startswith('data:') or not re.search(_between, text) or place.find(_without_scheme(text))
-    parts = [text] if is_one else filter(None, map(str.strip, re.split(_between, text)))
+    is_one = text.startswith('data:') or not re.search(_path_separators, text) or place.find(_without_scheme(text))
+    parts = [text] if is_one else filter(None, map(str.strip, re.split(_path_separators, text)))
     return [_one_media(part, place) for part in parts]
 
-_between = r'[;|\n]|, '
+_path_separators = r'[;|\n]|, '
 
 def _media(value, place):
     "The pictures or clips that a cell or key names, as a list of paths."
@@ -202,7 +202,7 @@ def _csv_rows(path, text, between):
     finally: csv.field_size_limit(limit)
 
 # %% ../../nbs/data/20_sources.ipynb #da772aba
-def _swallowed(rows, width, between):
+def _swallowed_rows_note(rows, width, between):
     "A note about multi-line cells that may have swallowed rows."
     lines = [line + sum(before.count('\n') for before in cells[:i]) for line, cells in rows
              for i, cell in enumerate(cells)
@@ -221,12 +221,12 @@ def _read_table(path, place, encoding):
     wide = [f'line {line} has {len(cells)}' for line, cells in rows if filled(cells) > width]
     if wide:
         raise ValueError(f'{path} is not a CSV file, because some rows have more cells than its header ({width}): '
-                         f'{_some(wide)}.')
+                         f'{_first_few(wide)}.')
     named = {',': 'commas', ';': 'semicolons', '|': 'vertical bars'}.get(between, 'tabs')
-    samples, blank = _filled(header[1], [cells for _, cells in rows])
-    return samples, f'a table in {encoding} with {named}{blank}{_swallowed(rows, width, between)}'
+    samples, blank = _nonblank_rows(header[1], [cells for _, cells in rows])
+    return samples, f'a table in {encoding} with {named}{blank}{_swallowed_rows_note(rows, width, between)}'
 
-def _filled(header, rows):
+def _nonblank_rows(header, rows):
     """The rows of a table that are not blank, as dicts, and a note about those that were left out. A column that has
     neither a name nor any cells is left out, too."""
     names, seen = [], Counter()
@@ -240,7 +240,7 @@ def _filled(header, rows):
     return full, f' ({len(rows) - len(kept)} blank rows left out)' if len(kept) < len(rows) else ''
 
 # %% ../../nbs/data/20_sources.ipynb #a45098e4
-_most_cells = 20_000_000 # Largest number of cells in a sheet
+_max_cells = 20_000_000 # Largest number of cells in a sheet
 
 def _check_unpacked(path, packed, unpacked):
     "Refuse a file that would unpack to an implausible size; the sizes are in bytes."
@@ -266,8 +266,8 @@ def _sheet_rows(path, sheet, errors):
         cells = [_cell_text(cell) for cell in row]
         while cells and not cells[-1]: cells.pop()
         n += len(cells)
-        if n > _most_cells:
-            raise ValueError(f'{path}: the sheet {sheet.title!r} has more than {_most_cells:,} cells. Save it as CSV.')
+        if n > _max_cells:
+            raise ValueError(f'{path}: the sheet {sheet.title!r} has more than {_max_cells:,} cells. Save it as CSV.')
         if cells: rows.append(cells)
         errors += [f'{cell.value} in {cell.coordinate}' for cell in row if cell.data_type == 'e'
                    and cell.value is not None]
@@ -283,8 +283,8 @@ def _first_sheet(path, book):
         if len(rows) > 1: hidden.append(sheet.title)
         empty = empty or (sheet.title, rows, errors)
     if hidden:
-        raise ValueError(f'{path}: only hidden sheets have rows ({_some(hidden)}). Unhide the one to be read, or save '
-                         'it as CSV.')
+        raise ValueError(f'{path}: only hidden sheets have rows ({_first_few(hidden)}). Unhide the one to be read, '
+                         'or save it as CSV.')
     return empty or ('', [], [])
 
 def _read_excel(path, place, encoding):
@@ -300,13 +300,13 @@ def _read_excel(path, place, encoding):
         raise ValueError(f'{path} is not an Excel workbook, or cannot be read ({e}). '
                          'Save it as .xlsx or as CSV UTF-8.') from None
     width = max(map(len, rows), default=0)
-    if width*len(rows) > _most_cells:
+    if width*len(rows) > _max_cells:
         raise ValueError(f'{path}: the sheet {name!r} has {len(rows):,} rows of {width:,} cells. Save what is needed '
                          'as CSV.')
     of_several = f' ({len(book.sheetnames)} sheets)' if len(book.sheetnames) > 1 else ''
-    wrong = f' ({len(errors)} cell(s) show an error: {_some(errors)})' if errors else ''
+    wrong = f' ({len(errors)} cell(s) show an error: {_first_few(errors)})' if errors else ''
     header, *rows = rows or [[]]
-    samples, blank = _filled(header + ['']*(width - len(header)), rows)
+    samples, blank = _nonblank_rows(header + ['']*(width - len(header)), rows)
     return samples, f'the sheet {name!r} of an Excel workbook{of_several}{blank}{wrong}'
 
 # %% ../../nbs/data/20_sources.ipynb #7c372d7d
@@ -335,13 +335,13 @@ def _text_columns(path, rows):
                              'UTF-8. Write it as text.')
     return text
 
-def _plain(value, place, is_text=False):
+def _to_json_value(value, place, is_text=False):
     "The value in a form that JSON can represent; pictures are written to files."
     if value is None or isinstance(value, (str, int, float)): return value
     if isinstance(value, bytes) and is_text and (text := _as_text(value)) is not None: return text
     if isinstance(value, bytes) or _holds_picture(value): return _one_media(value, place)
-    if isinstance(value, (list, tuple)): return [_plain(v, place, is_text) for v in value]
-    if isinstance(value, dict): return {k: _plain(v, place, is_text) for k,v in value.items()}
+    if isinstance(value, (list, tuple)): return [_to_json_value(v, place, is_text) for v in value]
+    if isinstance(value, dict): return {k: _to_json_value(v, place, is_text) for k,v in value.items()}
     return str(value)
 
 # %% ../../nbs/data/20_sources.ipynb #bf6a98aa
@@ -358,7 +358,7 @@ def _plain_rows(path, batches, place):
     "Rows as dicts of plain values, given as lists of rows; pictures are written to files."
     rows, text = [], None
     def plain(key, value):
-        try: return _plain(value, place, key in text)
+        try: return _to_json_value(value, place, key in text)
         except NoFolder:
             raise NoFolder(f'{path}: row {len(rows)}, column {key!r} contains a picture or clip itself. media_dir=… '
                            'names the folder to write it to.') from None
@@ -378,7 +378,7 @@ def _arrow_rows(path, batches, place):
     "Rows of Arrow tables as dicts of plain values."
     return _plain_rows(path, map(_batch_rows, batches), place)
 
-def _bounded(path, batches):
+def _check_batches_size(path, batches):
     "Yield the batches; raise an error once they contain more than a file of this size plausibly can."
     size, unpacked = os.path.getsize(path), 0
     for batch in batches:  # dictionary encoding stores a text only once, even if many rows have it
@@ -393,7 +393,7 @@ def _read_parquet(path, place, encoding):
         with open_regular(path) as f:
             file = pq.ParquetFile(f)
             _check_unpacked(path, os.path.getsize(path), 100*file.metadata.num_rows)
-            return _arrow_rows(path, _bounded(path, file.iter_batches(256)), place), 'Parquet'
+            return _arrow_rows(path, _check_batches_size(path, file.iter_batches(256)), place), 'Parquet'
     except (pa.ArrowException, OSError, OverflowError) as e:
         raise ValueError(f'{path} is not Parquet, or it is damaged: {e}') from None
 
@@ -445,7 +445,7 @@ def _read_class_folder(folder):
                          f'read each by itself, as in read_samples({str(folder/next(iter(classes)))!r}, …).')
     key = lambda f: 'videos' if f.suffix.lower() in video_endings else 'images'
     rows = [{key(f): [str(f.resolve())], 'output': f.relative_to(folder).parts[0]} for f in files]
-    passed = f' ({len(others)} other file(s) skipped: {_some(others)})' if others else ''
+    passed = f' ({len(others)} other file(s) skipped: {_first_few(others)})' if others else ''
     return rows, f'a folder of {len(classes)} classes{passed}'
 
 def _read_saved(folder, place):
@@ -464,24 +464,24 @@ def _read_folder(folder, place):
     return _boxed_folder(folder, place) or _read_class_folder(folder)
 
 # %% ../../nbs/data/20_sources.ipynb #ca5211f1
-_usual = {'image': ('image', 'images'), 'video': ('video', 'videos'),
-          'prompt': ('instruction', 'prompt', 'question'), 'response': ('output', 'response', 'answer')}
-_what = {'image': 'the picture', 'video': 'the clip', 'prompt': 'the prompt', 'response': 'the answer'}
+_default_column_names = {'image': ('image', 'images'), 'video': ('video', 'videos'),
+                         'prompt': ('instruction', 'prompt', 'question'), 'response': ('output', 'response', 'answer')}
+_column_descriptions = {'image': 'the picture', 'video': 'the clip', 'prompt': 'the prompt', 'response': 'the answer'}
 
 def _no_column(name, what, columns):
     near = get_close_matches(name, columns, 1)
     hint = f'; did you mean {near[0]!r}?' if near else ''
     words = " (or give the prompt itself: prompt='What is this?')" if what == 'prompt' else ''
-    return ValueError(f'no column {name!r} for {_what[what]}{hint}{words}')
+    return ValueError(f'no column {name!r} for {_column_descriptions[what]}{hint}{words}')
 
 def _column(columns, what, given, required):
     "The column for the prompt, the picture, and so on: the given one, or one with a usual name."
     if given is not None:
         if (given := str(given)) in columns: return given
         raise _no_column(given, what, columns)
-    usual = next((name for name in _usual[what] if name in columns), None)
-    is_near = bool(get_close_matches(_usual[what][0], columns, 1, .8))
-    if usual is None and (required or is_near): raise _no_column(_usual[what][0], what, columns)
+    usual = next((name for name in _default_column_names[what] if name in columns), None)
+    is_near = bool(get_close_matches(_default_column_names[what][0], columns, 1, .8))
+    if usual is None and (required or is_near): raise _no_column(_default_column_names[what][0], what, columns)
     return usual
 
 def _is_misspelt(prompt, columns):
@@ -513,18 +513,19 @@ def _table_columns(path, rows, image, video, prompt, response):
     found['response'] = column('response', response, True)
     if image is None and video is None and not (found['images'] or found['videos']):
         what, name = _unnamed_media(rows, columns) or ('', '')
-        if what: faults.append(f'no column for {_what[what]}; {name!r} holds paths: pass {what}={name!r}')
+        if what:
+            faults.append(f'no column for {_column_descriptions[what]}; {name!r} holds paths: pass {what}={name!r}')
     if faults: raise ValueError(f'{path} has {"; ".join(faults)}. Its columns: {", ".join(columns)}.')
     found |= {'query': 'input' if 'input' in columns else None}
     return found | {k: k for k in ('system', 'tools', 'history') if k in columns}, prompt if is_text else None
 
 # %% ../../nbs/data/20_sources.ipynb #d2fdda0c
-def _tags(text, tag): return text.count(tag) if isinstance(text, str) else 0
+def _count_tag(text, tag): return text.count(tag) if isinstance(text, str) else 0
 
 def _tagged(prompt, others, images, videos):
     "The prompt with a tag for each picture and clip, if no text has any."
     if not isinstance(prompt, str): return prompt
-    missing = lambda tag, media: '' if any(_tags(text, tag) for text in (prompt, *others)) else tag*len(media)
+    missing = lambda tag, media: '' if any(_count_tag(text, tag) for text in (prompt, *others)) else tag*len(media)
     return missing('<image>', images) + missing('<video>', videos) + prompt
 
 def question_sample(
@@ -561,9 +562,9 @@ _part_kinds = {'text': 'text', 'input_text': 'text', 'output_text': 'text', 'rea
 _value_keys = {'text': ('text', 'value'), 'thought': ('value', 'reasoning', 'text'), 'call': ('value', 'tool_call'),
                '<image>': ('value', 'image', 'image_url', 'url', 'path'),
                '<video>': ('value', 'video', 'video_url', 'url', 'path')}
-_beside_media = {'type', 'index', 'detail', 'min_pixels', 'max_pixels', 'total_pixels', 'resized_width',
-                 'resized_height', 'fps',
-                 'nframes', 'min_frames', 'max_frames', 'video_start', 'video_end'}
+_media_option_keys = {'type', 'index', 'detail', 'min_pixels', 'max_pixels', 'total_pixels', 'resized_width',
+                      'resized_height', 'fps',
+                      'nframes', 'min_frames', 'max_frames', 'video_start', 'video_end'}
 
 def _part(part):
     """What one part of a turn is (`'text'`, `'thought'`, `'call'`, `'<image>'` or `'<video>'`), and its value;
@@ -576,7 +577,7 @@ def _part(part):
     what = _part_kinds[kind]
     value = next((given[k] for k in _value_keys[what] if k in given), None)
     if what[0] != '<': is_known = isinstance(value, (str, dict) if what == 'call' else str)
-    elif value is None: is_known = given.keys() <= _beside_media  # the picture is in a column of the row
+    elif value is None: is_known = given.keys() <= _media_option_keys  # the picture is in a column of the row
     else: is_known = not isinstance(value, dict) or bool(value.keys() & {'url', 'path', 'bytes'})
     if not is_known: raise ValueError(f'a content part of type {kind!r} with an unknown value: {_shortened(part)}')
     return what, value.get('url', value) if isinstance(value, dict) and what[0] == '<' else value
@@ -591,9 +592,9 @@ def _parts(content, place):
     words = {'thought': lambda v: f'<think>\n{v.strip()}\n</think>\n\n', 'text': str, 'call': lambda v: ''}
     text = ''.join(words[what](v) if what in words else what for what, v in read)
     media = lambda tag: [_one_media(v, place) for what, v in read if what == tag and v]
-    return text, [_loaded(v) for what, v in read if what == 'call'], media('<image>'), media('<video>')
+    return text, [_parse_tool_call(v) for what, v in read if what == 'call'], media('<image>'), media('<video>')
 
-def _loaded(call):
+def _parse_tool_call(call):
     "A tool call, parsed if it is JSON text."
     try: return json.loads(call) if isinstance(call, str) else call
     except (ValueError, RecursionError): raise ValueError(f'a tool call that is not JSON: {_shortened(call)}') from None
@@ -608,11 +609,11 @@ def _turn(turn, role_tag, content_tag, roles, place):
     if isinstance(turn.get(content_tag), list): calls = calls + called
     if calls:
         place.beside_calls += bool(content)
-        role, content = 'function_call', json.dumps([_call(c) for c in calls], ensure_ascii=False)
+        role, content = 'function_call', json.dumps([_convert_tool_call(c) for c in calls], ensure_ascii=False)
     role = roles.get(role.lower(), role) if isinstance(role, str) else role
-    return {'role': role, 'content': content} | _weight(turn, role, place), images, videos
+    return {'role': role, 'content': content} | _unusual_weight(turn, role, place), images, videos
 
-def _weight(turn, role, place):
+def _unusual_weight(turn, role, place):
     "The turn's `loss_weight`, if it differs from the one that LLaMA-Factory gives to such a turn."
     weight, usual = turn.get('loss_weight'), role in ('assistant', 'function_call')
     if not isinstance(weight, (int, float)) or weight == usual: return {}
@@ -620,13 +621,13 @@ def _weight(turn, role, place):
     return {'loss_weight': float(weight)}
 
 # %% ../../nbs/data/20_sources.ipynb #d0017e24
-def _call(call):
+def _convert_tool_call(call):
     "An OpenAI tool call in LLaMA-Factory's form, in which the arguments are an object, not text."
     call = call.get('function', call) if isinstance(call, dict) else call
     try: return {'name': call['name'], 'arguments': json.loads(call['arguments'])}
     except (TypeError, KeyError, ValueError): return call
 
-def _in_one_turn(turns):
+def _join_observations(turns):
     "The turns, with consecutive tool responses joined into one observation, because LLaMA-Factory allows only one."
     joined = []
     for turn in turns:
@@ -656,7 +657,7 @@ def dialogue_sample(
     key = lambda k: columns.get(k) and row.get(columns[k])
     images = [p for _, found, _ in read for p in found] or _media(key('images'), place)
     videos = [p for _, _, found in read for p in found] or _media(key('videos'), place)
-    turns = _in_one_turn([turn for turn, _, _ in read]) if isinstance(said, list) else said
+    turns = _join_observations([turn for turn, _, _ in read]) if isinstance(said, list) else said
     sample = {k: v for k,v in row.items() if k not in columns.values()}
     sample |= {k: key(k) for k in ('system', 'tools') if columns.get(k) in row}
     if isinstance(sample.get('tools'), list): sample['tools'] = json.dumps(sample['tools'], ensure_ascii=False)
@@ -683,13 +684,13 @@ def _tagged_turns(turns, images, videos):
             for i,t in enumerate(turns)]
 
 # %% ../../nbs/data/20_sources.ipynb #8d983c2a
-def _some(items): return ', '.join(map(str, items[:5])) + (' …' if len(items) > 5 else '')
+def _first_few(items): return ', '.join(map(str, items[:5])) + (' …' if len(items) > 5 else '')
 
 def _check_items(path, name, items, *keys):
     "Check that every item is an object that has these keys."
     has_keys = lambda item: all(isinstance(item.get(k), (str, int)) for k in keys)
     bad = [i for i, item in enumerate(items) if not (isinstance(item, dict) and has_keys(item))]
-    if bad: raise ValueError(f'{path}: {len(bad)} of its {name} lack {" or ".join(keys)}: number {_some(bad)}.')
+    if bad: raise ValueError(f'{path}: {len(bad)} of its {name} lack {" or ".join(keys)}: number {_first_few(bad)}.')
 
 def _listed(path, data, name):
     if isinstance(data.get(name), list): return data[name]
@@ -705,7 +706,7 @@ def _coco_rows(path, data):
     lost = [a.get('id') for a in captions if a['image_id'] not in files]
     if lost:
         raise ValueError(f'{path}: the pictures of {len(lost)} annotation(s) are not among its images: '
-                         f'annotation {_some(lost)}.')
+                         f'annotation {_first_few(lost)}.')
     return [{'image': files[a['image_id']], 'output': a['caption'],
              'id': a.get('id'), 'image_id': a['image_id']} for a in captions]
 
@@ -722,7 +723,7 @@ def _vqa_rows(paths, questions, annotations, place):
     _check_items(paths[1], 'annotations', answered, 'question_id', 'multiple_choice_answer')
     answers = {a['question_id']: a for a in answered}
     lost = [q['question_id'] for q in asked if q['question_id'] not in answers]
-    if lost: raise ValueError(f'{paths[1]} has no annotation for {len(lost)} question(s): {_some(lost)}.')
+    if lost: raise ValueError(f'{paths[1]} has no annotation for {len(lost)} question(s): {_first_few(lost)}.')
     kept = lambda q: {k: v for k,v in answers[q['question_id']].items()
                       if k in ('question_type', 'answer_type')}
     return [{'image': _vqa_picture(q, questions.get('data_subtype'), place), 'instruction': q['question'],
@@ -732,7 +733,7 @@ def _vqa_rows(paths, questions, annotations, place):
 def _read_vqa(paths, place):
     "Rows of a pair of files: questions, and annotations, in either order."
     if len(paths) != 2:
-        raise ValueError(f'{_some(paths)}: VQA v2 is a pair of files, (questions, annotations); '
+        raise ValueError(f'{_first_few(paths)}: VQA v2 is a pair of files, (questions, annotations); '
                          'for a table, give a single file.')
     files = [(p, _read_file(p, place)[0]) for p in map(_existing, paths)]
     by_key = {key: (p, f) for p, f in files if isinstance(f, dict)
@@ -987,14 +988,14 @@ def read_rows(
 
 
 # %% ../../nbs/data/20_sources.ipynb #305f6354
-def _said_columns(columns, words):
+def _describe_columns(columns, words):
     media = {'pictures': ' and '.join(columns['images']), 'clips': columns['videos']}
     named = ', '.join(f'{kind} from {names}' for kind, names in media.items() if names) or 'no pictures'
     prompt = f'the prompt {words!r} for all rows' if words is not None else f"prompts from {columns['prompt']}"
     answers = '' if columns.get('chosen') else f", answers from {columns['response']}"
     return f'{named}, {prompt}{answers}'
 
-def _say(source, samples, taken, place, how, media_dir):
+def _print_summary(source, samples, taken, place, how, media_dir):
     if isinstance(source, InMemory): name = source.name
     else: name = ' + '.join(Path(p).name for p in (source if isinstance(source, (list, tuple)) else [source]))
     more = [f'{place.written} file(s) written to {place.out.name}/.'] if place.written else []
@@ -1014,7 +1015,7 @@ def _table_boxes(path, rows, image, label):
     "`Annotated` pictures of a table with a row for each box; `None` for other tables."
     names = _names_in(rows)
     columns = box_columns(names, image, label)
-    if not columns or not label and any(name in names for name in _usual['response']): return
+    if not columns or not label and any(name in names for name in _default_column_names['response']): return
     missing = [f'{name!r}' for name in (image, label) if name and name not in names]
     if missing: raise ValueError(f'{path} has no column {" and ".join(missing)}. Its columns: {", ".join(names)}.')
     if not columns['image']: raise ValueError(f'{path} has boxes and no column for the picture: image=… names it.')
@@ -1061,7 +1062,7 @@ def read_samples(
         return list(given)
     first = source[0] if isinstance(source, (list, tuple)) else source
     path = first if isinstance(first, InMemory) else Path(first)
-    place = _place(path, media_dir)
+    place = _make_media_place(path, media_dir)
     rows, taken = read_rows(source, place, encoding, boxes=True)
     limits = {'image_max_pixels': image_max_pixels, 'image_min_pixels': image_min_pixels}
     rows, boxed = _with_boxes(path, rows, place, family, limits, image, response)
@@ -1078,8 +1079,8 @@ def read_samples(
         columns, words = _table_columns(path, rows, image, video, prompt, answers)
         columns |= preferred
         samples = [question_sample(row, columns, place, words) for row in shown]
-        how = boxed or _said_columns(columns, words)
-    _say(source, samples, taken, place, how + said, media_dir)
+        how = boxed or _describe_columns(columns, words)
+    _print_summary(source, samples, taken, place, how + said, media_dir)
     return samples
 
 # %% ../../nbs/data/20_sources.ipynb #275b0d08
@@ -1098,8 +1099,8 @@ def given_samples(
         samples = list(samples)
         if not _needs_reading(samples): return samples
     source = in_memory(samples)
-    rows, _ = read_rows(source, _place(source, media_dir))
-    if not (answered or _turns_key(rows) or set(_names_in(rows)) & set(_usual['response'])):
+    rows, _ = read_rows(source, _make_media_place(source, media_dir))
+    if not (answered or _turns_key(rows) or set(_names_in(rows)) & set(_default_column_names['response'])):
         rows = [row | {'output': None} for row in rows]
     try: return read_samples(InMemory(source.name, source.taken, [rows]), media_dir=media_dir)
     except ValueError as e:

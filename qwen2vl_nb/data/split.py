@@ -20,7 +20,7 @@ def _same_files(paths):
     first = {}
     return {p: first.setdefault(file_digest(p), p) for p, size in sizes.items() if often[size] > 1}
 
-def _ties(samples, group):
+def _shared_keys(samples, group):
     "What ties each row to others: its pictures and clips, or its text if it has none, and its value of `group`."
     same = _same_files({p for s in samples for p in media_paths(s)})
     said = lambda s: repr(sample_turns(s) if sample_kind(s) == 'answers' else sample_turns(with_each_answer(s)[0])[:-1])
@@ -49,7 +49,7 @@ def _in_strata(groups, strata, random):
               for those in by_stratum.values() for i, rows in enumerate(those)]
     return [rows for _, rows in sorted(placed)]
 
-def _draw(groups, want):
+def _take_groups(groups, want):
     "The rows of complete groups, starting with the first, up to `want` rows in all."
     held = set()
     for rows in groups:
@@ -76,16 +76,16 @@ def split_samples(
         raise ValueError(f'test={test} takes {want} of {len(samples)} samples; both splits need some.')
     _check_keys(samples, group=group, stratify=stratify)
     strata = [repr(s[stratify]) if stratify else '' for s in samples]
-    ties = _ties(samples, group)
+    ties = _shared_keys(samples, group)
     groups = _groups(ties)
-    held = _draw(_in_strata(groups, strata, random.Random(seed)), want)
-    if not held: raise _too_large(groups, ties, want)
+    held = _take_groups(_in_strata(groups, strata, random.Random(seed)), want)
+    if not held: raise _groups_too_large_error(groups, ties, want)
     if len(held) < want:
         print(f'The test split has {len(held)} rows, not {want}: rows that belong together stay together.')
     return [s for i, s in enumerate(samples) if i not in held], [s for i, s in enumerate(samples) if i in held]
 
 # %% ../../nbs/data/50_split.ipynb #0e0d90ce
-def _too_large(groups, ties, want):
+def _groups_too_large_error(groups, ties, want):
     "The error if no group fits into the test split; it names what ties the most rows together."
     tie, n = Counter(tie for row in ties for tie in set(row)).most_common(1)[0]
     name = os.path.basename(tie) if isinstance(tie, str) else ' '.join(map(str, tie))

@@ -19,34 +19,34 @@ from .samples import media_of, trained_turns, with_each_answer
 if TYPE_CHECKING: import pandas as pd
 
 # %% ../../nbs/data/30_tokens.ipynb #17394b78
-_frames = {'system': '<|im_start|>system\n{}<|im_end|>\n',
-           'user': '<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n',
-           'assistant': '{}<|im_end|>\n',
-           'function_call': '<tool_call>\n{}\n</tool_call><|im_end|>\n',
-           'observation': '<|im_start|>user\n<tool_response>\n{}\n</tool_response><|im_end|>\n'
+_turn_templates = {'system': '<|im_start|>system\n{}<|im_end|>\n',
+                   'user': '<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n',
+                   'assistant': '{}<|im_end|>\n',
+                   'function_call': '<tool_call>\n{}\n</tool_call><|im_end|>\n',
+                   'observation': '<|im_start|>user\n<tool_response>\n{}\n</tool_response><|im_end|>\n'
                           '<|im_start|>assistant\n'}
-_two_marks = '<|vision_start|><|vision_end|>'
+_vision_tokens = '<|vision_start|><|vision_end|>'
 
 def clip_marks(
     times:tuple, # Time of each sampled frame of the clip, in seconds
 )->str:
     "The text for a clip in the prompt of a model family with timestamps: the mean time of each pair of frames."
     pairs = zip(times[::2], [*times[1::2], *times[-1:]])
-    return ''.join(f'<{(one + two)/2:.1f} seconds>{_two_marks}' for one, two in pairs)
+    return ''.join(f'<{(one + two)/2:.1f} seconds>{_vision_tokens}' for one, two in pairs)
 
-def _encoded_strings(sample, template='qwen2_vl', thinks=None, marks_of=lambda clip: _two_marks):
+def _encoded_strings(sample, template='qwen2_vl', thinks=None, marks_of=lambda clip: _vision_tokens):
     "The strings that the tokenizer receives for a sample; of each picture or clip, only the special tokens around it."
     clips = map(marks_of, media_of(sample, 'videos'))
     def marked(text):
         # lone surrogates can't be encoded
         whole = text if text.isascii() else text.encode('utf-8', 'replace').decode()
-        parts = whole.replace('<image>', _two_marks).split('<video>')
-        return parts[0] + ''.join(next(clips, _two_marks) + part for part in parts[1:])
+        parts = whole.replace('<image>', _vision_tokens).split('<video>')
+        return parts[0] + ''.join(next(clips, _vision_tokens) + part for part in parts[1:])
     tools = [marked(sample['tools'])] if isinstance(sample.get('tools'), str) else []
     turns = with_system(trained_turns(sample), systems.get(template, ''))
     said = [(role, with_thoughts(text, template, thinks) if role == 'assistant' else text) for role, text in turns]
-    return tools + [_frames[role].format(marked(text)) for role, text in said
-                    if isinstance(text, str) and role in _frames]
+    return tools + [_turn_templates[role].format(marked(text)) for role, text in said
+                    if isinstance(text, str) and role in _turn_templates]
 
 def _load_tokenizer(model):
     from tokenizers import Tokenizer
@@ -69,9 +69,9 @@ def text_tokens(
     tokenizer, known, counts, template = _load_tokenizer(model), {}, [], template or usual_template(model)
     has_times = family_of(model).has_times
     def marks_of(clip):
-        if not has_times: return _two_marks
+        if not has_times: return _vision_tokens
         if isinstance(clip, list): return clip_marks([i/fps for i in range(len(clip))])
-        return clip_marks(looks[1][clip].times) if isinstance(clip, str) and clip in looks[1] else _two_marks
+        return clip_marks(looks[1][clip].times) if isinstance(clip, str) and clip in looks[1] else _vision_tokens
     each = lambda s: with_each_answer(s) if isinstance(s, dict) else []
     encoded = lambda s: [_encoded_strings(one, template, thinks, marks_of) for one in each(s)]
     with tqdm(total=len(samples), desc='Counting tokens', unit='row', delay=2, file=sys.stdout) as bar:

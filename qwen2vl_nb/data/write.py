@@ -46,7 +46,7 @@ def _link(source, target):
         return str(name)
     raise FileExistsError(f'{target} and the alternative name next to it are both taken by other files.')
 
-def _bring_all(samples, folder, how):
+def _link_or_copy_media(samples, folder, how):
     "The samples with their pictures and clips linked or copied into a folder."
     paths = sorted({p for s in samples for p in media_paths(s)})
     lost = [p for p in paths if not os.path.isfile(p)]
@@ -72,7 +72,7 @@ def write_samples(
     samples = in_one_form(samples)
     path, media_dir = Path(path).absolute(), media_dir and Path(media_dir).absolute()
     if media != 'refer' and not overwrite: check_replaceable(path)
-    if media != 'refer': samples = _bring_all(samples, path.parent/f'{path.stem}_media', media)
+    if media != 'refer': samples = _link_or_copy_media(samples, path.parent/f'{path.stem}_media', media)
     written = lambda p: _written_path(p, media_dir)
     bar = tqdm(samples, desc=f'Writing {path.name}', unit='row', delay=2, file=sys.stdout)
     with own_file(path, overwrite) as f:

@@ -43,7 +43,7 @@ def _from_data(recipe):
     limits = tuple(recipe_limits(recipe).items())
     return _counted(str(model), str(folder), names, recipe.get('media_dir'), recipe.get('max_samples'), limits, changed)
 
-def _eights(n): return -(-n//8)*8 # LLaMA-Factory pads to a multiple of eight
+def _round_up_to_eight(n): return -(-n//8)*8 # LLaMA-Factory pads to a multiple of eight
 
 def longest_sample(
     recipe:dict, # The recipe
@@ -55,10 +55,10 @@ def longest_sample(
         tokens, media = found
         name = recipe.get('dataset') or recipe.get('eval_dataset')
         what = f'the longest sample of {name}: {tokens} tokens; at most {media} tokens for pictures or clips'
-        return {'tokens': _eights(min(tokens, cutoff)), 'pictures': [media] if media else []}, what
+        return {'tokens': _round_up_to_eight(min(tokens, cutoff)), 'pictures': [media] if media else []}, what
     side = int(pixels**.5)
     picture = min(image_tokens(side, side, pixels), cutoff - cutoff//8)
-    sample = {'tokens': _eights(cutoff), 'pictures': [picture]}
+    sample = {'tokens': _round_up_to_eight(cutoff), 'pictures': [picture]}
     return sample, f'samples of {cutoff} tokens (cutoff_len) with a picture of {picture} tokens'
 
 # %% ../../nbs/memory/20_estimate.ipynb #9f3bdb02
@@ -75,7 +75,7 @@ def _compares(recipe):
     "Whether a recipe of stage dpo or kto needs a reference model."
     return recipe.get('stage') == 'kto' or recipe.get('pref_loss') not in ('orpo', 'simpo')
 
-def _half(recipe): return 'bfloat16' if recipe.get('bf16') else 'float16' if recipe.get('fp16') else None
+def _half_dtype(recipe): return 'bfloat16' if recipe.get('bf16') else 'float16' if recipe.get('fp16') else None
 
 def _adapter_shape(recipe):
     "Rank and target modules of an existing adapter whose training is continued."
@@ -86,7 +86,7 @@ def _adapter_shape(recipe):
 
 def _job(recipe, config, stage, sample, gpu, env):
     "The job for `simulate`."
-    model, half, train = model_config(recipe['model_name_or_path']), _half(recipe), bool(recipe.get('do_train'))
+    model, half, train = model_config(recipe['model_name_or_path']), _half_dtype(recipe), bool(recipe.get('do_train'))
     kept = {k: recipe[k] for k in _used if recipe.get(k) is not None}
     kept |= _adapter_shape(recipe) | {'model_name_or_path': '-'}
     if not train or kept.get('stage') not in prefers: kept.pop('stage', None)
@@ -110,7 +110,7 @@ def _cache_file(job):
     return user_cache_path('qwen2vl_nb')/'steps'/f'{hashlib.sha256(name.encode()).hexdigest()[:24]}.json.gz'
 
 @lru_cache(32)
-def _simulated(text):
+def _run_or_load_simulation(text):
     "The events of a job given as JSON."
     file = _cache_file(json.loads(text))
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -168,8 +168,8 @@ def _allowance(tensors, ranks, how):
     return int((context + nccl*(ranks > 1))*GiB + gaps*tensors)
 
 # %% ../../nbs/memory/20_estimate.ipynb #21126ebc
-_not_here = {'z3_fp8': 'z3_fp8 is not predicted: it needs `fp8: true` and a Hopper GPU.',
-             'z2_autotp': 'z2_autotp is not predicted.'}
+_unpredicted_configs = {'z3_fp8': 'z3_fp8 is not predicted: it needs `fp8: true` and a Hopper GPU.',
+                        'z2_autotp': 'z2_autotp is not predicted.'}
 _optimizers = ('adamw_torch', 'adamw_torch_fused')
 _others = ('fsdp', 'use_galore', 'use_apollo', 'use_badam', 'use_muon', 'use_adam_mini', 'use_unsloth',
            'use_unsloth_gc',
@@ -180,13 +180,13 @@ class NotPredicted(ValueError): "LLaMA-Factory may run this, but its memory can'
 
 def _zero(recipe, zero):
     "A ZeRO config as a dict, and its stage; the recipe's own if none is given."
-    if isinstance(zero, str) and zero in _not_here: raise NotPredicted(_not_here[zero])
+    if isinstance(zero, str) and zero in _unpredicted_configs: raise NotPredicted(_unpredicted_configs[zero])
     if isinstance(zero, str): zero = zero_config(zero)
     config = zero if zero is not None else read_zero(recipe.get('deepspeed'))
     return config, zero_stage(config)
 
 # %% ../../nbs/memory/20_estimate.ipynb #8940c088
-def _unpredicted(recipe, config, stage):
+def _unpredicted_reasons(recipe, config, stage):
     "Reasons why a recipe that LLaMA-Factory may run can't be predicted."
     train, kind, bits = recipe.get('do_train'), recipe.get('finetuning_type', 'lora'), recipe.get('quantization_bit')
     optim = recipe.get('optim', 'adamw_torch_fused')
@@ -227,7 +227,7 @@ def _faults(recipe, stage, ranks):
         (stage == 3 and recipe.get('predict_with_generate'), 'ZeRO-3 cannot generate: remove the deepspeed key.')]
     return [text for holds, text in rules if holds] + [f'{k} must be at least 1, not {v}.' for k,v in less.items()]
 
-def _filled(zero, hidden):
+def _fill_auto_values(zero, hidden):
     "`zero_optimization` with the values that transformers fills in for auto."
     auto = {'reduce_bucket_size': hidden**2 if zero.get('stage') == 3 else 5e8,
             'stage3_prefetch_bucket_size': int(.9*hidden**2),
@@ -238,14 +238,14 @@ def _filled(zero, hidden):
     return standard | {k: auto.get(k, v) if v == 'auto' else v for k,v in zero.items()}
 
 # %% ../../nbs/memory/20_estimate.ipynb #158c849c
-def _answer(rank, recipe, tokens, layers):
+def _add_answer_peak(rank, recipe, tokens, layers):
     "Count the end of the answer, too: keys and values of all tokens, and half a layer's during concatenation."
     if rank.when == 'forward': rank.when = 'prompt'
     vision, _, _, cache = rank.work
     kept = cache*(tokens + recipe.get('max_new_tokens', 1024))//tokens
     rank.see((vision, kept//layers//2, 0, kept), 'answer')
 
-def _disk(step, recipe, stage, half):
+def _checkpoint_bytes(step, recipe, stage, half):
     "Bytes of a checkpoint, as seen in real ones; up to stage 2, DeepSpeed writes the weights a second time."
     trained = sum(p[0] for p in step['parameters'] if len(p) == 3)
     size = lambda p: 2 if half and stage is not None else p[1]
@@ -255,7 +255,7 @@ def _disk(step, recipe, stage, half):
     has_master = stage in (2, 3) or stage == 0 and half
     return weights*(2 if stage in (0, 2) else 1) + (12 if has_master else 8)*trained
 
-def _notes(recipe, config):
+def _missing_requirements(recipe, config):
     "What this machine lacks to run the recipe."
     offloads = any(isinstance(v, dict) for v in (config or {}).get('zero_optimization', {}).values())
     rules = [(recipe.get('quantization_bit') and not find_spec('bitsandbytes'),
@@ -274,7 +274,7 @@ def _estimate(rank, recipe, config, stage, gpu, source, disk, env):
                    *filter(None, [describe_spared(recipe, stage, env)])]
     return MemoryEstimate(parts, rank.when, int(tensors + allowed['low']), int(tensors + allowed['high']),
                           rank.ranks*rank.host, disk if recipe.get('do_train') else 0, assumptions,
-                          _notes(recipe, config))
+                          _missing_requirements(recipe, config))
 
 # %% ../../nbs/memory/20_estimate.ipynb #7ebe7edb
 def predict_memory(
@@ -290,16 +290,16 @@ def predict_memory(
     `ValueError` for one that can't run, with all reasons."""
     if world_size is not None: gpus = world_size
     config, stage = _zero(recipe, zero)
-    faults, unpredicted = _faults(recipe, stage, gpus), _unpredicted(recipe, config, stage)
+    faults, unpredicted = _faults(recipe, stage, gpus), _unpredicted_reasons(recipe, config, stage)
     if faults or unpredicted: raise (ValueError if faults else NotPredicted)('\n'.join(faults + unpredicted))
     sample, source = (sample, f"samples of {sample['tokens']} tokens") if sample else longest_sample(recipe)
     if sum(sample['pictures']) > sample['tokens']:
         raise ValueError(f'The pictures take {sum(sample["pictures"])} tokens, but the sample has {sample["tokens"]}.')
     job = _job(recipe, config, stage, sample, gpu, env)
-    step, half = _simulated(json.dumps(job, sort_keys=True)), _half(recipe)
+    step, half = _run_or_load_simulation(json.dumps(job, sort_keys=True)), _half_dtype(recipe)
     text = job['config'].get('text_config', job['config'])
     kind = {None: Rank, 0: Stage0, 2: Stage2, 3: Stage3}[stage if recipe.get('do_train') else None]
-    zero = _filled(config['zero_optimization'], text['hidden_size']) if config else None
+    zero = _fill_auto_values(config['zero_optimization'], text['hidden_size']) if config else None
     rank = kind(step, recipe, gpus, zero, 2 if half else 4, env).run()
-    if not recipe.get('do_train'): _answer(rank, recipe, sample['tokens'], text['num_hidden_layers'])
-    return _estimate(rank, recipe, config, stage, gpu, source, _disk(step, recipe, stage, half), env)
+    if not recipe.get('do_train'): _add_answer_peak(rank, recipe, sample['tokens'], text['num_hidden_layers'])
+    return _estimate(rank, recipe, config, stage, gpu, source, _checkpoint_bytes(step, recipe, stage, half), env)

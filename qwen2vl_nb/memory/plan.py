@@ -23,8 +23,8 @@ _speed = {'z0': 'fastest: gradients are summed over the GPUs once per step',
           'z3': 'slower: every layer is gathered from all GPUs, forward and backward',
           'z2_offload': 'slow: the optimizer runs on the host, gradients and trained weights cross the bus',
           'z3_offload': 'slowest: every layer crosses the bus to each GPU, forward and backward'}
-_never = {'z2_autotp': 'not predicted: splits layers between GPUs, not tried with these models',
-          'z3_fp8': 'not predicted: needs fp8: true and a Hopper GPU'}
+_never_chosen = {'z2_autotp': 'not predicted: splits layers between GPUs, not tried with these models',
+                 'z3_fp8': 'not predicted: needs fp8: true and a Hopper GPU'}
 
 @dataclass
 class ZeroRow:
@@ -126,7 +126,7 @@ class ZeroTable:
                 f'<table>{head}{"".join(_table_row("td", c) for c in cells)}</table>')
 
 # %% ../../nbs/memory/30_plan.ipynb #1e2e3a19
-def _machine(gpus, gpu_gib):
+def _gpu_count_and_memory(gpus, gpu_gib):
     "Number and memory of the GPUs; by default those of this machine."
     here = gpus_here()
     if (gpus is None or gpu_gib is None) and not here:
@@ -149,15 +149,15 @@ def zero_table(
     sample:dict=None, # The longest sample, as for `predict_memory`; `None`: from the data or the recipe
 )->ZeroTable: # Seven rows, fastest first
     "Predicted peak memory of a recipe under each ZeRO config, and whether it fits."
-    gpus, gpu_gib = _machine(gpus, gpu_gib)
+    gpus, gpu_gib = _gpu_count_and_memory(gpus, gpu_gib)
     first, *others = _speed
     # Outside the threads, so that the longest sample is counted only once
     rows = [_row(recipe, first, gpus, gpu_gib, sample)]
     with ThreadPoolExecutor() as pool: rows += pool.map(lambda name: _row(recipe, name, gpus, gpu_gib, sample), others)
-    return ZeroTable(rows + [ZeroRow(n, None, 'not chosen', why) for n,why in _never.items()], gpus, gpu_gib)
+    return ZeroTable(rows + [ZeroRow(n, None, 'not chosen', why) for n,why in _never_chosen.items()], gpus, gpu_gib)
 
 # %% ../../nbs/memory/30_plan.ipynb #a59dcaef
-def _changes(recipe, gpus, sample):
+def _candidate_changes(recipe, gpus, sample):
     "Changes by kind, the smallest first: (in words, recipe, number of GPUs, longest sample)."
     batch, pixels = recipe.get('per_device_train_batch_size', 1), recipe_limits(recipe)['image_max_pixels']
     cutoff, media, rounds = sample['tokens'], sum(sample['pictures']), recipe.get('gradient_accumulation_steps', 1)
@@ -191,7 +191,7 @@ def what_would_fit(
 )->list: # Changes in words, each with the config that then fits, and its peak; empty if none is sufficient
     "The smallest change of each kind with which a recipe would fit."
     found = []
-    for kind in _changes(recipe, gpus, sample or longest_sample(recipe)[0]):
+    for kind in _candidate_changes(recipe, gpus, sample or longest_sample(recipe)[0]):
         for what, changed, n, longest in kind:
             fit = _first_fit(changed, n, gpu_gib, longest)
             if not fit: continue
@@ -201,7 +201,7 @@ def what_would_fit(
     return found
 
 # %% ../../nbs/memory/30_plan.ipynb #0ffda851
-def _why(table, chosen):
+def _explain_choice(table, chosen):
     "Why this config, in one sentence."
     passed = ', '.join(f'{r.name} needs {r.peak} ({r.fits})' for r in table.rows[:table.rows.index(chosen)]
                        if r.estimate)
@@ -227,7 +227,7 @@ def pick_zero(
         return recipe
     chosen = next((r for r in table if r.fits == 'fits'), None)
     if chosen:
-        print('\n'.join([_why(table, chosen), *chosen.estimate.notes]))
+        print('\n'.join([_explain_choice(table, chosen), *chosen.estimate.notes]))
         return recipe | {'deepspeed': zero_config(chosen.name)}
     least = min((r for r in table if r.estimate), key=lambda r: r.estimate.high)
     tight = f' {least.name} is tight: to try it, set deepspeed yourself.' if least.fits == 'tight' else ''

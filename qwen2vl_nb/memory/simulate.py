@@ -38,16 +38,16 @@ class LiveBytes(TorchDispatchMode):
         storage = tensor.untyped_storage()
         size, part = storage.nbytes(), part or self.part
         if not size or id(storage) in self._storages: return
-        self._storages[id(storage)] = weakref.ref(storage, partial(self._gone, id(storage))), size, part
+        self._storages[id(storage)] = weakref.ref(storage, partial(self._uncount, id(storage))), size, part
         self.live[part] = self.live.get(part, 0) + size
 
     def drop(self,
         tensor:torch.Tensor, # A tensor that is counted elsewhere
     ):
         "Stop counting a tensor."
-        self._gone(id(tensor.untyped_storage()))
+        self._uncount(id(tensor.untyped_storage()))
 
-    def _gone(self, key, _=None):
+    def _uncount(self, key, _=None):
         _, size, part = self._storages.pop(key, (None, 0, self.part))
         self.live[part] = self.live.get(part, 0) - size
 
@@ -99,7 +99,7 @@ def attention(
 
 # %% ../../nbs/memory/00_simulate.ipynb #b70460d4
 _F = torch.nn.functional
-_lower = {_F.linear, torch.matmul, torch.bmm, _F.conv3d}
+_low_precision_ops = {_F.linear, torch.matmul, torch.bmm, _F.conv3d}
 
 class Autocast(TorchFunctionMode):
     "What autocast does on a GPU, for tensors on the meta device."
@@ -117,7 +117,7 @@ class Autocast(TorchFunctionMode):
         return self._casts[id(x)]
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if self.depth and func in _lower: args = [self._cast(a) for a in args]
+        if self.depth and func in _low_precision_ops: args = [self._cast(a) for a in args]
         elif self.depth and func is _F.layer_norm:
             args = [a.float() if isinstance(a, torch.Tensor) else a for a in args]
         return func(*args, **(kwargs or {}))
@@ -156,7 +156,7 @@ def pack_linear_layers(
         module.forward = lambda x, m=module, shape=shape: _Unpacked.apply(x, shape, m.bias)
 
 # %% ../../nbs/memory/00_simulate.ipynb #596d8349
-def _chosen(kind, recipe):
+def _parse_arguments(kind, recipe):
     "One of LLaMA-Factory's argument classes, filled from a recipe."
     return kind(**{k: v for k,v in recipe.items() if k in {f.name for f in fields(kind)}})
 
@@ -174,7 +174,7 @@ def build_model(
     from llamafactory.model.adapter import init_adapter
     from llamafactory.model.model_utils.checkpointing import prepare_model_for_training
     kind, recipe, config = job['config']['model_type'], job['recipe'], family_config(job)
-    arguments, trains = _chosen(ModelArguments, recipe), bool(recipe.get('do_train'))
+    arguments, trains = _parse_arguments(ModelArguments, recipe), bool(recipe.get('do_train'))
     with torch.device('meta'):
         kernel = {'attn_implementation': 'eager' if recipe.get('flash_attn') == 'disabled' else 'simulated'}
         made = family_class(kind, 'ForConditionalGeneration')
@@ -182,7 +182,7 @@ def build_model(
         model.tie_weights()
         if recipe.get('quantization_bit'): pack_linear_layers(model)
         if trains: prepare_model_for_training(model, arguments)
-        model = init_adapter(config, model, arguments, _chosen(FinetuningArguments, recipe), trains)
+        model = init_adapter(config, model, arguments, _parse_arguments(FinetuningArguments, recipe), trains)
         if recipe.get('stage') == 'rm': model = _with_value_head(model)
     if job['cast']: model.to(getattr(torch, job['cast']))
     return model.train() if trains else model.eval().requires_grad_(False)
@@ -201,7 +201,7 @@ def build_reference(
     return build_model(job | {'recipe': asks, 'dtype': job['half'] or job['dtype']})
 
 # %% ../../nbs/memory/00_simulate.ipynb #947bbdb8
-class _Told(torch.autograd.Function):
+class _ReportGradient(torch.autograd.Function):
     "Returns its input, and reports when the gradient of that input has been computed."
     @staticmethod
     def forward(ctx, x, tell):
@@ -216,7 +216,7 @@ class _Told(torch.autograd.Function):
 def _through(tensors, tell):
     "Pass the tensors that will have a gradient through `_Told`."
     has_gradient = lambda x: x.requires_grad and torch.is_grad_enabled()
-    return tree_map_only(torch.Tensor, lambda x: _Told.apply(x, tell) if has_gradient(x) else x, tensors)
+    return tree_map_only(torch.Tensor, lambda x: _ReportGradient.apply(x, tell) if has_gradient(x) else x, tensors)
 
 # %% ../../nbs/memory/00_simulate.ipynb #58fe8fd6
 parts = ('vision', 'language', 'logits', 'KV cache') # Bytes are counted separately for each
@@ -323,7 +323,7 @@ def _find_pictures(input_ids, inputs_embeds, image_features=None, video_features
     return mask, mask
 
 # %% ../../nbs/memory/00_simulate.ipynb #05689316
-def _book_cache(live):
+def _count_kv_cache(live):
     "Count the stored keys and values as a separate part, the KV cache."
     from transformers.cache_utils import DynamicCache
     update = DynamicCache.update
@@ -333,7 +333,7 @@ def _book_cache(live):
         finally: live.part = before
     DynamicCache.update = booked
 
-def _prepare(job):
+def _patch_libraries(job):
     "Replace the attention kernel and the search for image tokens; return the replacement for autocast."
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -447,9 +447,9 @@ def simulate(
 )->dict: # `parameters`: (number, bytes of one, optimizer group if trained); `modules`; `reference` in bytes; `events`
     "The events of a step on the meta device."
     from transformers import Trainer
-    half, model, reference = _prepare(job), build_model(job), build_reference(job)
+    half, model, reference = _patch_libraries(job), build_model(job), build_reference(job)
     recorder = Recorder(model, LiveBytes('meta'))
-    _book_cache(recorder.live)
+    _count_kv_cache(recorder.live)
     modules = [[recorder.numbers[p] for p in m.parameters(recurse=False)] for m in model.modules()]
     group = lambda name, p: [name not in decayed] if p.requires_grad else []
     decayed = Trainer.get_decay_parameter_names(None, model)

@@ -136,7 +136,7 @@ def _micro_batch(self:Rank, first, last):
     self.reduce(first, last)
 
 # %% ../../nbs/memory/10_zero_rank.ipynb #2f5104e6
-def _most_together(sizes, limit):
+def _largest_reduction(sizes, limit):
     "The largest number of gradients that are reduced together: they are collected until `limit` is exceeded."
     pile, most = 0, 0
     for n in sizes:
@@ -152,7 +152,7 @@ class Stage0(Rank):
         if self.size == 2: self.held['optimizer'] += 4*sum(self.trained.values())
 
     def reduce(self, first, last):
-        if last: self.see(self.work, 'backward', communication=self.size*_most_together(self.trained.values(), 5e8))
+        if last: self.see(self.work, 'backward', communication=self.size*_largest_reduction(self.trained.values(), 5e8))
 
     def update(self):
         if self.size == 2: self.see(self.work, 'step', gradients=4*sum(self.trained.values()))
@@ -180,10 +180,10 @@ class Stage2(Rank):
     def _owned(self, r):
         "Parameters of which rank `r` owns a part, in the order in which they are assigned."
         in_share = lambda i, end, share: r*share < end < (r+1)*share + self.trained[i]
-        return {i for dealt, share in zip(self._dealt, self.share) for i,end in dealt if in_share(i, end, share)}
+        return {i for dealt, share in zip(self._assigned, self.share) for i,end in dealt if in_share(i, end, share)}
 
     @cached_property
-    def _dealt(self):
+    def _assigned(self):
         "For each group, its parameters in the order in which they are assigned, and where each ends."
         in_turn = lambda group: [i for _,i in sorted(enumerate(group), key=lambda at: at[0] % self.ranks)]
         return [list(zip(dealt, accumulate(map(self.trained.get, dealt)))) for dealt in map(in_turn, self.groups)]
@@ -258,22 +258,22 @@ class Stage3(Rank):
     def begin(self, first):
         for i in list(self.coming): # gathered ahead but not used; those that the backward pass did not release are kept
             self._arrive(i)
-            if i not in self.stays: self._leave(i)
+            if i not in self.stays: self._release_gathered(i)
         if first:
-            for i in self.stays: self._enter(i, self.numel[i])
+            for i in self.stays: self._hold_gathered(i, self.numel[i])
             self.users, self.backward, self.again = defaultdict(set), {}, defaultdict(set)
         self.at, self.live, self.seen, self.waiting, self.pile = 0, 0, {}, [], 0
         self.ahead = deque((i, at) for at,m in enumerate(self.order) for i in self.weights_of[m])
 
 # %% ../../nbs/memory/10_zero_rank.ipynb #ef4319c1
 @patch
-def _enter(self:Stage3, i, n):
+def _hold_gathered(self:Stage3, i, n):
     "Parameter `i` is gathered, with `n` weights; a single rank already holds all of it, unless it is on the host."
     self.there[i] = self.size*n if self.ranks > 1 or self.offload_weights else 0
     self.held['communication'] += self.there[i]
 
 @patch
-def _leave(self:Stage3, i): self.held['communication'] -= self.there.pop(i)
+def _release_gathered(self:Stage3, i): self.held['communication'] -= self.there.pop(i)
 
 @patch
 def _gather(self:Stage3, params):
@@ -285,7 +285,7 @@ def _gather(self:Stage3, params):
     self.held['communication'] += buffer['flat']
     self.coming |= dict.fromkeys(params, buffer)
     if params and not is_flat:
-        for i in params: self._enter(i, padded if len(params) == 1 else self.numel[i])
+        for i in params: self._hold_gathered(i, padded if len(params) == 1 else self.numel[i])
         buffer['done'] = True
 
 @patch
@@ -293,7 +293,7 @@ def _arrive(self:Stage3, i):
     "A parameter is needed: all parameters that arrive with it are copied out of their common buffer."
     buffer = self.coming.pop(i)
     if not buffer['done']:
-        for j in buffer['params']: self._enter(j, self.numel[j])
+        for j in buffer['params']: self._hold_gathered(j, self.numel[j])
         self.see(self.work, self.moment)
     buffer['done'] = True
     buffer['left'].discard(i)
@@ -307,25 +307,25 @@ def fetch(self:Stage3, module, back):
     self._gather(own)
     for i in own:
         self.users[i].add(module)
-        if self.holds_recomputed and not back and self.backward and i not in self.trained: self._hold(i)
+        if self.holds_recomputed and not back and self.backward and i not in self.trained: self._hold_for_recompute(i)
         if i in self.coming: self._arrive(i)
     new = sum(self.seen.get(i, -1) < self.at for i in own)
     for _ in range(new):
         i, at = self.ahead.popleft()
         self.seen[i] = at
-    self._gather(self._next())
+    self._gather(self._parameters_to_prefetch())
     self.see(self.work, self.moment)
     self.at += 1
 
 @patch
-def _hold(self:Stage3, i):
+def _hold_for_recompute(self:Stage3, i):
     "In DeepSpeed 0.19, frozen weights that are gathered for recomputing a layer are held until its module is done."
     module = next(reversed(self.backward))
     self.again[module].add(i)
     self.users[i].add(module)
 
 @patch
-def _next(self:Stage3):
+def _parameters_to_prefetch(self:Stage3):
     "The parameters that are gathered ahead of their use."
     room = min(self.zero['stage3_max_live_parameters'] - self.live, self.zero['stage3_prefetch_bucket_size'])
     chosen, n = [], 0
@@ -349,7 +349,7 @@ def release(self:Stage3, module, back):
         is_soon = later < len(self.uses[i]) and self.uses[i][later] < horizon or self.seen.get(i, -1) > self.at
         is_free = i in self.there and i not in self.coming and not self.users[i] and i not in self.stays
         if is_free and (i in again or not is_soon):
-            self._leave(i)
+            self._release_gathered(i)
             self.live -= self.numel[i]
 
 @patch
@@ -375,7 +375,7 @@ def reduce(self:Stage3, first, last):
 @patch
 def update(self:Stage3):
     for i in list(self.coming): self._arrive(i)
-    for i in list(self.there): self._leave(i)
+    for i in list(self.there): self._release_gathered(i)
     if self.offload: return
     self.see(self.work, 'step', gradients=8*max(map(self._piece, self.trained)))
     self.see(self.work, 'step', gradients=(self.size + 4 if self.size == 2 else 4)*max(self._sub_groups()))

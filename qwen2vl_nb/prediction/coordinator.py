@@ -33,7 +33,7 @@ class Count:
         for at, line in whole_lines(self.path, self.at): self.at, self.done = at + len(line), self.done + 1
         return self.done
 
-def _tell(folder, count, n, began):
+def _report_progress(folder, count, n, began):
     "Write the number of rows that are done to `progress.json`."
     write_progress(folder, count.look(), n, began, count.before)
 
@@ -45,18 +45,18 @@ def _is_stopped(folder):
 
 class RowsLeftOut(Exception): "All workers ended successfully, but some rows have no line."
 
-def _tell_failure(folder, who, error):
+def _report_failure(folder, who, error):
     "Report why a run failed, in its log and in its failure file."
     print(error, flush=True)
     write_failure(folder, who, {'type': type(error).__name__, 'message': str(error)})
 
 # %% ../../nbs/prediction/10_coordinator.ipynb #5dcc4214
-def _ended_as(workers):
+def _exit_status(workers):
     "The exit status of a run; if a signal ended a worker, the signal as a negative number."
     codes = [p.returncode for p in workers]
     return min(codes) if min(codes) < 0 else max(codes)
 
-def _check_whole(path, n):
+def _check_complete(path, n):
     "Raise `RowsLeftOut` if a row has no line."
     left = n - len(Index(path))
     if left: raise RowsLeftOut(f'{left} of {n} rows were left out: were their pictures changed in the meantime?')
@@ -67,9 +67,9 @@ def look_after(
     "Start the servers and workers of a run and wait until the workers have ended."
     folder = Path(folder)
     try: return _look_after(folder)
-    except ServerFailed as error: _tell_failure(folder, 'server', error)
-    except RowsLeftOut as error: _tell_failure(folder, 'rows', error)
-    except (OSError, ValueError) as error: _tell_failure(folder, 'files', error)
+    except ServerFailed as error: _report_failure(folder, 'server', error)
+    except RowsLeftOut as error: _report_failure(folder, 'rows', error)
+    except (OSError, ValueError) as error: _report_failure(folder, 'files', error)
     return 1
 
 def _check_asked(folder):
@@ -91,24 +91,24 @@ def _look_after(folder):
     try:
         servers.start()
         while not servers.are_ready():
-            _tell(folder, count, n, began)
+            _report_progress(folder, count, n, began)
             if _is_stopped(folder): return signal.SIGTERM
             time.sleep(.5)
         began = time.time()
         write_json(folder/MISSING, missing(answers, n))  # the same for all workers, even if one starts late
         workers += [subprocess.Popen(w['command'], env=os.environ | w['env']) for w in run['workers']]
         while any([p.poll() is None for p in workers]):
-            _tell(folder, count, n, began)
+            _report_progress(folder, count, n, began)
             if _is_stopped(folder): return signal.SIGTERM
             servers.check()
             time.sleep(.2)
-        ended = _ended_as(workers)
-        if not ended: _check_whole(answers, n)
+        ended = _exit_status(workers)
+        if not ended: _check_complete(answers, n)
         return ended
     finally:
         for processes in workers, servers.running: end_children(processes)
         with suppress(OSError): (folder/MISSING).unlink(missing_ok=True)
-        _tell(folder, count, n, began)
+        _report_progress(folder, count, n, began)
         with suppress(OSError): put_in_order(answers)  # fails if the disk is full; readers then sort the rows
 
 # %% ../../nbs/prediction/10_coordinator.ipynb #9e66880c

@@ -76,31 +76,31 @@ def _begin_hf(recipe, samples, folder, about):
         write_json(folder/QUESTION, known, private=True)
     return _start_workers(recipe, folder, about | {'budget': known['budget']}, _workers(about))
 
-def _asking(about, options):
+def _server_worker(about, options):
     "The description of the run with the options for a worker that asks servers, and the command of this worker."
     return about | {'options': options}, [{'command': [sys.executable, *script('prediction.openai')], 'env': {}}]
 
 def _begin_openai(recipe, samples, folder, about, **options):
     "Start the worker that asks servers."
-    return _start_workers(recipe, folder, *_asking(about, server_options(**options)))
+    return _start_workers(recipe, folder, *_server_worker(about, server_options(**options)))
 
 def _begin_vllm(recipe, samples, folder, about, **options):
     "Start servers for this prediction, and the worker that asks them."
     servers = vllm_servers(recipe, samples, about['python'], about['gpus'], **options)
     options = server_options([s['url'] for s in servers], servers[0]['model'], **{'concurrency': 16} | options)
-    return _start_workers(recipe, folder, *_asking(about | {'engine': 'vllm', 'servers': servers}, options))
+    return _start_workers(recipe, folder, *_server_worker(about | {'engine': 'vllm', 'servers': servers}, options))
 
 # %% ../../nbs/prediction/45_engines.ipynb #058cbfed
-_given = 'samples_that_were_given' # Name of the data set of samples that were passed to `predict`
+_passed_samples = 'samples_that_were_given' # Name of the data set of samples that were passed to `predict`
 
-def _registered(recipe, samples, folder):
+def _with_registry(recipe, samples, folder):
     "The recipe with given samples as a registered data set."
     def filled(s):
         if 'messages' not in s: return s | {'output': s.get('output') or ''}
         turns = [turn for turn in s['messages'] if turn['role'] != 'system']
         return s | {'messages': s['messages'] + [{'role': 'assistant', 'content': ''}]*(len(turns) % 2)}
     registry = Registry(folder/'data')
-    if _given not in registry: registry.add(_given, [filled(s) for s in samples])
+    if _passed_samples not in registry: registry.add(_passed_samples, [filled(s) for s in samples])
     return recipe | {'dataset_dir': str(folder/'data')}
 
 def _joined(rows, generated):
@@ -129,7 +129,7 @@ def _take_over(folder):
 def _begin_llamafactory(recipe, samples, folder, about):
     "Start LLaMA-Factory's own prediction."
     raise_errors(special_token_findings(recipe, samples), force=False)
-    if recipe['eval_dataset'] == _given: recipe = _registered(recipe, samples, folder)
+    if recipe['eval_dataset'] == _passed_samples: recipe = _with_registry(recipe, samples, folder)
     return launch(recipe, about['nproc'], env=about['given'], python=about['python'])
 
 # %% ../../nbs/prediction/45_engines.ipynb #c4630a0e
@@ -172,16 +172,16 @@ def _set_aside(path, rows):
              f'{path.name}.damaged:\n{list_damaged(wrong)}\nRows that have no other answer are asked again.')
 
 # %% ../../nbs/prediction/45_engines.ipynb #4862a3a2
-def _kept(folder, n):
+def _describe_progress(folder, n):
     done = n - len(missing(folder/ANSWERS, n))
     return f'{done} of {n} rows are done and kept; call predict again to continue.'
 
 def _wait(run, n):
     "Wait for the end of the work. Raises the reason if it failed."
     try: ended = run.wait().status
-    except RuntimeError as error: raise RuntimeError(f'{error}\n{_kept(run.output_dir, n)}') from None
+    except RuntimeError as error: raise RuntimeError(f'{error}\n{_describe_progress(run.output_dir, n)}') from None
     if ended == 'stopped':
-        raise RuntimeError(f'The prediction in {run.output_dir} was stopped. {_kept(run.output_dir, n)}')
+        raise RuntimeError(f'The prediction in {run.output_dir} was stopped. {_describe_progress(run.output_dir, n)}')
 
 def _warn_of_failed(predictions):
     failed = predictions.failed
@@ -215,7 +215,7 @@ def predict(
     folder, given = Path(recipe['output_dir']).absolute(), samples is not None
     samples = _sound_samples(samples, folder) if given else _asked_samples(recipe)
     if not samples: raise ValueError('There is nothing to predict: no samples.')
-    if given: recipe = recipe | {'eval_dataset': _given}
+    if given: recipe = recipe | {'eval_dataset': _passed_samples}
     asked = [asked_row(i, s) for i, s in enumerate(samples)]
     if engine != 'llamafactory': recipe, asked = treated_alike(recipe, asked)
     rows = [json_line(row).decode() for row in asked]

@@ -206,9 +206,9 @@ def _as_json(content):
 def _writable(text): return text.encode(errors='replace').decode()
 
 # %% ../../nbs/prediction/25_openai.ipynb #7a6e9b76
-def _in_a_line(text): return ''.join(c if c.isprintable() else '�' for c in ' '.join(text.split()))
+def _single_line(text): return ''.join(c if c.isprintable() else '�' for c in ' '.join(text.split()))
 
-def _told(answer, content):
+def _error_text(answer, content):
     "What a server says about a failure, in one line and without the key."
     said = _as_json(content)
     for key in ('error', 'detail', 'message'):
@@ -217,10 +217,10 @@ def _told(answer, content):
         if said is None: said = content.decode(errors='replace')
         elif not isinstance(said, str): said = json.dumps(said, ensure_ascii=False)
     except RecursionError: said = content.decode(errors='replace')
-    line, key = mask(_in_a_line(said[:10_000])), answer.request.headers.get('authorization', '').partition(' ')[2]
+    line, key = mask(_single_line(said[:10_000])), answer.request.headers.get('authorization', '').partition(' ')[2]
     if key: line = line.replace(key, '…')
     cure = _cures.get(answer.status_code, '')
-    return _in_a_line(f'{answer.status_code} {answer.reason_phrase[:100]}: {line[:300]} {cure}')
+    return _single_line(f'{answer.status_code} {answer.reason_phrase[:100]}: {line[:300]} {cure}')
 
 def _seconds(answer):
     "How many seconds the server asks its clients to wait, at most a minute."
@@ -236,8 +236,8 @@ def _read(answer, content):
         choice, usage = said['choices'][0], said.get('usage')
         text, reason = choice['message']['content'], choice.get('finish_reason')
     except (LookupError, TypeError, AttributeError):
-        raise _Again(f'The answer is not a chat completion: {_told(answer, content)}', 0) from None
-    reason = _in_a_line(reason[:100]) if isinstance(reason, str) else None
+        raise _Again(f'The answer is not a chat completion: {_error_text(answer, content)}', 0) from None
+    reason = _single_line(reason[:100]) if isinstance(reason, str) else None
     if not isinstance(text, str): raise ValueError(f'The answer has no text (finish_reason {reason!r}).')
     if reason == 'stop':
         text = text.removesuffix('<|im_end|>')  # from LLaMA-Factory's server, if it keeps special tokens
@@ -314,7 +314,7 @@ async def send(self:Server, *request, **content):
     self._is_back()
     status = answer.status_code
     if status == 200: return answer, said
-    told = _told(answer, said)
+    told = _error_text(answer, said)
     if status in (408, 429) or status >= 500: raise _Again(told, _seconds(answer))
     if status in _of_all_rows and not self.is_good: raise _AllFail(f'{mask(str(answer.url))} answers {told}')
     raise ValueError(told)
@@ -345,7 +345,7 @@ def _give_up(said, patience):
                        'Check that they are running, and that base_url is right.')
 
 # %% ../../nbs/prediction/25_openai.ipynb #20e3edfe
-_most_lost = 50 # Rows that may be given up before one is answered
+_max_given_up = 50 # Rows that may be given up before one is answered
 
 class Asking:
     "The rows on their way to the servers and back."
@@ -395,11 +395,11 @@ def _let_be(self:Asking, question, error):
     "Give up a row. Raises `RuntimeError` if too many rows were given up and none was answered."
     self._finish(question.told | _failed(error))
     self.lost += 1
-    if self.lost >= _most_lost and not any(server.is_good for server in self.servers):
+    if self.lost >= _max_given_up and not any(server.is_good for server in self.servers):
         raise RuntimeError(f'{self.lost} rows were given up and none was answered; the last error: {error}')
 
 @patch
-def _later(self:Asking, question):
+def _requeue(self:Asking, question):
     "Put back a row whose server is not reachable. Raises `RuntimeError` if no server was reachable for too long."
     self.queue.put_nowait(question)
     if all(server.away() > self.options['patience'] for server in self.servers):
@@ -407,7 +407,7 @@ def _later(self:Asking, question):
 
 # %% ../../nbs/prediction/25_openai.ipynb #f66a6ea1
 @patch
-async def _carry(self:Asking, server):
+async def _send_rows(self:Asking, server):
     "Send requests to a server, one after the other."
     failures = 0
     while True:
@@ -415,7 +415,7 @@ async def _carry(self:Asking, server):
         question = await self.queue.get()
         try: self._finish(question.told | await server.ask(question.body))
         except _AllFail: raise
-        except _Away: self._later(question)
+        except _Away: self._requeue(question)
         except _Again as error:
             self._again(question, *error.args)
             failures += 1
@@ -423,7 +423,7 @@ async def _carry(self:Asking, server):
             continue
         except ValueError as error: self._finish(question.told | _failed(str(error)))
         except Exception as error:  # an error that an answer causes affects only its row
-            self._let_be(question, f'{type(error).__name__} while reading the answer: {_in_a_line(str(error)[:300])}')
+            self._let_be(question, f'{type(error).__name__} while reading the answer: {_single_line(str(error)[:300])}')
         failures = 0
 
 @patch
@@ -436,7 +436,7 @@ async def run(self:Asking):
     """Ask until every row has an answer or an error.
     The answers that have arrived are written even if an exception ends the work."""
     makers = [self._make() for _ in range(min(8, len(os.sched_getaffinity(0))))]
-    carriers = [self._carry(server) for server in self.servers for _ in range(self.options['concurrency'])]
+    carriers = [self._send_rows(server) for server in self.servers for _ in range(self.options['concurrency'])]
     tasks = [asyncio.create_task(task) for task in makers + carriers]
     try:
         while self.left:

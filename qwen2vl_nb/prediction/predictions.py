@@ -23,7 +23,7 @@ if TYPE_CHECKING: import pandas as pd
 
 # %% ../../nbs/prediction/40_predictions.ipynb #17c5656a
 _pictures = re.compile(r'<\|vision_start\|>(?:<\|(image|video)_pad\|>)+<\|vision_end\|>')
-_said = re.compile(r'<\|im_start\|>user\n(.*?)<\|im_end\|>', re.S)
+_user_turn = re.compile(r'<\|im_start\|>user\n(.*?)<\|im_end\|>', re.S)
 
 _padding = re.compile(r'\A(?:<\|endoftext\|>)+|(?:<\|im_end\|>\n?)?(?:<\|endoftext\|>)*\Z')
 
@@ -37,7 +37,7 @@ def without_end(
 def _generated_row(i, row):
     "A row of LLaMA-Factory's own predictions."
     prompt = _pictures.sub(r'<\1>', row['prompt'])
-    return {'row': i, 'id': i, 'images': [], 'prompt': '\n'.join(_said.findall(prompt)) or prompt,
+    return {'row': i, 'id': i, 'images': [], 'prompt': '\n'.join(_user_turn.findall(prompt)) or prompt,
             'label': without_end(row['label']).removesuffix('\n') or None, 'predict': without_end(row['predict']),
             'engine': 'llamafactory'}
 

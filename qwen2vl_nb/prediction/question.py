@@ -106,13 +106,13 @@ _may_change = ('output_dir', 'overwrite_output_dir', 'dataset_dir', 'eval_datase
                'overwrite_cache', 'report_to',
                'preprocessing_num_workers', 'preprocessing_batch_size', 'dataloader_num_workers',
                'per_device_eval_batch_size', 'logging_steps')
-_read_whole = 2**26 # Bytes; a larger file is only sampled
+_max_full_digest = 2**26 # Bytes; a larger file is only sampled
 
 def _digest(path):
     "A short name for the content of a file, as `question.json` has it."
-    return f"{file_digest(path, 'sha256', whole=_read_whole)[:16]} {path.stat().st_size}"
+    return f"{file_digest(path, 'sha256', whole=_max_full_digest)[:16]} {path.stat().st_size}"
 
-def _held(folder, *names):
+def _file_digests(folder, *names):
     "The digests of the files in a folder, by name; none for a name on a hub, whose content is assumed to be unchanged."
     return {p.name: _digest(p) for name in names for p in sorted(Path(folder).glob(name))}
 
@@ -127,8 +127,8 @@ def question(
     adapters = full.get('adapter_name_or_path', '').split(',') if full.get('adapter_name_or_path') else []
     return {'engine': f'{engine} ({model})' if model else engine,
             'recipe': {k: v for k, v in hidden.apart(full)[1].items() if k not in _may_change},
-            'model': _held(full['model_name_or_path'], '*.json', '*.safetensors', '*.jinja'),
-            'adapter': {name: held for folder in adapters for name, held in _held(folder, 'adapter_*').items()},
+            'model': _file_digests(full['model_name_or_path'], '*.json', '*.safetensors', '*.jinja'),
+            'adapter': {name: held for folder in adapters for name, held in _file_digests(folder, 'adapter_*').items()},
             'rows': _rows_hash(rows)}
 
 # %% ../../nbs/prediction/35_question.ipynb #22603d83
@@ -137,7 +137,7 @@ def _changed_values(what, before, now):
     other = [key for key in before | now if before.get(key) != now.get(key)]
     return [f'{what}{key}: {before.get(key)!r} before, {now.get(key)!r} now' for key in other]
 
-def _as_before(lines):
+def _in_earlier_format(lines):
     "Lines of rows as earlier versions wrote them; these versions kept the original names of all columns."
     parts = _consumed[True] | _consumed[False] | {'image', 'video'}
     return [json_line({k.removeprefix('column.'): v for k, v in json.loads(line).items() if k not in parts}).decode()
@@ -180,7 +180,7 @@ def _changes(folder, before, asked, rows):
         return _changed_rows(folder/ASKED, rows) if is_other else []
     engine = _changed_values('', *({'engine': q['engine']} for q in (before, asked)))
     parts = [_changed_values(f'{part}, ', before[part], asked[part]) for part in ('recipe', 'model', 'adapter')]
-    same = before['rows'] == asked['rows'] or before['rows'] == _rows_hash(_as_before(rows))
+    same = before['rows'] == asked['rows'] or before['rows'] == _rows_hash(_in_earlier_format(rows))
     return engine + sum(parts, []) + ([] if same else _changed_rows(folder/ASKED, rows))
 
 # %% ../../nbs/prediction/35_question.ipynb #0812981a

@@ -73,7 +73,7 @@ def json_line(
     # A lone surrogate becomes its escape
     return json.dumps(value, ensure_ascii=False, default=str).encode(errors='backslashreplace') + b'\n'
 
-def _whole_end(f):
+def _end_of_last_line(f):
     "Where the last complete line of a file ends."
     at, step = f.seek(0, os.SEEK_END), 2**16
     while at > 0:
@@ -84,19 +84,19 @@ def _whole_end(f):
         at = start
     return 0
 
-_patience = 120 # Seconds to wait for other processes that write to the same file
+_lock_seconds = 120 # Seconds to wait for other processes that write to the same file
 
 def _lock(f):
     "Wait for the lock on a file. Raises `TimeoutError`."
-    end = time.monotonic() + _patience
+    end = time.monotonic() + _lock_seconds
     while True:
         try: return fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError: time.sleep(.01)
         if time.monotonic() > end:
-            raise TimeoutError(f'Another process has kept {f.name} locked for {_patience} s: is it suspended?')
+            raise TimeoutError(f'Another process has kept {f.name} locked for {_lock_seconds} s: is it suspended?')
 
-_how = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC
-_most_of_tail = 2**26 # Maximum length of a line in bytes
+_open_flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC
+_max_line_bytes = 2**26 # Maximum length of a line in bytes
 
 def is_at(
     f, # An open file
@@ -113,7 +113,7 @@ def _locked(path):
     Raises `Damaged` for anything but a regular file."""
     while True:
         with suppress(FileNotFoundError): open_regular(path).close()
-        with open(path, 'rb+', buffering=0, opener=lambda path, _: os.open(path, _how, 0o666)) as f:
+        with open(path, 'rb+', buffering=0, opener=lambda path, _: os.open(path, _open_flags, 0o666)) as f:
             _lock(f)
             if is_at(f, path):
                 yield f
@@ -122,9 +122,9 @@ def _locked(path):
 def _mend_end(f):
     """Remove an incomplete line at the end of a file, or add its newline if only that is missing; returns the new
     end of the file."""
-    end = _whole_end(f)
+    end = _end_of_last_line(f)
     f.seek(end)
-    last = f.read(_most_of_tail)
+    last = f.read(_max_line_bytes)
     try: load_line(last)
     except ValueError: f.truncate(end)
     else: end += len(last) + f.write(b'\n')
@@ -172,12 +172,12 @@ def _lines(path):
         end = at + len(line)
     with suppress(FileNotFoundError), open_regular(path) as f:
         f.seek(end)
-        last = f.read(_most_of_tail)
+        last = f.read(_max_line_bytes)
         with suppress(ValueError):
             load_line(last)
             yield end, last
 
-def _that_count(numbers, failed):
+def _effective_lines(numbers, failed):
     "The indices of the lines that count, in the order of their rows."
     if all(a < b for a, b in pairwise(numbers)): return range(len(numbers))
     best = {}
@@ -202,7 +202,7 @@ class Index:
                 starts.append(at)
                 ends.append(at + len(line))
                 failed.append(row['predict'] is None)
-        keep = _that_count(numbers, failed)
+        keep = _effective_lines(numbers, failed)
         self.numbers, self.starts, self.ends, self.failed = (array(a.typecode, map(a.__getitem__, keep))
                                                              for a in (numbers, starts, ends, failed))
 
@@ -273,7 +273,7 @@ class Asked:
     def __getitem__(self, i):
         with open_regular(self.path) as f:
             f.seek(self.starts[i])
-            try: return load_line(f.readline(_most_of_tail))
+            try: return load_line(f.readline(_max_line_bytes))
             except ValueError as error: raise ValueError(f'{self.path}, line {i + 1}: {error}') from None
 
 def without_question(

@@ -49,7 +49,7 @@ def is_right(
     return row['predict'] is not None and row['predict'].strip() == row['label'].strip()
 
 # %% ../../nbs/prediction/50_scores.ipynb #87a405d6
-def _as_factory(label):
+def _as_in_llamafactory(label):
     "A label in the form in which LLaMA-Factory compares it."
     return unicodedata.normalize('NFC', label) + '\n'
 
@@ -75,7 +75,7 @@ def _bleu(predict, label):
 
 def _likeness(label, predict):
     "BLEU-4 and ROUGE of an answer; both are 0 for one that failed."
-    pair = predict or '', _as_factory(label)
+    pair = predict or '', _as_in_llamafactory(label)
     return {'bleu-4': _bleu(*pair)} | _rouge(*pair)
 
 # %% ../../nbs/prediction/50_scores.ipynb #ce9d047c
@@ -111,7 +111,7 @@ def _outcomes(label, answer, tolerance):
     found = {k: verdict(k) if k in answer else 'missing' for k in label}
     return found | {k: 'unwanted' for k in answer if k not in label}
 
-def _is_whole(outcomes, malformed): return not malformed and all(what == 'right' for what in outcomes.values())
+def _is_all_right(outcomes, malformed): return not malformed and all(what == 'right' for what in outcomes.values())
 
 def _line_of_field(count, accuracy):
     "A line of the table, from the numbers of right, wrong, missing and unwanted fields."
@@ -135,7 +135,7 @@ def _field_table(outcomes, malformed, times=None):
         count = counts[field]
         return (n - n_bad + bad[field] - count['wrong'] - count['missing'] - count['unwanted'])/n
     lines = {f: _line_of_field(c, fine(f)) for f,c in counts.items() if c.total() > c['unwanted']}
-    whole = sum(k for *row,k in zip(outcomes, malformed, times) if _is_whole(*row))/n
+    whole = sum(k for *row,k in zip(outcomes, malformed, times) if _is_all_right(*row))/n
     lines['(all)'] = _line_of_field(sum(counts.values(), Counter()), whole)
     return text_table(pd.DataFrame.from_dict(lines, orient='index').rename_axis('field'))
 
@@ -145,7 +145,7 @@ _most_fields = 20 # Maximum number of fields that get columns of their own among
 def _field_columns(outcomes, malformed):
     """In percent for each row: whether the object is right, whether it is malformed, and, if there are not too many
     fields, whether each field is right."""
-    columns = {'json': [100.*_is_whole(*row) for row in zip(outcomes, malformed)],
+    columns = {'json': [100.*_is_all_right(*row) for row in zip(outcomes, malformed)],
                'malformed': [100.*is_bad for is_bad in malformed]}
     fields = {k: None for found in outcomes for k,what in found.items() if what != 'unwanted'}
     if len(fields) > _most_fields: return columns
@@ -319,7 +319,7 @@ def _repr_html_(self:Scores):
 _alike = 'bleu-4', 'rouge-1', 'rouge-2', 'rouge-l'
 
 # %% ../../nbs/prediction/50_scores.ipynb #44cf8501
-_shared = 'exact', *_alike, 'number', 'outcome', *box_measures # Results for a label and an answer, as numbers
+_pair_measures = 'exact', *_alike, 'number', 'outcome', *box_measures # Results for a label and an answer, as numbers
 _block = 2**16 # Rows
 
 class _Measured:
@@ -366,19 +366,19 @@ def _pack(self:_Measured):
     import numpy as np
     known = {}
     each = np.array([known.setdefault(result, len(known)) for result in self.block], np.uint16)
-    self.blocks.append((np.array(list(known), float).reshape(-1, len(_shared)), each))
+    self.blocks.append((np.array(list(known), float).reshape(-1, len(_pair_measures)), each))
     self.block = []
 
 @patch
 def _column(self:_Measured, name):
     "The values of one of `_shared`, one number for each row."
     import numpy as np
-    k = _shared.index(name)
+    k = _pair_measures.index(name)
     return np.concatenate([results[each, k] for results,each in self.blocks])
 
 @patch
 def _all_have(self:_Measured, name):
-    return all(results[:, _shared.index(name)].min() >= 0 for results,_ in self.blocks if len(results))
+    return all(results[:, _pair_measures.index(name)].min() >= 0 for results,_ in self.blocks if len(results))
 
 @patch
 def scores(self:_Measured, given):
@@ -453,7 +453,7 @@ def _matched(first, second):
     return found
 
 # %% ../../nbs/prediction/50_scores.ipynb #18fd7a57
-def _chance(change, is_sharp):
+def _p_value(change, is_sharp):
     "How likely such changes are by chance, and the name of the test."
     import numpy as np
     from scipy.stats import binomtest, permutation_test
@@ -466,7 +466,7 @@ def _chance(change, is_sharp):
                              batch=max(1, 10_000_000//len(change)), rng=np.random.default_rng(0))
     return float(found.pvalue), name
 
-def _what(one, two, is_sharp):
+def _kind_of_change(one, two, is_sharp):
     "How a row has changed: better, worse, or otherwise."
     if one != two: return 'better' if two > one else 'worse'
     return 'other' if not is_sharp else 'other right' if two == 100 else 'other wrong'
@@ -525,9 +525,9 @@ def compare(
     answer = lambda row: (row['predict'] or '').strip()
     pairs = ((i, first[i], second[i]) for i in one.index)
     lines = [dict(id=columns[0].id[i], label=a['label'], before=a['predict'], after=b['predict'],
-                  what=_what(one[i], two[i], is_sharp), change=change[i])
+                  what=_kind_of_change(one[i], two[i], is_sharp), change=change[i])
              for i,a,b in pairs if change[i] or answer(a) != answer(b)]
     changed = text_table(pd.DataFrame(lines, columns=['id', 'label', 'before', 'after', 'what', 'change']))
     return Comparison(measure, one.mean(), two.mean(), _summary(change.to_frame()).iloc[0].to_dict(),
-                      *_chance(change.to_numpy(), is_sharp), text_table(_table(one, two, is_sharp)), changed,
+                      *_p_value(change.to_numpy(), is_sharp), text_table(_table(one, two, is_sharp)), changed,
                       [second[i] for i in one.index if change[i] < 0])

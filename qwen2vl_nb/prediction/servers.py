@@ -15,25 +15,25 @@ class ServerFailed(Exception): "A server is not available."
 
 _raised = re.compile(r'^(?:\([^)]*\) )?(?:.*?\] +)?((?:\w+\.)*[A-Z]\w*(?:Error|Exception)(?::.*)?)$', re.M)
 
-def _last_words(log):
+def _exceptions_in(log):
     "The first and the last exception in a log; its last lines if there is none."
     with open_regular(log) as f: text = f.read(2**22).decode(errors='replace')
     if log.stat().st_size > 2**22: text += '\n' + read_tail(log)
     raised, lines = _raised.findall(text), [line.strip() for line in text.splitlines() if line.strip()]
     return ' / '.join(dict.fromkeys([raised[0], raised[-1]] if raised else lines[-3:])) or 'nothing'
 
-_look = 5 # Seconds within which a server must answer
+_answer_seconds = 5 # Seconds within which a server must answer
 
-def _names_models(url):
+def _lists_models(url):
     "Whether a server lists its models in time; the limit holds even if the answer arrives byte by byte."
     from http.client import HTTPConnection, HTTPException
     from threading import Timer
     from urllib.parse import urlsplit
     place = urlsplit(f'{url}/models')
-    connection = HTTPConnection(place.hostname, place.port, timeout=_look)
+    connection = HTTPConnection(place.hostname, place.port, timeout=_answer_seconds)
     try:
         connection.connect()
-        end = Timer(_look, connection.sock.shutdown, [socket.SHUT_RDWR])
+        end = Timer(_answer_seconds, connection.sock.shutdown, [socket.SHUT_RDWR])
         end.start()
         try:
             connection.request('GET', place.path)
@@ -42,7 +42,7 @@ def _names_models(url):
     except (OSError, HTTPException): return False
     finally: connection.close()
 
-def _ended(process):
+def _describe_end(process):
     "How a process has ended, in words."
     code = process.returncode
     return f'ended with exit status {code}' if code >= 0 else f'was ended by {signal.Signals(-code).name}'
@@ -66,14 +66,15 @@ class Servers:
 
     def _fail(self, server, what):
         log = self.folder/server['log']
-        raise ServerFailed(f"The server {server['url']} {what}. It said: {_last_words(log)} (see {log})")
+        raise ServerFailed(f"The server {server['url']} {what}. It said: {_exceptions_in(log)} (see {log})")
 
-    def _over(self): return [(s, p) for s, p in zip(self.told, self.running) if p.poll() is not None]
+    def _ended_servers(self): return [(s, p) for s, p in zip(self.told, self.running) if p.poll() is not None]
 
     def are_ready(self):
         "Whether all of them answer. Raises `ServerFailed` if one has ended or takes too long."
-        self.waited_for = [server for server in self.waited_for if not _names_models(server['url'])]
-        for server, process in self._over(): self._fail(server, f'{_ended(process)} before the work began')
+        self.waited_for = [server for server in self.waited_for if not _lists_models(server['url'])]
+        for server, process in self._ended_servers():
+            self._fail(server, f'{_describe_end(process)} before the work began')
         for server in self.waited_for:
             seconds = server.get('seconds', 1800)
             if time.monotonic() - self.began > seconds:
@@ -82,7 +83,7 @@ class Servers:
 
     def check(self):
         "Raise `ServerFailed` if no server is left."
-        over = self._over()
+        over = self._ended_servers()
         if not over or len(over) < len(self.told): return
         server, process = over[-1]
-        self._fail(server, f'{_ended(process)} while answering requests')
+        self._fail(server, f'{_describe_end(process)} while answering requests')

@@ -80,8 +80,8 @@ _legend = ' · '.join(f'<span style="border-bottom:2px {line} {colour}">{name}</
     ('dashed', LABEL, 'label'), ('solid', ANSWER, 'answer, with its IoU')))
 
 # %% ../../nbs/prediction/60_show.ipynb #2edf6dbe
-_says = {'right': ('✓ right', '#2e9e5b'), 'wrong': ('✗ wrong', '#d64545'), 'failed': ('✗ failed', '#d64545'),
-         'no label': ('no label', 'inherit')}
+_kind_labels = {'right': ('✓ right', '#2e9e5b'), 'wrong': ('✗ wrong', '#d64545'), 'failed': ('✗ failed', '#d64545'),
+                'no label': ('no label', 'inherit')}
 
 def _kind(row):
     "The outcome of a row: 'right', 'wrong', 'failed' or 'no label'."
@@ -127,7 +127,7 @@ def _text_html(name, text):
 
 def _card_html(row, boxes=()):
     "A row as HTML: its pictures with boxes, what became of it, and its texts."
-    lines, (said, colour) = _lines(row), _says[_kind(row)]
+    lines, (said, colour) = _lines(row), _kind_labels[_kind(row)]
     shown = {name: html.escape(text) for name,text in lines.items()}
     if _kind(row) == 'wrong': shown['label'], shown['answer'] = _marked_texts(lines['label'], lines['answer'])
     if row.get('finish_reason') == 'length': shown['answer'] += ' <small style="opacity:.65">[cut off]</small>'
@@ -240,7 +240,7 @@ def _write_excel(file, table):
     book.save(file)
 
 # %% ../../nbs/prediction/60_show.ipynb #e76eb4ac
-_choices = {'all': ('right', 'wrong', 'failed', 'no label'), 'wrong': ('wrong', 'failed'), 'right': ('right',),
+_filters = {'all': ('right', 'wrong', 'failed', 'no label'), 'wrong': ('wrong', 'failed'), 'right': ('right',),
             'failed': ('failed',), 'no label': ('no label',)}
 
 def _title(kinds):
@@ -263,7 +263,7 @@ class PredictionView(VBox):
         self._family, self._limits = family, limits or {}
         self._given, self._kinds, self._n, self._columns = rows, [_kind(row) for row in rows], n, columns
         self._count = Counter(self._kinds)
-        options = {f'{name} ({sum(self._count[k] for k in kinds):,})': name for name,kinds in _choices.items()}
+        options = {f'{name} ({sum(self._count[k] for k in kinds):,})': name for name,kinds in _filters.items()}
         self._filter = Dropdown(options=list(options.items()), value=show, layout=Layout(width='170px'))
         self._search = Text(placeholder='Search id, prompt, label and answer, then Enter',
                             continuous_update=False, layout=Layout(width='340px'))
@@ -305,7 +305,7 @@ def _turn(self:PredictionView, step): self._page.value += step
 @patch
 def _select(self:PredictionView):
     "Find the rows that match filter and search, and show the first of them."
-    kinds, text = _choices[self._filter.value], self._search.value.strip().lower()
+    kinds, text = _filters[self._filter.value], self._search.value.strip().lower()
     found = [text in said for said in self._texts] if text else [True]*len(self._given)
     self.rows = [row for row,kind,has in zip(self._given, self._kinds, found) if has and kind in kinds]
     self._page.value = 1
@@ -350,7 +350,7 @@ def to_html(self:PredictionView,
     if len(self.rows) > _most_in_file:
         raise ValueError(f'{len(self.rows):,} rows are too many for a file that a browser has to open: '
                          f'filter, search, or show only some of them, at most {_most_in_file:,}.')
-    options = [f'<option value="{",".join(kinds)}">{name}</option>' for name,kinds in _choices.items()
+    options = [f'<option value="{",".join(kinds)}">{name}</option>' for name,kinds in _filters.items()
                if name == 'all' or any(self._count[k] for k in kinds)]
     head = _filled(_file_head, TITLE=_title(Counter(map(_kind, self.rows))), OPTIONS=''.join(options),
                    WIDTH=str(self._columns*250), GRID=_grid(self._columns), FRAME=_frame)

@@ -170,8 +170,8 @@ def vllm_command(
 # %% ../../nbs/prediction/30_vllm.ipynb #b84033d0
 # The last variable: vLLM's all-reduce can't share memory that lies in expandable segments (vLLM's issue 42609), which
 # a run with several ranks requests
-_own = {'HF_HUB_OFFLINE': '1', 'VLLM_NO_USAGE_STATS': '1', 'DO_NOT_TRACK': '1', 'VLLM_API_KEY': '',
-        'PYTORCH_CUDA_ALLOC_CONF': 'expandable_segments:False'}
+_server_env = {'HF_HUB_OFFLINE': '1', 'VLLM_NO_USAGE_STATS': '1', 'DO_NOT_TRACK': '1', 'VLLM_API_KEY': '',
+               'PYTORCH_CUDA_ALLOC_CONF': 'expandable_segments:False'}
 
 def _free_ports(n):
     "Ports on which nothing listens."
@@ -208,7 +208,7 @@ def vllm_servers(
     model = 'adapter' if recipe.get('adapter_name_or_path') else 'model'
     def one(i, port, env, place):
         command = vllm_command(python, recipe, needs, port, media=media, concurrency=concurrency, **place)
-        return {'command': command, 'env': _own | env, 'url': f'http://127.0.0.1:{port}/v1',
+        return {'command': command, 'env': _server_env | env, 'url': f'http://127.0.0.1:{port}/v1',
                 'log': f'server-{i}.log', 'model': model}
     described = [one(i, port, *s) for i, (port, s) in enumerate(zip(_free_ports(len(servers)), servers))]
     write_text(Path(recipe['output_dir'])/_template, chat_template(recipe['model_name_or_path']))

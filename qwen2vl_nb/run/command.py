@@ -46,7 +46,7 @@ def _own_address(host, port):
         s.connect((host, port))  # sends nothing
         return s.getsockname()[0]
 
-def _meeting(about):
+def _rendezvous_options(about):
     "torchrun's options for how the ranks find each other."
     nnodes, env = about['nnodes'], about['given']
     restarts = ['--max-restarts', env.get('MAX_RESTARTS', '0')]
@@ -69,7 +69,7 @@ def run_command(
     if about['nproc']*about['nnodes'] == 1 and not recipe.get('deepspeed'): return [about['python'], *rank]
     ranks = ['--nproc-per-node', about['nproc'], '--log-dir', RANKS, '--redirects', '3']
     torchrun = ['-m', 'torch.distributed.run'] if about['nnodes'] > 1 else script('run.agent')
-    return list(map(str, [about['python'], *torchrun, *_meeting(about), *ranks, *rank]))
+    return list(map(str, [about['python'], *torchrun, *_rendezvous_options(about), *ranks, *rank]))
 
 # %% ../../nbs/run/30_command.ipynb #runcomm50
 def visible_gpus(

@@ -146,7 +146,7 @@ def _end_of_log(folder):
     try: return '\n'.join(line[:2000] for line in read_tail(folder/RUN_LOG, 2**21).split('\n'))
     except (OSError, Damaged): return ''
 
-def _died_of_signal(log, ended, command):
+def _killing_signal(log, ended, command):
     "Who was killed, and by which signal."
     root = re.search(r'rank\s+: (\d+) .*?(?:Signal \d+ \((SIG\w+)\)|$)',
                      log.rpartition('Root Cause (first observed failure):')[2], re.S)
@@ -184,7 +184,7 @@ def _first_exception(folder):
     found = [state_or_empty(folder, p.name) for p in folder.glob(failure_file('*'))]
     return min(filter(None, found), key=lambda f: f.get('time', math.inf), default={})
 
-def _raised(folder, raised):
+def _rank_finding(folder, raised):
     "A finding about a rank that ended with an exception."
     frame = raised.get('file', ''), raised.get('line', 0), raised.get('function', '')
     who = raised.get('where') or f"rank {raised.get('rank', 0)}"
@@ -198,7 +198,7 @@ _rank = r'^(?:\[rank\d+\]: ?)?'
 _exception = re.compile(_rank + r'((?:\w+\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit)\b(?::.*)?)$', re.M)
 _frame = re.compile(_rank + r'  File "(.*?)", line (\d+), in (.*)$', re.M)
 
-def _unsaid(log, ended):
+def _failure_from_log(log, ended):
     "What the log says about a command that ended before a rank could write anything down."
     raised, nowhere = [*_exception.finditer(log)], ('', '', '')
     if not raised:
@@ -237,7 +237,7 @@ def find_failure(
     if ended.get('error'):
         return Finding('command', f"It could not be started: {ended['error']}", 'See run.json for the command.')
     log = _end_of_log(folder)
-    who, signal_name = _died_of_signal(log, ended, state_or_empty(folder, RUN).get('command', []))
+    who, signal_name = _killing_signal(log, ended, state_or_empty(folder, RUN).get('command', []))
     if who: return _killed(who, signal_name, ended)
     raised = _first_exception(folder)
-    return _raised(folder, raised) if raised else _unsaid(log, ended)
+    return _rank_finding(folder, raised) if raised else _failure_from_log(log, ended)

@@ -116,7 +116,7 @@ _checks = { # For each field of a file
 _needed = {RUN: [], WAITER: ['pid', 'created'], ENDED: ['returncode'], PROGRESS: ['step', 'steps'],
            'failure.json': ['type', 'message']}
 
-def _faults(found, kind):
+def _describe_faults(found, kind):
     "What is wrong with the dict in a file, in words."
     missing = [f'{key} is missing' for key in _needed[kind] if key not in found]
     shown = lambda v: f'this {type(v).__name__}' if isinstance(v, (list, dict)) else f'{v!a}'[:60]
@@ -124,11 +124,11 @@ def _faults(found, kind):
                       and not check(found[key])]
 
 # %% ../../nbs/run/00_folder.ipynb #d10b0007
-_most = 2**24 # Maximum size of a state file in bytes
+_max_bytes = 2**24 # Maximum size of a state file in bytes
 
 def _read(path, kind):
     "The JSON of a file; `None` if there is no such file."
-    try: return read_json(path, kind, _most)
+    try: return read_json(path, kind, _max_bytes)
     except (FileNotFoundError, NotADirectoryError): return None
     except OSError as e: raise Damaged(f'{path} cannot be read: {e.strerror}.') from None
 
@@ -145,7 +145,7 @@ def read_state(
         raise Damaged(f'{path} should be a list of findings.')
     found = _read(path, dict)
     if found is None: return {}
-    faults = _faults(found, re.sub('^failure-.*', 'failure.json', name))
+    faults = _describe_faults(found, re.sub('^failure-.*', 'failure.json', name))
     if faults: raise Damaged(f"{path} is damaged: {'; '.join(faults)}.")
     return found
 

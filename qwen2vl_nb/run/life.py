@@ -22,7 +22,7 @@ def is_here(
     "Whether a run was started on this machine."
     return state_or_empty(folder, RUN).get('host', socket.gethostname()) == socket.gethostname()
 
-def _is_at_work(folder):
+def _is_running(folder):
     """Whether the waiter or what it started is running.
     If the run is on another machine, the waiter's heartbeats decide."""
     beats = Path(folder)/WAITER
@@ -41,7 +41,7 @@ def damage(
     except Damaged as e: return str(e)
     return ''
 
-def _ended_as(folder, ended):
+def _final_status(folder, ended):
     if os.path.lexists(Path(folder)/REFUSED): return 'failed'
     now = state_or_empty(folder, PROGRESS)
     if ended.get('asked') and (ended['returncode'] or now.get('step', 0) < now.get('steps', 1)): return 'stopped'
@@ -51,10 +51,10 @@ def status(
     folder, # Folder of a run
 )->str: # `'running'`, `'done'`, `'failed'` or `'stopped'`; `'damaged'` if `run.json` or `ended.json` can't be read
     "The status of a run."
-    if not state_or_empty(folder, ENDED) and _is_at_work(folder): return 'running'
+    if not state_or_empty(folder, ENDED) and _is_running(folder): return 'running'
     if damage(folder): return 'damaged'
     ended = state_or_empty(folder, ENDED)  # it may have ended between the two checks
-    return _ended_as(folder, ended) if ended else 'failed'
+    return _final_status(folder, ended) if ended else 'failed'
 
 # %% ../../nbs/run/25_life.ipynb #e10a0005
 def _waiter_of(folder):

@@ -36,7 +36,7 @@ def _rows_of(line):
 # %% ../../nbs/run/50_loss.ipynb #9647236e
 def _kind(row): return row.get('loss') is not None, row.get('eval_loss') is not None
 
-def _is_aside(row):
+def _may_be_unrelated(row):
     "Whether a row may come from a prediction or a stand-alone evaluation: its progress, or a result at step 0."
     is_training, is_evaluation = _kind(row)
     return not is_training and (not is_evaluation or not row['current_steps'])
@@ -162,7 +162,7 @@ class Rows:
         if self._rows: return self._rows[-1]['current_steps']
         return self._parts[-1]['current_steps'][-1] if self._parts else -1
 
-    def _take_back(self, step):
+    def _remove_from(self, step):
         "Remove the packed rows from a step on."
         while self._parts and self._parts[-1]['current_steps'][0] >= step: self._parts.pop()
         if not self._parts: return
@@ -189,8 +189,8 @@ def add(self:Rows,
     "Append a row, after removing the rows that it replaces or repeats."
     step, last = row['current_steps'], self.last_step
     self._trains |= _kind(row)[0]
-    if step < last and self._trains and _is_aside(row): return
-    if step < last and (not self._rows or self._rows[0]['current_steps'] >= step): self._take_back(step)
+    if step < last and self._trains and _may_be_unrelated(row): return
+    if step < last and (not self._rows or self._rows[0]['current_steps'] >= step): self._remove_from(step)
     _add(self._rows, row)
     if len(self._names) < _most_columns and not row.keys() <= self._names.keys(): self._names |= dict.fromkeys(row)
     if len(self._rows) >= _most_dicts: self._pack()
@@ -252,7 +252,7 @@ class Log:
         self.rows, self.offset = Rows(), 0
         self._inode, self._last = inode, b''  # the file's inode, and the bytes that were read from it last
 
-    def _is_the_one(self, file):
+    def _is_same_file(self, file):
         file.seek(self.offset - len(self._last))
         return os.fstat(file.fileno()).st_ino == self._inode and file.read(len(self._last)) == self._last
 
@@ -287,7 +287,7 @@ def update(self:Log)->bool: # Whether there was anything new
     try: file = open_regular(self.folder/TRAINER_LOG)
     except FileNotFoundError: return False
     with file:
-        had, same = len(self.rows), self._is_the_one(file)
+        had, same = len(self.rows), self._is_same_file(file)
         if not same: self._start_over(os.fstat(file.fileno()).st_ino)
         return self._read_on(file) or bool(not same and had)
 
@@ -383,14 +383,14 @@ def _rates(table, count):
     return ends.done/ends.seconds
 
 # %% ../../nbs/run/50_loss.ipynb #69a898e9
-_most_of_name = 80 # Characters
+_max_name_length = 80 # Characters
 
 def _short(value):
     "A recipe's value in few characters; for a path, its name."
     if isinstance(value, float): return f'{value:g}'
     # For a nested value, only the beginning
     said = Path(value).name if isinstance(value, (str, os.PathLike)) else reprlib.repr(value)
-    return said if len(said) <= _most_of_name else f'{said[:_most_of_name]}…'
+    return said if len(said) <= _max_name_length else f'{said[:_max_name_length]}…'
 
 def _recipe(run):
     try: return load_recipe(Path(run)/RECIPE)
@@ -457,7 +457,7 @@ def _with_lowest(kinds):
         lowest = f', lowest {min(line.get_ydata()):.4g}' if name == 'evaluation' else ''
         yield name + lowest, line
 
-def _label(figure, ax, names):
+def _add_legends(figure, ax, names):
     "Add legends that say what the lines are, and make room for them."
     from matplotlib.lines import Line2D
     kinds = {line.get_label(): line for line in ax.lines}
@@ -534,7 +534,7 @@ def _axes(figure, panels):
     return dict(zip(panels, drawn))
 
 # %% ../../nbs/run/50_loss.ipynb #7c204a09
-def _written(path):
+def _image_format(path):
     "The image format of a file, from its name."
     kind = Path(path).suffix.lower()
     if kind not in ('.png', '.svg'):
@@ -546,12 +546,12 @@ def _png(figure):
     figure.savefig(out, format='png')
     return out.getvalue()
 
-def _each(given):
+def _flatten(given):
     "Yield the given runs, folders, `Log`s and tables one by one, including those in lists."
     import pandas as pd
     for one in given:
         if isinstance(one, (str, os.PathLike, pd.DataFrame)): yield one
-        elif isinstance(one, (list, tuple, set, pd.Series)): yield from _each(one)
+        elif isinstance(one, (list, tuple, set, pd.Series)): yield from _flatten(one)
         else:
             raise TypeError('plot_loss draws runs, their folders, `Log`s and tables of `read_log`, and lists of '
                             f'these; this is a {type(one).__name__}.')
@@ -579,11 +579,11 @@ def plot_loss(
     """Draw the training and evaluation loss of one or several runs; if their logs have them, also the rewards of chosen
     and rejected answers, and the accuracy."""
     from matplotlib.figure import Figure
-    runs = list(_each(runs))
+    runs = list(_flatten(runs))
     if not runs: raise ValueError('Give a run or its folder.')
     if smooth is not None and not 0 <= smooth < 1:
         raise ValueError(f'smooth={smooth}: give a weight that is at least 0 and below 1.')
-    kind = path and _written(path)
+    kind = path and _image_format(path)
     logs, alone = [_rows_for(r) for r in runs], len(runs) == 1
     tokens = all('total_tokens' in rows.columns() for rows in logs)
     count, unit = ('total_tokens', 'tokens/s') if tokens else ('current_steps', 'steps/s')
@@ -599,7 +599,7 @@ def plot_loss(
         if throughput: _draw(axes[unit], _rates(rows.table(), count), _look(i, alone), linewidth=1.4)
     if throughput: _from_zero(axes[unit])
     if log: _log_scale(axes['loss'])
-    _label(figure, axes['loss'], _names(runs))
+    _add_legends(figure, axes['loss'], _names(runs))
     if path:
         with whole_file(path, 'wb') as f: figure.savefig(f, format=kind, dpi=300)
     return figure

@@ -25,7 +25,7 @@ def _is_ours(path, recipe):
     values = lambda r: {k: v for k,v in absolute_recipe(r).items() if k != 'deepspeed'}
     return again == text and values(found) == values(recipe)
 
-def _foreign(folder, recipe, about):
+def _foreign_files(folder, recipe, about):
     "The names of files that a start would overwrite or remove, and that no run has created."
     ours, zero, path = files_of(folder, last_start(folder)), recipe.get('deepspeed'), folder/RECIPE
     found = [p.name + '/'*p.is_dir() for p in files_of(folder, about) if p not in ours]
@@ -45,7 +45,7 @@ def refuse_foreign(
     about:dict, # What its `run.json` will contain
 ):
     "Raise `ValueError` if a start would overwrite or remove a file that no run has created."
-    found = _foreign(folder, recipe, about)
+    found = _foreign_files(folder, recipe, about)
     if os.path.lexists(folder/EARLIER) and not (folder/EARLIER).is_dir(): found.append(EARLIER)
     if found:
         raise ValueError(f"{folder} contains files that were not created by a run of this package, and a run would "
@@ -54,7 +54,7 @@ def refuse_foreign(
                          'Nothing was touched. Move them elsewhere, or choose another output_dir.')
 
 # %% ../../nbs/run/35_owner.ipynb #6f621baa
-def _note(folder):
+def _record_path(folder):
     name = hashlib.sha256(os.fsencode(folder)).hexdigest()
     return Path(platformdirs.user_data_dir('qwen2vl_nb'))/'runs'/f'{name}.json'
 
@@ -64,7 +64,7 @@ def note_start(
     folder:Path, # Folder of the run
 ):
     "Record that this user has started a run. Without a record, resuming it requires `trust=True`."
-    note = _note(folder)
+    note = _record_path(folder)
     try:
         for other in note.parent.glob('*.json'):
             if not Path(json_or({}, other).get('folder', ''), RUN).exists(): other.unlink(missing_ok=True)
@@ -75,13 +75,14 @@ def _user(uid):
     try: return pwd.getpwuid(uid).pw_name
     except KeyError: return str(uid)
 
-def _stranger(folder, output_dir):
+def _why_not_own(folder, output_dir):
     "Why a run is not known to be this user's own; empty if it is."
     for path in (folder, folder/RUN, folder/RECIPE, *checkpoints(output_dir)):
         if (owner := path.stat().st_uid) != os.geteuid(): return f'{path} belongs to the user {_user(owner)}'
-    noted = json_or({}, _note(folder)).get(RUN)
+    noted = json_or({}, _record_path(folder)).get(RUN)
     if not noted:
-        return f'no run in this folder is listed in {_note(folder).parent}, which lists the runs that you have started'
+        return (f'no run in this folder is listed in {_record_path(folder).parent}, which lists the runs that you have '
+                'started')
     return '' if noted == _fingerprint(folder) else 'its run.json was changed after you started it'
 
 def refuse_stranger(
@@ -90,7 +91,7 @@ def refuse_stranger(
     recipe:dict, # Its recipe
 ):
     "Raise `RuntimeError` if the run is not known to be this user's own."
-    try: why = _stranger(run.output_dir, recipe['output_dir'])
+    try: why = _why_not_own(run.output_dir, recipe['output_dir'])
     except (OSError, Damaged) as e: why = str(e)
     if why:
         raise RuntimeError(f"It is not certain that you started the run in {run.output_dir} yourself: {why}. Resuming "

@@ -93,7 +93,7 @@ def log_rewards():
     LogCallback.on_log, LogCallback._write_log = note, write_more
 
 # %% ../../nbs/run/20_rank.ipynb #01f4dbf1
-def _from_worker(error):
+def _worker_traceback(error):
     "The traceback that an exception carries from a worker process, as text; empty if it was raised here."
     if type(error.__cause__).__name__ == 'RemoteTraceback': text = str(error.__cause__).strip('\n"')
     else: text = str(error).partition('Original Traceback (most recent call last):\n')[2]
@@ -106,10 +106,10 @@ def _name(error):
     where = '' if kind.__module__ in ('builtins', '__main__') else f'{kind.__module__}.'
     return where + kind.__qualname__
 
-def _root(error):
+def _root_cause(error):
     "Name, message and traceback, as text, of the exception at the beginning of a chain."
-    while error.__cause__ is not None and not _from_worker(error): error = error.__cause__
-    text = _from_worker(error)
+    while error.__cause__ is not None and not _worker_traceback(error): error = error.__cause__
+    text = _worker_traceback(error)
     raised = re.search(r'^(?: [^\n]*\n)+([\w.]+)(?:: (.*))?', text, re.M | re.S)
     if raised: return raised[1], (raised[2] or '').strip(), text
     return _name(error), str(error), ''.join(traceback.format_exception(error, chain=False))
@@ -120,7 +120,7 @@ def describe_failure(
     error:BaseException, # What was raised
 )->dict: # `type`, `message`, `file`, `line`, `function`, `traceback`, `time` in seconds since 1970
     "Describe an exception by its first cause and the frame that raised it."
-    name, message, text = _root(error)
+    name, message, text = _root_cause(error)
     frames = re.findall(r'^  File "(.*?)", line (\d+), in (.*)$', text, re.M)
     file, line, function = frames[-1] if frames else ('', '0', '')
     return {'type': name, 'message': message[:_most], 'file': file, 'line': int(line), 'function': function,
@@ -251,7 +251,7 @@ def show_downloads():
     bars = importlib.import_module('huggingface_hub.utils.tqdm')
     bars.is_tqdm_disabled = lambda log_level: log_level == logging.NOTSET  # HF_HUB_DISABLE_PROGRESS_BARS still applies
 
-def _agree(recipe, choose):
+def _choose_on_first_rank(recipe, choose):
     "Return on all ranks what the first rank chooses; LLaMA-Factory's argument parser connects the ranks."
     from llamafactory.hparams.parser import get_train_args
     import torch
@@ -260,7 +260,7 @@ def _agree(recipe, choose):
     torch.distributed.broadcast_object_list(chosen)
     return chosen[0]
 
-def _choose(output_dir):
+def _choose_checkpoint(output_dir):
     "The newest checkpoint that these ranks can load, and why they can't load newer ones."
     stale = json_or({}, RUN).get('stale', {})
     found, passed = newest_complete(output_dir, int(os.environ['WORLD_SIZE']), stale)
@@ -273,7 +273,7 @@ def go_on(
     "Choose where the ranks continue when torchrun has restarted them."
     has_begun = 'WORLD_SIZE' in os.environ and Path(recipe['output_dir'], PROGRESS).exists()
     if not has_begun: return recipe
-    found, passed = _agree(recipe, lambda: _choose(recipe['output_dir']))
+    found, passed = _choose_on_first_rank(recipe, lambda: _choose_checkpoint(recipe['output_dir']))
     if any(' is complete, but ' in why for why in passed) and not found:
         raise RuntimeError('There is no checkpoint to resume from. ' + ' '.join(passed))
     if not found and recipe.get('resume_from_checkpoint'): return recipe
@@ -308,7 +308,7 @@ def work(
     run_exp(recipe, [step_callback(folder)])
 
 # %% ../../nbs/run/20_rank.ipynb #0fd257bc
-_room = 2**16 # Bytes reserved for the report
+_report_bytes = 2**16 # Bytes reserved for the report
 
 def main(
     work=work, # Function to run; it is passed the run's folder
@@ -318,7 +318,7 @@ def main(
     folder, rank = Path.cwd(), int(os.environ.get('RANK', 0)) if rank is None else rank
     told = folder/failure_file(rank)
     told.unlink(missing_ok=True)  # left by ranks that were started before these
-    room = reserve(told, _room)
+    room = reserve(told, _report_bytes)
     try: work(folder)
     except BaseException as error:
         with suppress(OSError):  # the folder may be gone

@@ -318,7 +318,7 @@ def keep_earlier(
     for p in found: p.rename(earlier/p.name)
 
 # %% ../../nbs/run/60_start.ipynb #9638d6c6
-def _before(run, make_room):
+def _resumed_progress(run, make_room):
     "How far the start that is now being resumed had got."
     now = run.progress if make_room is keep_earlier else Progress()
     return {'step': now.step, 'steps': now.steps} if now.steps else {}
@@ -337,7 +337,7 @@ def start(
         if run.is_running:
             raise RuntimeError(f'A run is in progress in {run.output_dir}: attach(…) to it, stop() it, or use another '
                                'output_dir.')
-        about = about | {'command': command or run_command(recipe, about), 'before': _before(run, make_room)}
+        about = about | {'command': command or run_command(recipe, about), 'before': _resumed_progress(run, make_room)}
         refuse_foreign(run.output_dir, recipe, about)
         carried, names = secrets_of(recipe, about)
         make_room(run.output_dir)
@@ -354,9 +354,9 @@ def start(
     return run
 
 # %% ../../nbs/run/60_start.ipynb #9340d122
-_seconds = 1.5 # Seconds that a start waits for the checks that may take longer
+_check_seconds = 1.5 # Seconds that a start waits for the checks that may take longer
 
-def _checked(recipe, about):
+def _check_before_start(recipe, about):
     """Check a recipe; checks that take long continue in parallel.
     Returns the function to call with the run once it has started."""
     ranks, force = about['nproc']*about['nnodes'], about['force']
@@ -370,7 +370,7 @@ def _checked(recipe, about):
     then = lambda run: None
     try:
         # If there is an error, wait until all other findings are known
-        found += beside.result(None if errors and not force else _seconds)
+        found += beside.result(None if errors and not force else _check_seconds)
     except TimeoutError: then = lambda run: beside.add_done_callback(partial(_end_refused, run, force))
     raise_errors(found, force)
     return then
@@ -421,7 +421,7 @@ def launch(
 )->Run: # The run, started
     "Start a recipe in its `output_dir`, independently of this kernel."
     about = describe_start(nproc, nnodes, node_rank, master, env, python, force)
-    then = _checked(recipe, about)
+    then = _check_before_start(recipe, about)
     folder = Path(recipe['output_dir']).absolute()
     run = start(recipe, about | {'cwd': str(folder/f'node-{node_rank}' if node_rank else folder),
                                  'stale': _stale(recipe)}, _clear)
@@ -429,7 +429,7 @@ def launch(
     return run
 
 # %% ../../nbs/run/60_start.ipynb #0f900c4e
-def _resumable(recipe):
+def _check_resumable(recipe):
     "Raise if LLaMA-Factory can't resume such a recipe, or would silently start it from the beginning."
     stage, kind = recipe.get('stage', 'sft'), recipe.get('finetuning_type', 'lora')
     if stage == 'ppo' or stage == 'rm' and kind != 'lora':
@@ -463,12 +463,12 @@ def _resume(run, master, trust):
     if not isinstance(recipe.get('output_dir'), str):
         raise RuntimeError(f"{run.output_dir/RECIPE} was changed after the start: it has no output_dir.")
     if not trust: refuse_stranger(run, about, recipe)
-    _resumable(recipe)
+    _check_resumable(recipe)
     last = _newest(recipe, about['nproc']*about['nnodes'], about.get('stale', {}))
     recipe = {k: v for k,v in recipe.items() if k != 'resume_from_checkpoint'} | {'overwrite_output_dir': False}
     about |= {'id': uuid.uuid4().hex, 'master': master or about['master'], 'host': socket.gethostname(),
               'versions': installed_versions(about['python'])}
-    then = _checked(recipe | {'resume_from_checkpoint': str(last)}, about)
+    then = _check_before_start(recipe | {'resume_from_checkpoint': str(last)}, about)
     run = start(recipe, about, keep_earlier,
                 [*run_command(recipe, about), f"resume_from_checkpoint={os.path.relpath(last, about['cwd'])}"])
     then(run)

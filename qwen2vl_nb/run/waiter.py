@@ -56,7 +56,7 @@ def is_there(
     except OSError: return True  # a network disk may be unreachable for a moment
 
 # %% ../../nbs/run/10_waiter.ipynb #27e0438e
-def _patience():
+def _stop_seconds():
     "Seconds that the file `stop` gives a run; 120 if it does not say."
     if not os.path.exists(PROGRESS): return 0  # before the first step nobody looks for the file
     try: return float(read_text(STOP, 100))
@@ -65,7 +65,7 @@ def _patience():
 def _seconds_left(seen):
     """How long a run that was asked to stop may still take before it gets SIGTERM; `None` if nobody asked.
     `seen`: when each file was first seen."""
-    for name, allowed in ((STOP, _patience), (STOPPING, lambda: SAVING)):
+    for name, allowed in ((STOP, _stop_seconds), (STOPPING, lambda: SAVING)):
         if os.path.lexists(name): return seen.setdefault(name, time.monotonic()) + allowed() - time.monotonic()
 
 def _start(run):

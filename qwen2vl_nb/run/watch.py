@@ -71,7 +71,7 @@ def _gpu(run):
     return _fullest(run.gpu()) if is_here(run) else ''
 
 # %% ../../nbs/run/70_watch.ipynb #edfd59f1
-_spare = 30 # Seconds whose unused share may be used later
+_carry_over_seconds = 30 # Seconds whose unused share may be used later
 
 class Paced:
     "A function that runs only as often as its share of one core allows; in between, it returns its last result."
@@ -92,7 +92,7 @@ class Paced:
             finally:
                 took = 0 if is_first else time.thread_time() - began
                 end = time.monotonic()
-                self.paid = max(self.paid, end - _spare) + took/self.share
+                self.paid = max(self.paid, end - _carry_over_seconds) + took/self.share
                 self.due = max(self.paid, end + self.pause)
         return self.last
 
@@ -121,7 +121,7 @@ class RunView(VBox):
         self._logged, self._rest, self._unread = '', '', ''
         self._doing, self._trouble = '', ''  # what a button has started; what went wrong
         self._lock, self._wake, self._thread, self._left = Lock(), Event(), None, 0
-        self._words = Paced(self._say, _shares['words'], .5)
+        self._words = Paced(self._update_text, _shares['words'], .5)
         self._gpu = Paced(lambda: _gpu(run), _shares['gpu'], 2)
         self._curve = Paced(self._draw, _shares['curve'], 2)
         self._bar = IntProgress(layout=Layout(width='240px', flex='none'))
@@ -201,7 +201,7 @@ def _refresh(self:RunView, now):
     return at_work
 
 @patch
-def _say(self:RunView):
+def _update_text(self:RunView):
     "Update the text, the bar and the buttons; returns the state."
     self._unread = _update(self._log)
     seen = _look(self._run)
@@ -212,11 +212,11 @@ def _say(self:RunView):
     self._bar.bar_style = _looks.get(state, 'info')
     self._head.value = _line(_headline(seen))
     self._rest = ' · '.join(filter(None, [seen.now.pace, self._gpu() if state in _at_work else '']))
-    self._tell()
+    self._show_figures()
     return state
 
 @patch
-def _tell(self:RunView): self._body.value = _line(' · '.join(filter(None, [self._logged, self._rest])))
+def _show_figures(self:RunView): self._body.value = _line(' · '.join(filter(None, [self._logged, self._rest])))
 
 @patch
 def _draw(self:RunView):
@@ -224,7 +224,7 @@ def _draw(self:RunView):
     self._picture.value = plot_loss(self._log)._repr_png_()
     self._picture.layout.visibility, self._drawn = 'visible', self._log.offset
     self._logged = _figures(self._log.summary())
-    self._tell()
+    self._show_figures()
 
 @patch
 def _warn(self:RunView, text):
