@@ -129,7 +129,7 @@ def _draw_places(ax, boxes):
     x, y = [(x1 + x2)/2 for x1, _, x2, _ in corners], [(y1 + y2)/2 for _, y1, _, y2 in corners]
     ax.hist2d(x, y, bins=20, range=[[0, 1], [0, 1]], cmap='cividis', cmin=1, rasterized=True)
     ax.set(xlim=(0, 1), ylim=(1, 0), xticks=[0, .5, 1], yticks=[0, .5, 1])
-    ax.set_title('middles of the boxes', color=GREY, fontsize=9)
+    ax.set_title('centers of the boxes', color=GREY, fontsize=9)
     plain_axes(ax, 'from the left', 'from the top')
 
 # %% ../../nbs/data/70_describe.ipynb #bc0cfdab

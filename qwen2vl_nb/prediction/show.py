@@ -19,9 +19,10 @@ from ..findings import as_text
 from ..display import ANSWER, LABEL, card_text, div, picture_html
 from ..model import box_frame
 from ..recipe import load_recipe
+from ..data.boxes import box_pieces
 from ..data.describe import boxes_of_sample, draw_box
 from ..data.samples import without_tags
-from .boxes import box_ious, pair_boxes
+from .boxes import box_ious, measure_boxes, pair_boxes, stated_boxes
 from .scores import checked_rows, is_right
 from ..run.folder import RECIPE
 
@@ -83,11 +84,22 @@ _legend = ' · '.join(f'<span style="border-bottom:2px {line} {colour}">{name}</
 _kind_labels = {'right': ('✓ right', '#2e9e5b'), 'wrong': ('✗ wrong', '#d64545'), 'failed': ('✗ failed', '#d64545'),
                 'no label': ('no label', 'inherit')}
 
+def _text_around_boxes(text):
+    pieces = box_pieces(text) or []
+    starts, ends = [0, *(piece.end for piece in pieces)], [*(piece.start for piece in pieces), len(text)]
+    return ''.join(text[start:end] for start, end in zip(starts, ends)).split()
+
+def _has_same_boxes(row):
+    "Whether an answer has all boxes of its label at an IoU of 0.5 or more, no others, and the same text around them."
+    wanted, answered = stated_boxes(row['label']), stated_boxes(row['predict'])
+    if not wanted or measure_boxes(wanted, answered)[2] < 100: return False
+    return _text_around_boxes(row['label']) == _text_around_boxes(row['predict'])
+
 def _kind(row):
     "The outcome of a row: 'right', 'wrong', 'failed' or 'no label'."
     if row['predict'] is None: return 'failed'
     if row.get('label') is None: return 'no label'
-    return 'right' if is_right(row) else 'wrong'
+    return 'right' if is_right(row) or _has_same_boxes(row) else 'wrong'
 
 def _lines(row):
     "The texts that are shown for a row, by name."
@@ -379,7 +391,7 @@ def to_excel(self:PredictionView,
 # %% ../../nbs/prediction/60_show.ipynb #8d943b6e
 def show_predictions(
     predictions:Sequence, # `Predictions`, or any sequence of their rows
-    wrong:bool=False, # Start with the rows that are not exactly right
+    wrong:bool=False, # Start with the rows that are not exactly right; boxes may differ down to an IoU of 0.5
     n:int=8, # Cards on a page
     columns:int=4, # Cards side by side
     family:str|Path=None, # Model folder, a model's name, or family whose boxes these are; `None`: as rows or recipe say
