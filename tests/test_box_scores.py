@@ -285,7 +285,7 @@ def test_boxes_are_drawn_where_they_are(family, tmp_path):
     place = [float(rect.getAttribute(name)) for name in ('x', 'y', 'width', 'height')]
     assert place == pytest.approx([60, 40, 120, 80], abs=1) and rect.getAttribute('stroke-dasharray')
     assert svg.getElementsByTagName('text')[0].firstChild.data == 'a <b>bus</b> & car' and '<b>bus' not in page
-    assert 'middles of the boxes' in describe_samples([sample | {'box_frame': [*box_frame(*size, family)]}])._repr_svg_()
+    assert 'centers of the boxes' in describe_samples([sample | {'box_frame': [*box_frame(*size, family)]}])._repr_svg_()
 
 def test_answers_are_drawn_with_their_iou_and_can_be_told_from_labels(tmp_path):
     Image.new('RGB', (100, 100)).save(picture := tmp_path/'a.png')
