@@ -353,7 +353,7 @@ BAD = { # name → what makes the files, and the words with which they are refus
     'VOC: an entity of another file': (_bytes(_voc, 'Annotations/a.xml', OUTSIDE), ['a.xml: it defines entities or a DTD']),
     'VOC: a file that is cut off': (_bytes(_voc, 'Annotations/b.xml', VOC[:200]), ['b.xml: it is not XML: ']),
     'VOC: a file that is empty': (_bytes(_voc, 'Annotations/b.xml', ''), ['b.xml: it is not XML: ']),
-    'VOC: other XML': (_bytes(_voc, 'Annotations/b.xml', '<html/>'), ['b.xml: it is XML of a html']),
+    'VOC: other XML': (_bytes(_voc, 'Annotations/b.xml', '<html/>'), ['b.xml: its root element is html']),
     'VOC: an encoding that nobody knows': (_bytes(_voc, 'Annotations/b.xml', '<?xml version="1.0" encoding="klingon"?><annotation/>'), ['b.xml: it is not XML']),
     'VOC: boxes for another picture': (lambda f: _voc(f, size=(500, 90)), ['for 500×90 pixels, and the picture has 120×90']),
     'LabelMe: a polygon': (lambda f: _labelme(f, lambda s: s | {'shape_type': 'polygon'}), ["a.json: shapes[0] is a 'polygon'; only upright boxes and points"]),

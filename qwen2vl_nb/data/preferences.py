@@ -10,7 +10,7 @@ import json, os, re, reprlib
 from difflib import get_close_matches
 
 # %% ../../nbs/data/17_preferences.ipynb #15preferences09
-_keys = 'chosen', 'rejected' # Of a ranking
+_keys = 'chosen', 'rejected' # The two answers of a ranking
 _pairs = _keys, ('chosen_messages', 'rejected_messages')
 _prompts, _answers = ('instruction', 'prompt', 'question'), ('output', 'response', 'answer')
 
@@ -19,7 +19,7 @@ def _names_in(rows): return dict.fromkeys(k for row in rows for k in row)
 def _has_turns(rows): return any(isinstance(row.get(k), list) for row in rows for k in ('messages', 'conversations'))
 
 def _missing(names, **given):
-    "A fault in words for each column that the rows do not have."
+    "A message for each given column that the rows do not have."
     for what, name in given.items():
         if name in names: continue
         near = get_close_matches(name, map(str, names), 1)
@@ -63,7 +63,7 @@ def _from_turns(prompt, chosen, rejected):
     return {'messages': turns, 'chosen': chosen[n], 'rejected': rejected[n]}
 
 def _from_texts(chosen, rejected):
-    "The words that two texts begin with as the prompt, and the rest of each as an answer; raises `ValueError`."
+    "The words that both texts begin with as the prompt, and the rest of each as an answer; raises `ValueError`."
     words = re.match(r'.*\s|', os.path.commonprefix([chosen, rejected]), re.S)[0]
     if not words.strip():
         raise ValueError('there is no prompt, and chosen and rejected do not begin with the same words')
@@ -71,17 +71,17 @@ def _from_texts(chosen, rejected):
 
 # %% ../../nbs/data/17_preferences.ipynb #15preferences16
 def _turn(answer, like):
-    "An answer as a turn, with the keys of another turn."
+    "An answer as a turn, with the same keys as another turn."
     if not isinstance(answer, str): return answer
     return {'from': 'gpt', 'value': answer} if 'from' in like else {'role': 'assistant', 'content': answer}
 
 def _first_turn(*said):
-    "The first turn of the first list among what was said; empty without one."
+    "The first turn of the first list of turns among the arguments; an empty dict if there is none."
     turn = next((turns[0] for turns in said if isinstance(turns, list) and turns), {})
     return turn if isinstance(turn, dict) else {}
 
 def _as_turns(said, like, role='assistant'):
-    "What was said as a list of turns: a text is one turn."
+    "A prompt or an answer as a list of turns; a text becomes a single turn."
     if isinstance(said, list): return said
     if not isinstance(said, str): return [said]
     user = {'from': 'human', 'value': said} if 'from' in like else {'role': 'user', 'content': said}
@@ -129,11 +129,11 @@ def _marked_row(row, tag):
 
 # %% ../../nbs/data/17_preferences.ipynb #15preferences24
 def read_each(
-    path, # Of the source, for the message
+    path, # Path of the source, for the message
     rows, # Rows
-    make, # Makes something of a row, or raises `ValueError`
-)->list: # What was made
-    "Make something of each row; the rows for which this fails are reported together."
+    make, # Function that is called with each row; it may raise `ValueError`
+)->list: # What the function returned for each row
+    "Call a function with each row; the rows for which it fails are reported together."
     made, bad = [], []
     for i, row in enumerate(rows):
         try: made.append(make(row))
@@ -144,7 +144,7 @@ def read_each(
     return made
 
 def _unpacked_rows(path, rows):
-    "All rows with what was in their `text`, if that is the form of RLHF-V; otherwise the rows as they are."
+    "The rows with their `text` unpacked, if they are in RLHF-V's form; otherwise the rows as they are."
     unpacked = [_unpacked(row) for row in rows]
     lost = [i for i, (row, new) in enumerate(zip(rows, unpacked)) if row is new]
     if len(lost) == len(rows): return rows
@@ -153,27 +153,27 @@ def _unpacked_rows(path, rows):
     return unpacked
 
 def _prompt_of(rows, prompt):
-    "What contains the prompts: a column, the turns, or the call itself; `None` if the answers do."
+    "The column with the prompts; 'prompt' if the turns or the call itself have them; `None` if the answers do."
     names = _names_in(rows)
     if prompt is not None or _has_turns(rows): return prompt if prompt in names else 'prompt'
     return next((name for name in _prompts if name in names), None)
 
 # %% ../../nbs/data/17_preferences.ipynb #15preferences25
 def find_preferences(
-    path, # Of the source, for messages
+    path, # Path of the source, for messages
     rows:list, # Its rows
     chosen:str=None, # Column with the better answer; `None`: the usual ones
     rejected:str=None, # Column with the worse answer
     kto_tag:str=None, # Column that says whether an answer is good
     prompt:str=None, # Column with the prompt, or the prompt itself
     response:str=None, # Column with the only answer
-)->tuple: # (LLaMA-Factory's column → the row's, the rows in LLaMA-Factory's forms, what was found in words)
-    "Find rankings and marked answers; no columns if the rows have one answer each. Raises `ValueError`."
+)->tuple: # (the row's column for each of LLaMA-Factory's, the converted rows, a description of what was found)
+    "Find rankings and marked answers; no columns if the rows have ordinary answers. Raises `ValueError`."
     if not (response or _names_in(rows).keys() & {*_keys}): rows = _unpacked_rows(path, rows)
     pair, names = _pair_of(rows, chosen, rejected, response), _names_in(rows)
     mark = kto_tag if pair else _mark_of(rows, kto_tag, response)
     if pair and mark:
-        raise ValueError(f'{path}: rows have chosen and rejected answers, or a kto_tag: name one of them.')
+        raise ValueError(f'{path}: rows can have chosen and rejected answers or a kto_tag: name one of them.')
     given = dict(zip(_keys, pair)) if pair else {'kto_tag': mark} if mark else {}
     if faults := [*_missing(names, **given)]:
         raise ValueError(f'{path} has {"; ".join(faults)}. Its columns: {", ".join(map(str, names))}.')

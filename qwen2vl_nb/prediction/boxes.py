@@ -23,7 +23,7 @@ def stated_boxes(
     return found if found is None else [box for box in found if box.x2 is not None]
 
 # %% ../../nbs/prediction/47_boxes.ipynb #fcd1c6bb
-_far = 1e9 # Coordinates beyond it are moved there, so that areas stay finite
+_far = 1e9 # Coordinates are clipped to it, so that areas stay finite
 
 def _corners(boxes):
     import numpy as np
@@ -48,10 +48,10 @@ def box_ious(
 # %% ../../nbs/prediction/47_boxes.ipynb #42965ce2
 def pair_boxes(
     ious:'np.ndarray', # As from `box_ious`
-    at:float=0, # IoU from which a pair counts, 0 to 1
+    at:float=0, # Smallest IoU for which a pair counts, 0 to 1
 )->list: # (position in the label, position in the answer, IoU) of each pair
-    """The assignment with the most pairs that count and, among those, with the largest sum of IoUs; at 0 the one with
-    the largest sum."""
+    """The assignment with the most pairs that count and, among those, with the largest sum of IoUs; if `at` is 0,
+    simply the one with the largest sum."""
     import numpy as np
     from scipy.optimize import linear_sum_assignment
     worth = np.where(ious >= at, ious + len(ious)*(at > 0), 0)
@@ -86,8 +86,8 @@ def _count(labels, answers):
     return counts
 
 def _collect(rows, names):
-    """Counts of all pictures as a sparse matrix: a row for each picture, five columns for each name and for the names
-    that no label has."""
+    """Counts of all pictures as a sparse matrix: a row for each picture, five columns for each name, and five for all
+    names that no label has."""
     import numpy as np
     from scipy.sparse import csr_matrix
     place, found = {name: k for k,name in enumerate(names)}, []
@@ -115,7 +115,7 @@ def _pictures_with(counts):
     return [*there.getnnz(axis=0)[:-1], (there.getnnz(axis=1) > 0).sum()]
 
 def _f1_intervals(counts, resamples=1000):
-    "The 95 % interval of F1 of each name and of all together, by drawing pictures."
+    "The 95 % interval of F1 of each name and of all together, by resampling pictures."
     import numpy as np
     from scipy.stats import binomtest
     n, value, by_name = counts.shape[0], _f1(_with_all(counts.sum(0).A1)), counts.T.tocsr()
@@ -170,7 +170,7 @@ def average_precision(
     return np.array([(at.mean(), at[0], at[5]) for at in found])
 
 # %% ../../nbs/prediction/47_boxes.ipynb #2f8b5d17
-_most_names = 2000 # Classes for which AP is computed; more are phrases, not classes
+_most_names = 2000 # With more names than this, AP is not computed: they are phrases, not classes
 
 def box_table(
     rows:Iterable, # (`Box`es of the label, `Box`es of the answer or `None`) of each picture
