@@ -354,7 +354,7 @@ def disk_full(room): return full_disk(room, '2m')
 @case(r'^rank 0, \S+:\d+ in ', 'The disk is full. .*No space left', cure='Make room', soak=True)
 def disk_full_in_the_weights(room): return full_disk(room, '1500k')
 
-@case(r'^rank 0, serialization.py:\d+ in __init__', 'checkpoint is incomplete. RuntimeError: PytorchStreamReader', cure='resume()')
+@case(r'^rank 0, serialization.py:\d+ in __init__', 'checkpoint file is incomplete. RuntimeError: PytorchStreamReader', cure='resume()')
 def checkpoint_torn(room):
     "LLaMA-Factory takes it and dies of it; `resume` passes it over."
     run = room.start(max_steps=2, save_steps=1)
@@ -454,7 +454,7 @@ full_gpu = {'rank': 1, 'time': 1., 'type': 'torch.OutOfMemoryError', 'file': '/e
                'fragmentation.  See documentation for Memory Management  (https://pytorch.org/docs/stable/notes/cuda.html#environment-variables)'}
 
 @pytest.mark.parametrize('now,gpus,gib,cure', [
-    ('z2', 2, 80, 'z3 fits'), ('z2', 4, 80, 'z3 fits'), ('z3', 4, 80, 'z2_offload fits'), (None, 2, 80, 'z3 fits'), ('z3_offload', 2, 80, 'No config that needs less fits as it is; `what_would_fit(run.recipe, 2, 80)`')])
+    ('z2', 2, 80, 'z3 fits'), ('z2', 4, 80, 'z3 fits'), ('z3', 4, 80, 'z2_offload fits'), (None, 2, 80, 'z3 fits'), ('z3_offload', 2, 80, 'No config that needs less memory fits without other changes; `what_would_fit(run.recipe, 2, 80)`')])
 def test_a_gpu_out_of_memory(tmp_path, data, now, gpus, gib, cure):
     "The predicted table, and the next config that fits; never the one with which it ran out."
     recipe = train_recipe('Qwen/Qwen2-VL-7B-Instruct', 'car_item', tmp_path, dataset_dir=str(data), finetuning_type='full', deepspeed=now and zero_config(now))

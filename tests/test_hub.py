@@ -71,7 +71,7 @@ def test_a_model_is_trained_from_the_hub_and_later_from_its_cache(hub, few_steps
 def test_a_hub_that_cannot_be_reached_is_said_before_the_start(few_steps, tmp_path):
     env = {'HF_ENDPOINT': 'http://127.0.0.1:9', 'HF_HOME': str(tmp_path/'hf'), 'HF_HUB_OFFLINE': '0'}
     with pytest.raises(ValueError, match='the hub http://127.0.0.1:9 cannot be reached') as e: launch(few_steps(model_name_or_path='me/tiny'), env=env)
-    assert all(cure in str(e.value) for cure in ('HF_ENDPOINT', 'USE_MODELSCOPE_HUB=1', 'give the folder')) and not (tmp_path/'run').exists()
+    assert all(cure in str(e.value) for cure in ('HF_ENDPOINT', 'USE_MODELSCOPE_HUB=1', 'pass the folder')) and not (tmp_path/'run').exists()
 
 @pytest.mark.soak
 def test_llamafactory_fails_of_a_hub_that_cannot_be_reached(few_steps, tmp_path):

@@ -274,7 +274,7 @@ def test_check_says_what_the_loader_says(tmp_path, monkeypatch):
         put('no rows', []): ('local file, alpaca', 'no', 'has no rows'),
         put('mixed', [QUESTION, QUESTION | {'output': 5}]): ('local file, alpaca', 'no', 'output'),
         put('renamed', [{'instruction': 'a', 'input': '', 'outputs': 'b'}]): ('local file, alpaca', 'no', "no column 'output', which the entry uses for its response; did you mean 'outputs'?"),
-        put('no tags', [{'messages': TURNS}], formatting='sharegpt', columns={'messages': 'messages'}): ('local file, sharegpt', 'no', "has no column 'from'"),
+        put('no tags', [{'messages': TURNS}], formatting='sharegpt', columns={'messages': 'messages'}): ('local file, sharegpt', 'no', "has no key 'from'"),
         put('odd', [dialogue, dialogue | {'messages': TURNS[:1]}], **{k: v for k, v in reg['dialogues'].items() if k != 'file_name'}):
             ('local file, sharegpt, 2 rows', 'in part', 'drops 1 of 2 rows; the first is row 1'),
         put('no answers', [QUESTION | {'output': None}]): ('local file, alpaca, 1 row', 'no', 'drops 1 of 1 rows'),
