@@ -778,7 +778,9 @@ def _boxed_rows(path, pictures, place, family, limits):
     for i, picture in enumerate(pictures):
         try: row, is_turned = _boxed_row(picture, place, family, limits)
         except ValueError as e: faults.append(f'picture {i} ({_short_path(picture.image)}): {e}')
-        else: rows, turned = [*rows, row], turned + is_turned
+        else:
+            rows.append(row)
+            turned += is_turned
     _check_faults(path, faults)
     named = [label for picture in pictures for label, _ in picture.boxes]
     said = f"{len(named)} box(es) of {len(set(named))} class(es) in the form of {family_of(family).name}"
