@@ -3,6 +3,7 @@
 The wheel is built once, before any test module imports the package; child processes get it through PYTHONPATH."""
 import os, shutil, socket, subprocess, sys, tempfile, time
 from contextlib import ExitStack, contextmanager
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,21 @@ def write_clip(path, frames, rate, size):
         stream.width, stream.height, stream.pix_fmt = *size, 'yuv420p'
         for _ in range(frames): container.mux(stream.encode(av.VideoFrame.from_image(Image.new('RGB', size))))
         container.mux(stream.encode())
+
+COMMIT = '0123456789abcdef0123456789abcdef01234567'
+
+class HubHandler(BaseHTTPRequestHandler):
+    "How a hub of models or data sets answers; a test says what."
+    protocol_version = 'HTTP/1.1'
+    def log_message(self, *args): pass
+    def before_body(self): pass
+    def answer(self, status, body=b'', **headers):
+        self.send_response(status)
+        for name, value in {'Content-Length': len(body), 'X-Repo-Commit': COMMIT, **headers}.items(): self.send_header(name.replace('_', '-'), str(value))
+        self.end_headers()
+        if self.command == 'HEAD': return
+        self.before_body()
+        self.wfile.write(body)
 
 def free_ports(n):
     "Ports of this machine that the kernel says are free."

@@ -2,7 +2,7 @@
 import hashlib, io, json, os, subprocess, sys
 from datetime import date
 from decimal import Decimal
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from urllib.parse import parse_qs
@@ -10,6 +10,7 @@ from urllib.parse import parse_qs
 import datasets, numpy as np, pandas as pd, pyarrow as pa, pytest, torch
 from PIL import Image
 
+from conftest import COMMIT, HubHandler
 from qwen2vl_nb.data.check import check_samples
 from qwen2vl_nb.data.registry import Registry, dataset_samples
 from qwen2vl_nb.data.sources import read_samples
@@ -257,8 +258,6 @@ def test_bad_input_to_the_others(source, words, tiny, tmp_path):
 
 # --- a hub on this machine
 
-COMMIT = '0123456789abcdef0123456789abcdef01234567'
-
 @pytest.fixture
 def hub(tmp_path):
     "A hub with one data set, `me/cars`, that speaks as much as `datasets` asks for: the environment in which it is used."
@@ -268,14 +267,7 @@ def hub(tmp_path):
         pd.DataFrame(_table([{'bytes': _png(im), 'path': None} for im in _pictures()])).iloc[rows].to_parquet(there/'data'/f'{split}-00000-of-00001.parquet')
     files = [p.relative_to(there).as_posix() for p in there.rglob('*.parquet')]
     entry = lambda f: {'type': 'file', 'path': f, 'size': (there/f).stat().st_size, 'oid': '0'*40}
-    class Hub(BaseHTTPRequestHandler):
-        protocol_version = 'HTTP/1.1'
-        def log_message(self, *args): pass
-        def answer(self, status, body=b'', **headers):
-            self.send_response(status)
-            for name, value in {'Content-Length': len(body), 'X-Repo-Commit': COMMIT, **headers}.items(): self.send_header(name.replace('_', '-'), str(value))
-            self.end_headers()
-            if self.command != 'HEAD': self.wfile.write(body)
+    class Hub(HubHandler):
         def json(self, value): self.answer(200, json.dumps(value).encode(), Content_Type='application/json')
         def do_GET(self):
             posted = self.rfile.read(int(self.headers.get('Content-Length') or 0)).decode()

@@ -1,32 +1,23 @@
 """A model that is a name: from a hub on this machine that `huggingface_hub` really downloads from, from its cache, and where nobody listens."""
 import hashlib, json
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from threading import Event, Thread
 
 import pytest
 
-from conftest import PATIENCE, until
+from conftest import COMMIT, HubHandler, PATIENCE, until
 from qwen2vl_nb.checks import hub_findings
 from qwen2vl_nb.run.start import launch
-
-COMMIT = '0123456789abcdef0123456789abcdef01234567'
 
 @pytest.fixture
 def hub(tiny, tmp_path):
     "A hub with one model, `me/tiny`: its address, what it was asked, how to end it, and the event after which it sends the weights."
     asked, sent = [], Event()
     sent.set()
-    class Hub(BaseHTTPRequestHandler):
-        protocol_version = 'HTTP/1.1'
-        def log_message(self, *args): pass
-        def answer(self, status, body=b'', **headers):
-            self.send_response(status)
-            for name, value in {'Content-Length': len(body), 'X-Repo-Commit': COMMIT, **headers}.items(): self.send_header(name.replace('_', '-'), str(value))
-            self.end_headers()
-            if self.command != 'GET': return
+    class Hub(HubHandler):
+        def before_body(self):
             if self.path.endswith('.safetensors'): sent.wait(PATIENCE)
-            self.wfile.write(body)
         def do_GET(self):
             asked.append(f'{self.command} {self.path}')
             parts = self.path.partition('?')[0].strip('/').split('/')
