@@ -98,11 +98,11 @@ tiny: setup
 
 # Outputs of the notebooks, made anew
 notebooks: setup
-	$(EXECUTE) $(addsuffix /*.ipynb,nbs nbs/data nbs/memory nbs/run nbs/prediction nbs/tutorials) && $(BIN)/nbdev_clean
+	$(EXECUTE) $(addsuffix /*.ipynb,nbs nbs/data nbs/memory nbs/run nbs/prediction nbs/tuning nbs/tutorials) && $(BIN)/nbdev_clean
 
 readme: setup
 	$(BIN)/jupyter nbconvert --to markdown --output-dir . --output README nbs/index.ipynb
-	sed -i -E "s,\]\((images|tutorials|benchmarks|data|memory|run|prediction|[0-9][0-9]_),](nbs/\1,g; s,\]\(\.\./,](,g" README.md
+	sed -i -E "s,\]\((images|tutorials|benchmarks|data|memory|run|prediction|tuning|[0-9][0-9]_),](nbs/\1,g; s,\]\(\.\./,](,g" README.md
 
 # Needs uv. The second set is for a machine that already has a newer torch: make LOCK=requirements-torch211.lock …
 lock:
