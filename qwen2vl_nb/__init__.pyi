@@ -21,3 +21,4 @@ from .tiny import make_car_item as make_car_item
 from .tiny import make_car_scenes as make_car_scenes
 from .tiny import make_car_video as make_car_video
 from .tiny import tiny_model as tiny_model
+from .cli import tutorial as tutorial

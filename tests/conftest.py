@@ -16,7 +16,7 @@ AS_ROOT = 'This test needs root; `make test` gives it a namespace in which it is
 def _install_wheel():
     "Build the wheel from a copy of what goes into it, and install it without its dependencies."
     work = Path(tempfile.mkdtemp(prefix='wheel-'))
-    for name in ('setup.py', 'settings.ini', 'pyproject.toml', 'README.md', 'LICENSE', 'qwen2vl_nb'):
+    for name in ('setup.py', 'settings.ini', 'pyproject.toml', 'README.md', 'LICENSE', 'qwen2vl_nb', 'data', 'nbs/tutorials'):
         copy = shutil.copytree if (ROOT/name).is_dir() else shutil.copy
         copy(ROOT/name, work/name)
     pip = [sys.executable, '-m', 'pip', '--quiet', '--disable-pip-version-check']

@@ -8,6 +8,7 @@ import pytest
 import qwen2vl_nb
 from conftest import ROOT, SITE
 from qwen2vl_nb import _modidx
+from qwen2vl_nb.boot import script
 
 def test_it_is_the_wheel_that_is_tested(): assert qwen2vl_nb.__file__.startswith(SITE)
 
@@ -129,3 +130,16 @@ def test_digests_of_files_are_made_in_one_place():
         found += [(name, n.lineno) for n in calls if ast.unparse(n.func) == 'hashlib.file_digest']
         found += [(name, n.lineno) for n in calls if (ast.unparse(n.func).startswith('hashlib.') or ast.unparse(n.func).endswith('.update')) and reads(n)]
     assert not found
+
+def test_the_wheel_brings_the_tutorials(tmp_path):
+    written = qwen2vl_nb.tutorial(tmp_path/'first')
+    names = lambda folder: sorted(str(p.relative_to(folder)) for p in folder.rglob('*') if p.is_file() and not p.name.startswith('.'))
+    assert names(tmp_path/'first'/'data') == names(ROOT/'data')
+    assert names(written.parent) == [name for name in names(ROOT/'nbs'/'tutorials') if not name.startswith('.')]
+    assert '../../' not in written.read_text() and "Path('../data')" in written.read_text()
+
+@pytest.mark.soak
+def test_the_demo_runs_from_the_wheel(tmp_path):
+    done = subprocess.run([sys.executable, *script('cli'), 'demo'], cwd=tmp_path, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    assert 'Done in' in done.stdout and list((tmp_path/'qwen2vl_nb-tutorial'/'runs').glob('car_item-*/after/predictions.jsonl'))

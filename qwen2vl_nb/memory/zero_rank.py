@@ -262,7 +262,7 @@ class Stage3(Rank):
         if first:
             for i in self.stays: self._hold_gathered(i, self.numel[i])
             self.users, self.backward, self.again = defaultdict(set), {}, defaultdict(set)
-        self.at, self.live, self.seen, self.waiting, self.pile = 0, 0, {}, [], 0
+        self.at, self.live, self.seen, self.waiting, self.pile, self.gathered = 0, 0, {}, [], 0, 0
         self.ahead = deque((i, at) for at,m in enumerate(self.order) for i in self.weights_of[m])
 
 # %% ../../nbs/memory/10_zero_rank.ipynb #ef4319c1
@@ -280,6 +280,7 @@ def _gather(self:Stage3, params):
     params = [i for i in params if i not in self.there and i not in self.coming]
     self.live += sum(self.numel[i] for i in params)
     padded = sum(self.ranks*self._piece(i) for i in params)
+    self.gathered += padded
     is_flat = len(params) > 1 and self.ranks > 1
     buffer = {'params': params, 'left': set(params), 'flat': self.size*padded if is_flat else 0, 'done': False}
     self.held['communication'] += buffer['flat']
@@ -391,3 +392,35 @@ def _sub_groups(self:Stage3):
             if pile >= self.zero['sub_group_size']: yield pile
             pile *= pile < self.zero['sub_group_size']
         if pile: yield pile
+
+# %% ../../nbs/memory/10_zero_rank.ipynb #10zerorankp51
+_adam_bytes = 28 # that Adam reads and writes for a weight in fp32: its gradient; twice weight and both moments
+
+@patch
+def _own_bytes(self:Rank): return self.size*sum(self.trained.values())
+
+@patch
+def _received(self:Rank, size): return size*(self.ranks - 1)//self.ranks
+
+@patch
+def traffic(self:Rank,
+    rounds:int, # Number of micro batches
+)->tuple:
+    "Bytes that a rank exchanges with the others in a step, and bytes that cross the bus or that the host's Adam moves."
+    return 2*self._received(sum(map(self.bytes_of, self.trained))), 0
+
+@patch
+def traffic(self:Stage0, rounds): return 2*self._received(self._own_bytes()), 0
+
+@patch
+def _host_traffic(self:Rank, rounds):
+    return ((rounds + 1)*self._own_bytes() + _adam_bytes*sum(self.trained.values()))//self.ranks if self.offload else 0
+
+@patch
+def traffic(self:Stage2, rounds): return self._received((rounds + 1)*self._own_bytes()), self._host_traffic(rounds)
+
+@patch
+def traffic(self:Stage3, rounds):
+    gathered = rounds*self.size*self.gathered # in the last micro batch of `run`
+    over_bus = gathered//self.ranks if self.offload_weights else 0
+    return self._received(gathered + rounds*self._own_bytes()), self._host_traffic(rounds) + over_bus
