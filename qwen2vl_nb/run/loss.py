@@ -54,9 +54,10 @@ def _add(rows, row):
 
 # %% ../../nbs/run/50_loss.ipynb #c01d0002
 _counts = 'current_steps', 'total_steps', 'total_tokens' # Columns of LLaMA-Factory's log that contain integers
-_floats = ('loss', 'eval_loss', 'predict_loss', 'reward', 'accuracy', 'lr', 'epoch', 'percentage', 'throughput',
-           'vram_allocated', 'vram_reserved', 'rewards/chosen', 'rewards/rejected', 'rewards/margins', 'eval_accuracy',
-           'eval_rewards/chosen', 'eval_rewards/rejected', 'eval_rewards/margins', 'eval_rewards/accuracies')
+_floats = ('loss', 'eval_loss', 'predict_loss', 'reward', 'accuracy', 'lr', 'grad_norm', 'epoch', 'percentage',
+           'throughput', 'vram_allocated', 'vram_reserved', 'rewards/chosen', 'rewards/rejected', 'rewards/margins',
+           'eval_accuracy', 'eval_rewards/chosen', 'eval_rewards/rejected', 'eval_rewards/margins',
+           'eval_rewards/accuracies')
 _times = 'elapsed_time', 'remaining_time' # Those that contain text
 _most_columns = 64 # A log that has more was not written by LLaMA-Factory
 _KIND = 0 # Key of the array with the kinds of the rows, next to the columns; no column has a number as its name
