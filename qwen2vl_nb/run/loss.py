@@ -225,6 +225,13 @@ def columns(self:Rows)->dict: # Name → array, and `_KIND` → the kind of each
 
 # %% ../../nbs/run/50_loss.ipynb #d0febfd2
 @patch
+def has(self:Rows,
+    name:str, # `'loss'` or `'eval_loss'`
+): # An array of `bool`; a loss that was logged as `nan` counts, too
+    "Which rows have a loss or an evaluation loss."
+    return (self.columns()[_KIND] & _bits[name]).astype(bool)
+
+@patch
 def table(self:Rows)->'pd.DataFrame': # The same object until something changes
     "The rows as a table."
     import pandas as pd
@@ -339,10 +346,10 @@ def _series(rows, column):
 
 # %% ../../nbs/run/50_loss.ipynb #c01d0031
 def best_evaluation(
-    run, # A run, or its folder
+    run, # A run, its folder, or its `Log`
 ): # The lowest loss of its evaluations; `None` if there are none, or if its log can't be read
     "The best evaluation of a run, without making a table of its log."
-    log = Log(run)
+    log = run if isinstance(run, Log) else Log(run)
     try: log.update()
     except (OSError, Damaged): return None
     found = _series(log.rows, 'eval_loss').dropna()
