@@ -18,8 +18,8 @@ def repeats_itself(
     text:str, # An answer
 )->bool: # Whether its end is the same characters at least four times in a row, 80 or more altogether
     "Whether a text ends in a repetition."
-    end = text.rstrip()[-4*_longest_period:]
-    if end.find(end[-_ending:], -_longest_period - _ending, -1) < 0 or len(end) < _repeated: return False
+    if len(text) < _repeated or len(end := text.rstrip()[-4*_longest_period:]) < _repeated: return False
+    if end.find(end[-_ending:], -_longest_period - _ending, -1) < 0: return False
     for period in range(1, len(end)//4 + 1):
         n = max(4*period, _repeated)
         if end[-n:-period] == end[period - n:]: return True
@@ -86,13 +86,13 @@ class AnswerFaults:
         if fault == 'cut' and type(row.get('tokens')) is int: self.limit = max(self.limit, row['tokens'])
 
 # %% ../../nbs/run/56_answers.ipynb #answers17
-_words = { # For each fault: its name, what has it, the cure
-    'cut': ('cut answers', 'were cut off at max_new_tokens', 'Predict with a larger max_new_tokens. If the labels are '
+_words = { # For each fault: its name, where answers have it, the cure
+    'cut': ('cut answers', ', at max_new_tokens', 'Predict with a larger max_new_tokens. If the labels are '
             'shorter than these answers, the model has not learned to stop: check that the template is the one that it '
             'was trained with.'),
-    'empty': ('empty answers', 'are empty', 'Check that the template is the one that the model was trained with, and '
+    'empty': ('empty answers', '', 'Check that the template is the one that the model was trained with, and '
               'that the answers it was trained on are not empty (check_samples).'),
-    'repeats': ('repetition', 'end in an endless repetition', 'Train longer or with a smaller learning_rate, and check '
+    'repeats': ('endless repetition', '', 'Train longer or with a smaller learning_rate, and check '
                 'that the template is the one that the model was trained with. A larger max_new_tokens does not help; '
                 'repetition_penalty: 1.05 in the recipe of the prediction hides the symptom.')}
 
@@ -107,17 +107,15 @@ def _one_answer(common, labels):
     return [Finding('one answer', what, cure, 'warning')]
 
 # %% ../../nbs/run/56_answers.ipynb #answers18
-def _counted(n, of): return f'{n:,} of {of:,} answers' if of > 1 else 'The only answer'
-
 def _finding(faults, fault):
     "The finding about one fault, if more than twice as many answers as labels have it."
     n, of_labels = faults.answers[fault], faults.labels[fault]
     if n <= 2*of_labels: return []
-    name, what, cure = _words[fault]
+    name, place, cure = _words[fault]
     limit = f' ({faults.limit:,})' if fault == 'cut' and faults.limit else ''
     labels = f', but only {of_labels:,} of the labels' if of_labels else ''
-    return [Finding(name, f'{_counted(n, faults.n)} {what}{limit}{labels}; the first is that of row '
-                    f'{show_value(faults.first[fault])}.', cure, 'warning')]
+    what = f'{n:,} of {faults.n:,}{place}{limit}{labels}; the first is that of row {show_value(faults.first[fault])}.'
+    return [Finding(name, what, cure, 'warning')]
 
 def answer_findings(
     faults:AnswerFaults, # What was counted

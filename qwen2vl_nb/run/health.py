@@ -33,10 +33,10 @@ def _is_lost(loss, norm, stage):
     return ~np.isfinite(loss) | (loss == 0) & zero
 
 # %% ../../nbs/run/58_health.ipynb #health08
-_lost = { # Name of the finding, what the loss is, cure; `{}` is the last step before
+_lost = { # Name of the finding, what the loss is, cure
     'nan': ('NaN loss', 'is not a number, which the log may show as 0.0', 'Checkpoints written since then are useless. '
-            'Start again, or from a checkpoint up to step {}, with a tenth of the learning_rate, and with bf16 instead '
-            'of fp16.'),
+            'Start again, or from a checkpoint written well before, with a tenth of the learning_rate, and with bf16 '
+            'instead of fp16.'),
     'zero': ('zero loss', 'and the gradient are 0: the answers have no tokens left to learn from', 'Find out with '
              'check_samples whether answers are empty or cutoff_len cuts them off.'),
     None: ('zero loss', 'is logged as 0.0: it is not a number, or the answers have no tokens left to learn from',
@@ -60,33 +60,40 @@ def _lost_findings(log):
     place = f'step {steps[first]:,}'
     share = f'At {lost.sum():,} of {len(lost):,} logged steps, first at {place}'
     when = f'Since {place}' if lost[first:].all() else share
-    before = f'{steps[first - 1]:,}' if first else '0'
-    return [Finding(name, f'{when}, the loss {what}.', cure.format(before), 'warning')]
+    return [Finding(name, f'{when}, the loss {what}.', cure, 'warning')]
 
 # %% ../../nbs/run/58_health.ipynb #health10
-_larger, _window = 10, 3
+_larger, _window, _guessing = 10, 3, 12
 
-def _divergence(loss, norm):
-    "The index of the logged step at which a run began to diverge; `None` if it did not."
+def _explosion(norm):
+    "The index of the logged step at which the norm of the gradient explodes; `None` if it does not."
     import numpy as np
-    norm = np.nan_to_num(norm, nan=np.inf)
-    if len(loss) < 2*_window or not np.median(loss[-_window:]) > 1.3*loss[0]: return None
-    lowest = np.minimum.reduce([norm[i:len(norm) - _window + 1 + i] for i in range(_window)])
-    usual = np.minimum.accumulate(lowest)
-    exploded = np.flatnonzero(lowest > _larger*usual)
+    windows = np.lib.stride_tricks.sliding_window_view(np.nan_to_num(norm, nan=np.inf), _window)
+    usual = np.minimum.accumulate(np.median(windows, axis=1))
+    exploded = np.flatnonzero(windows.min(axis=1) > _larger*usual)
     return int(exploded[0]) if len(exploded) else None
+
+def _divergence(loss, norm, stage):
+    "What has exploded, and the index of the logged step at which it did; empty if the run does not diverge."
+    import numpy as np
+    if len(loss) < 2*_window or not (now := np.median(loss[-_window:])) >= loss[0]: return ()
+    limit = max(_guessing, 2*loss[0])
+    if stage in ('sft', 'pt') and now > limit: return 'loss', int((loss > limit).argmax())
+    at = None if norm is None else _explosion(norm)
+    return () if at is None else ('norm of the gradient', at)
 
 # %% ../../nbs/run/58_health.ipynb #health13
 def _divergence_findings(log):
-    "The finding about gradients and losses that have become much larger."
+    "The finding about a loss and gradients that have become much larger."
     steps, loss, norm = _training(log.rows)
-    at = None if loss is None or norm is None else _divergence(loss, norm)
-    if at is None: return []
-    what = (f'From step {steps[at]:,} the norm of the gradient was more than {_larger} times what it had been, and the '
-            f'loss is {loss[-1]:.4g}; it was {loss[0]:.4g} at the start.')
-    cure = (f'Start again, or from a checkpoint before step {steps[at]:,}, with a tenth of the learning_rate or a '
-            'longer warm-up (warmup_ratio), and leave max_grad_norm at 1.')
-    return [Finding('diverging', what, cure, 'warning')]
+    found = () if loss is None else _divergence(loss, norm, _stage(log.folder))
+    if not found: return []
+    what, at = found
+    said = (f'The {what} has exploded, from step {steps[at]:,} on. The loss is {loss[-1]:.4g}; it was {loss[0]:.4g} at '
+            'the start.')
+    cure = ('Start again, or from a checkpoint written well before, with a tenth of the learning_rate or a longer '
+            'warm-up (warmup_ratio), and leave max_grad_norm at 1.')
+    return [Finding('diverging', said, cure, 'warning')]
 
 # %% ../../nbs/run/58_health.ipynb #health15
 def _lowest_before_rise(losses):
@@ -98,7 +105,7 @@ def _lowest_before_rise(losses):
     rises = after > .01*abs(lowest)
     in_a_row = (rises[:-2] & rises[1:-1] & rises[2:]).any() if len(rises) > 2 else False
     wobble = max(moves[:low].max(initial=0), -after.min(initial=0))
-    return low if in_a_row and losses[-1] - lowest > max(.05*abs(lowest), 3*wobble) else None
+    return low if in_a_row and losses[-1] - lowest > max(.005, .05*abs(lowest), 3*wobble) else None
 
 def _evaluation_findings(log):
     "The finding about evaluations that get worse."
