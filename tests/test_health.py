@@ -1,7 +1,7 @@
 """The health of a run: real runs that show each fault, and real runs that are healthy, whatever their loss looks like.
 
 One child trains them all with LLaMA-Factory's own `run_exp`, as a rank does."""
-import json, os, random, subprocess, sys, warnings
+import json, os, random, subprocess, sys
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -14,9 +14,8 @@ from qwen2vl_nb.boot import child_env
 from qwen2vl_nb.prediction.engines import predict
 from qwen2vl_nb.prediction.scores import score
 from qwen2vl_nb.recipe import predict_recipe, save_recipe, train_recipe
-from qwen2vl_nb.run.answers import check_answers
 from qwen2vl_nb.run.health import check_health, health_findings
-from qwen2vl_nb.run.loss import Log, read_log
+from qwen2vl_nb.run.loss import read_log
 from qwen2vl_nb.run.start import launch, runs
 from qwen2vl_nb.run.watch import RunView, watch_loss
 

@@ -499,6 +499,12 @@ def _unnamed_media(rows, columns):
 
 def _names_in(rows): return list(dict.fromkeys(str(name) for row in rows for name in row))
 
+def _not_turns(rows, columns):
+    "What a column has that is named like those of dialogues, and has no turns."
+    for name in (k for k in ('messages', 'conversations') if k in columns):
+        kind = next((type(row[name]).__name__ for row in rows if row.get(name) is not None), 'nothing')
+        yield f'no turns: the column {name!r} holds {kind}, not lists of turns' + ' (see json.loads)'*(kind == 'str')
+
 def _table_columns(path, rows, image, video, prompt, response):
     "A dict from LLaMA-Factory's columns to the source's, and the prompt if given; all faults are reported at once."
     columns, faults = _names_in(rows), []
@@ -515,6 +521,7 @@ def _table_columns(path, rows, image, video, prompt, response):
         what, name = _unnamed_media(rows, columns) or ('', '')
         if what:
             faults.append(f'no column for {_column_descriptions[what]}; {name!r} holds paths: pass {what}={name!r}')
+    if faults: faults = [*_not_turns(rows, columns), *faults]
     if faults: raise ValueError(f'{path} has {"; ".join(faults)}. Its columns: {", ".join(columns)}.')
     found |= {'query': 'input' if 'input' in columns else None}
     return found | {k: k for k in ('system', 'tools', 'history') if k in columns}, prompt if is_text else None
