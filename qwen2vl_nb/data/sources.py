@@ -468,10 +468,15 @@ _default_column_names = {'image': ('image', 'images'), 'video': ('video', 'video
                          'prompt': ('instruction', 'prompt', 'question'), 'response': ('output', 'response', 'answer')}
 _column_descriptions = {'image': 'the picture', 'video': 'the clip', 'prompt': 'the prompt', 'response': 'the answer'}
 
+_like_preferences = re.compile('chosen|reject|winn|los[et]|prefer|better|worse|completion', re.I)
+
 def _no_column(name, what, columns):
     near = get_close_matches(name, columns, 1)
     hint = f'; did you mean {near[0]!r}?' if near else ''
     words = " (or give the prompt itself: prompt='What is this?')" if what == 'prompt' else ''
+    if what == 'response' and (odd := [c for c in columns if _like_preferences.search(c)]):
+        words = (f' (if {odd[0]!r} belongs to preferences, name the columns with chosen= and rejected=, or the marks '
+                 'of answers, true or false, with kto_tag=)')
     return ValueError(f'no column {name!r} for {_column_descriptions[what]}{hint}{words}')
 
 def _column(columns, what, given, required):
