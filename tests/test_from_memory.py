@@ -162,6 +162,14 @@ def test_nothing_is_written_for_a_name_that_is_taken(tmp_path):
     with pytest.raises(ValueError, match='is taken'): Registry(tmp_path).add('cars', _rows(_pictures()))
     assert [p.name for p in tmp_path.rglob('*.*') if p.name != '.dataset_info.lock'] == ['dataset_info.json']
 
+def test_no_picture_is_written_for_a_file_that_is_refused(tmp_path):
+    (tmp_path/'cars.json').write_text('mine')
+    with pytest.raises(FileExistsError, match='was not written by this package'): Registry(tmp_path).add('cars', _rows(_pictures()))
+    with pytest.raises(ValueError, match="media='move'"): Registry(tmp_path).add('others', pd.DataFrame(_table(_pictures())), media='move')
+    assert [p.name for p in tmp_path.rglob('*.*')] == ['cars.json'] and (tmp_path/'cars.json').read_text() == 'mine'
+    Registry(tmp_path).add('cars', _rows(_pictures()), overwrite=True)
+    assert Registry(tmp_path).add('cars', _rows(_pictures())) and len(list((tmp_path/'cars_media').iterdir())) == 3, 'what it wrote itself is replaced'
+
 def test_predict_takes_the_same(tiny, tmp_path):
     "Questions without answers; asked again, the same pictures are the same question."
     asked = _data_set(_pictures()).remove_columns('answer')

@@ -1107,11 +1107,13 @@ def given_samples(
     samples, # Samples, or what `read_samples` reads from memory
     media_dir:Path, # Folder to which pictures in the rows are written
     answered:bool=True, # Whether there must be a column with the answers
+    check=lambda: None, # Called before rows are read and their pictures written; it may raise
 )->list: # Samples
     "Return samples as they are, and read everything else that is in memory."
     if not is_table(samples):
         samples = list(samples)
         if not _needs_reading(samples): return samples
+    check()
     source = in_memory(samples)
     rows, _ = read_rows(source, _make_media_place(source, media_dir))
     if not (answered or _turns_key(rows) or set(_names_in(rows)) & set(_default_column_names['response'])):
