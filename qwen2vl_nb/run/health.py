@@ -12,7 +12,7 @@ from ..files import Damaged, parse_json, read_tail
 from ..findings import Finding, findings_table
 from ..recipe import load_recipe
 from .answers import AnswerFaults, answer_findings
-from .folder import ANSWERS, RECIPE
+from .folder import ANSWERS, RECIPE, RUN, state_or_empty
 from .loss import Log
 if TYPE_CHECKING: import pandas as pd
 
@@ -134,6 +134,7 @@ def _rate_findings(log):
     zeros = steps[first:]
     total = columns['total_steps'][-1] if 'total_steps' in columns else np.inf
     if len(zeros) < 3 or not (zeros[-1] - zeros[0] >= 20 or zeros[-1] >= total): return []
+    if state_or_empty(log.folder, RUN).get('learning_rates'): return []  # the log has only one of them
     if first:
         what = f'The learning rate has been 0 since step {zeros[0]:,}: its schedule has ended before the run.'
         cure = ('Let the schedule take its length from the recipe: check lr_scheduler_kwargs, and the scheduler in the '
