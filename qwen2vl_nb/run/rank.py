@@ -305,7 +305,7 @@ def work(
     if recipe.get('deepspeed') and not torch.cuda.is_available(): _wait_for_gathers()
     spared = spare_frozen(recipe)
     if spared and os.environ.get('RANK', '0') == '0': print(f'{spared}.', flush=True)
-    if recipe.get('stage') in ('dpo', 'kto', 'rm'): log_more()
+    log_more()
     run_exp(recipe, [step_callback(folder)])
 
 # %% ../../nbs/run/20_rank.ipynb #0fd257bc
