@@ -7,6 +7,7 @@ __all__ = ['health_findings', 'check_health']
 
 # %% ../../nbs/run/58_health.ipynb #health02
 import os
+from functools import partial
 from typing import TYPE_CHECKING
 from ..files import Damaged, parse_json, read_tail
 from ..findings import Finding, findings_table
@@ -17,6 +18,8 @@ from .loss import Log
 if TYPE_CHECKING: import pandas as pd
 
 # %% ../../nbs/run/58_health.ipynb #health05
+_of_tokens = 'sft', 'pt' # Stages whose loss is that of tokens
+
 def _training(rows):
     "Steps, losses and gradient norms of the training rows, as arrays; the norms are `None` if none were logged."
     columns, trains = rows.columns(), rows.has('loss')
@@ -28,8 +31,8 @@ def _is_lost(loss, norm, stage):
     is_number = np.isfinite(loss) & (loss != 0)
     last = np.maximum.accumulate(np.where(is_number, np.arange(len(loss)), -1))
     before = np.where(last < 0, np.inf, loss[last])  # the last loss that was a number
-    if norm is not None: zero = ~np.isfinite(norm) | (norm == 0) & (before > .01)
-    else: zero = before > (.1 if stage in ('sft', 'pt') else np.inf)
+    least = np.inf if stage not in _of_tokens else .1 if norm is None else .01
+    zero = before > least if norm is None else ~np.isfinite(norm) | (norm == 0) & (before > least)
     return ~np.isfinite(loss) | (loss == 0) & zero
 
 # %% ../../nbs/run/58_health.ipynb #health08
@@ -52,7 +55,7 @@ def _lost_findings(log):
     import numpy as np
     steps, loss, norm = _training(log.rows)
     if loss is None or not (~np.isfinite(loss) | (loss == 0)).any(): return []
-    lost = _is_lost(loss, norm, 'sft' if norm is not None else _stage(log.folder))
+    lost = _is_lost(loss, norm, _stage(log.folder))
     if not lost.any(): return []
     first = lost.argmax()
     is_nan = not np.isfinite(loss[first]) or norm is not None and not np.isfinite(norm[first])
@@ -78,7 +81,7 @@ def _divergence(loss, norm, stage):
     import numpy as np
     if len(loss) < 2*_window or not (now := np.median(loss[-_window:])) >= loss[0]: return ()
     limit = max(_guessing, 2*loss[0])
-    if stage in ('sft', 'pt') and now > limit: return 'loss', int((loss > limit).argmax())
+    if now > limit and stage() in _of_tokens: return 'loss', int((loss > limit).argmax())
     at = None if norm is None else _explosion(norm)
     return () if at is None else ('norm of the gradient', at)
 
@@ -86,7 +89,7 @@ def _divergence(loss, norm, stage):
 def _divergence_findings(log):
     "The finding about a loss and gradients that have become much larger."
     steps, loss, norm = _training(log.rows)
-    found = () if loss is None else _divergence(loss, norm, _stage(log.folder))
+    found = () if loss is None else _divergence(loss, norm, partial(_stage, log.folder))
     if not found: return []
     what, at = found
     said = (f'The {what} has exploded, from step {steps[at]:,} on. The loss is {loss[-1]:.4g}; it was {loss[0]:.4g} at '
