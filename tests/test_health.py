@@ -12,12 +12,14 @@ import pytest
 from conftest import until
 from qwen2vl_nb.boot import child_env
 from qwen2vl_nb.prediction.engines import predict
+from qwen2vl_nb.prediction.predictions import Predictions
 from qwen2vl_nb.prediction.scores import score
 from qwen2vl_nb.recipe import predict_recipe, save_recipe, train_recipe
 from qwen2vl_nb.run.health import check_health, health_findings
 from qwen2vl_nb.run.loss import read_log
 from qwen2vl_nb.run.start import launch, runs
 from qwen2vl_nb.run.watch import RunView, watch_loss
+from qwen2vl_nb.tiny import tiny_model
 
 TRAIN = '''
 import json, sys, traceback
@@ -44,10 +46,20 @@ FINE = { # name → data set, changes to the recipe
     'a long warm-up': ('many', dict(max_steps=12, warmup_ratio=1.)),
     'rows known by heart': ('few', dict(learning_rate=1e-3, finetuning_type='full', max_steps=150)),
     'packed': ('many', dict(max_steps=8, packing=True, cutoff_len=512)),
-    'empty answers': ('empty', dict(max_steps=30)),
+    'empty answers': ('empty', dict(learning_rate=3e-3, max_steps=50)),
+    'equal answers': ('equal', dict(learning_rate=3e-3, max_steps=50)),
     'dpo': ('pairs', dict(stage='dpo', learning_rate=3e-3, max_steps=30)),
     'kto': ('marks', dict(stage='kto', learning_rate=3e-3, max_steps=30)),
     'rm': ('pairs', dict(stage='rm', learning_rate=3e-3, max_steps=30)),
+}
+
+ANSWERS = { # name → adapter, data set, what is found
+    'answers of a model without training': (None, 'other', ['endless repetition']),
+    'answers after empty ones': ('empty answers', 'other', ['empty answers']),
+    'answers after equal ones': ('equal answers', 'other', ['one answer']),
+    'empty answers to empty labels': ('empty answers', 'empty', []),
+    'equal answers to equal labels': ('equal answers', 'equal', []),
+    'answers of the model as it is': ('as in the tutorial', 'other', []),
 }
 
 def _data_sets(folder, data):
@@ -57,7 +69,7 @@ def _data_sets(folder, data):
     alpaca = {'prompt': 'instruction', 'query': 'input', 'response': 'output', 'images': 'images'}
     pairs = [{k: row[k] for k in ('instruction', 'images')} | {'chosen': row['output'], 'rejected': other['output']} for row, other in zip(many[:64], many[64:128])]
     marks = [row | {'good': i % 2 == 0, 'output': row['output'] if i % 2 == 0 else many[i + 1]['output']} for i, row in enumerate(many[:64])]
-    sets = {'many': (many, alpaca), 'few': (many[:8], alpaca), 'other': (cars['test'][:16], alpaca), 'empty': ([row | {'output': ''} for row in many[:32]], alpaca),
+    sets = {'many': (many, alpaca), 'few': (many[:8], alpaca), 'other': (cars['test'][:16], alpaca), 'empty': ([row | {'output': ''} for row in many[:32]], alpaca), 'equal': ([row | {'output': 'A red car.'} for row in many[:32]], alpaca),
             'long questions': ([answer]*16, {'prompt': 'instruction', 'response': 'output'}), 'marks': (marks, alpaca | {'kto_tag': 'good'}),
             'pairs': (pairs, {'prompt': 'instruction', 'images': 'images', 'chosen': 'chosen', 'rejected': 'rejected'})}
     for name, (rows, _) in sets.items(): (folder/f'{name}.json').write_text(json.dumps(rows))
@@ -75,6 +87,11 @@ def trained(tiny, data, tmp_path_factory):
         recipes[name] = {k: v for k, v in recipe.items() if v is not None}
         (folder/name).mkdir()
         save_recipe(recipes[name], folder/name/'recipe.yaml')
+    for name, (adapter, rows, _) in ANSWERS.items():
+        adapted = dict(adapter_name_or_path=str(folder/adapter), finetuning_type='lora') if adapter else {}
+        recipe = predict_recipe(tiny if adapter else tiny_model(folder/'random'), rows, folder/name, dataset_dir=str(folder), use_cpu=True, preprocessing_num_workers=None,
+            per_device_eval_batch_size=16, max_new_tokens=128 if adapter is None else 40, **adapted)
+        recipes[name] = {k: v for k, v in recipe.items() if v is not None}
     done = subprocess.run([sys.executable, '-c', TRAIN], env=child_env(), input=json.dumps([*recipes.values()], default=str), capture_output=True, text=True)
     assert not done.returncode, done.stderr[-3000:]
     return folder
@@ -143,12 +160,16 @@ def test_evaluations_that_wobble_are_healthy():
 
 # --- answers
 
-def test_an_untrained_model_does_not_stop(tiny, data, tmp_path):
-    "Four tokens are too few for an answer; the same model with enough of them has no finding."
-    short, enough = (predict(predict_recipe(tiny, 'car_item_test', dataset_dir=str(data), output_dir=tmp_path/f'{n}', max_new_tokens=n, max_samples=12)) for n in (4, 40))
-    found = score(short)
-    assert list(found.findings['where']) == ['cut answers'] and '12 of 12, at max_new_tokens (4)' in repr(found) and '(4)' in found._repr_html_()
-    assert runs(tmp_path).set_index('run').health['4'] == 'cut answers' and [f.where for f in health_findings(short)] == ['cut answers']
-    print(enough.to_pandas())
+@pytest.mark.parametrize('name', ANSWERS)
+def test_what_answers_look_like(trained, name):
+    "Of LLaMA-Factory's own prediction, which does not say how an answer ended."
+    found = score(Predictions(trained/name))
+    assert list(found.findings['where']) == ANSWERS[name][2], [(row['label'], row['predict']) for row in Predictions(trained/name)]
+    assert all(f'{where}: ' in repr(found) and f'{where}: ' in found._repr_html_() for where in ANSWERS[name][2])
 
-def test_score_counts_a_million_rows_in_little_time_and_memory(): pass
+def test_answers_that_are_cut_off_are_said_to_be(tiny, data, tmp_path):
+    "Four tokens are too few for an answer; forty are enough."
+    short, enough = (predict(predict_recipe(tiny, 'car_item_test', output_dir=tmp_path/f'{n}', dataset_dir=str(data), max_new_tokens=n, max_samples=12)) for n in (4, 40))
+    found = score(short)
+    assert list(found.findings['where']) == ['cut answers'] and '12 of 12, at max_new_tokens (4)' in repr(found)
+    assert runs(tmp_path).set_index('run').health.to_dict() == {'4': 'cut answers', '40': ''} and score(enough).findings.empty
