@@ -150,7 +150,7 @@ def _rate_findings(log):
 
 # %% ../../nbs/run/58_health.ipynb #health21
 _rules = _lost_findings, _divergence_findings, _evaluation_findings, _rate_findings
-_most = 2**22 # Bytes of answers that are read
+_most = 2**18 # Bytes of answers that are read
 
 def _answer_findings(folder):
     "The findings about the last answers that a prediction has written."
