@@ -41,7 +41,8 @@ FAULTS = { # name → data set, changes to the recipe, what is found
                                                 warmup_ratio=0., max_steps=10), 'learning rate 0'),
 }
 FINE = { # name → data set, changes to the recipe
-    'as in the tutorial': ('many', dict(max_steps=40) | EVALUATED),
+    'as in the tutorial': ('many', EVALUATED | dict(learning_rate=2e-3, max_steps=60, per_device_train_batch_size=8, logging_steps=5, eval_steps=10)),
+    'its first steps': ('many', dict(max_steps=12) | EVALUATED | dict(eval_steps=3)),
     'one step': ('many', dict(max_steps=1)),
     'a long warm-up': ('many', dict(max_steps=12, warmup_ratio=1.)),
     'rows known by heart': ('few', dict(learning_rate=1e-3, finetuning_type='full', max_steps=150)),
