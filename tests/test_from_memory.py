@@ -1,7 +1,10 @@
 "Rows in memory: read like files, with the same findings; their pictures go to a folder that the user names; bad input gets clear words."
 import hashlib, io, json, os, subprocess, sys
+from collections import namedtuple
+from dataclasses import dataclass
 from datetime import date
 from decimal import Decimal
+from enum import Enum
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -159,6 +162,14 @@ def test_nothing_is_written_for_a_name_that_is_taken(tmp_path):
     with pytest.raises(ValueError, match='is taken'): Registry(tmp_path).add('cars', _rows(_pictures()))
     assert [p.name for p in tmp_path.rglob('*.*') if p.name != '.dataset_info.lock'] == ['dataset_info.json']
 
+def test_no_picture_is_written_for_a_file_that_is_refused(tmp_path):
+    (tmp_path/'cars.json').write_text('mine')
+    with pytest.raises(FileExistsError, match='was not written by this package'): Registry(tmp_path).add('cars', _rows(_pictures()))
+    with pytest.raises(ValueError, match="media='move'"): Registry(tmp_path).add('others', pd.DataFrame(_table(_pictures())), media='move')
+    assert [p.name for p in tmp_path.rglob('*.*')] == ['cars.json'] and (tmp_path/'cars.json').read_text() == 'mine'
+    Registry(tmp_path).add('cars', _rows(_pictures()), overwrite=True)
+    assert Registry(tmp_path).add('cars', _rows(_pictures())) and len(list((tmp_path/'cars_media').iterdir())) == 3, 'what it wrote itself is replaced'
+
 def test_predict_takes_the_same(tiny, tmp_path):
     "Questions without answers; asked again, the same pictures are the same question."
     asked = _data_set(_pictures()).remove_columns('answer')
@@ -189,6 +200,16 @@ def _row(**more): return {'question': 'q', 'answer': 'a'} | more
 def _sides(): return pd.DataFrame([['q', 'a']], columns=pd.MultiIndex.from_tuples([('asked', 'question'), ('said', 'answer')]))
 
 def _splits(): return datasets.DatasetDict({'train': datasets.Dataset.from_list([_row()]*2), 'test': datasets.Dataset.from_list([_row()])})
+
+def _typed(row, **features): return datasets.Dataset.from_list([row], features=datasets.Features({k: datasets.Value('string') for k in row if k not in features} | features))
+
+Pair = namedtuple('Pair', 'question answer')
+Kind = Enum('Kind', 'CAR BUS')
+
+@dataclass
+class Labelled:
+    question:str = 'q'
+    answer:str = 'a'
 
 PHOTO = Image.new('RGB', (60, 40))
 BAD = { # name → source, other arguments, words
@@ -234,6 +255,52 @@ BAD = { # name → source, other arguments, words
     'objects as polars exports them': (lambda: pa.table({'image': pa.array([b'12345678'], pa.binary(8))}), {}, r"Python objects or fixed-size bytes in the column 'image'.*to_dicts\(\)"),
     'an Arrow column': (lambda: pa.chunked_array([['a']]), {}, 'The ChunkedArray is not a table with named columns'),
     'a part of an unknown kind': (lambda: [{'messages': [{'role': 'user', 'content': [{'type': 'sound', 'sound': 'x'}]}]}], {}, r"row 0: messages\[0\] has a content part of an unknown kind"),
+    # rows that are no dicts
+    'named tuples': (lambda: [Pair('q', 'a')], {}, 'row 0 is a Pair, not a dict'),
+    'objects of a class': (lambda: [_row(), Labelled()], {}, 'row 1 is a Labelled, not a dict'),
+    'lists of cells': (lambda: [['q', 'a'], ['q', 'b']], {}, 'row 0 is a list, not a dict; row 1 is a list'),
+    'columns of pandas for rows': (lambda: [pd.Series(_row())], {}, 'row 0 is a Series, not a dict'),
+    'arrays for rows': (lambda: [np.array(['q', 'a'])], {}, 'row 0 is a ndarray, not a dict'),
+    # what is no table
+    'rows by name': (lambda: {'one': _row(), 'two': _row()}, {}, 'a dict of columns: wrap it'),
+    'a set': (lambda: {'q', 'a'}, {}, 'this is an object of type set'),
+    'bytes of a file': (lambda: b'question,answer\nq,a\n', {}, 'this is an object of type bytes'),
+    'an open text': (lambda: io.StringIO('question,answer\nq,a\n'), {}, 'this is an object of type StringIO'),
+    'a mapped iterator': (lambda: map(dict, [_row()]), {}, 'this is an object of type map'),
+    'a structured array': (lambda: np.array([('q', 'a')], [('question', 'O'), ('answer', 'O')]), {}, 'this is an object of type ndarray'),
+    'groups of a DataFrame': (lambda: pd.DataFrame([_row()]).groupby('question'), {}, 'this is an object of type DataFrameGroupBy'),
+    'the class in place of the table': (lambda: pd.DataFrame, {}, 'this is an object of type type'),
+    'a module': (lambda: io, {}, 'this is an object of type module'),
+    'a DatasetDict of nothing': (lambda: datasets.DatasetDict(), {}, 'The DatasetDict has no splits'),
+    'a DatasetDict of lists': (lambda: datasets.DatasetDict({'train': [_row()]}), {}, 'has a split that is a list, not a Dataset'),
+    'a DatasetDict of streams': (lambda: datasets.IterableDatasetDict({'train': _splits()['train'].to_iterable_dataset()}), {}, r'is a stream.*take\(1000\)'),
+    'a split without rows': (lambda: datasets.DatasetDict({'train': _splits()['train'].select([])}), {}, 'The DatasetDict has no rows'),
+    # columns
+    'columns without names': (lambda: pd.DataFrame([['a.png', 'q', 'a']]), {}, "no column 'instruction' for the prompt.*'0' holds paths: pass image='0'"),
+    'keys that are numbers': (lambda: [{0: 'q', 1: 'a'}], {}, "no column 'instruction' for the prompt.*Its columns: 0, 1"),
+    'keys that are one text': (lambda: [_row() | {1: 'x', '1': 'y'}], {}, "row 0 has two columns with the name '1'"),
+    'rows without columns': (lambda: [{}, {}], {}, "no column 'instruction' for the prompt"),
+    'a translation': (lambda: _typed({'translation': {'en': 'q', 'fr': 'a'}}, translation=datasets.Translation(['en', 'fr'])), {}, 'Its columns: translation'),
+    'names with spaces at their ends': (lambda: pd.DataFrame([['q', 'a']], columns=[' question', 'answer ']), {}, "no column 'output' for the answer"),
+    # cells
+    'a choice': (lambda: [_row(kind=Kind.CAR)], {}, "row 0, column 'kind', holds an object of type Kind"),
+    'a frozen set': (lambda: [_row(tags=frozenset('a'))], {}, 'an object of type frozenset'),
+    'a range': (lambda: [_row(n=range(3))], {}, 'an object of type range'),
+    'an error in a cell': (lambda: [_row(note=ValueError('x'))], {}, 'an object of type ValueError'),
+    'an open file for a picture': (lambda: [_row(image=io.BytesIO(_png(PHOTO)))], {'media_dir': 'out'}, "row 0, column 'image', holds an object of type BytesIO"),
+    'a tensor in half precision': (lambda: [_row(x=torch.ones(2, dtype=torch.bfloat16))], {}, r'type Tensor that NumPy cannot read .*\.tolist\(\)'),
+    'a tensor with a gradient': (lambda: [_row(x=torch.ones(2, requires_grad=True))], {}, 'type Tensor that NumPy cannot read .*requires grad'),
+    'a tensor without data': (lambda: [_row(x=torch.empty(2, device='meta'))], {}, 'type Tensor that NumPy cannot read'),
+    'answers in another encoding': (lambda: [_row(answer='café au lait'.encode('latin-1'))], {}, "column 'answer' holds bytes that are neither pictures, clips nor text in UTF-8"),
+    'a document for a picture': (lambda: [_row(image=b'%PDF-1.4 \x00\xff')], {'media_dir': 'out'}, "column 'image' holds bytes that are neither pictures"),
+    'grey pixels': (lambda: [_row(image=np.zeros((200, 200), 'uint8'))], {'media_dir': 'out'}, r'holds an array of shape \(200, 200\)'),
+    'a list of arrays': (lambda: [_row(image=[np.zeros((84, 112, 3), 'uint8')])], {'media_dir': 'out'}, r'holds an array of shape \(84, 112, 3\)'),
+    'an array of pictures': (lambda: [_row(image=np.array([PHOTO, PHOTO], dtype=object))], {'media_dir': 'out'}, "row 0, column 'image', holds an array"),
+    'a picture of no height': (lambda: pd.DataFrame([_row(image=Image.new('RGB', (5, 0)))]), {'media_dir': 'out'}, 'holds a picture that cannot be saved'),
+    # turns
+    'turns that are text': (lambda: [{'messages': '[{"role": "user", "content": "q"}]'}], {}, "no turns: the column 'messages' holds str, not lists of turns .see json.loads"),
+    'a single turn': (lambda: [{'messages': {'role': 'user', 'content': 'q'}}], {}, "the column 'messages' holds dict, not lists of turns"),
+    'turns that are missing': (lambda: pd.DataFrame({'conversations': [None, None]}), {}, "the column 'conversations' holds nothing, not lists of turns"),
     'a hub in offline mode': (lambda: 'someone/cars', {}, 'no file or folder someone/cars here.*hub .* cannot be reached.*HF_ENDPOINT to a mirror.*give its folder'),
 }
 

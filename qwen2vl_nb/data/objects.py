@@ -42,7 +42,10 @@ _most_numbers = 4096 # In an array with more than one dimension; a larger one is
 
 def _array(value):
     import numpy as np
-    array = np.asarray(value)
+    try: array = np.asarray(value)
+    except Exception as e:
+        raise ValueError(f'holds an object of type {type(value).__name__} that NumPy cannot read ({e}): give a list of '
+                         'numbers, such as .tolist() returns') from None
     if array.ndim > 1 and array.size > _most_numbers:
         raise ValueError(f'holds an array of shape {array.shape}: give the picture as a file or as '
                          'Image.fromarray(…) of Pillow')
@@ -63,7 +66,7 @@ def _object(value):
     if isinstance(value, Image.Image): return {'bytes': picture_bytes(value), 'path': None}
     if isinstance(value, Mapping): return {str(k): plain_cell(v) for k,v in value.items()}
     if isinstance(value, (list, tuple)): return [plain_cell(v) for v in value]
-    if isinstance(value, _as_words): return str(value)
+    if isinstance(value, (*_as_words, pd.Period, pd.Interval)): return str(value)
     if isinstance(value, np.generic): return _scalar(value)
     if hasattr(value, '__array__'): return _array(value)
     raise ValueError(f'holds an object of type {type(value).__name__}, which cannot be written as JSON: give text, '
@@ -87,6 +90,7 @@ def _plain_row(i, row):
     if not isinstance(row, Mapping): return {}, [f'row {i} is a {type(row).__name__}, not a dict']
     plain, faults = {}, []
     for key, value in row.items():
+        if str(key) in plain: faults.append(f'row {i} has two columns with the name {str(key)!r}')
         try: plain[str(key)] = plain_cell(value)
         except ValueError as e: faults.append(f'row {i}, column {str(key)!r}, {e}')
         except RecursionError: faults.append(f'row {i}, column {str(key)!r}, is nested too deeply')
@@ -160,6 +164,7 @@ def _one_split(name, splits, split):
     "One of the splits of a data set."
     if split is None and len(splits) == 1: return next(iter(splits.values()))
     if split in splits: return splits[split]
+    if not splits: raise ValueError(f'{name} has no splits.')
     sizes = [f'{k} ({len(rows):,} rows)' if hasattr(rows, '__len__') else k for k, rows in splits.items()]
     wrong = f'has no split {split!r}' if split else 'has more than one split'
     raise ValueError(f'{name} {wrong}. Its splits: {", ".join(sizes)}. Say which to read, as in '
@@ -202,11 +207,17 @@ def _is_a(value, module, *names):
     found = sys.modules.get(module)
     return bool(found) and isinstance(value, tuple(getattr(found, name) for name in names))
 
+def _is_arrow(value):
+    "Whether an object, not a class, provides its rows through Arrow's interface."
+    return hasattr(value, '__arrow_c_stream__') and not isinstance(value, type)
+
 _kinds = {'DataFrame': 'a pandas DataFrame', 'Dataset': 'a Hugging Face data set', 'list': 'a list of dicts'}
 
 def _data_set(source, split, name, taken):
     if isinstance(source, dict): source = _one_split(name, source, split)
     elif split: raise ValueError(f'{name} has no splits: leave out split={split!r}.')
+    if not _is_a(source, 'datasets', 'Dataset', 'IterableDataset'):
+        raise ValueError(f'{name} has a split that is a {type(source).__name__}, not a Dataset.')
     if not _is_a(source, 'datasets', 'Dataset'):
         raise ValueError(f'{name} is a stream, whose end is not known. Give as many of its rows as you need, as in '
                          'list(stream.take(1000)).')
@@ -219,7 +230,7 @@ def _other(source):
         frame = _checked_frame(source)
         return InMemory(name, _kinds['DataFrame'] + _renamed(frame.columns), _plain_batches(name, _frame_rows(frame)))
     if _is_a(source, 'pandas', 'Series'): raise ValueError(f'{name} is one column. Give the table: series.to_frame().')
-    if hasattr(source, '__arrow_c_stream__'):
+    if _is_arrow(source):
         return InMemory(name, f'a table of {type(source).__module__.partition(".")[0]}', _arrow_batches(source), True)
     if isinstance(source, (list, tuple)) and not (source and all(isinstance(p, (str, PurePath)) for p in source)):
         return InMemory(name, _kinds['list'], _plain_batches(name, source))
@@ -230,7 +241,7 @@ def is_table(
 )->bool:
     "Whether an object is a table or a data set from a data library."
     return (_is_a(value, 'datasets', 'Dataset', 'DatasetDict', 'IterableDataset', 'IterableDatasetDict')
-            or _is_a(value, 'pandas', 'DataFrame') or hasattr(value, '__arrow_c_stream__'))
+            or _is_a(value, 'pandas', 'DataFrame') or _is_arrow(value))
 
 def in_memory(
     source, # A path, a pair of paths, the name of a data set on a hub, or rows in memory

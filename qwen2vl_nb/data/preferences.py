@@ -87,9 +87,18 @@ def _as_turns(said, like, role='assistant'):
     user = {'from': 'human', 'value': said} if 'from' in like else {'role': 'user', 'content': said}
     return [user if role == 'user' else _turn(said, like)]
 
+def _is_packed(text):
+    "Whether a text is a list of turns that was written as JSON, as in a column of a spreadsheet."
+    if not (isinstance(text, str) and text.lstrip().startswith('[{')): return False
+    try: turns = json.loads(text)
+    except (ValueError, RecursionError): return False
+    return 'role' in turns[0] or 'from' in turns[0]
+
 def _pair_row(row, pair, prompt):
     "A row with `chosen` and `rejected` as texts or as turns; `prompt` is the column that has the prompt, if any."
     good, bad = (row.get(k) for k in pair)
+    if _is_packed(good) or _is_packed(bad):
+        raise ValueError(f'{pair[0]} or {pair[1]} has turns that are written as text: json.loads makes a list of them')
     rest, asked = {k: v for k,v in row.items() if k not in pair}, row.get(prompt)
     if isinstance(good, str) and isinstance(bad, str) and not prompt:
         if _is_transcript(good): return rest | _from_turns([], *map(_transcript_turns, (good, bad)))

@@ -10,7 +10,7 @@ import codecs, copy, json, os, re, tempfile, time
 from collections.abc import MutableMapping
 from contextlib import contextmanager
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 from fastcore.basics import patch
@@ -21,7 +21,7 @@ from ..findings import Finding, findings_class
 from ..questions import ask, loaded
 from .samples import answer_keys, in_one_form, is_ranking, media_key, sample_turns, with_each_answer
 from .sources import MediaPlace, dialogue_sample, given_samples, question_sample, read_rows
-from .write import write_samples
+from .write import check_target, write_samples
 if TYPE_CHECKING: import pandas as pd
 
 # %% ../../nbs/data/80_registry.ipynb #e977fb69
@@ -433,7 +433,8 @@ def add(self:Registry,
         raise ValueError(f'{file_name}: the name must end in .json; LLaMA-Factory recognizes the format by it.')
     _check_free(name, file_name, self._read()[0])  # before pictures are written
     file = self.dataset_dir/file_name
-    samples = in_one_form(given_samples(samples, file.with_name(f'{file.stem}_media')))
+    check = partial(check_target, file, media, overwrite)
+    samples = in_one_form(given_samples(samples, file.with_name(f'{file.stem}_media'), check=check))
     if not samples: raise ValueError(f'{name}: there are no samples to add.')
     entry = sample_entry(samples, file_name)
     with self._lock(file.parent):

@@ -468,10 +468,15 @@ _default_column_names = {'image': ('image', 'images'), 'video': ('video', 'video
                          'prompt': ('instruction', 'prompt', 'question'), 'response': ('output', 'response', 'answer')}
 _column_descriptions = {'image': 'the picture', 'video': 'the clip', 'prompt': 'the prompt', 'response': 'the answer'}
 
+_like_preferences = re.compile('chosen|reject|winn|los[et]|prefer|better|worse|completion', re.I)
+
 def _no_column(name, what, columns):
     near = get_close_matches(name, columns, 1)
     hint = f'; did you mean {near[0]!r}?' if near else ''
     words = " (or give the prompt itself: prompt='What is this?')" if what == 'prompt' else ''
+    if what == 'response' and (odd := [c for c in columns if _like_preferences.search(c)]):
+        words = (f' (if {odd[0]!r} belongs to preferences, name the columns with chosen= and rejected=, or the marks '
+                 'of answers, true or false, with kto_tag=)')
     return ValueError(f'no column {name!r} for {_column_descriptions[what]}{hint}{words}')
 
 def _column(columns, what, given, required):
@@ -499,6 +504,12 @@ def _unnamed_media(rows, columns):
 
 def _names_in(rows): return list(dict.fromkeys(str(name) for row in rows for name in row))
 
+def _not_turns(rows, columns):
+    "What a column has that is named like those of dialogues, and has no turns."
+    for name in (k for k in ('messages', 'conversations') if k in columns):
+        kind = next((type(row[name]).__name__ for row in rows if row.get(name) is not None), 'nothing')
+        yield f'no turns: the column {name!r} holds {kind}, not lists of turns' + ' (see json.loads)'*(kind == 'str')
+
 def _table_columns(path, rows, image, video, prompt, response):
     "A dict from LLaMA-Factory's columns to the source's, and the prompt if given; all faults are reported at once."
     columns, faults = _names_in(rows), []
@@ -515,6 +526,7 @@ def _table_columns(path, rows, image, video, prompt, response):
         what, name = _unnamed_media(rows, columns) or ('', '')
         if what:
             faults.append(f'no column for {_column_descriptions[what]}; {name!r} holds paths: pass {what}={name!r}')
+    if faults: faults = [*_not_turns(rows, columns), *faults]
     if faults: raise ValueError(f'{path} has {"; ".join(faults)}. Its columns: {", ".join(columns)}.')
     found |= {'query': 'input' if 'input' in columns else None}
     return found | {k: k for k in ('system', 'tools', 'history') if k in columns}, prompt if is_text else None
@@ -1095,11 +1107,13 @@ def given_samples(
     samples, # Samples, or what `read_samples` reads from memory
     media_dir:Path, # Folder to which pictures in the rows are written
     answered:bool=True, # Whether there must be a column with the answers
+    check=lambda: None, # Called before rows are read and their pictures written; it may raise
 )->list: # Samples
     "Return samples as they are, and read everything else that is in memory."
     if not is_table(samples):
         samples = list(samples)
         if not _needs_reading(samples): return samples
+    check()
     source = in_memory(samples)
     rows, _ = read_rows(source, _make_media_place(source, media_dir))
     if not (answered or _turns_key(rows) or set(_names_in(rows)) & set(_default_column_names['response'])):

@@ -15,7 +15,8 @@ from decimal import Context, Decimal
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 from fastcore.basics import patch
-from ..findings import as_text, text_table
+from ..findings import as_text, findings_table, text_table
+from ..run.answers import AnswerFaults, answer_findings
 from .boxes import box_measures, box_table, measure_boxes, stated_boxes
 if TYPE_CHECKING: import pandas as pd
 
@@ -229,15 +230,19 @@ def _column_of(dicts, key):
 
 # %% ../../nbs/prediction/50_scores.ipynb #1eb96029
 class Scores(dict):
-    "Figures by name: `rows`, `failed`, each measure in percent; `.rows`, `.overall`, `.fields`, `.boxes`, `.by(…)`."
+    """Figures by name: `rows`, `failed`, each measure in percent; `.rows`, `.overall`, `.fields`, `.boxes`, `.by(…)`,
+    `.findings`."""
     def __init__(self,
         given, # All rows as a sequence, including those without a label
         rows, # A `DataFrame`: `id` and measures of each row with a label; its index is the position in `given`
         failed:int, # How many of these rows failed
         judged=None, # For labels that are JSON objects: distinct outcomes, whether each is malformed, number of rows
         note:str='', # A sentence that is shown below the figures
+        findings:list=(), # `Finding`s about the answers
     ):
-        self.rows, self._given, self._judged, self._note = text_table(rows), given, judged, note
+        self.rows, self._given, self._judged = text_table(rows), given, judged
+        self.findings = findings_table(findings) # A `DataFrame`: answers that look wrong, such as empty ones
+        self._notes = [note]*bool(note) + list(map(str, findings))
         # Shares the memory of `rows`, unlike a slice
         self._measures = type(rows)({name: rows[name] for name in rows.columns[1:]}, copy=False)
         super().__init__({'rows': len(rows), 'failed': failed} | self._measures.mean().to_dict())
@@ -263,7 +268,7 @@ class Scores(dict):
                          f'{self.rows.id[other[0]]}: {self._given[other[0]]["label"]!r}.')
 
     def __repr__(self):
-        return '\n'.join([self._title(), self.overall.round(2).to_string(na_rep=''), *[self._note]*bool(self._note)])
+        return '\n'.join([self._title(), self.overall.round(2).to_string(na_rep=''), *self._notes])
 
 # %% ../../nbs/prediction/50_scores.ipynb #65a3f6fc
 @patch
@@ -312,8 +317,8 @@ def _title(self:Scores):
 # %% ../../nbs/prediction/50_scores.ipynb #52aaddf7
 @patch
 def _repr_html_(self:Scores):
-    note = f'<p>{html.escape(self._note)}</p>' if self._note else ''
-    return as_text(f'<p>{self._title()}</p>{self.overall.round(2).to_html(na_rep="")}{note}')
+    notes = ''.join(f'<p>{html.escape(note)}</p>' for note in self._notes)
+    return as_text(f'<p>{self._title()}</p>{self.overall.round(2).to_html(na_rep="")}{notes}')
 
 # %% ../../nbs/prediction/50_scores.ipynb #66fa6ffb
 _alike = 'bleu-4', 'rouge-1', 'rouge-2', 'rouge-l'
@@ -329,7 +334,7 @@ class _Measured:
         self.tolerance, self.measures, self.known, self.has_boxes = tolerance, measures, {}, False
         self.compared = lru_cache(2**14)(self._compared)
         self.places, self.ids, self.failed, self.block, self.blocks = array('q'), [], 0, [], []
-        self.own = {name: array('d') for name in measures}
+        self.own, self.faults = {name: array('d') for name in measures}, AnswerFaults()
         # Answered rows whose labels have special tokens; the first token; whether any answer has one
         self.marked, self.token, self.are_kept = 0, '', False
 
@@ -354,6 +359,7 @@ class _Measured:
             self.marked, self.token = self.marked + 1, self.token or token[0]
             self.are_kept = self.are_kept or bool(_special.search(row['predict']))
         if row['predict'] is None: self.failed += 1
+        self.faults.add(row)
         if self.own:
             row = row | {'id': self.ids[-1], 'predict': row['predict'] or ''}
             for name,values in self.own.items(): values.append(_own(name, self.measures[name], row))
@@ -400,7 +406,8 @@ def scores(self:_Measured, given):
     columns |= {name: np.asarray(values) for name,values in self.own.items()}
     index = pd.RangeIndex(len(ids)) if self.places[-1] == len(ids) - 1 else pd.Index(self.places)
     note = _lost_tokens(self.marked, self.token) if self.marked and not self.are_kept else ''
-    return Scores(given, pd.DataFrame({'id': ids} | columns, index, copy=False), self.failed, judged, note)
+    return Scores(given, pd.DataFrame({'id': ids} | columns, index, copy=False), self.failed, judged, note,
+                  answer_findings(self.faults))
 
 # %% ../../nbs/prediction/50_scores.ipynb #c40118d9
 def score(

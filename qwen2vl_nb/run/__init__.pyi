@@ -1,3 +1,5 @@
+from .answers import check_answers as check_answers
+from .health import check_health as check_health
 from .loss import Log as Log
 from .loss import plot_loss as plot_loss
 from .loss import read_log as read_log

@@ -54,9 +54,10 @@ def _add(rows, row):
 
 # %% ../../nbs/run/50_loss.ipynb #c01d0002
 _counts = 'current_steps', 'total_steps', 'total_tokens' # Columns of LLaMA-Factory's log that contain integers
-_floats = ('loss', 'eval_loss', 'predict_loss', 'reward', 'accuracy', 'lr', 'epoch', 'percentage', 'throughput',
-           'vram_allocated', 'vram_reserved', 'rewards/chosen', 'rewards/rejected', 'rewards/margins', 'eval_accuracy',
-           'eval_rewards/chosen', 'eval_rewards/rejected', 'eval_rewards/margins', 'eval_rewards/accuracies')
+_floats = ('loss', 'eval_loss', 'predict_loss', 'reward', 'accuracy', 'lr', 'grad_norm', 'epoch', 'percentage',
+           'throughput', 'vram_allocated', 'vram_reserved', 'rewards/chosen', 'rewards/rejected', 'rewards/margins',
+           'eval_accuracy', 'eval_rewards/chosen', 'eval_rewards/rejected', 'eval_rewards/margins',
+           'eval_rewards/accuracies')
 _times = 'elapsed_time', 'remaining_time' # Those that contain text
 _most_columns = 64 # A log that has more was not written by LLaMA-Factory
 _KIND = 0 # Key of the array with the kinds of the rows, next to the columns; no column has a number as its name
@@ -224,6 +225,13 @@ def columns(self:Rows)->dict: # Name → array, and `_KIND` → the kind of each
 
 # %% ../../nbs/run/50_loss.ipynb #d0febfd2
 @patch
+def has(self:Rows,
+    name:str, # `'loss'` or `'eval_loss'`
+): # An array of `bool`; a loss that was logged as `nan` counts, too
+    "Which rows have a loss or an evaluation loss."
+    return (self.columns()[_KIND] & _bits[name]).astype(bool)
+
+@patch
 def table(self:Rows)->'pd.DataFrame': # The same object until something changes
     "The rows as a table."
     import pandas as pd
@@ -338,10 +346,10 @@ def _series(rows, column):
 
 # %% ../../nbs/run/50_loss.ipynb #c01d0031
 def best_evaluation(
-    run, # A run, or its folder
+    run, # A run, its folder, or its `Log`
 ): # The lowest loss of its evaluations; `None` if there are none, or if its log can't be read
     "The best evaluation of a run, without making a table of its log."
-    log = Log(run)
+    log = run if isinstance(run, Log) else Log(run)
     try: log.update()
     except (OSError, Damaged): return None
     found = _series(log.rows, 'eval_loss').dropna()

@@ -31,7 +31,8 @@ from .command import (child_environment, gpus_for, inherited_environment, port_f
 from .failure import find_failure
 from .folder import (EARLIER, PROGRESS, RECIPE, REFUSED, RUN, RUN_LOG, TRAINER_LOG, WAITER, files_of,
                                    is_count, is_number, last_start, state_or_empty, write_start)
-from .loss import best_evaluation
+from .health import health_findings
+from .loss import Log, best_evaluation
 from .owner import note_start, refuse_foreign, refuse_stranger
 if TYPE_CHECKING: import pandas as pd
 
@@ -263,15 +264,16 @@ def resume(self:Run,
 # %% ../../nbs/run/60_start.ipynb #c8864673
 def _row(folder, run):
     "A run as a row of the table of runs."
-    lowest = best_evaluation(run)
+    log = Log(run)
+    lowest = best_evaluation(log)
     now, started = run.progress, state_or_empty(run, WAITER).get('started')
     return {'run': str(run.output_dir.relative_to(folder)), 'state': run.status, 'started': started, 'step': now.step,
-            'of': now.steps,
-            'loss': now.loss, 'best eval_loss': lowest}
+            'of': now.steps, 'loss': now.loss, 'best eval_loss': lowest,
+            'health': ', '.join(f.where for f in health_findings(log))}
 
 def runs(
     folder:str|Path, # Folder to search, including its subfolders
-)->'pd.DataFrame': # A row for each run: run (path in the folder), state, started, step, of, loss, best eval_loss
+)->'pd.DataFrame': # A row for each run: run (its path in the folder), state, started, step, of, loss, …, health
     "List all runs in a folder and its subfolders."
     import pandas as pd
     folder = Path(folder).absolute()
@@ -279,7 +281,7 @@ def runs(
     # The part of a run on another machine is not a run of its own
     first = [run for run in found if not state_or_empty(run, RUN).get('node_rank')]
     table = pd.DataFrame([_row(folder, run) for run in first],
-                         columns=['run', 'state', 'started', 'step', 'of', 'loss', 'best eval_loss'])
+                         columns=['run', 'state', 'started', 'step', 'of', 'loss', 'best eval_loss', 'health'])
     table['started'] = pd.to_datetime(table.started, unit='s').dt.floor('s')
     return text_table(table)
 

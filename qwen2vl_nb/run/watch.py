@@ -14,6 +14,7 @@ from fastcore.basics import patch
 from ipywidgets import Button, HBox, HTML, Image, IntProgress, Layout, VBox
 from ..files import Damaged
 from .folder import STOP, STOPPING
+from .health import health_findings
 from .life import is_here
 from .loss import Log, plot_loss
 from .start import Progress, attach
@@ -97,7 +98,7 @@ class Paced:
         return self.last
 
 # %% ../../nbs/run/70_watch.ipynb #5dfabdbc
-_red = '#d64545' # Readable on white and on black
+_red, _amber = '#d64545', '#ab6a00' # Readable on white and on black
 
 def _line(text, colour='inherit'):
     "A line of text as HTML that shows it literally."
@@ -107,7 +108,7 @@ def _line(text, colour='inherit'):
 # %% ../../nbs/run/70_watch.ipynb #655daaaa
 # Style of the bar by state
 _looks = {'done': 'success', 'failed': 'danger', 'damaged': 'danger', 'stopped': 'warning', 'stopping': 'warning'}
-_shares = dict(words=.002, gpu=.002, curve=.013) # Shares of one core; together below 2 %
+_shares = dict(words=.002, gpu=.002, curve=.013, health=.002) # Shares of one core; together below 2 %
 _at_work = ('running', 'stopping', 'resuming')
 _most_failures = 30 # Number of refreshes in a row that may fail before the view gives up
 
@@ -124,14 +125,16 @@ class RunView(VBox):
         self._words = Paced(self._update_text, _shares['words'], .5)
         self._gpu = Paced(lambda: _gpu(run), _shares['gpu'], 2)
         self._curve = Paced(self._draw, _shares['curve'], 2)
+        self._health = Paced(self._check, _shares['health'], 5)
         self._bar = IntProgress(layout=Layout(width='240px', flex='none'))
         self._head, self._body, self._red = HTML(), HTML(), HTML(layout=Layout(display='none'))
+        self._faults = HTML(layout=Layout(display='none', max_width='840px'))
         self._stop = self._button('Stop', 'stop', 'At the next step, with a checkpoint', 'stopping', run.stop)
         self._resume = self._button('Resume', 'play', 'From the newest complete checkpoint', 'resuming', run.resume)
         self._picture = Image(format='png', layout=Layout(visibility='hidden', width='840px', height='432px',
                               max_width='100%', object_fit='contain', object_position='left top'))
         rows = HBox([self._bar, self._head]), HBox([self._stop, self._resume, self._body])
-        super().__init__([*rows, self._red, self._picture])
+        super().__init__([*rows, self._red, self._picture, self._faults])
 
     def __repr__(self): return _headline(_look(self._run))
 
@@ -196,6 +199,7 @@ def _refresh(self:RunView, now):
     state = self._words(now)
     at_work = state in _at_work
     if len(self._log.rows) and self._log.offset != self._drawn: self._curve(now=not at_work)
+    self._health(now=not at_work)
     self._picture.layout.display = None if at_work or self._drawn else 'none'
     self._warn(self._trouble or self._unread or (_cause(self._run) if state in ('failed', 'damaged') else ''))
     return at_work
@@ -227,6 +231,12 @@ def _draw(self:RunView):
     self._show_figures()
 
 @patch
+def _check(self:RunView):
+    "Show what is wrong with the run's health below the curve."
+    text = '\n'.join(map(str, health_findings(self._log)))
+    self._faults.value, self._faults.layout.display = _line(text, _amber), None if text else 'none'
+
+@patch
 def _warn(self:RunView, text):
     self._red.value, self._red.layout.display = _line(text, _red), None if text else 'none'
 
@@ -242,7 +252,7 @@ def _print(run):
     log = Log(run)
     unread, seen = _update(log), _look(run)
     figures = ' · '.join(filter(None, [_figures(log.summary()), seen.now.pace]))
-    print(*filter(None, [_headline(seen), figures, unread or _cause(run)]), sep='\n')
+    print(*filter(None, [_headline(seen), figures, unread or _cause(run), *map(str, health_findings(log))]), sep='\n')
 
 def watch_loss(
     run:str|os.PathLike, # A run, or its folder
