@@ -7,7 +7,7 @@ __all__ = ['MODULES', 'module_of', 'split_groups', 'with_rates', 'use_rates', 'j
            'main', 'rate_findings']
 
 # %% ../../nbs/run/17_learning_rates.ipynb #rates003
-import json, re, subprocess, sys
+import json, os, re, subprocess, sys
 from difflib import get_close_matches
 from functools import lru_cache
 from ..boot import child_env, script
@@ -64,7 +64,8 @@ def _value_faults(rates):
         if module not in MODULES:
             yield (f"There is no module {module!r}{f'; did you mean {near[0]!r}?' if near else '.'}",
                    f"The modules are {', '.join(map(repr, MODULES))}.")
-        if not is_number(rate): yield f'The rate of {module!r} is {rate!r}, not a number.', 'Give a number such as 1e-5.'
+        if not is_number(rate):
+            yield f'The rate of {module!r} is {rate!r}, not a number.', 'Give a number such as 1e-5.'
         elif rate <= 0:
             freeze = f"{MODULES[module]}: true" if module in MODULES else 'its argument'
             yield f'The rate of {module!r} is {rate!r}.', f'Give a number above 0; {freeze} leaves the module as it is.'
@@ -123,13 +124,14 @@ def main():
 _others = ('use_galore', 'use_apollo', 'use_badam', 'use_adam_mini', 'use_muon', 'loraplus_lr_ratio', 'use_mca',
            'use_hyper_parallel', 'fsdp')
 
-def _ignored(recipe):
-    "What in a recipe would ignore the rates."
+def _ignored(recipe, env):
+    "What in a recipe and the environment would ignore the rates."
     try: config = read_zero(recipe.get('deepspeed')) or {}
     except (OSError, ValueError): config = {}  # another check reports it
     yield from (key for key in _others if recipe.get(key))
     if re.match('galore|apollo|lomo|adalomo', str(recipe.get('optim', ''))): yield f"optim: {recipe['optim']}"
     if recipe.get('stage') == 'ppo': yield 'stage: ppo'
+    if (os.environ | env).get('USE_RAY', '').lower() in ('true', 'y', '1'): yield 'USE_RAY'
     yield from (f'{key} in the DeepSpeed config' for key in ('optimizer', 'scheduler') if key in config)
 
 def _untrained_faults(recipe, rates, python):
@@ -144,6 +146,7 @@ def rate_findings(
     recipe:dict, # A recipe
     rates:dict, # Module → learning rate; `None`: one rate for all
     python=sys.executable, # Interpreter of the run
+    env:dict=None, # Environment variables of the run in addition to those of this process
 )->list: # `Finding`s
     "Why a recipe can't train at these rates. Raises `TypeError` if they are not a dict."
     if rates is None: return []
@@ -152,5 +155,5 @@ def rate_findings(
     if not recipe.get('do_train'): return [Finding('learning_rates', 'This recipe does not train.', 'Leave them out.')]
     found = [*_value_faults(rates), *_untrained_faults(recipe, rates, python)]
     found += [(f'With {key}, learning rates by module would not have their effect.', 'Remove one of the two.')
-              for key in _ignored(recipe)]
+              for key in _ignored(recipe, env or {})]
     return [Finding('learning_rates', *fault) for fault in found]

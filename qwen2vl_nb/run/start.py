@@ -362,7 +362,7 @@ def _check_before_start(recipe, about):
     Returns the function to call with the run once it has started."""
     ranks, force = about['nproc']*about['nnodes'], about['force']
     found = quick_findings(recipe, ranks, about['versions'], about['given'], about['python']) + port_findings(about)
-    found += rate_findings(recipe, about.get('learning_rates'), about['python'])
+    found += rate_findings(recipe, about.get('learning_rates'), about['python'], about['given'])
     errors = any(f.level == 'error' for f in found)
     pool = ThreadPoolExecutor(1)
     cards = gpus(visible_gpus(about['given']))[:about['nproc']]
