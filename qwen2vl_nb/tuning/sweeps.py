@@ -20,7 +20,7 @@ from ..prediction.predictions import Predictions
 from ..prediction.scores import score
 from ..recipe import absolute_recipe, argument_names, predict_recipe
 from ..run.command import gpus_for
-from ..run.folder import ANSWERS, RUN, state_or_empty
+from ..run.folder import RUN, state_or_empty
 from ..run.loss import best_evaluation
 from ..run.owner import refuse_stranger
 from ..run.start import Run, launch
@@ -200,8 +200,9 @@ def _score_answers(trial, score_on, asking, ask):
     if trial.state != 'done': return
     try:
         recipe = asking_recipe(trial, score_on, asking)
-        if not ask and not Path(recipe['output_dir'], ANSWERS).exists(): trial.why = 'not predicted yet'
-        else: trial.scores = score(predict(recipe) if ask else Predictions(recipe['output_dir']))
+        if ask: trial.scores = score(predict(recipe))
+        elif Run(recipe['output_dir']).status == 'done': trial.scores = score(Predictions(recipe['output_dir']))
+        else: trial.why = 'not predicted yet'
     except (ValueError, RuntimeError, OSError) as e: trial.why = str(e)
 
 def _why(trial):
