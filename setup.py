@@ -16,6 +16,6 @@ setup(
     license='Apache-2.0', keywords=ini['keywords'].split(), packages=find_packages(include=[ini['lib_path']+'*']),
     package_data={'': ['*.pyi', 'py.typed']},
     python_requires=f">={ini['min_python']}", install_requires=ini['requirements'].split(),
-    extras_require={'dev': ini['dev_requirements'].split()},
+    extras_require={'dev': ini['dev_requirements'].split(), 'search': ini['search_requirements'].split()},
     classifiers=['Development Status :: 4 - Beta', 'Framework :: Jupyter', 'Programming Language :: Python :: 3'],
 )
