@@ -27,10 +27,10 @@ def test_runs_side_by_side_one_of_which_fails(few_steps, tmp_path):
     assert table.eval_loss[2] < table.eval_loss[0] and table.eval_loss.isna().tolist() == [False, False, True, True]
     assert 'no_such_layer' in table.why[1] and not table.why[0]
     assert found.best['learning_rate'] == 3e-3 and found.best == combinations(base, dict(learning_rate=[1e-5, 3e-3], lora_target=['q_proj', 'no_such_layer']))[2].recipe
-    started = [state_or_empty(run, 'waiter.json')['started'] for run in found.runs]
-    ended = [state_or_empty(run, 'ended.json')['time'] for run in found.runs]
+    started = [state_or_empty(trial.run, 'waiter.json')['started'] for trial in found.trials]
+    ended = [state_or_empty(trial.run, 'ended.json')['time'] for trial in found.trials]
     assert sum(a <= b < c for a, c in zip(started, ended) for b in started) > len(started)  # some ran at the same time
-    assert [text.get_text() for text in plot_loss(found.runs[0], found.runs[2]).legends[0].get_texts()] == ['learning_rate 1e-05', 'learning_rate 0.003']
+    assert [text.get_text() for text in plot_loss(found.runs).legends[0].get_texts()] == ['learning_rate 1e-05', 'learning_rate 0.003']
     again = sweep(base, only=[], learning_rate=[1e-5, 3e-3], lora_target=['q_proj', 'no_such_layer'])
     assert again.table.drop(columns='why').equals(table.drop(columns='why'))
     assert not any(p.is_file() for p in (tmp_path/'run').iterdir())  # a sweep has no files of its own

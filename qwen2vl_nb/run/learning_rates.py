@@ -52,6 +52,8 @@ def with_rates(
         trained = {modules[id(p)] for group in optimizer.param_groups for p in group['params']}
         if untrained := rates.keys() - trained: raise ValueError('; '.join(_untrained(m) for m in sorted(untrained)))
         optimizer.param_groups[:] = split_groups(optimizer.param_groups, modules, rates)
+        said = [f'{m} {rates.get(m, self.args.learning_rate):g}' for m in MODULES if m in trained]
+        if os.environ.get('RANK', '0') == '0': print(f"Learning rates: {', '.join(said)}.", flush=True)
         return optimizer
     return create_with_rates
 

@@ -20,7 +20,7 @@ from ..prediction.predictions import Predictions
 from ..prediction.scores import score
 from ..recipe import absolute_recipe, argument_names, predict_recipe
 from ..run.command import gpus_for
-from ..run.folder import RUN, state_or_empty
+from ..run.folder import RUN, TRAINER_LOG, state_or_empty
 from ..run.loss import best_evaluation
 from ..run.owner import refuse_stranger
 from ..run.start import Run, launch
@@ -189,8 +189,8 @@ def asking_recipe(
 )->dict: # A recipe for prediction
     "A recipe that asks a run's model about a data set."
     recipe, folder = trial.recipe, trial.run.output_dir
-    is_lora = recipe.get('finetuning_type', 'lora') == 'lora'
-    model = {'model': recipe['model_name_or_path'], 'adapter': trial.run} if is_lora else {'model': folder}
+    is_whole = recipe.get('finetuning_type', 'lora') in ('full', 'freeze')
+    model = {'model': folder} if is_whole else {'model': recipe['model_name_or_path'], 'adapter': trial.run}
     kept = {k: v for k, v in recipe.items() if _carried.match(k)}
     answers = folder/f'predict-{_in_words(score_on)}'
     return predict_recipe(dataset=score_on, output_dir=answers, **model, **kept | asking)
@@ -230,8 +230,8 @@ class Sweep:
 
     @property
     def runs(self):
-        "The runs that were started, for `plot_loss`, which names them by what differs."
-        return [t.run for t in self.trials if t.state != 'not started']
+        "The runs that have logged a loss, for `plot_loss`, which names them by what differs."
+        return [t.run for t in self.trials if (t.run.output_dir/TRAINER_LOG).exists()]
 
     def _figures(self, trial):
         "The measure of a run, with its interval."
