@@ -118,7 +118,8 @@ def test_what_is_wrong_is_said_before_the_start(few_steps, tmp_path):
     with pytest.raises(TypeError, match='give a dict'): launch(few_steps(), learning_rates=1e-5)
     assert not (tmp_path/'run').exists()
 
-@pytest.mark.parametrize('rates,changes,why', [({'vision': 1e-6}, {}, "trains no weights of the module 'vision'"), ({'language': 1e-6}, dict(loraplus_lr_ratio=16.), 'its own groups')])
+@pytest.mark.parametrize('rates,changes,why', [({'vision': 1e-6}, {}, "trains no weights of the module 'vision'"), 
+    pytest.param({'language': 1e-6}, dict(loraplus_lr_ratio=16.), 'its own groups', marks=pytest.mark.soak)])
 def test_a_rank_refuses_what_was_forced(rates, changes, why, few_steps):
     with pytest.warns(UserWarning, match='learning_rates'): run = launch(few_steps(**changes), learning_rates=rates, force=True)
     with pytest.raises(RuntimeError, match=why): run.wait()

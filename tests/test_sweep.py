@@ -25,7 +25,7 @@ def test_runs_side_by_side_one_of_which_fails(few_steps, tmp_path):
     table = found.table
     assert list(table.state) == ['done', 'done', 'failed', 'failed'] and list(table.index[:2]) == [2, 0]
     assert table.eval_loss[2] < table.eval_loss[0] and table.eval_loss.isna().tolist() == [False, False, True, True]
-    assert 'no_such_layer' in table.why[1] and not table.why[0]
+    assert 'No `target_modules` passed' in table.why[1] and not table.why[0]
     assert found.best['learning_rate'] == 3e-3 and found.best == combinations(base, dict(learning_rate=[1e-5, 3e-3], lora_target=['q_proj', 'no_such_layer']))[2].recipe
     started = [state_or_empty(trial.run, 'waiter.json')['started'] for trial in found.trials]
     ended = [state_or_empty(trial.run, 'ended.json')['time'] for trial in found.trials]
@@ -54,7 +54,7 @@ def test_killed_with_its_run_and_continued(few_steps, tmp_path):
     waiter = psutil.Process(state_or_empty(first, 'waiter.json')['pid'])
     for p in [waiter, *waiter.children(recursive=True)]: p.kill()
     until(lambda: not first.is_running)
-    found = sweep(base, 'car_item_test', asking=ASKING, learning_rate=[1e-5, 3e-3])
+    found = sweep(base, 'car_item_test', asking=ASKING, at_once=2, learning_rate=[1e-5, 3e-3])
     assert [run.status for run in found.runs] == ['done', 'done']
     assert first.progress.begin >= 3 and second.progress.begin == 0
     assert read_log(first).dropna(subset=['loss']).current_steps.tolist() == list(range(1, 31))
@@ -93,9 +93,9 @@ def test_task_of_a_slurm_array_runs_its_own_combination(few_steps, tmp_path):
     page = next(text for cell in cells if 'tune.sbatch' in (text := ''.join(cell['source'])))
     script, = re.findall(r'^```python\n(.*?)^```', page, re.M | re.S)
     assert '#SBATCH --array=0-3' in page
-    base = few_steps(max_steps=2, plot_loss=None)
+    base = few_steps(**EVALUATED, max_steps=2, plot_loss=None)
     save_recipe(base, tmp_path/'recipe.yaml')
-    (tmp_path/'tune.py').write_text(script.replace("'my_test'", "'car_item_test', asking=dict(max_samples=4, max_new_tokens=4)"))
+    (tmp_path/'tune.py').write_text(script.replace("'my_test'", 'None'))
     done = subprocess.run([sys.executable, 'tune.py'], cwd=tmp_path, env=os.environ | {'SLURM_ARRAY_TASK_ID': '2'}, capture_output=True, text=True)
     assert not done.returncode, done.stderr
     runs = [p.parent for p in (tmp_path/'run').rglob(RUN) if p.parent.parent == tmp_path/'run']

@@ -46,12 +46,14 @@ def with_rates(
 ): # The same method
     "Make the Trainer create its optimizer with learning rates by module. Raises `ValueError` for a frozen module."
     def create_with_rates(self, *args, **kwargs):
+        if hasattr(self.optimizer, 'has_rates'): return self.optimizer  # DeepSpeed asks twice
         if self.optimizer is not None: raise ValueError('learning_rates: this optimizer makes its own groups.')
         optimizer = create(self, *args, **kwargs)
         modules = {id(p): module_of(name) for name, p in self.model.named_parameters()}
         trained = {modules[id(p)] for group in optimizer.param_groups for p in group['params']}
         if untrained := rates.keys() - trained: raise ValueError('; '.join(_untrained(m) for m in sorted(untrained)))
         optimizer.param_groups[:] = split_groups(optimizer.param_groups, modules, rates)
+        optimizer.has_rates = True
         said = [f'{m} {rates.get(m, self.args.learning_rate):g}' for m in MODULES if m in trained]
         if os.environ.get('RANK', '0') == '0': print(f"Learning rates: {', '.join(said)}.", flush=True)
         return optimizer
@@ -62,7 +64,7 @@ def _untrained(module): return f'The recipe trains no weights of the module {mod
 def _value_faults(rates):
     "What is wrong with the rates, whatever the recipe."
     for module, rate in rates.items():
-        near = get_close_matches(str(module), MODULES, 1)
+        near = get_close_matches(str(module), MODULES, 1, .4)
         if module not in MODULES:
             yield (f"There is no module {module!r}{f'; did you mean {near[0]!r}?' if near else '.'}",
                    f"The modules are {', '.join(map(repr, MODULES))}.")
