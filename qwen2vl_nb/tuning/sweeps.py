@@ -7,7 +7,7 @@ __all__ = ['Trial', 'combinations', 'clash', 'gpu_groups', 'train_all', 'asking_
 
 # %% ../../nbs/tuning/20_sweep.ipynb #sweep003
 import hashlib, itertools, json, math, os, re, sys, time
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -58,7 +58,7 @@ def combinations(
     "Every combination of some values."
     found = []
     for some in itertools.product(*values.values()):
-        chosen = dict(zip(values, some))
+        chosen = {k: v.item() if hasattr(v, 'item') else v for k, v in zip(values, some)}  # numpy's numbers, too
         name = '-'.join(f'{k}-{_in_words(v)}' for k, v in chosen.items())
         merged = recipe | chosen | {'output_dir': str(Path(recipe['output_dir'], name))}
         found.append(Trial(chosen, {k: v for k, v in merged.items() if v is not None}))
@@ -76,7 +76,7 @@ def _value_faults(values):
         if key in _own_keys: yield f'{key}: a sweep sets it for each run; set output_dir in the recipe for all of them.'
         elif names and key not in names:
             yield f"{key}: LLaMA-Factory has no such argument{f'; did you mean {near[0]!r}?' if near else '.'}"
-        if isinstance(some, (str, bytes, dict)) or not isinstance(some, Iterable):
+        if isinstance(some, (str, bytes, dict)) or not isinstance(some, Collection):
             yield f'{key}: {some!r} is not a list of values. Give [{some!r}], or set it in the recipe.'
         elif not len(some): yield f'{key}: there are no values to try.'
         elif len({_in_words(v) for v in some}) < len(some): yield f'{key}: a value occurs twice in {some}.'
@@ -265,7 +265,7 @@ class Sweep:
 def sweep(
     recipe:dict, # A recipe for training; the runs are in subfolders of its `output_dir`
     score_on:str=None, # Registered data set by whose answers to rank; `None`: by the lowest evaluation loss
-    measure:str=None, # A measure of `score`; `None`: `'json'`, `'boxes.f1'`, `'number'` or `'exact'`, as the labels are
+    measure:str=None, # A measure of `score` of which more is better; `None`: that of the labels' form
     asking:dict=None, # Changes to the recipe that predicts the answers, such as `{'max_new_tokens': 256}`
     nproc:int=1, # Number of processes of each run, with a GPU each
     at_once:int=None, # Number of runs side by side; `None`: as many as the GPUs allow
