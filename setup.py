@@ -28,6 +28,6 @@ setup(
     cmdclass={'build_py': BuildWithTutorials}, entry_points={'console_scripts': ['qwen2vl-nb=qwen2vl_nb.cli:main']},
     package_data={'': ['*.pyi', 'py.typed']},
     python_requires=f">={ini['min_python']}", install_requires=ini['requirements'].split(),
-    extras_require={'dev': ini['dev_requirements'].split()},
+    extras_require={'dev': ini['dev_requirements'].split(), 'search': ini['search_requirements'].split()},
     classifiers=['Development Status :: 4 - Beta', 'Framework :: Jupyter', 'Programming Language :: Python :: 3'],
 )

@@ -359,6 +359,7 @@ ELSEWHERE = { # function, or more of the line → the test in which it is proven
     'registry.entry_faults': 'test_registry.py::test_what_is_called_an_error_stops_the_loader_too',
     'registry._row_faults': 'test_registry.py::test_check_says_what_the_loader_says',
     'registry._check_row': 'test_registry.py::test_a_byte_order_mark_is_told_and_goes_with_the_next_write',
+    'learning_rates.rate_findings': 'test_learning_rates.py::test_a_rank_refuses_what_was_forced',
     'stack._missing_findings': 'test_failures.py::no_llamafactory',
     'stack._pair_findings': 'test_failures.py::torch_2_9',
     'stack._built_for_findings': 'it takes other files than those that are installed: operator torchvision::nms does not exist',

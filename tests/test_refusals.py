@@ -45,6 +45,7 @@ REFUSED = {  # Cell → a part of the message
     'plot_loss(folder)': 'trainer_log.jsonl',
     'Predictions(damaged)': 'predictions.jsonl',
     'score([])': '',
+    'sweep(recipe, lora_rank=8)': 'not a list of values',
 }
 
 @pytest.fixture(scope='module')

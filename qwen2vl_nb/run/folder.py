@@ -70,6 +70,7 @@ class RunStart:
     servers:list=None # For a prediction: `command`, `env`, `url` and `log` of each server
     options:dict=None # For a prediction that queries servers: its options
     budget:int=None # For a prediction with transformers: tokens per batch
+    learning_rates:dict=None # Module → learning rate, see `run.learning_rates`
 
 def write_start(
     folder, # Folder of the run
@@ -106,7 +107,8 @@ _checks = { # For each field of a file
         secrets=_dict(_list(_text)), nproc=is_count, nnodes=is_count, node_rank=is_count, master=_or_none(_text),
         force=_flag, host=_text, gpus=_list(_object),
         versions=_dict(_or_none(_text)), unit=_text, before=_dict(is_count), stale=_dict(_time), engine=_text,
-        workers=_list(_object), servers=_list(_object), options=_object, budget=is_count),
+        workers=_list(_object), servers=_list(_object), options=_object, budget=is_count,
+        learning_rates=_object),
     WAITER: dict(pid=is_count, created=_or_none(is_count), started=_time, child=is_count,
                  child_created=_or_none(is_count)),
     ENDED: dict(returncode=_exit_status, asked=_flag, error=_text, killed_by_kernel=_flag, moved=_flag, time=_time),

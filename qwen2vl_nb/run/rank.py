@@ -16,6 +16,7 @@ from ..checkpoint import newest_complete
 from ..frozen import spare_frozen
 from .agent import listen_locally
 from .folder import PROGRESS, RUN, STOP, STOPPING, failure_file, write_failure, write_progress
+from .learning_rates import use_rates
 from .waiter import is_there
 
 # %% ../../nbs/run/20_rank.ipynb #65759997
@@ -306,6 +307,7 @@ def work(
     spared = spare_frozen(recipe)
     if spared and os.environ.get('RANK', '0') == '0': print(f'{spared}.', flush=True)
     log_more()
+    if rates := json_or({}, RUN).get('learning_rates'): use_rates(rates)
     run_exp(recipe, [step_callback(folder)])
 
 # %% ../../nbs/run/20_rank.ipynb #0fd257bc

@@ -32,6 +32,7 @@ from .failure import find_failure
 from .folder import (EARLIER, PROGRESS, RECIPE, REFUSED, RUN, RUN_LOG, TRAINER_LOG, WAITER, files_of,
                                    is_count, is_number, last_start, state_or_empty, write_start)
 from .health import health_findings
+from .learning_rates import rate_findings
 from .loss import Log, best_evaluation
 from .owner import note_start, refuse_foreign, refuse_stranger
 if TYPE_CHECKING: import pandas as pd
@@ -363,6 +364,7 @@ def _check_before_start(recipe, about):
     Returns the function to call with the run once it has started."""
     ranks, force = about['nproc']*about['nnodes'], about['force']
     found = quick_findings(recipe, ranks, about['versions'], about['given'], about['python']) + port_findings(about)
+    found += rate_findings(recipe, about.get('learning_rates'), about['python'], about['given'])
     errors = any(f.level == 'error' for f in found)
     pool = ThreadPoolExecutor(1)
     cards = gpus(visible_gpus(about['given']))[:about['nproc']]
@@ -420,9 +422,10 @@ def launch(
     env:dict=None, # Environment variables for the run, besides those of this process; secrets aren't written down
     python:str|Path=None, # Interpreter of another environment, with LLaMA-Factory; `None`: this one
     force:bool=False, # Start even if the checks say that the recipe can't run
+    learning_rates:dict=None, # Rates of `'vision'`, `'projector'`, `'language'`; `None`: the recipe's for all
 )->Run: # The run, started
     "Start a recipe in its `output_dir`, independently of this kernel."
-    about = describe_start(nproc, nnodes, node_rank, master, env, python, force)
+    about = describe_start(nproc, nnodes, node_rank, master, env, python, force) | {'learning_rates': learning_rates}
     then = _check_before_start(recipe, about)
     folder = Path(recipe['output_dir']).absolute()
     run = start(recipe, about | {'cwd': str(folder/f'node-{node_rank}' if node_rank else folder),

@@ -1,0 +1,2 @@
+from .sweeps import Sweep as Sweep
+from .sweeps import sweep as sweep
