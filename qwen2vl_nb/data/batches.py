@@ -8,32 +8,35 @@ __all__ = ['random_order', 'grouped_order', 'padding_share', 'packed_rows', 'pac
 
 # %% ../../nbs/data/45_batches.ipynb #databatc03
 import bisect, math
-import numpy as np
+from typing import TYPE_CHECKING
 from ..findings import Finding
 from ..zero import zero_stage
 from .samples import media_of
+if TYPE_CHECKING: import numpy as np
 
 # %% ../../nbs/data/45_batches.ipynb #databatc06
 def random_order(
     n:int, # Number of rows
     seed:int=42, # Seed of the shuffling
-)->np.ndarray: # Indices of the rows, in the order in which they are trained
+)->'np.ndarray': # Indices of the rows, in the order in which they are trained
     "Rows in random order."
+    import numpy as np
     return np.random.default_rng(seed).permutation(n)
 
 def grouped_order(
-    lengths:np.ndarray, # Tokens of each row
+    lengths:'np.ndarray', # Tokens of each row
     step:int, # Rows of each rank in a step: micro batch × accumulation
     seed:int=42, # Seed of the shuffling
-)->np.ndarray: # Indices of the rows, in the order in which they are trained
+)->'np.ndarray': # Indices of the rows, in the order in which they are trained
     "Rows in the order that `group_by_length` gives them: random, and sorted by length within large pieces."
+    import numpy as np
     size = step*max(1, min(len(lengths)//(4*step), 50))
     order = random_order(len(lengths), seed)
     pieces = [order[i:i + size] for i in range(0, len(order), size)]
     return np.concatenate([piece[np.argsort(-lengths[piece], kind='stable')] for piece in pieces])
 
 def padding_share(
-    lengths:np.ndarray, # Tokens of each row, in the order in which they are trained
+    lengths:'np.ndarray', # Tokens of each row, in the order in which they are trained
     micro_batch:int, # Rows of a micro batch
 )->float: # From 0 to 1
     "The share of padding among the tokens of all micro batches."
@@ -51,7 +54,7 @@ def _packed(lengths, room):
     return n
 
 def packed_rows(
-    lengths:np.ndarray, # Tokens of each row
+    lengths:'np.ndarray', # Tokens of each row
     cutoff_len:int, # As in the recipe
     at_once:int=1000, # Rows that are packed together: `preprocessing_batch_size`
 )->int:
@@ -60,7 +63,7 @@ def packed_rows(
     return sum(_packed(fit[i:i + at_once].tolist(), cutoff_len - 1) for i in range(0, len(fit), at_once))
 
 def packed_padding_share(
-    lengths:np.ndarray, # Tokens of each row
+    lengths:'np.ndarray', # Tokens of each row
     cutoff_len:int, # As in the recipe
 )->float: # From 0 to 1
     "The share of padding among the tokens of packed rows."
@@ -70,6 +73,7 @@ def packed_padding_share(
 # %% ../../nbs/data/45_batches.ipynb #databatc14
 def _shows(samples):
     "For each row, whether it has pictures, and whether it has clips."
+    import numpy as np
     shows = lambda kind: np.array([bool(media_of(s, kind)) for s in samples], bool)
     return shows('images'), shows('videos')
 
@@ -79,7 +83,7 @@ def two_call_share(
 )->float: # From 0 to 1
     "The share of the micro batches, in random order, that contain both pictures and clips."
     pictures, clips = _shows(samples)
-    chance = lambda without: float(np.mean(without))**micro_batch if len(without) else 1.
+    chance = lambda without: float(without.mean())**micro_batch if len(without) else 1.
     return 1 - chance(~pictures) - chance(~clips) + chance(~pictures & ~clips)
 
 def chance_of_agreement(
@@ -159,14 +163,15 @@ def _padding_findings(lengths, recipe, can_group):
 
 def batch_findings(
     samples:list, # Samples that are trained on
-    lengths:np.ndarray, # Tokens of the samples, as far as they are known
+    lengths:list, # Tokens of the samples, as far as they are known
     recipe:dict, # The recipe
     ranks:int=1, # Number of processes
     can_group:bool=True, # Whether the installed transformers have `group_by_length`
 )->list: # `Finding`s
     "What is wrong with the batches that a training would make of its rows, and what they waste."
+    import numpy as np
     if not samples or not recipe.get('do_train') or recipe.get('stage') == 'pt': return []
     found = list(_hang_findings(samples, recipe, ranks))
     if (recipe.get('stage') or 'sft') != 'sft': return found
-    lengths = np.minimum(lengths, recipe.get('cutoff_len', 2048))
+    lengths = np.array(lengths, int).clip(max=recipe.get('cutoff_len', 2048))
     return found + [*_neat_findings(samples, recipe), *_padding_findings(lengths, recipe, can_group)]
