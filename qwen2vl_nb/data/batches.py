@@ -120,14 +120,14 @@ def _hang_findings(samples, recipe, ranks):
     if ranks < 2 or not _stage_3(recipe): return
     size, shuffled = _micro_batch(recipe), not recipe.get('disable_shuffling')
     chance = chance_of_agreement(samples, size, ranks, _rounds(recipe, len(samples), ranks), shuffled)
-    if chance == 1: return
+    if chance > 1 - 1e-6: return
     pictures, clips = _shows(samples)
-    mixed = f'{(pictures & clips).sum()} row(s) have both pictures and clips, {(pictures & ~clips).sum()} only pictures, ' \
-            f'{(clips & ~pictures).sum()} only clips'
+    counts = [(pictures & clips).sum(), (pictures & ~clips).sum(), (clips & ~pictures).sum()]
     alone = '' if (pictures & clips).any() else ', or per_device_train_batch_size: 1'
     certain = chance < 1e-6 and not recipe.get('group_by_length')
-    yield Finding('deepspeed', f'{mixed}. If a micro batch has both, its rank calls the vision tower twice; under ZeRO-3 '
-                  f'the other ranks then wait for it, and the run {"hangs" if certain else "may hang"}.',
+    mixed = '{} row(s) have both pictures and clips, {} only pictures, {} only clips.'.format(*counts)
+    yield Finding('deepspeed', f'{mixed} If a micro batch has both, its rank calls the vision tower twice; under '
+                  f'ZeRO-3 the other ranks then wait for it, and the run {"hangs" if certain else "may hang"}.',
                   f"Use zero_config('z2'){alone}, or give the frames of the clips as pictures.",
                   'error' if certain else 'warning')
 
@@ -138,11 +138,12 @@ def _neat_findings(samples, recipe):
     pictures, clips = _shows(samples)
     shown, cutoff = int((pictures | clips).sum()), recipe.get('cutoff_len', 2048)
     if shown and cutoff % 8:
-        yield Finding('cutoff_len', f'With neat_packing and pictures or clips, cutoff_len has to be a multiple of 8, and '
-                      f'{cutoff} is not: LLaMA-Factory stops at the first batch.', f'Set cutoff_len: {cutoff//8*8}.')
+        yield Finding('cutoff_len', 'With neat_packing and pictures or clips, cutoff_len has to be a multiple of 8, '
+                      f'and {cutoff} is not: LLaMA-Factory stops at the first batch.',
+                      f'Set cutoff_len: {cutoff//8*8}.')
     if shown < len(samples) and recipe.get('flash_attn') != 'fa2':
-        yield Finding('neat_packing', f'{len(samples) - shown} row(s) have neither pictures nor clips. LLaMA-Factory stops '
-                      'at a batch of packed rows without any.',
+        yield Finding('neat_packing', f'{len(samples) - shown} row(s) have neither pictures nor clips. LLaMA-Factory '
+                      'stops at a batch of packed rows without any.',
                       'Remove neat_packing, or set flash_attn: fa2 (needs a GPU and the package flash-attn).',
                       'warning' if shown else 'error')
 
@@ -150,14 +151,14 @@ _worth = .2 # Share of padding above which it is reported
 
 def _padding_findings(lengths, recipe, can_group):
     "How much of the batches is padding, and what would save it."
-    size = _micro_batch(recipe)
-    if recipe.get('packing') or recipe.get('neat_packing') or recipe.get('group_by_length') or len(lengths) <= size: return
+    size, keys = _micro_batch(recipe), ('packing', 'neat_packing', 'group_by_length')
+    if not can_group or any(map(recipe.get, keys)) or len(lengths) <= size: return
     share = padding_share(lengths[random_order(len(lengths))], size)
     order = grouped_order(lengths, size*(recipe.get('gradient_accumulation_steps') or 1))
     grouped, cutoff = padding_share(lengths[order], size), recipe.get('cutoff_len', 2048)
-    if share < _worth or share - grouped < _worth/2 or not can_group: return
+    if share < _worth or share - grouped < _worth/2: return
     yield Finding('group_by_length', f'At {size} rows a micro batch, {share:.0%} of the tokens are padding. '
-                  f'With group_by_length: true it would be {grouped:.0%}; with neat_packing: true (and flash_attn: fa2) '
+                  f'With group_by_length: true it would be {grouped:.0%}; with neat_packing: true '
                   f'{packed_padding_share(lengths, cutoff):.0%}, in {packed_rows(lengths, cutoff):,} packed rows '
                   f'instead of {len(lengths):,}.', 'Set group_by_length: true.', 'note')
 

@@ -13,7 +13,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
-from ..files import Damaged, file_digest, json_or, read_json, write_json
+from ..files import Damaged, file_digest, json_or, write_json
 if TYPE_CHECKING: import pandas as pd
 
 # %% ../../nbs/run/17_tokenized.ipynb #runtoken06
@@ -39,7 +39,7 @@ def _open_root(root):
     return root
 
 # %% ../../nbs/run/17_tokenized.ipynb #runtoken10
-_unrelated = ('tokenized_path', 'overwrite_cache', 'data_shared_file_system') # Arguments that leave the tokens as they are
+_unrelated = ('tokenized_path', 'overwrite_cache', 'data_shared_file_system') # Arguments that don't change the tokens
 _packages = ('llamafactory', 'transformers', 'tokenizers', 'datasets', 'pillow', 'av', 'torchvision')
 
 def _versions():
@@ -99,14 +99,15 @@ def _media_paths(part):
     for name in {'images', 'videos', 'audios'} & {*part.column_names}:
         column = part.data[name]
         while pa.types.is_list(column.type) or pa.types.is_large_list(column.type): column = pc.list_flatten(column)
-        if not (pa.types.is_string(column.type) or pa.types.is_null(column.type)): raise Damaged(f'{name}: no paths.')
+        is_text = pa.types.is_string(column.type) or pa.types.is_null(column.type)
+        if not is_text: raise Damaged(f'{name}: no paths.')
         yield from (path for path in pc.unique(column).to_pylist() if path is not None)
 
 def media_state(
     data, # `DatasetDict` of tokenized data
 )->tuple: # (digest of the paths, sizes and times; the time of the last change, in seconds since 1970)
-    """The state of the files that tokenized data refers to. Raises `OSError` if one is missing, and `Damaged` if one has
-    a relative path, which another run would look up in its own folder, or none."""
+    """The state of the files that tokenized data refers to. Raises `OSError` if one is missing, and `Damaged` if one
+    has a relative path, which another run would look up in its own folder, or none."""
     digest, last = hashlib.sha256(), 0.
     for path in sorted({path for part in data.values() for path in _media_paths(part)}):
         if not os.path.isabs(path): raise Damaged(f'{path[:200]} is not an absolute path.')
@@ -122,7 +123,7 @@ _own_file = re.compile(rf'{_LOCK}|{re.escape(_MADE)}|\.qwen2vl_nb-[\w-]+\.tmp|{_
                        rf'|{_DATA}/[^/]+/(?:dataset_info\.json|state\.json|data-\d+-of-\d+\.arrow)')
 
 def _lock(entry, kind):
-    "An open file that holds a lock of this kind on a folder; `None` if another process holds one, or if it is no entry."
+    "An open file that holds a lock on a folder; `None` if another process holds one, or if it is no entry."
     try: fd = os.open(entry/_LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError: return None
     try: fcntl.flock(fd, kind | fcntl.LOCK_NB)
@@ -258,7 +259,8 @@ def _tried(function, *args):
 def _keep(root, about, again, made, began):
     "Keep what LLaMA-Factory has made, unless the data files were changed meanwhile."
     from datasets import DatasetDict
-    if again()['files'] != about['files']: return 'The data was changed during the preprocessing: its result is not kept.'
+    if again()['files'] != about['files']:
+        return 'The data was changed during the preprocessing: its result is not kept.'
     return keep_tokens(root, about, DatasetDict(_as_parts(made)), began)
 
 def reusing(
