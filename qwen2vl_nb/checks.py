@@ -26,6 +26,7 @@ from .data.batches import batch_findings
 from .data.box_check import box_faults
 from .data.boxes import box_pieces
 from .data.check import check_samples
+from .data.preprocessing import preprocessing_findings
 from .data.registry import Registry, dataset_samples, entry_faults, entry_source
 from .data.samples import (is_dialogue, media_of, media_paths, sample_turns, trained_turns,
                                      without_tags)
@@ -288,23 +289,25 @@ def _stage_of(name, recipe):
     return 'predict' if asks_only else recipe.get('stage') or 'sft'
 
 def _entry_findings(name, registry, recipe):
-    "What is wrong with a registered data set and its rows; the rows, if they can be read; and their tokens."
+    """What is wrong with a registered data set and its rows; its rows, if they can be read, with their tokens and the
+    size of the file."""
     try: entry = registry[name]
-    except ValueError as e: return [Finding(name, str(e), 'Correct the entry.')], [], []
+    except ValueError as e: return [Finding(name, str(e), 'Correct the entry.')], None
     stage = _stage_of(name, recipe)
     found = entry_faults(name, entry, stage)
     where, source = entry_source(entry, registry.dataset_dir)
-    if where != 'file' or any(f.level == 'error' for f in found): return found, [], []
+    if where != 'file' or any(f.level == 'error' for f in found): return found, None
     file = registry.dataset_dir/source
     if not file.exists():
         return found + [Finding('dataset',
-            f'{name}: there is no file {file}.', 'Create the file, or correct file_name in the registry.')], [], []
+            f'{name}: there is no file {file}.', 'Create the file, or correct file_name in the registry.')], None
     try: samples = dataset_samples(registry, name, recipe.get('max_samples'), recipe.get('media_dir'))
     except (ValueError, TypeError, KeyError) as e:
-        return found + [Finding(name, f'{file} cannot be read: {e}', 'See `read_samples(file)`.')], [], []
+        return found + [Finding(name, f'{file} cannot be read: {e}', 'See `read_samples(file)`.')], None
     tokens = None if stage == 'pt' else _tokens(samples, recipe)
     found += _row_findings(name, samples, recipe, stage, tokens)
-    return found, samples, [] if tokens is None or not tokens.text.any() else list(tokens.total.dropna())
+    counted = [] if tokens is None or not tokens.text.any() else tokens.total.dropna().tolist()
+    return found, (samples, counted, file.stat().st_size)
 
 # %% ../nbs/20_checks.ipynb #731a7d55
 def _unregistered_finding(name, names, path):
@@ -313,6 +316,15 @@ def _unregistered_finding(name, names, path):
     return Finding('dataset',
         f'{name!r} is not registered in {path}{hint}',
         f'Register it: `Registry(folder).add({name!r}, samples)`.')
+
+def _together_findings(trained, recipe, ranks):
+    "What concerns all rows of a training together: their batches, and what their preprocessing takes."
+    if not trained or not recipe.get('do_train'): return []
+    samples, tokens, sizes = zip(*trained)
+    samples, tokens = sum(samples, []), sum(tokens, [])
+    can_group = 'group_by_length' in argument_names()
+    return [*batch_findings(samples, tokens, recipe, ranks, can_group),
+            *preprocessing_findings(sum(sizes), tokens, recipe)]
 
 def data_findings(
     recipe:dict, # The recipe
@@ -328,15 +340,15 @@ def data_findings(
             'or create that file with `Registry(folder).add(name, samples)`.')]
     try: names = list(reg)
     except (ValueError, OSError) as e: return [Finding('dataset_dir', str(e), 'Correct the file at that position.')]
-    found, rows, lengths, trained = [], [], [], dataset_names({'dataset': recipe.get('dataset')})
+    found, trained = [], []
     for name in dataset_names(recipe):
         if name not in names:
             found.append(_unregistered_finding(name, names, reg.path))
             continue
-        said, samples, tokens = _entry_findings(name, reg, recipe)
+        said, rows = _entry_findings(name, reg, recipe)
         found += said
-        if name in trained: rows, lengths = rows + samples, lengths + tokens
-    return found + batch_findings(rows, lengths, recipe, ranks, 'group_by_length' in argument_names())
+        if rows and name in dataset_names({'dataset': recipe.get('dataset')}): trained.append(rows)
+    return found + _together_findings(trained, recipe, ranks)
 
 # %% ../nbs/20_checks.ipynb #d2203f55
 def _no_zero_findings(recipe, nproc):
