@@ -57,7 +57,7 @@ def preprocessing_findings(
                              'Set cache_dir, or HF_DATASETS_CACHE in the environment, to a folder on a larger disk.',
                              'warning' if disk > free else 'note'))
     if memory > _much*available:
-        found.append(Finding('preprocessing_num_workers', f'{workers} processes for the first preprocessing of the data '
+        found.append(Finding('preprocessing_num_workers', f'{workers} processes that tokenize this data at first '
                              f'take about {memory/2**30:.3g} GiB of memory; {available/2**30:.3g} GiB are available.',
                              'Set preprocessing_num_workers or preprocessing_batch_size to a smaller number.',
                              'warning' if memory > available else 'note'))

@@ -203,7 +203,10 @@ def keep_tokens(
         digests = {p.relative_to(entry).as_posix(): file_digest(p) for p in _files(entry/_DATA)}
         write_json(entry/_MADE, {'about': about, 'files': digests, 'media': state, 'time': time.time(),
                                  'rows': {name: len(part) for name, part in data.items()}}, private=True)
-        with suppress(OSError): entry.rename(final)  # another run may have kept the same tokens meanwhile
+        entry.rename(final)
+    except OSError as e:
+        if not final.exists(): raise
+        return f'There is already a folder {final}: {e.strerror}.'  # another run may have kept the same meanwhile
     finally:
         if fd is not None: os.close(fd)
         if entry.exists(): _remove(entry)
@@ -271,7 +274,7 @@ def reusing(
         load = lambda: get_dataset(template, model_args, data_args, training_args, stage, tokenizer, processor)
         if data_args.streaming or data_args.tokenized_path is not None: return load()
         describe = lambda: describe_tokens(data_args, training_args, stage, tokenizer, processor)
-        root = tokens_folder() if training_args.local_process_index == 0 else None
+        root = _tried(tokens_folder) if training_args.local_process_index == 0 else None
         about = root and _tried(describe)
         found = _agreed(about and _tried(find_tokens, root, about), training_args)
         if found:
