@@ -37,8 +37,8 @@ def test_the_second_start_trains_the_same(few_steps, sampled, tokens, tmp_path):
     assert clear_tokens() and kept_tokens().empty
     if two.status == 'stopped': two.resume().wait()
     assert two.status == 'done', two.failure
-    losses = [read_log(run)[['current_steps', 'loss', 'eval_loss']].to_csv() for run in (one, two)]
-    assert losses[0] == losses[1]
+    logs = [log[log.loss.notna() | (log.current_steps % 20 == 0)] for log in map(read_log, (one, two))]  # a run that is stopped evaluates once more
+    assert len({log[['current_steps', 'loss', 'eval_loss']].to_csv(index=False) for log in logs}) == 1
     assert len({(run.output_dir/'adapter_model.safetensors').read_bytes() for run in (one, two)}) == 1
     assert not any('token' in (run.output_dir/'recipe.yaml').read_text() for run in (one, two))
 
