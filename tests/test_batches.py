@@ -8,6 +8,7 @@ from PIL import Image
 from conftest import write_clip
 from qwen2vl_nb.checks import data_findings
 from qwen2vl_nb.data.batches import packed_padding_share, padding_share
+from qwen2vl_nb.data.preprocessing import preprocessing_bytes
 from qwen2vl_nb.data.tokens import count_tokens
 from qwen2vl_nb.recipe import train_recipe
 from qwen2vl_nb.run.loss import read_log
@@ -94,3 +95,9 @@ def test_packed_rows_are_those_of_llamafactory(uneven, tmp_path, factory):
     lengths = np.array([len(row['input_ids']) for row in factory.encode(tmp_path, 'uneven', 'sft')[0]])
     used = sum(sum(1 for m in row['attention_mask'] if m) for row in packed)
     assert packed_padding_share(lengths, 1024) == pytest.approx(1 - used/(1024*len(packed)))
+
+def test_what_preprocessing_writes_is_predicted(uneven, tmp_path, factory):
+    "The cache of datasets after LLaMA-Factory's preprocessing."
+    lengths = [len(row['input_ids']) for row in factory.encode(tmp_path, 'uneven', 'sft')[0]]
+    written = sum(p.stat().st_size for p in (tmp_path/'.cache').rglob('*') if p.is_file())
+    assert preprocessing_bytes((tmp_path/'uneven.json').stat().st_size, lengths)[0] == pytest.approx(written, rel=.1)

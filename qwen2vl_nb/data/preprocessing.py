@@ -38,7 +38,7 @@ def datasets_cache(
 def _free_bytes(folder):
     return psutil.disk_usage(next(str(p) for p in (folder, *folder.parents) if p.exists())).free
 
-_much = .25 # Share of what is free above which it is reported
+_much = 10*2**30 # Bytes above which it is reported even if there is enough
 
 def preprocessing_findings(
     file_bytes:int, # Size of the data files
@@ -51,12 +51,12 @@ def preprocessing_findings(
     disk, memory = preprocessing_bytes(file_bytes, tokens, workers, recipe.get('preprocessing_batch_size') or 1000)
     free, available = _free_bytes(folder), psutil.virtual_memory().available
     found = []
-    if disk > _much*free:
+    if disk > min(_much, free):
         found.append(Finding('cache_dir', f'The first preprocessing of this data writes about {disk/2**30:.3g} GiB to '
                              f'{folder}, where {free/2**30:.3g} GiB are free.',
                              'Set cache_dir, or HF_DATASETS_CACHE in the environment, to a folder on a larger disk.',
                              'warning' if disk > free else 'note'))
-    if memory > _much*available:
+    if memory > min(_much, available):
         found.append(Finding('preprocessing_num_workers', f'{workers} processes that tokenize this data at first '
                              f'take about {memory/2**30:.3g} GiB of memory; {available/2**30:.3g} GiB are available.',
                              'Set preprocessing_num_workers or preprocessing_batch_size to a smaller number.',
