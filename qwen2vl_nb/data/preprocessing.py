@@ -13,7 +13,7 @@ from ..findings import Finding
 
 # %% ../../nbs/data/47_preprocessing.ipynb #dataprep06
 _token_bytes = 4 + 8 + 1
-_list_bytes, _worker_bytes, _main_bytes = 90, 150*2**20, 400*2**20 # Measured
+_list_bytes, _worker_bytes, _main_bytes = 80 + 32, 100*2**20, 300*2**20 # Measured, and rounded up
 
 def preprocessing_bytes(
     file_bytes:int, # Size of the data files
