@@ -84,12 +84,6 @@ def test_padding_is_what_the_collator_makes(uneven, tiny, tmp_path, factory, pro
     assert said.where == 'group_by_length' and said.level == 'note'
     assert random == pytest.approx(shares[0], abs=.05) and grouped == pytest.approx(shares[1], abs=.05)
 
-def test_grouping_by_length_trains_with_pictures(uneven, tiny, tmp_path):
-    run = launch(train_recipe(tiny, 'uneven', tmp_path/'run', dataset_dir=str(tmp_path), per_device_train_batch_size=4, gradient_accumulation_steps=1, group_by_length=True,
-                              max_steps=2, logging_steps=1, use_cpu=True, bf16=None, preprocessing_num_workers=None, plot_loss=None, save_strategy='no'))
-    run.wait()
-    assert run.status == 'done', run.failure
-
 def test_packed_rows_are_those_of_llamafactory(uneven, tmp_path, factory):
     packed, tokenizer = factory.encode(tmp_path, 'uneven', 'sft', neat_packing=True, cutoff_len=1024)
     lengths = np.array([len(row['input_ids']) for row in factory.encode(tmp_path, 'uneven', 'sft')[0]])

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from conftest import small_disk, until
+from qwen2vl_nb.recipe import argument_names
 from qwen2vl_nb.run.loss import read_log
 from qwen2vl_nb.run.start import launch
 from qwen2vl_nb.run.tokenized import TOKENIZED, clear_tokens, describe_tokens, find_tokens, kept_tokens, tokens_key
@@ -23,8 +24,10 @@ def sampled(data, tmp_path):
     return {'dataset_dir': str(tmp_path), 'media_dir': str(data), 'max_samples': None}
 
 def test_the_second_start_trains_the_same(few_steps, sampled, tokens, tmp_path):
-    "Two ranks, with rows drawn at random and others split off for evaluation. The second run takes the tokens of the first, is stopped, and resumed after they were removed."
-    recipe = lambda name: few_steps(output_dir=tmp_path/name, max_steps=60, val_size=.25, eval_strategy='steps', eval_steps=20, plot_loss=None, lora_dropout=.1, **sampled)
+    """Two ranks, with rows drawn at random, others split off for evaluation, and grouping by length. The second run takes the tokens of the first, is stopped, and resumed
+    after they were removed."""
+    grouping = {'group_by_length': True} if 'group_by_length' in argument_names() else {}
+    recipe = lambda name: few_steps(output_dir=tmp_path/name, max_steps=60, val_size=.25, eval_strategy='steps', eval_steps=20, plot_loss=None, lora_dropout=.1, **grouping, **sampled)
     one = launch(recipe('one'), nproc=2)
     one.wait()
     assert one.status == 'done', one.failure
