@@ -144,7 +144,7 @@ def _neat_findings(samples, recipe):
     if shown < len(samples) and recipe.get('flash_attn') != 'fa2':
         yield Finding('neat_packing', f'{len(samples) - shown} row(s) have neither pictures nor clips. LLaMA-Factory '
                       'stops at a batch of packed rows without any.',
-                      'Remove neat_packing, or set flash_attn: fa2 (needs a GPU and the package flash-attn).',
+                      'Remove neat_packing, or set packing: true instead, in which rows see each other.',
                       'warning' if shown else 'error')
 
 _worth = .2 # Share of padding above which it is reported
