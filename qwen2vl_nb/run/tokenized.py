@@ -170,8 +170,10 @@ def make_room(
         if entry.name.startswith(_NEW): _remove(entry)
     kept = [e for e in entries if e.exists()]
     total = sum(p.lstat().st_size for e in kept for p in _files(e))
+    free = lambda: shutil.disk_usage(root).free
+    if size > most or free() + total - size < left: return False  # there would not be enough without them either
     for entry in (*kept, None):
-        if total + size <= most and shutil.disk_usage(root).free - size >= left: return True
+        if total + size <= most and free() - size >= left: return True
         if entry: total -= _remove(entry)
     return False
 
@@ -198,6 +200,10 @@ def keep_tokens(
     entry.mkdir(mode=0o700)
     (entry/_LOCK).touch(0o600)
     fd = _lock(entry, fcntl.LOCK_EX)
+    if fd is None:
+        (entry/_LOCK).unlink()
+        entry.rmdir()
+        raise OSError(f'Files in {root} cannot be locked.')
     try:
         data.save_to_disk(str(entry/_DATA))
         digests = {p.relative_to(entry).as_posix(): file_digest(p) for p in _files(entry/_DATA)}
@@ -208,7 +214,7 @@ def keep_tokens(
         if not final.exists(): raise
         return f'There is already a folder {final}: {e.strerror}.'  # another run may have kept the same meanwhile
     finally:
-        if fd is not None: os.close(fd)
+        os.close(fd)
         if entry.exists(): _remove(entry)
     return f'The tokenized data is kept for later runs, in {final} (until `clear_tokens()`).'
 
