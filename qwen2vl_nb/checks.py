@@ -20,11 +20,13 @@ from .findings import Finding, findings_table
 from .questions import arguments, ask, hub
 from .stack import GiB, gpus, installed_versions, version_findings
 from .checkpoint import checkpoints, is_whole_file
-from .recipe import dataset_names, is_adapter, train_recipe
+from .recipe import argument_names, dataset_names, is_adapter, train_recipe
 from .zero import read_zero, zero_stage
+from .data.batches import batch_findings
 from .data.box_check import box_faults
 from .data.boxes import box_pieces
 from .data.check import check_samples
+from .data.preprocessing import preprocessing_findings
 from .data.registry import Registry, dataset_samples, entry_faults, entry_source
 from .data.samples import (is_dialogue, media_of, media_paths, sample_turns, trained_turns,
                                      without_tags)
@@ -163,12 +165,16 @@ def _has_processor(model):
 
 def _check_samples_hint(name): return f'See `check_samples(dataset_samples(registry, {name!r}))` for each of them.'
 
-def _length_findings(name, samples, recipe):
-    "Rows with pictures that can't be read, and rows that are longer than `cutoff_len`."
-    model, cutoff = Path(recipe.get('model_name_or_path') or ''), recipe.get('cutoff_len', 2048)
+def _tokens(samples, recipe):
+    "The tokens of the rows as the recipe will encode them; without text if there is no tokenizer that can be read."
+    model = Path(recipe.get('model_name_or_path') or '')
     counts = _recipe_model_type(recipe) in families and (model/'tokenizer.json').is_file() and _has_processor(model)
     about = {'template': recipe.get('template'), 'enable_thinking': recipe.get('enable_thinking')}
-    tokens = count_tokens(samples, model if counts else None, **about, **recipe_limits(recipe))
+    return count_tokens(samples, model if counts else None, **about, **recipe_limits(recipe))
+
+def _length_findings(name, samples, recipe, tokens):
+    "Rows with pictures that can't be read, and rows that are longer than `cutoff_len`."
+    cutoff = recipe.get('cutoff_len', 2048)
     lost = tokens.index[tokens.media.isna()]
     if len(lost):
         yield Finding(name, f'{len(lost)} row(s) have pictures or clips that cannot be read, or are too small; '
@@ -253,7 +259,7 @@ def _thought_findings(name, samples, recipe):
 # %% ../nbs/20_checks.ipynb #0c71f2d5
 _preferring = 'rm', 'dpo', 'kto' # Stages that learn from preferences
 
-def _row_findings(name, samples, recipe, stage):
+def _row_findings(name, samples, recipe, stage, tokens):
     "Problems in the text and the lengths of the rows; for each kind of problem, the first row that has it."
     answered = lambda s: s if is_dialogue(s) or s.get('output') else s | {'output': '?'}
     # at stage pt LLaMA-Factory reads only the text, and an answer is needed only if it is trained on
@@ -271,7 +277,9 @@ def _row_findings(name, samples, recipe, stage):
     if stage == 'pt': return
     yield from _template_findings(name, samples, recipe)
     if stage == 'sft': yield from _thought_findings(name, samples, recipe)
-    for findings in (_clip_findings, _length_findings, _box_findings): yield from findings(name, samples, recipe)
+    yield from _clip_findings(name, samples, recipe)
+    yield from _length_findings(name, samples, recipe, tokens)
+    yield from _box_findings(name, samples, recipe)
 
 # %% ../nbs/20_checks.ipynb #f9ad7cb3
 def _stage_of(name, recipe):
@@ -281,21 +289,25 @@ def _stage_of(name, recipe):
     return 'predict' if asks_only else recipe.get('stage') or 'sft'
 
 def _entry_findings(name, registry, recipe):
-    "What is wrong with a registered data set and its rows."
+    """What is wrong with a registered data set and its rows; its rows, if they can be read, with their tokens and the
+    size of the file."""
     try: entry = registry[name]
-    except ValueError as e: return [Finding(name, str(e), 'Correct the entry.')]
+    except ValueError as e: return [Finding(name, str(e), 'Correct the entry.')], None
     stage = _stage_of(name, recipe)
     found = entry_faults(name, entry, stage)
     where, source = entry_source(entry, registry.dataset_dir)
-    if where != 'file' or any(f.level == 'error' for f in found): return found
+    if where != 'file' or any(f.level == 'error' for f in found): return found, None
     file = registry.dataset_dir/source
     if not file.exists():
         return found + [Finding('dataset',
-            f'{name}: there is no file {file}.', 'Create the file, or correct file_name in the registry.')]
+            f'{name}: there is no file {file}.', 'Create the file, or correct file_name in the registry.')], None
     try: samples = dataset_samples(registry, name, recipe.get('max_samples'), recipe.get('media_dir'))
     except (ValueError, TypeError, KeyError) as e:
-        return found + [Finding(name, f'{file} cannot be read: {e}', 'See `read_samples(file)`.')]
-    return found + list(_row_findings(name, samples, recipe, stage))
+        return found + [Finding(name, f'{file} cannot be read: {e}', 'See `read_samples(file)`.')], None
+    tokens = None if stage == 'pt' else _tokens(samples, recipe)
+    found += _row_findings(name, samples, recipe, stage, tokens)
+    counted = [] if tokens is None or not tokens.text.any() else tokens.total.dropna().tolist()
+    return found, (samples, counted, file.stat().st_size)
 
 # %% ../nbs/20_checks.ipynb #731a7d55
 def _unregistered_finding(name, names, path):
@@ -305,10 +317,21 @@ def _unregistered_finding(name, names, path):
         f'{name!r} is not registered in {path}{hint}',
         f'Register it: `Registry(folder).add({name!r}, samples)`.')
 
+def _together_findings(trained, recipe, ranks):
+    "What concerns all rows of a training together: their batches, and what their preprocessing takes."
+    if not trained or not recipe.get('do_train'): return []
+    samples, tokens, sizes = zip(*trained)
+    samples, tokens = sum(samples, []), sum(tokens, [])
+    can_group = 'group_by_length' in argument_names()
+    return [*batch_findings(samples, tokens, recipe, ranks, can_group),
+            *preprocessing_findings(sum(sizes), tokens, recipe)]
+
 def data_findings(
     recipe:dict, # The recipe
+    ranks:int=1, # Number of processes that it will run on, on all machines
 )->list: # `Finding`s
-    "Find data sets that are not registered or have no file, and rows that are invalid or longer than `cutoff_len`."
+    """Find data sets that are not registered or have no file, rows that are invalid or longer than `cutoff_len`, and
+    batches that can't be trained."""
     reg = Registry(recipe.get('dataset_dir', 'data'))
     if not os.path.lexists(reg.path):
         return [Finding('dataset_dir',
@@ -317,11 +340,15 @@ def data_findings(
             'or create that file with `Registry(folder).add(name, samples)`.')]
     try: names = list(reg)
     except (ValueError, OSError) as e: return [Finding('dataset_dir', str(e), 'Correct the file at that position.')]
-    found = []
+    found, trained = [], []
     for name in dataset_names(recipe):
-        if name in names: found += _entry_findings(name, reg, recipe)
-        else: found.append(_unregistered_finding(name, names, reg.path))
-    return found
+        if name not in names:
+            found.append(_unregistered_finding(name, names, reg.path))
+            continue
+        said, rows = _entry_findings(name, reg, recipe)
+        found += said
+        if rows and name in dataset_names({'dataset': recipe.get('dataset')}): trained.append(rows)
+    return found + _together_findings(trained, recipe, ranks)
 
 # %% ../nbs/20_checks.ipynb #d2203f55
 def _no_zero_findings(recipe, nproc):
@@ -518,7 +545,7 @@ def slow_findings(
     env:dict=None, # Environment variables of the run in addition to those of this process
 )->list: # `Finding`s
     "Findings that may take longer: problems in the data, and too little memory or disk space."
-    return data_findings(recipe) + memory_findings(recipe, list(cards), env) + disk_findings(recipe, ranks)
+    return data_findings(recipe, ranks) + memory_findings(recipe, list(cards), env) + disk_findings(recipe, ranks)
 
 def late_findings(
     recipe:dict, # The recipe

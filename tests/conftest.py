@@ -33,6 +33,7 @@ os.environ['PYTHONPATH'] = SITE
 os.environ['HF_HUB_OFFLINE'] = '1'
 os.environ['CUDA_VISIBLE_DEVICES'] = ''  # the same on a machine with GPUs
 os.environ['XDG_DATA_HOME'] = str(WORK/os.environ.get('PYTEST_XDIST_WORKER', 'data'))  # where the files that were written and the runs that were started are noted
+os.environ['QWEN2VL_NB_TOKENIZED'] = str(WORK/os.environ.get('PYTEST_XDIST_WORKER', 'data')/'tokenized')
 
 PATIENCE = 900 # Seconds. It ends a test that hangs; a machine that has other work to do is never so slow
 

@@ -19,6 +19,10 @@ from qwen2vl_nb.data.check import check_samples
 from qwen2vl_nb.checks import data_findings, recipe_findings
 from qwen2vl_nb.data.registry import sample_entry
 from qwen2vl_nb.model import other_templates, text_templates
+from qwen2vl_nb.recipe import train_recipe
+from qwen2vl_nb.run.start import launch
+from qwen2vl_nb.zero import zero_config
+from test_batches import write_rows
 import test_preferences
 from test_bad_data import CLIPS, DIALOGUES, PICTURES, QUESTIONS, ROWS, _clip, _dialogue, _noise, _question, _said, _save
 
@@ -291,6 +295,8 @@ RECIPES = { # name → the changes of a recipe that runs
     'a row with a tag and no picture': lambda r: r.rows([_question(), _question(1, instruction='<image>What?')]),
     'a picture that is missing': lambda r: r.rows([_picture(_save(r.folder/'a.png')), _picture(r.folder/'gone.png')]),
     'a cutoff_len inside a picture': lambda r: {'cutoff_len': 10},
+    'packing to a length that is not a multiple of 8': lambda r: {'neat_packing': True, 'cutoff_len': 2044},
+    'packing text': lambda r: r.rows([_question(i) for i in range(4)]) | {'neat_packing': True},
     'a finished run': lambda r: r.finished(),
 }
 
@@ -337,6 +343,22 @@ def test_recipes_with_an_error_end_in_llamafactory(name, rooms, answers, said):
     _proves(said, set(said.proven))
 
 def test_the_sound_recipe_runs(rooms, answers, tmp_path): assert answers['sound'] is None and not _said_of(rooms['sound'] | {'output_dir': str(tmp_path)})
+
+# --- ranks that wait for each other
+
+def test_ranks_that_call_the_vision_tower_a_different_number_of_times_end(tiny, tmp_path, said):
+    """Under ZeRO-3, one rank has a picture in each micro batch, the other a picture and a clip. On GPUs they would wait for each other; gloo sees that one rank sends the
+    weights of another layer than the other expects, and ends the process. A rank that waits is at a step from which it gets no further: none is ever done."""
+    write_rows(tmp_path/'data', 'pb'*8)
+    recipe = train_recipe(tiny, 'rows', tmp_path/'run', dataset_dir=str(tmp_path/'data'), deepspeed=zero_config('z3'), max_steps=3, logging_steps=1, disable_shuffling=True,
+                          bf16=None, gradient_accumulation_steps=1, preprocessing_num_workers=None, plot_loss=None, save_strategy='no')
+    said.now.clear()
+    assert [f.where for f in data_findings(recipe, 2)] == ['deepspeed']
+    run = launch(recipe, nproc=2, force=True)
+    run.wait()
+    assert run.status == 'failed' and 'SIGABRT' in run.failure.what and run.progress.step == 0
+    assert 'op.preamble.length <= op.nbytes' in run.log(0) + run.log(1)
+    _proves(said)
 
 # --- all of them
 

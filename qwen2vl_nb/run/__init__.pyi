@@ -10,3 +10,5 @@ from .merge import export as export
 from .start import launch as launch
 from .start import runs as runs
 from .watch import watch_loss as watch_loss
+from .tokenized import clear_tokens as clear_tokens
+from .tokenized import kept_tokens as kept_tokens

@@ -17,6 +17,7 @@ from ..frozen import spare_frozen
 from .agent import listen_locally
 from .folder import PROGRESS, RUN, STOP, STOPPING, failure_file, write_failure, write_progress
 from .learning_rates import use_rates
+from .tokenized import reuse_tokens
 from .waiter import is_there
 
 # %% ../../nbs/run/20_rank.ipynb #65759997
@@ -296,6 +297,7 @@ def work(
     gc.enable()
     if os.environ.get('MASTER_ADDR') == '127.0.0.1': listen_locally()
     show_downloads()
+    reuse_tokens()
     recipe = go_on(read_args() | given('recipe'))
     _skip_in_epoch()
     _load_renamed()

@@ -369,7 +369,7 @@ def _check_before_start(recipe, about):
     pool = ThreadPoolExecutor(1)
     cards = gpus(visible_gpus(about['given']))[:about['nproc']]
     slow = lambda: slow_findings(recipe, ranks, cards, about['given']) + late_findings(recipe, about['python'])
-    beside = pool.submit(data_findings, recipe) if errors else pool.submit(slow)
+    beside = pool.submit(data_findings, recipe, ranks) if errors else pool.submit(slow)
     pool.shutdown(wait=False)
     then = lambda run: None
     try:
