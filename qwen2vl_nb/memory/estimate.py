@@ -50,11 +50,11 @@ def _round_up_to_eight(n): return -(-n//8)*8 # LLaMA-Factory pads to a multiple 
 
 def sample_lengths(
     recipe:dict, # The recipe
-)->'np.ndarray': # Tokens of each sample, cut, and padded to a multiple of eight; `None` if they can't be counted
+)->'np.ndarray': # Tokens of each sample after cutting; `None` if they can't be counted
     "How long the samples of a recipe's data are."
     import numpy as np
     found = _from_data(recipe)
-    if found: return _round_up_to_eight(np.minimum(found[0], recipe.get('cutoff_len', 2048)))
+    if found: return np.minimum(found[0], recipe.get('cutoff_len', 2048)).astype(int)
 
 def longest_sample(
     recipe:dict, # The recipe
