@@ -16,6 +16,7 @@ from ..checkpoint import newest_complete
 from ..frozen import spare_frozen
 from .agent import listen_locally
 from .folder import PROGRESS, RUN, STOP, STOPPING, failure_file, write_failure, write_progress
+from .preview import preview_callback
 from .waiter import is_there
 
 # %% ../../nbs/run/20_rank.ipynb #65759997
@@ -305,7 +306,8 @@ def work(
     spared = spare_frozen(recipe)
     if spared and os.environ.get('RANK', '0') == '0': print(f'{spared}.', flush=True)
     if recipe.get('stage') in ('dpo', 'kto', 'rm'): log_rewards()
-    run_exp(recipe, [step_callback(folder)])
+    n = json_or({}, folder/RUN).get('preview')
+    run_exp(recipe, [step_callback(folder), *[preview_callback(folder, recipe, n)]*bool(n)])
 
 # %% ../../nbs/run/20_rank.ipynb #0fd257bc
 _report_bytes = 2**16 # Bytes reserved for the report

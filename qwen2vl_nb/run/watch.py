@@ -13,9 +13,10 @@ from threading import Event, Lock, Thread
 from fastcore.basics import patch
 from ipywidgets import Button, HBox, HTML, Image, IntProgress, Layout, VBox
 from ..files import Damaged
-from .folder import STOP, STOPPING
+from .folder import PREVIEW, STOP, STOPPING
 from .life import is_here
 from .loss import Log, plot_loss
+from .preview import show_previews
 from .start import Progress, attach
 
 # %% ../../nbs/run/70_watch.ipynb #f2713f1b
@@ -52,6 +53,11 @@ def _update(log):
     try: log.update()
     except (OSError, Damaged) as e: return f'The log cannot be read: {e}'
     return ''
+
+def _when_changed(run):
+    "When the run last wrote answers, in nanoseconds; `None` if it has written none."
+    try: return os.stat(run.output_dir/PREVIEW).st_mtime_ns
+    except OSError: return None
 
 def _cause(run):
     "Why a run failed and what to do; empty if it did not fail."
@@ -107,7 +113,7 @@ def _line(text, colour='inherit'):
 # %% ../../nbs/run/70_watch.ipynb #655daaaa
 # Style of the bar by state
 _looks = {'done': 'success', 'failed': 'danger', 'damaged': 'danger', 'stopped': 'warning', 'stopping': 'warning'}
-_shares = dict(words=.002, gpu=.002, curve=.013) # Shares of one core; together below 2 %
+_shares = dict(words=.002, gpu=.002, curve=.012, answers=.002) # Shares of one core; together below 2 %
 _at_work = ('running', 'stopping', 'resuming')
 _most_failures = 30 # Number of refreshes in a row that may fail before the view gives up
 
@@ -124,6 +130,7 @@ class RunView(VBox):
         self._words = Paced(self._update_text, _shares['words'], .5)
         self._gpu = Paced(lambda: _gpu(run), _shares['gpu'], 2)
         self._curve = Paced(self._draw, _shares['curve'], 2)
+        self._answers, self._previewed = Paced(self._show_answers, _shares['answers'], 2), None
         self._bar = IntProgress(layout=Layout(width='240px', flex='none'))
         self._head, self._body, self._red = HTML(), HTML(), HTML(layout=Layout(display='none'))
         self._stop = self._button('Stop', 'stop', 'At the next step, with a checkpoint', 'stopping', run.stop)
@@ -131,7 +138,8 @@ class RunView(VBox):
         self._picture = Image(format='png', layout=Layout(visibility='hidden', width='840px', height='432px',
                               max_width='100%', object_fit='contain', object_position='left top'))
         rows = HBox([self._bar, self._head]), HBox([self._stop, self._resume, self._body])
-        super().__init__([*rows, self._red, self._picture])
+        self._cards = HTML(layout=Layout(display='none', overflow='visible'))
+        super().__init__([*rows, self._red, self._picture, self._cards])
 
     def __repr__(self): return _headline(_look(self._run))
 
@@ -196,6 +204,7 @@ def _refresh(self:RunView, now):
     state = self._words(now)
     at_work = state in _at_work
     if len(self._log.rows) and self._log.offset != self._drawn: self._curve(now=not at_work)
+    if _when_changed(self._run) != self._previewed: self._answers(now=not at_work)
     self._picture.layout.display = None if at_work or self._drawn else 'none'
     self._warn(self._trouble or self._unread or (_cause(self._run) if state in ('failed', 'damaged') else ''))
     return at_work
@@ -227,6 +236,13 @@ def _draw(self:RunView):
     self._show_figures()
 
 @patch
+def _show_answers(self:RunView):
+    "Show the answers that the run has given at its evaluations."
+    self._previewed = _when_changed(self._run)
+    self._cards.value = show_previews(self._run)._repr_html_() if self._previewed else ''
+    self._cards.layout.display = None if self._cards.value else 'none'
+
+@patch
 def _warn(self:RunView, text):
     self._red.value, self._red.layout.display = _line(text, _red), None if text else 'none'
 
@@ -242,7 +258,7 @@ def _print(run):
     log = Log(run)
     unread, seen = _update(log), _look(run)
     figures = ' · '.join(filter(None, [_figures(log.summary()), seen.now.pace]))
-    print(*filter(None, [_headline(seen), figures, unread or _cause(run)]), sep='\n')
+    print(*filter(None, [_headline(seen), figures, unread or _cause(run), str(show_previews(run))]), sep='\n')
 
 def watch_loss(
     run:str|os.PathLike, # A run, or its folder

@@ -1,0 +1,1 @@
+from .checkpoints import score_checkpoints as score_checkpoints
