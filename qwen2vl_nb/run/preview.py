@@ -11,7 +11,7 @@ import json, random, re, time
 from contextlib import contextmanager, nullcontext, suppress
 from copy import copy
 from pathlib import Path
-from ..display import ANSWER, PictureGrid
+from ..display import PictureGrid
 from ..files import Damaged, parse_json, read_tail, write_text
 from .folder import EARLIER, PREVIEW, is_count, is_number
 
@@ -278,10 +278,11 @@ def read_previews(
     return [line for line in map(_line_of, text.split('\n')) if line]
 
 _shown_steps = 3 # Evaluations whose answers are shown
+_right = '#2e9e5b' # Readable on white and on black
 
 def _answer_line(step, row):
     cut = ' …' if row['finish_reason'] != 'stop' else ''
-    return f'step {step:,}', row['predict'] + cut, ANSWER if row['predict'] == row['label'] else ''
+    return f'step {step:,}', row['predict'] + cut, _right if row['predict'] == row['label'] else ''
 
 def show_previews(
     run, # A run, or its folder

@@ -84,10 +84,9 @@ def _evaluations(run):
     log = log.dropna(subset='eval_loss')
     return dict(zip(log.current_steps, log.eval_loss))
 
-def _interval(row, digits=1):
+def _interval(row):
     "A value with its interval, in words."
-    said = f'{row.value:.{digits}f}'
-    return said if math.isnan(row.low) else f'{said} ({row.low:.{digits}f}–{row.high:.{digits}f})'
+    return f'{row.value:.1f}' if math.isnan(row.low) else f'{row.value:.1f} ({row.low:.1f}–{row.high:.1f})'
 
 class CheckpointScores(dict):
     "Checkpoint → `Scores`; `.table`, `.best`, `.plot()`, and the `.predictions` of each checkpoint."
@@ -132,19 +131,21 @@ class CheckpointScores(dict):
 # %% ../../nbs/tuning/00_checkpoints.ipynb #chec0032
 @patch
 def _shown(self:CheckpointScores):
-    "The table as text: one column for each measure."
+    "The table as text, with the interval of the measure that decides, and without the fields of JSON labels."
     import pandas as pd
-    table = pd.DataFrame({name: self.table[name, ''] for name,_ in _leading})
+    table = pd.DataFrame({name: self.table[name, ''] for name,_ in _leading}).rename_axis(None)
     table['eval_loss'] = [f'{loss:.4f}' if loss == loss else '' for loss in table.eval_loss]
     if not table.failed.any(): del table['failed']
-    for name in dict.fromkeys(name for name,part in self.table.columns if part == 'value'):
-        table[name] = [_interval(row) for _,row in self.table[name].iterrows()]
+    others = [name for name,part in self.table.columns if part == 'value' and not name.startswith('field.')]
+    table[self.measure] = [_interval(row) for _,row in self.table[self.measure].iterrows()]
+    for name in others:
+        if name != self.measure: table[name] = [f'{value:.1f}' for value in self.table[name, 'value']]
     return table
 
 @patch
 def _title(self:CheckpointScores):
     row = self.table.loc[self.best.name][self.measure]
-    return f'Best by {self.measure}: {self.best.name} with {_interval(row)}; 95 % intervals in parentheses'
+    return f'Best by {self.measure}: {self.best.name}, {_interval(row)}. In parentheses: the 95 % interval.'
 
 @patch
 def __repr__(self:CheckpointScores): return f'{self._title()}\n{self._shown().to_string()}'
@@ -153,6 +154,7 @@ def __repr__(self:CheckpointScores): return f'{self._title()}\n{self._shown().to
 def _repr_html_(self:CheckpointScores):
     table = self._shown().to_html(classes='dataframe', border=0)
     picture = base64.b64encode(self.plot()._repr_png_()).decode()
+    table = re.sub('<(t[dh])>', r'<\1 style="white-space:nowrap">', table)
     return as_text(f'<p>{html.escape(self._title())}</p>{table}'
                    f'<img src="data:image/png;base64,{picture}" style="max-width:100%" alt="Loss and scores by step">')
 
