@@ -35,7 +35,7 @@ def trained(tiny, data, tmp_path_factory):
                      learning_rate=3e-3, per_device_train_batch_size=4, per_device_eval_batch_size=4, gradient_accumulation_steps=1, bf16=None, use_cpu=True,
                      preprocessing_num_workers=None)
         return launch(train_recipe(tiny, 'car_item', folder/name, **usual | changes), nproc=nproc, preview=preview)
-    two_ranks = dict(nproc=2, deepspeed=zero_config('z2'), use_cpu=None, max_steps=120, save_steps=1000)
+    two_ranks = dict(nproc=2, preview=1, deepspeed=zero_config('z2'), use_cpu=None, max_steps=120, save_steps=1000)
     runs = dict(lora=begin('lora'), plain=begin('plain', preview=0), full=begin('full', finetuning_type='full', lora_target=None, learning_rate=1e-4, max_steps=20,
                                                                                eval_steps=10, save_steps=10))
     (runs['full'].output_dir/'preview.jsonl').mkdir()  # its answers cannot be written
@@ -81,11 +81,11 @@ def test_answers_during_the_training_are_those_of_its_weights(trained):
     rows = read_previews(trained.lora)[-1]['rows']
     assert [row['row'] for row in rows] == [0, 5, 10, 15] and {row['prompt'] for row in rows} == {'Fill in the item card.'}
     assert all(json.loads(row['label']).keys() == {'item', 'color'} and os.path.isfile(row['images'][0]) for row in rows)
-    assert sum('color' in row['predict'] and row['finish_reason'] == 'stop' for row in rows) >= 3, rows
+    assert any('"color"' in row['predict'] and row['finish_reason'] == 'stop' for row in rows), rows
 
 def test_on_two_ranks_only_the_first_generates_and_the_others_wait(trained):
     lines = read_previews(trained.z2)
-    assert trained.z2.status == 'done' and [row['row'] for row in lines[-1]['rows']] == [0, 5, 10, 15]
+    assert trained.z2.status == 'done' and [row['row'] for row in lines[-1]['rows']] == [0]
     assert len({line['step'] for line in lines}) == len(lines)
 
 def test_under_zero_3_it_says_why_there_are_no_answers(trained):

@@ -61,7 +61,8 @@ def _features(data, n):
         kind = 'chosen_' if 'chosen_input_ids' in row else ''
         ids, answer = question_and_answer(row[f'{kind}input_ids'], row[f'{kind}labels'])
         media = {key: row.get(key) for key in ('images', 'videos', 'audios')}
-        if ids: found.append((i, {'input_ids': ids, 'attention_mask': [1]*len(ids), 'labels': ids} | media, answer))
+        asked = {'input_ids': ids, 'attention_mask': [1]*len(ids), 'labels': ids}
+        if ids and row.get('kto_tags', True): found.append((i, asked | media, answer))
     return found
 
 # %% ../../nbs/run/18_preview.ipynb #prev0031

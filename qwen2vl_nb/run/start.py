@@ -435,10 +435,11 @@ def launch(
 )->Run: # The run, started
     "Start a recipe in its `output_dir`, independently of this kernel."
     about = describe_start(nproc, nnodes, node_rank, master, env, python, force)
+    about['preview'] = _preview_rows(recipe, preview)
     then = _check_before_start(recipe, about)
     folder = Path(recipe['output_dir']).absolute()
     run = start(recipe, about | {'cwd': str(folder/f'node-{node_rank}' if node_rank else folder),
-                                 'stale': _stale(recipe), 'preview': _preview_rows(recipe, preview)}, _clear)
+                                 'stale': _stale(recipe)}, _clear)
     then(run)
     return run
 
