@@ -95,7 +95,7 @@ def _batch(collator, features):
     "The model's inputs for some questions."
     from llamafactory.data.collator import MultiModalDataCollatorForSeq2Seq
     plain = copy(collator)
-    plain.get_rope_func, plain.tokenizer.padding_side = None, 'left'
+    plain.model, plain.get_rope_func, plain.tokenizer.padding_side = None, None, 'left'
     made = dict(MultiModalDataCollatorForSeq2Seq.__call__(plain, [dict(row) for row in features]))
     return {key: value for key, value in made.items() if key != 'labels'}
 
