@@ -21,7 +21,7 @@ _score = 'score_checkpoints(run, …) shows the answers of its checkpoints.'
 
 def _spread_by(args):
     "What spreads the weights over the ranks; empty if each rank has all of them."
-    zero = args.hf_deepspeed_config
+    zero = getattr(args, 'hf_deepspeed_config', None)  # there is none without DeepSpeed
     if zero and zero.is_zero3(): return 'ZeRO-3'
     if zero and 'tensor_parallel' in zero.config: return 'Tensor parallelism'
     return 'FSDP' if args.fsdp else ''
