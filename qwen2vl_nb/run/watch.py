@@ -12,6 +12,7 @@ from html import escape
 from threading import Event, Lock, Thread
 from fastcore.basics import patch
 from ipywidgets import Button, HBox, HTML, Image, IntProgress, Layout, VBox
+from ..display import div
 from ..files import Damaged
 from .folder import PREVIEW, STOP, STOPPING
 from .life import is_here
@@ -239,8 +240,9 @@ def _draw(self:RunView):
 def _show_answers(self:RunView):
     "Show the answers that the run has given at its evaluations."
     self._previewed = _when_changed(self._run)
-    self._cards.value = show_previews(self._run)._repr_html_() if self._previewed else ''
-    self._cards.layout.display = None if self._cards.value else 'none'
+    shown = show_previews(self._run)
+    self._cards.value = div('line-height:1.45', shown._repr_html_())  # a widget has wider lines than a notebook
+    self._cards.layout.display = None if str(shown) else 'none'
 
 @patch
 def _warn(self:RunView, text):
