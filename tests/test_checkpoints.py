@@ -53,6 +53,7 @@ def scored(trained):
     for process in marked(state_or_empty(folder, 'run.json')['id']): process.kill()
     first.kill()
     first.wait()
+    until(lambda: not Run(folder).is_running, 'its end is written down')
     before = {p.parent.name: p.read_text().splitlines() for p in folder.glob('*/predictions.jsonl')}
     return SimpleNamespace(run=run, before=before, found=score_checkpoints(run, 'car_item_test', **ASKED))
 
