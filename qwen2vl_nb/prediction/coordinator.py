@@ -13,7 +13,7 @@ from ..files import read_json, whole_lines, write_json
 from ..processes import end_children
 from .rows import Asked, Index, missing, put_in_order, rows_digest
 from .servers import ServerFailed, Servers
-from ..run.folder import (ANSWERS, ASKED, MISSING, QUESTION, RUN, STOP, STOPPING, write_failure,
+from ..run.folder import (ANSWERS, ASKED, MISSING, QUESTION, RUN, STOP, STOPPING, parts_of, write_failure,
                                    write_progress)
 
 # %% ../../nbs/prediction/10_coordinator.ipynb #6fc2eb11
@@ -33,9 +33,10 @@ class Count:
         for at, line in whole_lines(self.path, self.at): self.at, self.done = at + len(line), self.done + 1
         return self.done
 
-def _report_progress(folder, count, n, began):
-    "Write the number of rows that are done to `progress.json`."
-    write_progress(folder, count.look(), n, began, count.before)
+def _report_progress(folder, counts, n, began):
+    "Write the number of rows that are done, of `n` for each part, to `progress.json`."
+    done, before = sum(count.look() for count in counts), sum(count.before for count in counts)
+    write_progress(folder, done, n*len(counts), began, before)
 
 def _is_stopped(folder):
     "Whether the run was asked to stop since the last check."
@@ -83,33 +84,36 @@ def _check_asked(folder):
 # %% ../../nbs/prediction/10_coordinator.ipynb #6530c4fd
 def _look_after(folder):
     "Do the work of `look_after`; raises the reason if the run fails."
-    _check_asked(folder)
-    answers, n = folder/ANSWERS, len(Asked(folder/ASKED))
     run = read_json(folder/RUN)
-    count, began = Count(answers, n), time.time()
+    parts = [part for part, *_ in parts_of(folder, run)]
+    for part in parts: _check_asked(part)
+    n, began = len(Asked(parts[0]/ASKED)), time.time()
+    counts = [Count(part/ANSWERS, n) for part in parts]
     servers, workers = Servers(folder, run.get('servers', [])), []
     try:
         servers.start()
         while not servers.are_ready():
-            _report_progress(folder, count, n, began)
+            _report_progress(folder, counts, n, began)
             if _is_stopped(folder): return signal.SIGTERM
             time.sleep(.5)
         began = time.time()
-        write_json(folder/MISSING, missing(answers, n))  # the same for all workers, even if one starts late
+        for part in parts:  # the same for all workers, even if one starts late
+            write_json(part/MISSING, missing(part/ANSWERS, n))
         workers += [subprocess.Popen(w['command'], env=os.environ | w['env']) for w in run['workers']]
         while any([p.poll() is None for p in workers]):
-            _report_progress(folder, count, n, began)
+            _report_progress(folder, counts, n, began)
             if _is_stopped(folder): return signal.SIGTERM
             servers.check()
             time.sleep(.2)
         ended = _exit_status(workers)
-        if not ended: _check_complete(answers, n)
+        for part in parts if not ended else (): _check_complete(part/ANSWERS, n)
         return ended
     finally:
         for processes in workers, servers.running: end_children(processes)
-        with suppress(OSError): (folder/MISSING).unlink(missing_ok=True)
-        _report_progress(folder, count, n, began)
-        with suppress(OSError): put_in_order(answers)  # fails if the disk is full; readers then sort the rows
+        _report_progress(folder, counts, n, began)
+        for part in parts:
+            with suppress(OSError): (part/MISSING).unlink(missing_ok=True)
+            with suppress(OSError): put_in_order(part/ANSWERS)  # fails if the disk is full; readers then sort the rows
 
 # %% ../../nbs/prediction/10_coordinator.ipynb #9e66880c
 def main():

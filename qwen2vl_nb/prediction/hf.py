@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['prompt_tokens', 'batches', 'failed_row', 'Prompts', 'load_prompts', 'answer_settings', 'answered_rows',
-           'is_memory_error', 'Halving', 'token_budget', 'wanted_batches', 'work', 'main']
+           'is_memory_error', 'Halving', 'token_budget', 'lora_targets', 'Models', 'wanted_batches', 'work', 'main']
 
 # %% ../../nbs/prediction/20_hf.ipynb #1174c100
-import gc, os, sys
+import gc, os, re, sys
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from .. import hidden
 from ..files import read_json, read_text
 from ..model import head_size, mlp_size, recipe_limits, tower_size
 from .rows import Answers, Asked, without_question
-from ..run.folder import ANSWERS, ASKED, MISSING, RECIPE, RUN
+from ..run.folder import ANSWERS, ASKED, MISSING, RECIPE, RUN, parts_of
 from ..run.rank import main as run_worker, show_downloads
 
 # %% ../../nbs/prediction/20_hf.ipynb #3202c432
@@ -228,6 +228,68 @@ def token_budget(
     passing = 8*text['hidden_size'] + 3*mlp_size(config) + 4*16*tower_size(config)
     return max(1024, int((.8*memory - weights)/2/(2*(kept + passing))))
 
+# %% ../../nbs/prediction/20_hf.ipynb #turn0002
+_of_lora = re.compile(r'base_model\.model\.(.+)\.lora_(?:[AB]\.weight|magnitude_vector)')
+
+def lora_targets(
+    adapter, # Folder of an adapter
+)->set: # Names of modules; empty if it also changes something else
+    "The modules to whose weights an adapter adds a product of two small matrices, if that is all that it does."
+    from safetensors import safe_open
+    file = Path(adapter)/'adapter_model.safetensors'
+    if not file.is_file(): return set()
+    with safe_open(file, 'pt') as f: found = [_of_lora.fullmatch(name) for name in f.keys()]
+    return {match[1] for match in found} if all(found) else set()
+
+# %% ../../nbs/prediction/20_hf.ipynb #turn0005
+class Models:
+    "The models of prediction recipes, one at a time; as long as only the last LoRA adapter differs, the base stays."
+    def __init__(self,
+        tokenizer, # LLaMA-Factory's tokenizer
+        args, # LLaMA-Factory's arguments, as five objects
+        swaps:bool, # Keep the original weights for further adapters
+    ):
+        self.tokenizer, self.args, self.swaps = tokenizer, args, swaps
+        # The model; model and earlier adapters that it was loaded from; original weights in the host's memory
+        self.model, self.base, self.original = None, None, {}
+
+    def _named(self, name, adapters):
+        "LLaMA-Factory's arguments for a model with these adapters."
+        given = copy(self.args[0])
+        given.model_name_or_path, given.adapter_name_or_path = name, adapters or None
+        return given
+
+    def _load(self, name, adapters):
+        from llamafactory.model import load_model
+        self.model, self.original = None, {}  # before the next one takes up memory
+        _free_memory()
+        self.model = load_model(self.tokenizer, self._named(name, adapters), self.args[3])
+        # the next token is predicted only at the last position of a prompt; the logits of all positions would take most
+        # of the memory
+        self.model.get_output_embeddings().register_forward_pre_hook(lambda module, given: (given[0][:, -1:],))
+
+    def _merge(self, name, adapter, targets):
+        "Merge an adapter into the original weights."
+        from llamafactory.model.adapter import init_adapter
+        layers = {target: self.model.get_submodule(target) for target in self.original.keys() | targets}
+        for target, weight in self.original.items(): layers[target].weight.data.copy_(weight)
+        for target in targets - self.original.keys():
+            self.original[target] = layers[target].weight.detach().to('cpu', copy=True)
+        self.model = init_adapter(self.model.config, self.model, self._named(name, [adapter]), self.args[3], False)
+        self.model.requires_grad_(False).eval()
+
+    def __call__(self, recipe):
+        "The model of a recipe, ready to answer. The one that was returned before can no longer be used."
+        name, given = recipe['model_name_or_path'], recipe.get('adapter_name_or_path')
+        adapters = given.split(',') if given else []
+        can_swap = self.swaps and adapters and not self.args[0].quantization_bit
+        targets = lora_targets(adapters[-1]) if can_swap else set()
+        base = (name, *adapters[:-1]) if targets else None
+        if not base or base != self.base: self._load(name, adapters[:-1] if targets else adapters)
+        if targets: self._merge(name, adapters[-1], targets)
+        self.base = base
+        return self.model
+
 # %% ../../nbs/prediction/20_hf.ipynb #645f5816
 _window = 1024 # Rows that are sorted together
 
@@ -253,34 +315,15 @@ def _readers(workers, budget):
     return min(n, 8, room.f_bavail*room.f_frsize//(4*batch*workers))
 
 # %% ../../nbs/prediction/20_hf.ipynb #23d14547
-def work(
-    folder:Path, # The run's folder
-    worker:int, # Index of this worker
-    workers:int, # Number of workers
-):
-    "Answer this worker's share of the missing rows in a folder."
-    gc.disable()
-    import torch, yaml
-    from llamafactory.model import load_model
-    run = read_json(folder/RUN)
-    recipe = yaml.safe_load(read_text(folder/RECIPE)) | hidden.given('recipe')
-    rows, file = Asked(folder/ASKED), Answers(folder/ANSWERS)
-    todo = set(read_json(folder/MISSING, list))
-    if run['gpus'] and not torch.cuda.is_available():
-        raise RuntimeError(f'The driver lists {len(run["gpus"])} GPU(s), but torch {torch.__version__} can use none: '
-                           'install the torch build for the CUDA version of this driver.')
-    show_downloads()
-    prompts, args, tokenizer = load_prompts(recipe, rows)
-    gc.freeze()
-    gc.enable()
-    wanted = wanted_batches(rows, todo, recipe, run['budget'], worker, workers)
-    readers = _readers(workers, run['budget'])
+def _answer_part(folder, todo, recipe, share, prompts, args, tokenizer, models):
+    """Answer the missing rows of one part; `share`: tokens per batch, index of this worker, number of workers;
+    `models`: a function that returns the model of a recipe."""
+    import torch
+    file, readers = Answers(folder/ANSWERS), _readers(share[2], share[0])
+    wanted = wanted_batches(prompts.rows, todo, recipe, *share)
     ahead = {'num_workers': readers, 'prefetch_factor': 2 if readers else None}
     ready = iter(torch.utils.data.DataLoader(prompts, batch_size=None, sampler=wanted, **ahead))
-    model = load_model(tokenizer, args[0], args[3])
-    # the next token is predicted only at the last position of a prompt; the logits of all positions would take most of
-    # the memory
-    model.get_output_embeddings().register_forward_pre_hook(lambda module, given: (given[0][:, -1:],))
+    model = models(recipe)
     settings = answer_settings(args, tokenizer, prompts.encoder.template, model.generation_config)
 
     def answer(rows, inputs):
@@ -293,6 +336,30 @@ def work(
     halving = Halving(answer, prompts.__getitem__)
     for batch in ready: file.add([row for row in halving(*batch) if row['row'] in todo])
     file.close()
+
+def work(
+    folder:Path, # The run's folder
+    worker:int, # Index of this worker
+    workers:int, # Number of workers
+):
+    "Answer this worker's share of the missing rows of each part."
+    gc.disable()
+    import torch, yaml
+    run = read_json(folder/RUN)
+    recipe = yaml.safe_load(read_text(folder/RECIPE)) | hidden.given('recipe')
+    if run['gpus'] and not torch.cuda.is_available():
+        raise RuntimeError(f'The driver lists {len(run["gpus"])} GPU(s), but torch {torch.__version__} can use none: '
+                           'install the torch build for the CUDA version of this driver.')
+    show_downloads()
+    parts = parts_of(folder, run)
+    prompts, args, tokenizer = load_prompts(recipe | parts[0][1], Asked(parts[0][0]/ASKED))
+    gc.freeze()
+    gc.enable()
+    models = Models(tokenizer, args, swaps=len(parts) > 1)
+    for part, changes, budget in parts:
+        todo = set(read_json(part/MISSING, list))
+        if todo: _answer_part(part, todo, recipe | changes, (budget, worker, workers), prompts, args, tokenizer, models)
+
 
 # %% ../../nbs/prediction/20_hf.ipynb #1ae8b29e
 def main():

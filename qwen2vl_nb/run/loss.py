@@ -523,6 +523,13 @@ def _preference_panels(logs):
     panels = {'reward': _draw_rewards} if has('rewards/margins', 'eval_rewards/margins') else {}
     return panels | ({'accuracy': _draw_accuracy} if has(*_accuracies[0], *_accuracies[1]) else {})
 
+def _draw_score(ax, table):
+    "Draw a measure of the checkpoints' answers with its intervals, and a ring around the best."
+    ax.fill_between(table.index, table.low, table.high, color=_colours[2], alpha=.18, linewidth=0)
+    ax.plot(table.index, table.value, color=_colours[2], marker='o', markersize=4, linewidth=1.6)
+    best = table.value.idxmax()
+    ax.plot([best], [table.value[best]], 'o', color=_colours[2], markersize=10, fillstyle='none', clip_on=False)
+
 def _from_zero(ax):
     if ax.lines: ax.set_ylim(0, 1.15*ax.dataLim.y1)
 
@@ -583,6 +590,7 @@ def plot_loss(
     lr:bool=False, # Also draw the learning rate
     throughput:bool=False, # Also draw the throughput: tokens per second if all runs count them, otherwise steps
     path:str|Path=None, # File to write the figure to, .png for print or .svg; its background is transparent
+    scores:dict=None, # Measure → `DataFrame` of its `value`, `low` and `high` by step; each gets a panel of its own
 ): # A matplotlib `Figure`
     """Draw the training and evaluation loss of one or several runs; if their logs have them, also the rewards of chosen
     and rejected answers, and the accuracy."""
@@ -596,7 +604,8 @@ def plot_loss(
     tokens = all('total_tokens' in rows.columns() for rows in logs)
     count, unit = ('total_tokens', 'tokens/s') if tokens else ('current_steps', 'steps/s')
     preferences = _preference_panels(logs)
-    panels = ['loss', *preferences, *['learning rate']*lr, *[unit]*throughput]
+    measures = {f'score: {name}': table for name,table in (scores or {}).items()}
+    panels = ['loss', *measures, *preferences, *['learning rate']*lr, *[unit]*throughput]
     figure = Figure(figsize=(7, 2.4 + 1.2*len(panels)), dpi=120, facecolor='none', layout='constrained')
     figure._repr_png_ = partial(_png, figure)
     axes = _axes(figure, panels)
@@ -605,6 +614,7 @@ def plot_loss(
         for panel, draw in preferences.items(): draw(axes[panel], rows, i, smooth, alone)
         if lr: _draw(axes['learning rate'], _series(rows, 'lr'), _look(i, alone), linewidth=1.4)
         if throughput: _draw(axes[unit], _rates(rows.table(), count), _look(i, alone), linewidth=1.4)
+    for panel,table in measures.items(): _draw_score(axes[panel], table)
     if throughput: _from_zero(axes[unit])
     if log: _log_scale(axes['loss'])
     _add_legends(figure, axes['loss'], _names(runs))

@@ -17,6 +17,7 @@ from ..frozen import spare_frozen
 from .agent import listen_locally
 from .folder import PROGRESS, RUN, STOP, STOPPING, failure_file, write_failure, write_progress
 from .learning_rates import use_rates
+from .preview import preview_callback
 from .tokenized import reuse_tokens
 from .waiter import is_there
 
@@ -309,8 +310,10 @@ def work(
     spared = spare_frozen(recipe)
     if spared and os.environ.get('RANK', '0') == '0': print(f'{spared}.', flush=True)
     log_more()
-    if rates := json_or({}, RUN).get('learning_rates'): use_rates(rates)
-    run_exp(recipe, [step_callback(folder)])
+    about = json_or({}, folder/RUN)
+    if rates := about.get('learning_rates'): use_rates(rates)
+    n = about.get('preview')
+    run_exp(recipe, [step_callback(folder), *[preview_callback(folder, recipe, n)]*bool(n)])
 
 # %% ../../nbs/run/20_rank.ipynb #0fd257bc
 _report_bytes = 2**16 # Bytes reserved for the report

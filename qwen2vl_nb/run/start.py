@@ -24,7 +24,7 @@ from ..findings import Finding, text_table
 from ..stack import GiB, gpus, installed_versions
 from ..checkpoint import checkpoints, newest_complete, when_written
 from ..checks import data_findings, late_findings, quick_findings, slow_findings
-from ..recipe import load_recipe, save_recipe
+from ..recipe import best_measured, load_recipe, save_recipe
 from . import life
 from .command import (child_environment, gpus_for, inherited_environment, port_findings, run_command,
                                     secrets_of, visible_gpus)
@@ -35,6 +35,7 @@ from .health import health_findings
 from .learning_rates import rate_findings
 from .loss import Log, best_evaluation
 from .owner import note_start, refuse_foreign, refuse_stranger
+from .preview import MOST_ROWS
 if TYPE_CHECKING: import pandas as pd
 
 # %% ../../nbs/run/60_start.ipynb #48d7a074
@@ -119,6 +120,12 @@ class Run:
         """The recipe as it was started.
         Raises `FileNotFoundError` or `ValueError` if `recipe.yaml` is missing or damaged."""
         return load_recipe(self.output_dir/RECIPE)
+
+    @property
+    def best(self):
+        """Folder of the checkpoint that `score_checkpoints` found to be the best; `None` if there is none, or if it is
+        gone."""
+        return best_measured(self)
 
 def attach(
     output_dir:str|Path, # Folder of a run that was launched, now or on another day
@@ -413,6 +420,12 @@ def _stale(recipe):
     old = {c.name: c for c in found[found.index(before[0]) + 1 if before else 0:]} | {'.': recipe['output_dir']}
     return {name: when_written(c) for name, c in old.items() if when_written(c)}
 
+def _preview_rows(recipe, preview):
+    "How many rows a run answers at each evaluation; none if it never evaluates while it trains."
+    if not is_count(preview) or preview > MOST_ROWS:
+        raise ValueError(f'preview={preview!r}: give a number of rows from 0 (none) to {MOST_ROWS}.')
+    return preview if recipe.get('do_train') and recipe.get('eval_strategy') not in (None, 'no', False) else 0
+
 def launch(
     recipe:dict, # A recipe for training or prediction
     nproc:int=None, # Number of processes on this machine; `None`: one for each GPU here, or one if there is none
@@ -423,9 +436,11 @@ def launch(
     python:str|Path=None, # Interpreter of another environment, with LLaMA-Factory; `None`: this one
     force:bool=False, # Start even if the checks say that the recipe can't run
     learning_rates:dict=None, # Rates of `'vision'`, `'projector'`, `'language'`; `None`: the recipe's for all
+    preview:int=4, # Rows that the model answers at each evaluation, for the live view, in 1.5 % of the time; 0: none
 )->Run: # The run, started
     "Start a recipe in its `output_dir`, independently of this kernel."
-    about = describe_start(nproc, nnodes, node_rank, master, env, python, force) | {'learning_rates': learning_rates}
+    about = describe_start(nproc, nnodes, node_rank, master, env, python, force)
+    about |= {'learning_rates': learning_rates, 'preview': _preview_rows(recipe, preview)}
     then = _check_before_start(recipe, about)
     folder = Path(recipe['output_dir']).absolute()
     run = start(recipe, about | {'cwd': str(folder/f'node-{node_rank}' if node_rank else folder),

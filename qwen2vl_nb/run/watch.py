@@ -12,11 +12,13 @@ from html import escape
 from threading import Event, Lock, Thread
 from fastcore.basics import patch
 from ipywidgets import Button, HBox, HTML, Image, IntProgress, Layout, VBox
+from ..display import div
 from ..files import Damaged
-from .folder import STOP, STOPPING
+from .folder import PREVIEW, STOP, STOPPING
 from .health import health_findings
 from .life import is_here
 from .loss import Log, plot_loss
+from .preview import show_previews
 from .start import Progress, attach
 
 # %% ../../nbs/run/70_watch.ipynb #f2713f1b
@@ -53,6 +55,11 @@ def _update(log):
     try: log.update()
     except (OSError, Damaged) as e: return f'The log cannot be read: {e}'
     return ''
+
+def _when_changed(run):
+    "When the run last wrote answers, in nanoseconds; `None` if it has written none."
+    try: return os.stat(run.output_dir/PREVIEW).st_mtime_ns
+    except OSError: return None
 
 def _cause(run):
     "Why a run failed and what to do; empty if it did not fail."
@@ -108,7 +115,7 @@ def _line(text, colour='inherit'):
 # %% ../../nbs/run/70_watch.ipynb #655daaaa
 # Style of the bar by state
 _looks = {'done': 'success', 'failed': 'danger', 'damaged': 'danger', 'stopped': 'warning', 'stopping': 'warning'}
-_shares = dict(words=.002, gpu=.002, curve=.013, health=.002) # Shares of one core; together below 2 %
+_shares = dict(words=.002, gpu=.002, curve=.011, health=.002, answers=.002) # Shares of one core; together below 2 %
 _at_work = ('running', 'stopping', 'resuming')
 _most_failures = 30 # Number of refreshes in a row that may fail before the view gives up
 
@@ -126,6 +133,7 @@ class RunView(VBox):
         self._gpu = Paced(lambda: _gpu(run), _shares['gpu'], 2)
         self._curve = Paced(self._draw, _shares['curve'], 2)
         self._health = Paced(self._check, _shares['health'], 5)
+        self._answers, self._previewed = Paced(self._show_answers, _shares['answers'], 2), None
         self._bar = IntProgress(layout=Layout(width='240px', flex='none'))
         self._head, self._body, self._red = HTML(), HTML(), HTML(layout=Layout(display='none'))
         self._faults = HTML(layout=Layout(display='none', max_width='840px'))
@@ -134,7 +142,8 @@ class RunView(VBox):
         self._picture = Image(format='png', layout=Layout(visibility='hidden', width='840px', height='432px',
                               max_width='100%', object_fit='contain', object_position='left top'))
         rows = HBox([self._bar, self._head]), HBox([self._stop, self._resume, self._body])
-        super().__init__([*rows, self._red, self._picture, self._faults])
+        self._cards = HTML(layout=Layout(display='none', overflow='visible'))
+        super().__init__([*rows, self._red, self._picture, self._faults, self._cards])
 
     def __repr__(self): return _headline(_look(self._run))
 
@@ -200,6 +209,7 @@ def _refresh(self:RunView, now):
     at_work = state in _at_work
     if len(self._log.rows) and self._log.offset != self._drawn: self._curve(now=not at_work)
     self._health(now=not at_work)
+    if _when_changed(self._run) != self._previewed: self._answers(now=not at_work)
     self._picture.layout.display = None if at_work or self._drawn else 'none'
     self._warn(self._trouble or self._unread or (_cause(self._run) if state in ('failed', 'damaged') else ''))
     return at_work
@@ -237,6 +247,14 @@ def _check(self:RunView):
     self._faults.value, self._faults.layout.display = _line(text, _amber), None if text else 'none'
 
 @patch
+def _show_answers(self:RunView):
+    "Show the answers that the run has given at its evaluations."
+    self._previewed = _when_changed(self._run)
+    shown = show_previews(self._run)
+    self._cards.value = div('line-height:1.45', shown._repr_html_())  # a widget has wider lines than a notebook
+    self._cards.layout.display = None if str(shown) else 'none'
+
+@patch
 def _warn(self:RunView, text):
     self._red.value, self._red.layout.display = _line(text, _red), None if text else 'none'
 
@@ -252,7 +270,8 @@ def _print(run):
     log = Log(run)
     unread, seen = _update(log), _look(run)
     figures = ' · '.join(filter(None, [_figures(log.summary()), seen.now.pace]))
-    print(*filter(None, [_headline(seen), figures, unread or _cause(run), *map(str, health_findings(log))]), sep='\n')
+    said = [_headline(seen), figures, unread or _cause(run), *map(str, health_findings(log)), str(show_previews(run))]
+    print(*filter(None, said), sep='\n')
 
 def watch_loss(
     run:str|os.PathLike, # A run, or its folder
