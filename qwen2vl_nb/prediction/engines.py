@@ -258,11 +258,11 @@ def _begin_in_turn(recipes, folder, about):
              for name,recipe in recipes.items()]
     return _start_workers(first | {'output_dir': str(folder)}, folder, about | {'parts': parts}, _workers(about))
 
-def _answer_in_turn(recipes, folder, n, about, caller):
+def _answer_in_turn(recipes, folder, n, caller, **workers):
     "Answer the rows that are missing in the folders of some recipes, each of which has `n`."
     run, folders = Run(folder), [folder/name for name in recipes]
     if not any(missing(part/ANSWERS, n) for part in folders): return
-    try: _begin_in_turn(recipes, folder, about)
+    try: _begin_in_turn(recipes, folder, describe_start(**workers))
     except RuntimeError:
         if not run.is_running: raise  # another call has started it in the meantime
     _wait(run, n, folders, caller)
@@ -290,7 +290,7 @@ def predict_in_turn(
     for name in recipes: _set_aside(folder/name/ANSWERS, rows)
     if not any(row['label'] for row in asked):
         recipes = {name: {'skip_special_tokens': False} | recipe for name,recipe in recipes.items()}
-    _answer_in_turn(recipes, folder, len(rows), describe_start(nproc, python=python, env=env), caller)
+    _answer_in_turn(recipes, folder, len(rows), caller, nproc=nproc, python=python, env=env)
     found = {name: Predictions(folder/name) for name in recipes}
     for predictions in found.values(): _warn_of_failed(predictions, caller)
     return found

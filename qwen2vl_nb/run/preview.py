@@ -143,6 +143,7 @@ def decode_answer(
 
 # %% ../../nbs/run/18_preview.ipynb #prev0051
 _share = .015 # Of the training time
+_least = 4 # How much longer than an evaluation of the same rows generating is expected to take at first
 
 class Budget:
     "How much time a share of the training has left for something else."
@@ -216,7 +217,7 @@ def preview_callback(
         def preview(self, args, state, model, loader, metrics):
             if self.rows is None: self.rows = _features(loader.dataset, n)
             speed = next((v for k, v in metrics.items() if k.endswith('_samples_per_second') and v), 1)
-            left = self.budget.left(args.world_size*len(self.rows)/speed)
+            left = self.budget.left(_least*args.world_size*len(self.rows)/speed)
             if not left or not self.rows: return
             began = time.monotonic()
             answers = generate(model, loader.collate_fn, args, [row for _, row, _ in self.rows], left)
