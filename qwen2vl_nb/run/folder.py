@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RUN', 'RECIPE', 'RUN_LOG', 'RANKS', 'TRAINER_LOG', 'WAITER', 'PROGRESS', 'STOP', 'STOPPING', 'REFUSED', 'ENDED',
-           'EARLIER', 'QUESTION', 'ASKED', 'MISSING', 'ANSWERS', 'GENERATED', 'failure_file', 'RunStart', 'write_start',
-           'is_number', 'is_count', 'read_state', 'state_or_empty', 'write_progress', 'write_failure', 'last_start',
-           'files_of']
+           'EARLIER', 'QUESTION', 'ASKED', 'MISSING', 'ANSWERS', 'GENERATED', 'SERVED', 'SERVER', 'failure_file',
+           'RunStart', 'write_start', 'is_number', 'is_count', 'read_state', 'state_or_empty', 'write_progress',
+           'write_failure', 'last_start', 'files_of']
 
 # %% ../../nbs/run/00_folder.ipynb #d10b0003
 import os, re, time
@@ -35,6 +35,9 @@ ASKED = 'asked.jsonl'       # The rows of a prediction, as the model is asked ab
 MISSING = 'missing.json'    # Indices of the rows that the workers of a prediction still have to answer
 ANSWERS = 'predictions.jsonl' # The answers of a prediction
 GENERATED = 'generated_predictions.jsonl' # Answers of LLaMA-Factory's own prediction
+
+SERVED = 'served'           # The `engine` of a run that keeps a model loaded
+SERVER = 'server.json'      # Port and key of the process that keeps it loaded, and its process id and creation time
 
 def failure_file(
     who, # A rank, or `'server'`, `'rows'` or `'files'` for a prediction
@@ -65,11 +68,12 @@ class RunStart:
     before:dict=field(default_factory=dict)  # `step` and `steps` of the start that was resumed
     stale:dict=field(default_factory=dict)   # Checkpoints of earlier runs, see `is_stale`: name → seconds since 1970
     unit:str='step' # What progress counts: `'step'`, or `'row'` for a prediction
-    engine:str=None # Engine of a prediction that starts servers
+    engine:str=None # Engine of a prediction that starts servers; `SERVED` for a model that is kept loaded
     workers:list=None # For a prediction: `command` and `env` of each worker
     servers:list=None # For a prediction: `command`, `env`, `url` and `log` of each server
-    options:dict=None # For a prediction that queries servers: its options
+    options:dict=None # For a prediction that queries servers, or a model that is kept loaded: its options
     budget:int=None # For a prediction with transformers: tokens per batch
+    weights:dict=None # For a model that is kept loaded: digests of the files of the model and of its adapter
 
 def write_start(
     folder, # Folder of the run
@@ -106,7 +110,8 @@ _checks = { # For each field of a file
         secrets=_dict(_list(_text)), nproc=is_count, nnodes=is_count, node_rank=is_count, master=_or_none(_text),
         force=_flag, host=_text, gpus=_list(_object),
         versions=_dict(_or_none(_text)), unit=_text, before=_dict(is_count), stale=_dict(_time), engine=_text,
-        workers=_list(_object), servers=_list(_object), options=_object, budget=is_count),
+        workers=_list(_object), servers=_list(_object), options=_object, budget=is_count, weights=_object),
+    SERVER: dict(port=is_count, key=_text, pid=is_count, created=is_count),
     WAITER: dict(pid=is_count, created=_or_none(is_count), started=_time, child=is_count,
                  child_created=_or_none(is_count)),
     ENDED: dict(returncode=_exit_status, asked=_flag, error=_text, killed_by_kernel=_flag, moved=_flag, time=_time),
@@ -114,6 +119,7 @@ _checks = { # For each field of a file
     'failure.json': dict(type=_text, message=_text, file=_text, line=is_count, function=_text, traceback=_text,
                          time=_time, rank=is_count, where=_text)}
 _needed = {RUN: [], WAITER: ['pid', 'created'], ENDED: ['returncode'], PROGRESS: ['step', 'steps'],
+           SERVER: ['port', 'key', 'pid', 'created'],
            'failure.json': ['type', 'message']}
 
 def _describe_faults(found, kind):
@@ -134,7 +140,7 @@ def _read(path, kind):
 
 def read_state(
     folder, # Folder of a run
-    name:str, # `run.json`, `waiter.json`, `ended.json`, `progress.json`, `refused.json` or `failure-N.json`
+    name:str, # `run.json`, `waiter.json`, `ended.json`, `progress.json`, `server.json`, `refused.json` or `failure-…`
 ): # A dict, or for `refused.json` a list of dicts; empty if there is no such file
     "Return what a state file of a run contains. Raises `Damaged` if the content is not valid."
     path = Path(folder)/name
@@ -202,6 +208,7 @@ def files_of(
     "List the files in a folder whose names are those of files that such a start creates."
     if not about or not os.path.isdir(folder): return []
     logs = [s.get('log') for s in about.get('servers', [])]
-    names = {*_always, *logs, *([RANKS] if RANKS in about['command'] else [])}
+    names = {*_always, *logs, *([RANKS] if RANKS in about['command'] else []),
+             *([SERVER] if about.get('engine') == SERVED else [])}
     found = sorted(name for name in os.listdir(folder) if name in names or _numbered.fullmatch(name))
     return [Path(folder)/name for name in found] + [Path(folder)/RUN]*os.path.lexists(Path(folder)/RUN)

@@ -29,8 +29,8 @@ from . import life
 from .command import (child_environment, gpus_for, inherited_environment, port_findings, run_command,
                                     secrets_of, visible_gpus)
 from .failure import find_failure
-from .folder import (EARLIER, PROGRESS, RECIPE, REFUSED, RUN, RUN_LOG, TRAINER_LOG, WAITER, files_of,
-                                   is_count, is_number, last_start, state_or_empty, write_start)
+from .folder import (EARLIER, PROGRESS, RECIPE, REFUSED, RUN, RUN_LOG, SERVED, TRAINER_LOG, WAITER,
+                                   files_of, is_count, is_number, last_start, state_or_empty, write_start)
 from .loss import best_evaluation
 from .owner import note_start, refuse_foreign, refuse_stranger
 if TYPE_CHECKING: import pandas as pd
@@ -120,12 +120,14 @@ class Run:
 
 def attach(
     output_dir:str|Path, # Folder of a run that was launched, now or on another day
-)->Run:
+)->Run: # A `Served` for a model that `serve` keeps loaded
     "Return the run in a folder."
     run = Run(output_dir)
     if not os.path.exists(run.output_dir/RUN):
         raise FileNotFoundError(f'No run was launched in {run.output_dir}: there is no run.json.')
-    return run
+    if state_or_empty(run, RUN).get('engine') != SERVED: return run
+    from qwen2vl_nb.prediction import Served  # imported late, because its module imports this one
+    return Served(run)
 
 # %% ../../nbs/run/60_start.ipynb #0efd8111
 @patch
@@ -460,6 +462,8 @@ def _resume(run, master, trust):
     if 'workers' in about:
         raise RuntimeError(f'There are predictions in {run.output_dir}: predict(…), called again as before, continues '
                            'with the missing rows.')
+    if about.get('engine') == SERVED:
+        raise RuntimeError(f'A model was served in {run.output_dir}: serve(…), called again as before, loads it again.')
     if not isinstance(recipe.get('output_dir'), str):
         raise RuntimeError(f"{run.output_dir/RECIPE} was changed after the start: it has no output_dir.")
     if not trust: refuse_stranger(run, about, recipe)
