@@ -123,6 +123,7 @@ def refuse_other(
         raise ValueError(f'The model served in {served.output_dir} is not the one that the recipe asks for:\n- '
                          + '\n- '.join(other) + '\nChange the recipe, or serve the other model in another folder.')
 
+# %% ../../nbs/prediction/45_engines.ipynb #45servx2
 def until_ready(
     served:Run, # A model that is kept loaded
 ):
@@ -265,10 +266,11 @@ def _check_engine(engine, options, started):
     unknown = options.keys() - (allowed.get(engine, ()) if isinstance(engine, str) else ())
     if unknown: raise TypeError(f"The engine {engine!r} has no option {', '.join(sorted(unknown))}.")
 
+# %% ../../nbs/prediction/45_engines.ipynb #6b5901x2
 def predict(
     recipe:dict, # A prediction recipe
     samples:list=None, # Samples or rows in memory to ask, with or without answers; `None`: the recipe's data set
-    engine='hf', # What answers: `'hf'`, `'vllm'`, `'openai'`, `'llamafactory'`, or what `serve` returned
+    engine:str|Run='hf', # What answers: `'hf'`, `'vllm'`, `'openai'`, `'llamafactory'`, or what `serve` returned
     nproc:int=None, # Number of workers; `None`: one for each GPU on this machine, or one if there is no GPU
     env:dict=None, # Environment variables for the workers
     python:str|Path=None, # Interpreter of an environment with LLaMA-Factory, or vLLM for `'vllm'`; `None`: this one

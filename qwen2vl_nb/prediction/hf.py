@@ -211,6 +211,7 @@ def is_fatal(
     "Whether it means that this process can't use the GPU any more."
     return 'CUDA error' in str(error) and not is_memory_error(error)
 
+# %% ../../nbs/prediction/20_hf.ipynb #0de552x2
 class Halving:
     "Answers batches, and halves those that do not fit or in which a row fails."
     def __init__(self,

@@ -126,7 +126,7 @@ class Served(Run):
         return server_of(self)['key']
 
     def ask(self,
-        media, # A picture or clip, or a list of them: paths, Pillow pictures, arrays; `None`: a question without any
+        media:str|Path|list, # A picture or clip, or several: paths, Pillow pictures, arrays; `None`: none
         prompt:str, # What is asked; `<image>` and `<video>` in it say where pictures and clips belong
         **settings, # Settings for this answer, such as `max_new_tokens`, in LLaMA-Factory's terms
     )->Answer:
@@ -143,7 +143,7 @@ class Served(Run):
         return answer
 
     def chat(self,
-        media=None, # Pictures and clips for the first question, as for `ask`
+        media:str|Path|list=None, # Pictures and clips for the first question, as for `ask`
     )->'ChatView':
         "A view for asking by hand."
         until_ready(self)
@@ -182,6 +182,7 @@ def _begin(recipe, idle, env, python):
               'weights': {part: known[part] for part in ('model', 'adapter')}, 'cwd': recipe['output_dir']}
     start(recipe, about, keep_earlier, [about['python'], *script('prediction.warm')])
 
+# %% ../../nbs/prediction/55_serve.ipynb #55serve13
 def serve(
     model:str|os.PathLike, # Model folder, or a name; or a training run, or its folder
     output_dir:str|Path=None, # Folder of the process; `None`: next to the adapter, or under `saves/<model>`
@@ -201,7 +202,7 @@ def serve(
     until_ready(served)
     return served
 
-# %% ../../nbs/prediction/55_serve.ipynb #55serve20
+# %% ../../nbs/prediction/55_serve.ipynb #55serve21
 def _uploaded(file):
     "A file that was chosen in the browser, as a part of a message."
     is_clip = file['type'].startswith('video/') or file['name'].lower().endswith(video_endings)
@@ -230,7 +231,7 @@ def _turn_html(who, text, parts=(), colour='inherit'):
             f'style="margin:6px 0">{name}<div>{"".join(map(_small, parts))}</div>'
             f'<div style="{style}">{escape(text)}</div></div>')
 
-# %% ../../nbs/prediction/55_serve.ipynb #55serve21
+# %% ../../nbs/prediction/55_serve.ipynb #55serve22
 class ChatView(VBox):
     "A dialogue with a model about pictures."
     def __init__(self,
@@ -276,7 +277,7 @@ class ChatView(VBox):
         self._thread = Thread(target=self._answer, args=[asked], daemon=True)
         self._thread.start()
 
-# %% ../../nbs/prediction/55_serve.ipynb #55serve22
+# %% ../../nbs/prediction/55_serve.ipynb #55serve23
 class _Ended(Exception): "The user has ended an answer."
 
 @patch

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['parse_question', 'Reader', 'Ahead', 'Gone', 'is_closed', 'Growing', 'stopping', 'Warm', 'answer_one', 'answer_rows',
-           'load_yaml', 'Refused', 'Handler', 'Requests', 'Server', 'work', 'main']
+           'Refused', 'Handler', 'Checked', 'Requests', 'Server', 'work', 'main']
 
 # %% ../../nbs/prediction/24_warm.ipynb #24warm02
 import base64, gc, hmac, json, os, re, secrets, select, socket, time
@@ -46,6 +46,7 @@ def _part(part, images, videos):
         videos.append(BytesIO(found) if isinstance(found, bytes) else found)
     return '<image>' if part['type'] == 'image_url' else '<video>'
 
+# %% ../../nbs/prediction/24_warm.ipynb #24warm06
 def _settings(body):
     "The settings in a request, under LLaMA-Factory's names."
     from llamafactory.hparams.generating_args import GeneratingArguments
@@ -75,7 +76,7 @@ def parse_question(
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f'this is not a chat completion request: {describe_failure(error)["type"]} {error}') from None
 
-# %% ../../nbs/prediction/24_warm.ipynb #24warm09
+# %% ../../nbs/prediction/24_warm.ipynb #24warm10
 class Reader:
     "Prepares batches for one prediction after the other."
     def __init__(self,
@@ -109,7 +110,7 @@ class Ahead:
         self.wanted = wanted
         return iter(self.loader)
 
-# %% ../../nbs/prediction/24_warm.ipynb #24warm14
+# %% ../../nbs/prediction/24_warm.ipynb #24warm15
 class Gone(Exception): "Whoever asked has closed the connection."
 
 def is_closed(
@@ -150,7 +151,7 @@ def stopping(
             return torch.full((len(ids),), gone(), device=ids.device)
     return [Stopping()]
 
-# %% ../../nbs/prediction/24_warm.ipynb #24warm18
+# %% ../../nbs/prediction/24_warm.ipynb #24warm19
 class Warm:
     "A model that stays loaded."
     def __init__(self,
@@ -187,7 +188,12 @@ class Warm:
         "Whether nobody has asked anything for some time."
         with self.lock: return not self.busy and time.monotonic() - self.last > seconds
 
-# %% ../../nbs/prediction/24_warm.ipynb #24warm19
+# %% ../../nbs/prediction/24_warm.ipynb #24warm20
+def _load_yaml(path):
+    "The recipe in a file."
+    import yaml
+    return yaml.safe_load(read_text(path))
+
 def _generating(warm, recipe):
     "The settings of a recipe, as LLaMA-Factory's `GeneratingArguments`."
     kind = type(warm.args[4])
@@ -216,6 +222,7 @@ def answer_one(
     if done['predict'][growing.sent:]: send(done['predict'][growing.sent:])
     return done
 
+# %% ../../nbs/prediction/24_warm.ipynb #24warm24
 @contextmanager
 def _turn(warm, gone):
     "Wait until no other prediction is being answered."
@@ -231,7 +238,7 @@ def answer_rows(
 ):
     "Answer the missing rows of a prediction. Raises `Gone` if nobody waits for them any more."
     with _turn(warm, gone):
-        run, recipe = read_json(folder/RUN), load_yaml(folder/RECIPE)
+        run, recipe = read_json(folder/RUN), _load_yaml(folder/RECIPE)
         rows, file, todo = Asked(folder/ASKED), Answers(folder/ANSWERS), set(read_json(folder/MISSING, list))
         warm.n += 1
         about = (warm.n, str(folder/ASKED)), recipe.get('cutoff_len', 2048)
@@ -246,15 +253,7 @@ def answer_rows(
             file.add([row for row in done if row['row'] in todo])
         file.close()
 
-# %% ../../nbs/prediction/24_warm.ipynb #24warm20
-def load_yaml(
-    path, # A recipe
-)->dict:
-    "Read a recipe that this package has written."
-    import yaml
-    return yaml.safe_load(read_text(path))
-
-# %% ../../nbs/prediction/24_warm.ipynb #24warm27
+# %% ../../nbs/prediction/24_warm.ipynb #24warm28
 _request_seconds = 60 # Seconds within which a request must have arrived
 
 class Refused(Exception): "A request that is refused; the arguments are the status code and the reason."
@@ -263,7 +262,6 @@ class Handler(BaseHTTPRequestHandler):
     "Answers one connection."
     timeout = _request_seconds # After which a client that reads nothing is given up
     left = False # Whether the connection was given up
-    has_body = False # Whether the body of the request was read
 
     def log_message(self, *args): pass
     def gone(self): return self.left or is_closed(self.connection)
@@ -282,12 +280,26 @@ class Handler(BaseHTTPRequestHandler):
         self.late.cancel()
         with suppress(OSError): super().finish()
 
+    def say(self, status, value):
+        "Send JSON."
+        data = json.dumps(value).encode()
+        self.send_response(status)
+        for name, about in (('Content-Type', 'application/json'), ('Content-Length', len(data))):
+            self.send_header(name, str(about))
+        self.end_headers()
+        self.wfile.write(data)
+
+# %% ../../nbs/prediction/24_warm.ipynb #24warm29
+class Checked(Handler):
+    "Lets in only whoever has the key, and requests that are in order."
+    has_body = False # Whether the body of the request was read
+
     def _check_key(self):
         given = self.headers.get('Authorization', '').encode(errors='replace')
         if not hmac.compare_digest(given, f'Bearer {self.server.key}'.encode()):
             raise Refused(401, 'The key is missing or wrong.')
 
-    def _body(self):
+    def body(self):
         "The JSON object that was sent."
         size = self.headers.get('Content-Length', '')
         if not re.fullmatch(r'[0-9]{1,15}', size): raise Refused(411, 'The request has no Content-Length.')
@@ -299,19 +311,7 @@ class Handler(BaseHTTPRequestHandler):
         try: return parse_json(found, name='The request')
         except ValueError as error: raise Refused(400, str(error)) from None
 
-    def say(self, status, value):
-        "Send JSON."
-        data = json.dumps(value).encode()
-        self.send_response(status)
-        for name, about in (('Content-Type', 'application/json'), ('Content-Length', len(data))):
-            self.send_header(name, str(about))
-        self.end_headers()
-        self.wfile.write(data)
-
-# %% ../../nbs/prediction/24_warm.ipynb #24warm28
-class Requests(Handler):
-    "What can be requested."
-    def _answer(self, paths):
+    def answer(self, paths):
         "Call the method for the path, and report what goes wrong."
         try:
             self._check_key()
@@ -328,14 +328,17 @@ class Requests(Handler):
         "Read a little of what was not read yet: with unread bytes, the kernel would discard the answer."
         if not self.has_body and self.headers.get('Content-Length', '0') != '0': self.rfile.read1(2**16)
 
-    def do_GET(self): self._answer({MODELS: self._models})
-    def do_POST(self): self._answer({CHAT: self._chat, ROWS: self._rows})
+# %% ../../nbs/prediction/24_warm.ipynb #24warm30
+class Requests(Checked):
+    "What can be requested."
+    def do_GET(self): self.answer({MODELS: self._models})
+    def do_POST(self): self.answer({CHAT: self._chat, ROWS: self._rows})
 
     def _models(self):
         self.say(200, {'object': 'list', 'data': [{'id': self.server.name, 'object': 'model'}]})
 
     def _rows(self):
-        answer_rows(self.server.warm, Path(self._body()['folder']), self.gone)
+        answer_rows(self.server.warm, Path(self.body()['folder']), self.gone)
         self.say(200, {})
 
     def _completion(self, kind, choice, row=None):
@@ -349,7 +352,7 @@ class Requests(Handler):
     def _event(self, value): self.wfile.write(f'data: {json.dumps(value)}\n\n'.encode())
 
     def _chat(self):
-        body, pieces, warm = self._body(), Queue(), self.server.warm
+        body, pieces, warm = self.body(), Queue(), self.server.warm
         done = warm.submit(answer_one, warm, *parse_question(body), pieces.put, self.gone)
         done.add_done_callback(lambda _: pieces.put(None))
         first = pieces.get()
@@ -363,10 +366,10 @@ class Requests(Handler):
         for piece in chain([first], iter(pieces.get, None)) if first else ():
             self._event(self._completion('chat.completion.chunk', {'delta': {'content': piece}}))
         try: self._event(self._completion('chat.completion.chunk', {'delta': {}}, done.result()))
-        except ValueError as error: self._event({'error': {'message': str(error)}})
+        except Exception as error: self._event({'error': {'message': str(error)}})
         self.wfile.write(b'data: [DONE]\n\n')
 
-# %% ../../nbs/prediction/24_warm.ipynb #24warm29
+# %% ../../nbs/prediction/24_warm.ipynb #24warm31
 class Server(ThreadingTCPServer):
     "Listens on 127.0.0.1, at a port that the kernel chooses."
     daemon_threads, request_queue_size, timeout = True, 64, .5
@@ -384,14 +387,14 @@ class Server(ThreadingTCPServer):
         pid = os.getpid()
         return {'port': self.server_address[1], 'key': self.key, 'pid': pid, 'created': created(pid)}
 
-# %% ../../nbs/prediction/24_warm.ipynb #24warm35
+# %% ../../nbs/prediction/24_warm.ipynb #24warm37
 def work(
     folder:Path, # Folder of the model that is kept loaded
 ):
     "Load the model of a folder, and answer questions until nobody has asked one for a while."
     gc.disable()
     import torch # noqa: F401, imported without the collector
-    run, recipe = read_json(folder/RUN), load_yaml(folder/RECIPE) | hidden.given('recipe')
+    run, recipe = read_json(folder/RUN), _load_yaml(folder/RECIPE) | hidden.given('recipe')
     check_gpus(run)
     show_downloads()
     warm = Warm({'eval_dataset': 'any'} | recipe, run['budget'])  # LLaMA-Factory requires a data set
