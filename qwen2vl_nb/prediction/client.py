@@ -6,7 +6,7 @@
 __all__ = ['ROWS', 'CHAT', 'MODELS', 'MOST_BYTES', 'ServerGone', 'NotAnswered', 'server_of', 'request', 'work', 'main']
 
 # %% ../../nbs/prediction/23_client.ipynb #23client02
-import json, sys
+import json, os, sys
 from contextlib import contextmanager
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
@@ -42,7 +42,7 @@ def request(
 ): # Yields the answer, an `HTTPResponse`
     "Send a request. Raises `ServerGone` if the process has ended or ends meanwhile, and `NotAnswered` if it refuses."
     place, data = server_of(folder), json.dumps(body).encode()
-    if not place: raise ServerGone(f'No process holds the model of {folder} any more.')
+    if not place: raise ServerGone(f'No process holds the model of {os.fspath(folder)} any more.')
     if len(data) > MOST_BYTES:
         raise NotAnswered(f'The request has {len(data):,} bytes, and at most {MOST_BYTES:,} are accepted: give '
                           'pictures as paths.')
@@ -53,7 +53,7 @@ def request(
         if answer.status != 200: raise NotAnswered(_error_in(answer.read(2**20)))
         yield answer
     except (ConnectionError, HTTPException):
-        raise ServerGone(f'The process that held the model of {folder} ended while it answered.') from None
+        raise ServerGone(f'The process that held the model of {os.fspath(folder)} ended while it answered.') from None
     finally: connection.close()
 
 # %% ../../nbs/prediction/23_client.ipynb #23client10

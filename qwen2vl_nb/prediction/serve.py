@@ -6,7 +6,7 @@
 __all__ = ['message', 'Answer', 'stream', 'Served', 'serve', 'ChatView']
 
 # %% ../../nbs/prediction/55_serve.ipynb #55serve02
-import base64, io, os, re, time
+import base64, io, os, re, sys, time
 from contextlib import closing
 from html import escape
 from pathlib import Path
@@ -21,7 +21,7 @@ from ..model import pixel_limits
 from ..recipe import predict_recipe
 from ..data.objects import picture_bytes
 from .client import CHAT, NotAnswered, ServerGone, request, server_of
-from .engines import answer_settings, fit_findings, refuse_other, until_ready
+from .engines import answer_settings, batch_budget, fit_findings, refuse_other, until_ready
 from .question import question
 from ..run.folder import RUN, SERVED, state_or_empty
 from ..run.start import Run, describe_start, keep_earlier, raise_errors, start
@@ -91,7 +91,7 @@ def _events(folder, body):
             said = parse_json(line[6:])
             if 'error' in said: raise NotAnswered(said['error']['message'])
             yield said
-    if not is_whole: raise ServerGone(f'The process that held the model of {folder} ended while it answered.')
+    if not is_whole: raise ServerGone(f'The process that held the model of {os.fspath(folder)} ended while it answered.')
 
 def stream(
     folder, # Folder of a model that is kept loaded
@@ -175,12 +175,19 @@ def _begin(recipe, idle, env, python):
     "Start the process that holds a model."
     about = describe_start(1, env=env, python=python)
     found = quick_findings(recipe, 1, about['versions'], about['given'], about['python'])
-    fit, budget = fit_findings(recipe, about['gpus'])
-    raise_errors(found + fit, force=False)
+    raise_errors(found + fit_findings(recipe, about['gpus']), force=False)
     known = question(recipe, [], 'hf')
-    about |= {'engine': SERVED, 'unit': 'answer', 'options': {'idle': idle}, 'budget': budget,
-              'weights': {part: known[part] for part in ('model', 'adapter')}, 'cwd': recipe['output_dir']}
+    about |= {'engine': SERVED, 'unit': 'answer', 'options': {'idle': idle}, 'cwd': recipe['output_dir'],
+              'budget': batch_budget(recipe, about['gpus']),
+              'weights': {part: known[part] for part in ('model', 'adapter')}}
     start(recipe, about, keep_earlier, [about['python'], *script('prediction.warm')])
+
+def _wait(served):
+    "Wait until a model is loaded, and show how long that takes."
+    from tqdm import tqdm
+    form = '{desc} [{elapsed}{postfix}]'
+    with tqdm(desc=f'{served.output_dir.name}: loading', file=sys.stdout, bar_format=form) as bar:
+        until_ready(served, lambda: bar.set_postfix_str(served.progress.doing))
 
 # %% ../../nbs/prediction/55_serve.ipynb #55serve13
 def serve(
@@ -199,7 +206,7 @@ def serve(
     if served.is_running and state_or_empty(served, RUN).get('engine') == SERVED:
         refuse_other(served, question(recipe, [], 'hf'))
     else: _begin(recipe, idle, env, python)
-    until_ready(served)
+    _wait(served)
     return served
 
 # %% ../../nbs/prediction/55_serve.ipynb #55serve21

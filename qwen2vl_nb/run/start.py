@@ -100,7 +100,7 @@ class Run:
     ): self.output_dir = Path(output_dir).absolute()
 
     def __fspath__(self): return str(self.output_dir)
-    def __repr__(self): return f'Run({str(self.output_dir)!r}): {self.status}'
+    def __repr__(self): return f'{type(self).__name__}({str(self.output_dir)!r}): {self.status}'
 
     @property
     def status(self):
