@@ -222,7 +222,7 @@ def test_killed_in_the_middle_of_a_prediction(ask, served, other, data, tmp_path
     child = _child(other)
     child.kill()
     caller.join(PATIENCE)
-    assert 'ended while it answered' in errors[0] and re.search(r'\d+ of 600 rows are done and kept', errors[0])
+    assert 'ended meanwhile' in errors[0] and re.search(r'\d+ of 600 rows are done and kept', errors[0])
     kept = (tmp_path/'out'/'predictions.jsonl').read_text()
     with pytest.raises(RuntimeError, match='has ended'): predict(recipe, many, engine=other)
     until(lambda: not other.is_running)

@@ -53,7 +53,7 @@ def request(
         if answer.status != 200: raise NotAnswered(_error_in(answer.read(2**20)))
         yield answer
     except (ConnectionError, HTTPException):
-        raise ServerGone(f'The process that held the model of {os.fspath(folder)} ended while it answered.') from None
+        raise ServerGone(f'The process that held the model of {os.fspath(folder)} ended meanwhile.') from None
     finally: connection.close()
 
 # %% ../../nbs/prediction/23_client.ipynb #23client10

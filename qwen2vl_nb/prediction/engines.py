@@ -154,8 +154,8 @@ def describe_again(
 def _begin_served(served, recipe, samples, folder, about):
     "Start the worker that asks a loaded model."
     until_ready(served)
-    command = [sys.executable, *script('prediction.client', served.output_dir)]
-    return _start_workers(recipe, folder, about | _kept_budget(folder, recipe, about), [{'command': command, 'env': {}}])
+    workers = [{'command': [sys.executable, *script('prediction.client', served.output_dir)], 'env': {}}]
+    return _start_workers(recipe, folder, about | _kept_budget(folder, recipe, about), workers)
 
 # %% ../../nbs/prediction/45_engines.ipynb #058cbfed
 _passed_samples = 'samples_that_were_given' # Name of the data set of samples that were passed to `predict`

@@ -91,7 +91,7 @@ def _events(folder, body):
             said = parse_json(line[6:])
             if 'error' in said: raise NotAnswered(said['error']['message'])
             yield said
-    if not is_whole: raise ServerGone(f'The process that held the model of {os.fspath(folder)} ended while it answered.')
+    if not is_whole: raise ServerGone(f'The process that held the model of {os.fspath(folder)} ended meanwhile.')
 
 def stream(
     folder, # Folder of a model that is kept loaded
