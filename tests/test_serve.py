@@ -7,6 +7,7 @@ import numpy as np
 import psutil
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from conftest import PATIENCE, until
 from qwen2vl_nb.data.registry import Registry, dataset_samples
@@ -71,22 +72,27 @@ def _post(served, body, headers=None, path='/v1/chat/completions'):
 
 def _question(text='What is this?', **more): return json.dumps({'messages': [{'role': 'user', 'content': text}]} | more).encode()
 
-def test_answers_are_those_of_hf(ask, served, mixed, tmp_path):
-    "Row by row, also with clips and with rows that fail; the second prediction goes through the same process."
-    for name, samples, changes in (('test set', None, {}), ('mixed', mixed, {}), ('sampled', mixed[:4], dict(do_sample=True, temperature=.9, seed=7))):
-        theirs, ours = (predict(ask(tmp_path/f'{name} {engine}', **changes), samples, engine=engine or served) for engine in ('hf', None))
-        assert _lines(theirs) == _lines(ours) and len(ours) == len(samples or range(100))
-        files = [sorted(p.name for p in (tmp_path/f'{name} {engine}').iterdir()) for engine in ('hf', None)]
-        assert files[0] == files[1], 'the same files'
-    assert [row['row'] for row in Predictions(tmp_path/'mixed hf').failed] == [4, 5, 7]
+@pytest.fixture(scope='module')
+def once(ask, tmp_path_factory):
+    "The test set, answered by `hf`."
+    return predict(ask(tmp_path_factory.mktemp('once')/'out'))
 
-def test_a_prediction_may_change_its_engine(ask, served, tmp_path):
-    whole = predict(ask(tmp_path/'whole'), engine=served)
-    lines = whole.path.read_text().splitlines(keepends=True)
-    for begun, engine in (('begun with hf', served), ('begun with served', 'hf')):
-        shutil.copytree(tmp_path/'whole', tmp_path/begun)
-        (tmp_path/begun/'predictions.jsonl').write_text(''.join(lines[::3]))
-        assert _lines(predict(ask(tmp_path/begun), engine=engine)) == _lines(whole)
+def test_answers_are_those_of_hf(ask, served, once, mixed, tmp_path):
+    "Row by row, also with clips and sampled, and with rows that fail; and the folders have the same files."
+    sampled = dict(do_sample=True, temperature=.9, seed=7)
+    theirs = predict(ask(tmp_path/'theirs', **sampled), mixed)
+    for name, samples, changes, expected in (('test set', None, {}, once), ('mixed', mixed, sampled, theirs)):
+        ours = predict(ask(tmp_path/name, **changes), samples, engine=served)
+        assert _lines(ours) == _lines(expected) and len(ours) == len(samples or range(100))
+        files = [sorted(p.name for p in found.output_dir.iterdir()) for found in (ours, expected)]
+        assert files[0] == files[1]
+    assert [row['row'] for row in Predictions(tmp_path/'mixed').failed] == [4, 5, 7]
+
+def test_a_prediction_that_hf_has_begun_goes_on(ask, served, once, tmp_path):
+    shutil.copytree(once.output_dir, tmp_path/'begun')
+    path = tmp_path/'begun'/'predictions.jsonl'
+    path.write_text(''.join(path.read_text().splitlines(keepends=True)[::3]))
+    assert _lines(predict(ask(tmp_path/'begun'), engine=served)) == _lines(once)
 
 def test_asked_by_hand(served, picture, data, capsys):
     first = served.ask(picture, 'What is this?')
@@ -96,7 +102,9 @@ def test_asked_by_hand(served, picture, data, capsys):
     clip = next((data/'car_video').rglob('*.mp4'))
     assert all(served.ask(media, 'What?').tokens for media in ([picture, picture], clip, [clip, picture], None))
     assert served.ask(picture, 'What is this?', max_new_tokens=1).finish_reason == 'length'
-    assert '\ufffd' not in served.ask(picture, 'What is this?', do_sample=True, temperature=5., top_p=1., top_k=0, max_new_tokens=60)
+    wild = dict(do_sample=True, temperature=5., top_p=1., top_k=0, max_new_tokens=60, seed=3)
+    at_once = json.loads(_post(served, _question('What is this?', **wild))[1])['choices'][0]['message']['content']
+    assert served.ask(None, 'What is this?', **wild) == at_once
     broken = io.BytesIO(b'no picture at all')
     for media, why in (('/nowhere.png', 'No such file'), ('/dev/zero', 'not a regular file'), (str(data), 'not a regular file'), (broken, 'array of uint8')):
         with pytest.raises((OSError, ValueError), match=why): served.ask(media, 'What is this?')
@@ -170,27 +178,44 @@ def test_slow_and_silent_clients_keep_nobody_waiting(served):
     assert served.ask(None, 'What is this?')
     for s in held: s.close()
 
-def _stream(served, **more):
-    "A connection on which an answer is being streamed; its first piece has arrived."
+@pytest.fixture
+def endless(tiny, tmp_path):
+    "A model that never ends its answers: the logits of its end tokens are 0."
+    model = shutil.copytree(tiny, tmp_path/'endless')
+    weights = load_file(model/'model.safetensors')
+    table, = (name for name in weights if name.endswith('embed_tokens.weight'))
+    weights[table][json.loads((model/'generation_config.json').read_text())['eos_token_id']] = 0
+    save_file(weights, model/'model.safetensors', {'format': 'pt'})
+    found = serve(model, tmp_path/'out', use_cpu=True)
+    yield found
+    found.stop()
+
+def _stream(served):
+    "A connection on which an answer without end is being streamed; its first piece has arrived."
     place = state_or_empty(served, 'server.json')
     connection = http.client.HTTPConnection('127.0.0.1', place['port'], timeout=PATIENCE)
-    connection.request('POST', '/v1/chat/completions', _question(stream=True, **more), {'Authorization': f"Bearer {place['key']}"})
+    connection.request('POST', '/v1/chat/completions', _question(stream=True, max_tokens=10**6), {'Authorization': f"Bearer {place['key']}"})
     answer = connection.getresponse()
     assert answer.readline().startswith(b'data: ')
     return connection, answer
 
-ENDLESS = dict(max_tokens=10**6, temperature=5., top_p=1., top_k=0, repetition_penalty=1.)  # as good as endless, where no end token is drawn
-
-def test_an_answer_that_nobody_waits_for_ends(served, picture):
-    "Two clients at once: the second is answered when the first has left."
-    connection, answer = _stream(served, **ENDLESS | {'num_beams': 1})
+def test_an_answer_that_nobody_waits_for_ends_and_so_does_a_process_without_a_folder(endless, picture):
+    "The second of two clients is answered when the first has left."
+    connection, answer = _stream(endless)
     answers = []
-    second = threading.Thread(target=lambda: answers.append(served.ask(picture, 'What is this?')))
+    second = threading.Thread(target=lambda: answers.append(endless.ask(picture, 'What is this?', max_new_tokens=3)))
     second.start()
+    second.join(1)
+    assert not answers, 'the first is being answered'
     answer.close()
     connection.close()
     second.join(PATIENCE)
-    assert answers and answers[0].startswith('The ')
+    assert answers[0].finish_reason == 'length'
+    processes = [_child(endless), *_child(endless).children(recursive=True), psutil.Process(state_or_empty(endless, 'waiter.json')['pid'])]
+    held = _stream(endless)
+    shutil.rmtree(endless.output_dir)
+    until(lambda: _gone(*processes))
+    assert not endless.output_dir.exists() and held
 
 def test_two_at_once(ask, served, picture, tmp_path):
     "Two predictions and a question at the same time, each with its own answers."
@@ -243,12 +268,6 @@ def test_a_prediction_that_is_stopped_leaves_the_model_at_rest(ask, served, data
     n = len((tmp_path/'out'/'predictions.jsonl').read_text().splitlines())
     assert n < 900 and served.ask(None, 'What is this?')
     assert len((tmp_path/'out'/'predictions.jsonl').read_text().splitlines()) == n, 'nothing is written for a prediction that was stopped'
-
-def test_it_ends_with_its_folder(other):
-    processes = [_child(other), *_child(other).children(recursive=True), psutil.Process(state_or_empty(other, 'waiter.json')['pid'])]
-    shutil.rmtree(other.output_dir)
-    until(lambda: _gone(*processes))
-    assert not other.output_dir.exists()
 
 def test_it_ends_when_nobody_asks(tiny, few_steps, tmp_path):
     "And a run is served as it was trained."
