@@ -217,8 +217,8 @@ def test_a_model_is_asked_by_hand(lab, page):
     field.focus()
     page.keyboard.type('What is <b>this</b>?')
     page.keyboard.press('Enter')
-    _until(lambda: said.count() == 3 and 'The ' in said.nth(2).inner_text(), 'the answer')
-    assert 'What is <b>this</b>?' in said.nth(1).inner_text() and not view.locator('b').count()
+    _until(lambda: said.count() == 2 and 'The ' in said.nth(1).inner_text(), 'the answer')
+    assert 'What is <b>this</b>?' in said.nth(0).inner_text() and not view.locator('b').count()
     assert view.locator('img').first.evaluate('image => image.naturalWidth') > 0
     view.locator('input[type=file]').set_input_files(str(ROOT/'data'/'car_item'/'images'/'0002.png'))
     _until(lambda: '(1)' in view.locator('button').first.inner_text(), 'the picture is chosen')
@@ -231,7 +231,7 @@ def test_a_model_is_asked_by_hand(lab, page):
     assert reached[:2] == ['Send', 'New'], reached
     view.locator('button', has_text='Send').focus()
     page.keyboard.press('Enter')
-    _until(lambda: said.count() == 5 and said.nth(4).inner_text().strip() not in ('Model', 'Model\n…') and not view.locator('button', has_text='Send').is_disabled(), 'the second answer')
+    _until(lambda: said.count() == 4 and said.nth(3).inner_text().strip() not in ('Model', 'Model\n…') and not view.locator('button', has_text='Send').is_disabled(), 'the second answer')
     assert view.locator('img').count() == 2
     _keep(page, 'chat-light')
     assert min(map(_contrast, said.all())) > 4.5 and field.is_visible()

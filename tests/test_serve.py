@@ -293,5 +293,7 @@ def test_a_model_that_can_not_be_loaded(tiny, tmp_path):
     assert not (tmp_path/'out').exists()
     broken = shutil.copytree(tiny, tmp_path/'broken')
     config = json.loads((broken/'config.json').read_text())
-    (broken/'config.json').write_text(json.dumps(config | {'hidden_act': 'no such function'}))
-    with pytest.raises((RuntimeError, ValueError), match='no such function'): serve(broken, tmp_path/'out', use_cpu=True)
+    config['text_config']['intermediate_size'] *= 2
+    (broken/'config.json').write_text(json.dumps(config))
+    with pytest.raises(RuntimeError, match='size mismatch'): serve(broken, tmp_path/'out', use_cpu=True)
+    assert attach(tmp_path/'out').status == 'failed'

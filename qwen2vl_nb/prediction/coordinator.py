@@ -101,7 +101,7 @@ def _look_after(folder):
             _report_progress(folder, count, n, began)
             if _is_stopped(folder): return signal.SIGTERM
             servers.check()
-            time.sleep(.2)
+            time.sleep(.1)
         ended = _exit_status(workers)
         if not ended: _check_complete(answers, n)
         return ended

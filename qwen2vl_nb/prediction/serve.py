@@ -10,7 +10,7 @@ import base64, io, os, re, sys, time
 from contextlib import closing
 from html import escape
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event, Thread, Timer
 from fastcore.basics import patch
 from ipywidgets import HTML, Button, FileUpload, HBox, Layout, Text, VBox
 from ..boot import script
@@ -245,12 +245,15 @@ class ChatView(VBox):
         served:Served, # A model that is kept loaded
         media=None, # Pictures and clips for the first question
     ):
-        self._served, self._dialogue, self._stopped, self._thread = served, [], Event(), None
+        self._served, self._dialogue, self._stopped = served, [], Event()
+        self._thread, self._entered = None, None
         self._media = message(media, '')['content'][:-1]
         self._files = FileUpload(multiple=True, accept='image/*,video/*', description='Pictures',
                                  tooltip='Pictures and clips for the next question')
-        self._text = Text(placeholder='Ask something, and press Enter', layout=Layout(flex='1', min_width='160px'))
-        self._text.on_msg(lambda _, content, buffers: self.send() if content.get('event') == 'submit' else None)
+        self._text = Text(placeholder='Ask something, and press Enter', continuous_update=False,
+                          layout=Layout(flex='1', min_width='160px'))
+        self._text.on_msg(self._enter)
+        self._text.observe(lambda _: self.send() if self._entered else None, 'value')
         self._send = self._button('Send', 'paper-plane', 'Ask', self.send)
         self._stop = self._button('Stop', 'stop', 'End the answer', self._stopped.set)
         self._new = self._button('New', 'eraser', 'Begin a new dialogue', self.clear)
@@ -267,22 +270,16 @@ class ChatView(VBox):
 
     def __repr__(self): return f'a dialogue with {self._served!r}'
 
+    def _enter(self, _, content, buffers):
+        "Enter was pressed; the text comes right after this message, if it has changed."
+        if content.get('event') != 'submit': return
+        self._entered = Timer(.3, self.send)
+        self._entered.start()
+
     def clear(self):
         "Begin a new dialogue."
         self._stopped.set()
         self._dialogue, self._said.children = [], ()
-
-    def send(self):
-        "Ask what is in the text field, with the pictures that were chosen."
-        if self._thread or not self._text.value.strip(): return
-        parts, self._media = [*self._media, *map(_uploaded, self._files.value)], []
-        asked = message(parts, self._text.value)
-        self._show('You', self._text.value, parts)
-        self._files.value, self._text.value = (), ''
-        self._stopped.clear()
-        self._send.disabled, self._new.disabled, self._stop.disabled = True, True, False
-        self._thread = Thread(target=self._answer, args=[asked], daemon=True)
-        self._thread.start()
 
 # %% ../../nbs/prediction/55_serve.ipynb #55serve23
 class _Ended(Exception): "The user has ended an answer."
@@ -313,3 +310,20 @@ def _answer(self:ChatView, asked):
         shown.value = _turn_html('Model', ''.join(text))
         self._dialogue = [*dialogue, {'role': 'assistant', 'content': ''.join(text)}]
     self._send.disabled, self._new.disabled, self._stop.disabled, self._thread = False, False, True, None
+
+@patch
+def send(self:ChatView):
+    "Ask what is in the text field, with the pictures that were chosen."
+    if self._entered: self._entered.cancel()
+    self._entered = None
+    if self._thread or not self._text.value.strip(): return
+    parts = [*self._media, *map(_uploaded, self._files.value)]
+    try: asked = message(parts, self._text.value)
+    except ValueError as error: return self._show('Model', str(error), colour=RED)
+    if self._media: self._media, self._said.children = [], ()  # from now on they are part of the question
+    self._show('You', self._text.value, parts)
+    self._files.value, self._text.value = (), ''
+    self._stopped.clear()
+    self._send.disabled, self._new.disabled, self._stop.disabled = True, True, False
+    self._thread = Thread(target=self._answer, args=[asked], daemon=True)
+    self._thread.start()

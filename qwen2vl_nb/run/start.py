@@ -228,7 +228,7 @@ def wait(self:Run):
                 # Refreshes the bar, too
                 bar.set_postfix_str(', '.join(filter(None, [now.doing, now.pace, now.remaining])))
                 if status != 'running': break
-                time.sleep(.5)
+                time.sleep(.2)
     except KeyboardInterrupt:
         print(f'The run continues in the background: attach({str(self.output_dir)!r}) finds it again, and .stop() ends '
               'it.')
