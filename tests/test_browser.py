@@ -190,6 +190,59 @@ def test_predictions_are_paged_filtered_and_searched(lab, page):
     assert view.locator('mark').count() and not view.locator('b', has_text='truck').count(), 'what differs is marked, and markup is text'
     _keep(page, 'predictions')
 
+_CHAT = """from qwen2vl_nb.all import *
+served = serve('data/tiny_qwen2vl', 'warm', use_cpu=True, max_new_tokens=24)
+served.chat('data/car_item/images/0001.png')"""
+
+def _contrast(element):
+    "How much lighter the lighter one of an element's text and background is."
+    luminance = """rgb => rgb.map(v => v/255).map(v => v <= .03928 ? v/12.92 : ((v + .055)/1.055)**2.4).reduce((sum, v, i) => sum + v*[.2126, .7152, .0722][i], 0)"""
+    script = """e => {
+        const luminance = LUMINANCE, numbers = text => text.match(/[\\d.]+/g).map(Number)
+        let behind = e
+        while (behind && (numbers(getComputedStyle(behind).backgroundColor)[3] ?? 1) == 0) behind = behind.parentElement
+        const [a, b] = [getComputedStyle(e).color, getComputedStyle(behind).backgroundColor].map(c => luminance(numbers(c).slice(0, 3)))
+        return (Math.max(a, b) + .05)/(Math.min(a, b) + .05)
+    }""".replace('LUMINANCE', luminance)
+    return element.evaluate(script)
+
+def test_a_model_is_asked_by_hand(lab, page):
+    "With the keyboard alone, about a picture on the disk and one that is chosen in the browser; in a light and in a dark theme."
+    _notebook(lab.root/'chat.ipynb', [_CHAT])
+    _open(page, lab, 'chat.ipynb')
+    _menu(page, 'Run', 'Run All Cells')
+    view, field = page.locator('.widget-vbox').first, page.get_by_placeholder('Ask something')
+    field.wait_for()
+    said = view.locator('[role=article]')
+    field.focus()
+    page.keyboard.type('What is <b>this</b>?')
+    page.keyboard.press('Enter')
+    _until(lambda: said.count() == 2 and 'The ' in said.nth(1).inner_text(), 'the answer')
+    assert 'What is <b>this</b>?' in said.nth(0).inner_text() and not view.locator('b').count()
+    assert view.locator('img').first.evaluate('image => image.naturalWidth') > 0
+    view.locator('input[type=file]').set_input_files(str(ROOT/'data'/'car_item'/'images'/'0002.png'))
+    _until(lambda: '(1)' in view.locator('button').first.inner_text(), 'the picture is chosen')
+    field.focus()
+    page.keyboard.type('And this?')
+    reached = []
+    for _ in range(3):  # Send, New; Stop is disabled
+        page.keyboard.press('Tab')
+        reached.append(page.evaluate('document.activeElement.innerText.trim()'))
+    assert reached[:2] == ['Send', 'New'], reached
+    view.locator('button', has_text='Send').focus()
+    page.keyboard.press('Enter')
+    _until(lambda: said.count() == 4 and said.nth(3).inner_text().strip() not in ('Model', 'Model\n…') and not view.locator('button', has_text='Send').is_disabled(), 'the second answer')
+    assert view.locator('img').count() == 2
+    _keep(page, 'chat-light')
+    assert min(map(_contrast, said.all())) > 4.5 and field.is_visible()
+    _menu(page, 'Settings', 'Theme', 'JupyterLab Dark')
+    page.locator('body[data-jp-theme-light=false]').wait_for(state='attached')
+    assert min(map(_contrast, said.all())) > 4.5
+    _keep(page, 'chat-dark')
+    _menu(page, 'Settings', 'Theme', 'JupyterLab Light')
+    view.locator('button', has_text='New').press('Enter')
+    _until(lambda: not said.count(), 'a new dialogue')
+
 @pytest.mark.soak
 def test_buttons_and_failure(lab, page, few_steps):
     "Stop, Resume, and the cause in red; in a dark theme, too. And it takes next to nothing of the processor."

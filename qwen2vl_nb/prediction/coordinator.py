@@ -104,7 +104,7 @@ def _look_after(folder):
             _report_progress(folder, counts, n, began)
             if _is_stopped(folder): return signal.SIGTERM
             servers.check()
-            time.sleep(.2)
+            time.sleep(.1)
         ended = _exit_status(workers)
         for part in parts if not ended else (): _check_complete(part/ANSWERS, n)
         return ended

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['prompt_tokens', 'batches', 'failed_row', 'Prompts', 'load_prompts', 'answer_settings', 'answered_rows',
-           'is_memory_error', 'Halving', 'token_budget', 'lora_targets', 'Models', 'wanted_batches', 'work', 'main']
+           'load_answering', 'answerer', 'is_memory_error', 'is_fatal', 'Halving', 'token_budget', 'lora_targets',
+           'Models', 'wanted_batches', 'readers', 'check_gpus', 'work', 'main']
 
 # %% ../../nbs/prediction/20_hf.ipynb #1174c100
 import gc, os, re, sys
@@ -72,7 +73,8 @@ def failed_row(
 
 def _check_regular(*paths):
     "Raise `ValueError` for a pipe or a device, because reading it would never end."
-    strange = [p for p in sum(paths, []) if os.path.exists(p) and not os.path.isfile(p)]
+    paths = [p for p in sum(paths, []) if isinstance(p, str)]  # the others are in memory
+    strange = [p for p in paths if os.path.exists(p) and not os.path.isfile(p)]
     if strange: raise ValueError(f'{strange[0]} is not a regular file.')
 
 # %% ../../nbs/prediction/20_hf.ipynb #7a3010a4
@@ -136,7 +138,7 @@ def load_prompts(
 
 # %% ../../nbs/prediction/20_hf.ipynb #1fe1a53a
 def answer_settings(
-    args, # LLaMA-Factory's arguments
+    generating, # LLaMA-Factory's `GeneratingArguments`
     tokenizer, # Its tokenizer
     template, # Its template
     own, # The model's `GenerationConfig`
@@ -144,7 +146,7 @@ def answer_settings(
     "LLaMA-Factory's settings with the end tokens of the template and of the model."
     ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     ends = {*template.get_stop_token_ids(tokenizer), *ends} - {None}
-    given = args[-1].to_dict(obey_generation_config=True)
+    given = generating.to_dict(obey_generation_config=True)
     return given | {'eos_token_id': sorted(ends), 'pad_token_id': tokenizer.pad_token_id}
 
 def answered_rows(
@@ -163,6 +165,40 @@ def answered_rows(
                              'engine': 'hf'}
     return [one(*about) for about in zip(rows, inputs['attention_mask'].tolist(), new.tolist())]
 
+# %% ../../nbs/prediction/20_hf.ipynb #22warmhf02
+def load_answering(
+    args, # LLaMA-Factory's arguments as five objects
+    tokenizer, # Its tokenizer
+): # The model
+    "Load a model with its adapter, as LLaMA-Factory loads it for prediction."
+    from llamafactory.model import load_model
+    model = load_model(tokenizer, args[0], args[3])
+    # the next token is predicted only at the last position of a prompt; the logits of all positions would take most of
+    # the memory
+    model.get_output_embeddings().register_forward_pre_hook(lambda module, given: (given[0][:, -1:],))
+    return model
+
+def answerer(
+    model, # As returned by `load_answering`
+    tokenizer, # LLaMA-Factory's tokenizer
+    template, # Its template
+    generating, # Its `GeneratingArguments`
+    seed:int, # Seed of the recipe
+): # A function
+    """Return a function that answers a prepared batch, given its rows and the model's inputs.
+    Its keyword arguments are passed on to `generate`."""
+    import torch
+    settings = answer_settings(generating, tokenizer, template, model.generation_config)
+    decode = lambda tokens: tokenizer.decode(tokens, skip_special_tokens=generating.skip_special_tokens)
+
+    def answer(rows, inputs, **more):
+        torch.manual_seed(seed + rows[0]['row'])
+        there = {k: v.to(model.device) for k, v in inputs.items()}
+        with torch.inference_mode(): given = model.generate(**there, **settings, **more)
+        return answered_rows(rows, inputs, given[:, inputs['input_ids'].shape[1]:], settings['eos_token_id'], decode)
+
+    return answer
+
 # %% ../../nbs/prediction/20_hf.ipynb #0de55234
 def is_memory_error(
     error:Exception, # The exception that was raised
@@ -171,6 +207,13 @@ def is_memory_error(
     signs = "can't allocate memory", 'CUDA error: out of memory', 'CUBLAS_STATUS_ALLOC_FAILED'
     return type(error).__name__ == 'OutOfMemoryError' or any(sign in str(error) for sign in signs)
 
+def is_fatal(
+    error:Exception, # The exception that was raised
+)->bool:
+    "Whether it means that this process can't use the GPU any more."
+    return 'CUDA error' in str(error) and not is_memory_error(error)
+
+# %% ../../nbs/prediction/20_hf.ipynb #0de552x2
 class Halving:
     "Answers batches, and halves those that do not fit or in which a row fails."
     def __init__(self,
@@ -188,8 +231,7 @@ class Halving:
         "The answered rows; `None` if the batch must be halved."
         try: done = self.answer(rows, inputs)
         except Exception as error:
-            if 'CUDA error' in str(error) and not is_memory_error(error):
-                raise  # this process can't use the GPU any more
+            if is_fatal(error): raise
             if len(rows) == 1: return self._failed(rows[0], error)
             if is_memory_error(error): self.most = inputs['attention_mask'].numel()
         else:
@@ -260,13 +302,9 @@ class Models:
         return given
 
     def _load(self, name, adapters):
-        from llamafactory.model import load_model
         self.model, self.original = None, {}  # before the next one takes up memory
         _free_memory()
-        self.model = load_model(self.tokenizer, self._named(name, adapters), self.args[3])
-        # the next token is predicted only at the last position of a prompt; the logits of all positions would take most
-        # of the memory
-        self.model.get_output_embeddings().register_forward_pre_hook(lambda module, given: (given[0][:, -1:],))
+        self.model = load_answering([self._named(name, adapters), *self.args[1:]], self.tokenizer)
 
     def _merge(self, name, adapter, targets):
         "Merge an adapter into the original weights."
@@ -308,31 +346,34 @@ def wanted_batches(
         found = batches({i: prompt_tokens(rows[i], recipe) for i in some}, recipe.get('max_new_tokens', 1024), budget)
         yield from [batch for batch in found if not todo.isdisjoint(batch)][worker::workers]
 
-def _readers(workers, budget):
+def readers(
+    workers:int, # Number of workers
+    budget:int, # Maximum number of tokens in a batch
+)->int: # For each worker; 0 if there is too little shared memory
     "How many processes read ahead: one for each core, as far as the shared memory can hold what they pass on."
     n, room = max(1, len(os.sched_getaffinity(0))//workers), os.statvfs('/dev/shm')
     batch = budget*4*1176*4  # bytes: four patches per token, 1,176 numbers per patch
     return min(n, 8, room.f_bavail*room.f_frsize//(4*batch*workers))
 
 # %% ../../nbs/prediction/20_hf.ipynb #23d14547
+def check_gpus(
+    run:dict, # What `run.json` contains
+):
+    "Raise `RuntimeError` if torch can't use the GPUs that a run was given."
+    import torch
+    if run['gpus'] and not torch.cuda.is_available():
+        raise RuntimeError(f'The driver lists {len(run["gpus"])} GPU(s), but torch {torch.__version__} can use none: '
+                           'install the torch build for the CUDA version of this driver.')
+
 def _answer_part(folder, todo, recipe, share, prompts, args, tokenizer, models):
     """Answer the missing rows of one part; `share`: tokens per batch, index of this worker, number of workers;
     `models`: a function that returns the model of a recipe."""
     import torch
-    file, readers = Answers(folder/ANSWERS), _readers(share[2], share[0])
+    file, n = Answers(folder/ANSWERS), readers(share[2], share[0])
     wanted = wanted_batches(prompts.rows, todo, recipe, *share)
-    ahead = {'num_workers': readers, 'prefetch_factor': 2 if readers else None}
+    ahead = {'num_workers': n, 'prefetch_factor': 2 if n else None}
     ready = iter(torch.utils.data.DataLoader(prompts, batch_size=None, sampler=wanted, **ahead))
-    model = models(recipe)
-    settings = answer_settings(args, tokenizer, prompts.encoder.template, model.generation_config)
-
-    def answer(rows, inputs):
-        torch.manual_seed(args[2].seed + rows[0]['row'])
-        there = {k: v.to(model.device) for k, v in inputs.items()}
-        with torch.inference_mode(): given = model.generate(**there, **settings)
-        decode = lambda tokens: tokenizer.decode(tokens, skip_special_tokens=args[4].skip_special_tokens)
-        return answered_rows(rows, inputs, given[:, inputs['input_ids'].shape[1]:], settings['eos_token_id'], decode)
-
+    answer = answerer(models(recipe), tokenizer, prompts.encoder.template, args[4], args[2].seed)
     halving = Halving(answer, prompts.__getitem__)
     for batch in ready: file.add([row for row in halving(*batch) if row['row'] in todo])
     file.close()
@@ -347,9 +388,7 @@ def work(
     import torch, yaml
     run = read_json(folder/RUN)
     recipe = yaml.safe_load(read_text(folder/RECIPE)) | hidden.given('recipe')
-    if run['gpus'] and not torch.cuda.is_available():
-        raise RuntimeError(f'The driver lists {len(run["gpus"])} GPU(s), but torch {torch.__version__} can use none: '
-                           'install the torch build for the CUDA version of this driver.')
+    check_gpus(run)
     show_downloads()
     parts = parts_of(folder, run)
     prompts, args, tokenizer = load_prompts(recipe | parts[0][1], Asked(parts[0][0]/ASKED))
@@ -359,7 +398,6 @@ def work(
     for part, changes, budget in parts:
         todo = set(read_json(part/MISSING, list))
         if todo: _answer_part(part, todo, recipe | changes, (budget, worker, workers), prompts, args, tokenizer, models)
-
 
 # %% ../../nbs/prediction/20_hf.ipynb #1ae8b29e
 def main():

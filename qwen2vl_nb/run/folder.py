@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RUN', 'RECIPE', 'RUN_LOG', 'RANKS', 'TRAINER_LOG', 'WAITER', 'PROGRESS', 'PREVIEW', 'BEST', 'SCORES', 'STOP',
-           'STOPPING', 'REFUSED', 'ENDED', 'EARLIER', 'QUESTION', 'ASKED', 'MISSING', 'ANSWERS', 'GENERATED',
-           'failure_file', 'RunStart', 'write_start', 'is_number', 'is_count', 'read_state', 'state_or_empty',
+           'STOPPING', 'REFUSED', 'ENDED', 'EARLIER', 'QUESTION', 'ASKED', 'MISSING', 'ANSWERS', 'GENERATED', 'SERVED',
+           'SERVER', 'failure_file', 'RunStart', 'write_start', 'is_number', 'is_count', 'read_state', 'state_or_empty',
            'write_progress', 'write_failure', 'Best', 'write_best', 'parts_of', 'last_start', 'files_of']
 
 # %% ../../nbs/run/00_folder.ipynb #d10b0003
@@ -39,6 +39,9 @@ MISSING = 'missing.json'    # Indices of the rows that the workers of a predicti
 ANSWERS = 'predictions.jsonl' # The answers of a prediction
 GENERATED = 'generated_predictions.jsonl' # Answers of LLaMA-Factory's own prediction
 
+SERVED = 'served'           # The `engine` of a run that keeps a model loaded
+SERVER = 'server.json'      # Port and key of the process that keeps it loaded, and its process id and creation time
+
 def failure_file(
     who, # A rank, or `'server'`, `'rows'` or `'files'` for a prediction
 )->str:
@@ -68,14 +71,15 @@ class RunStart:
     before:dict=field(default_factory=dict)  # `step` and `steps` of the start that was resumed
     stale:dict=field(default_factory=dict)   # Checkpoints of earlier runs, see `is_stale`: name → seconds since 1970
     unit:str='step' # What progress counts: `'step'`, or `'row'` for a prediction
-    engine:str=None # Engine of a prediction that starts servers
+    engine:str=None # Engine of a prediction that starts servers; `SERVED` for a model that is kept loaded
     workers:list=None # For a prediction: `command` and `env` of each worker
     servers:list=None # For a prediction: `command`, `env`, `url` and `log` of each server
-    options:dict=None # For a prediction that queries servers: its options
+    options:dict=None # For a prediction that queries servers, or a model that is kept loaded: its options
     budget:int=None # For a prediction with transformers: tokens per batch
     learning_rates:dict=None # Module → learning rate, see `run.learning_rates`
     parts:list=None # For one with several models in turn: `folder`, `recipe` and `budget` of each, see `parts_of`
     preview:int=None # Rows that are answered at each evaluation
+    weights:dict=None # For a model that is kept loaded: digests of the files of the model and of its adapter
 
 def write_start(
     folder, # Folder of the run
@@ -113,7 +117,8 @@ _checks = { # For each field of a file
         force=_flag, host=_text, gpus=_list(_object),
         versions=_dict(_or_none(_text)), unit=_text, before=_dict(is_count), stale=_dict(_time), engine=_text,
         workers=_list(_object), servers=_list(_object), options=_object, budget=is_count,
-        learning_rates=_object, parts=_list(_object), preview=is_count),
+        learning_rates=_object, parts=_list(_object), preview=is_count, weights=_object),
+    SERVER: dict(port=is_count, key=_text, pid=is_count, created=is_count),
     WAITER: dict(pid=is_count, created=_or_none(is_count), started=_time, child=is_count,
                  child_created=_or_none(is_count)),
     ENDED: dict(returncode=_exit_status, asked=_flag, error=_text, killed_by_kernel=_flag, moved=_flag, time=_time),
@@ -123,7 +128,7 @@ _checks = { # For each field of a file
     'failure.json': dict(type=_text, message=_text, file=_text, line=is_count, function=_text, traceback=_text,
                          time=_time, rank=is_count, where=_text)}
 _needed = {RUN: [], WAITER: ['pid', 'created'], ENDED: ['returncode'], PROGRESS: ['step', 'steps'],
-           BEST: [*_checks[BEST]],
+           BEST: [*_checks[BEST]], SERVER: ['port', 'key', 'pid', 'created'],
            'failure.json': ['type', 'message']}
 
 def _describe_faults(found, kind):
@@ -144,7 +149,7 @@ def _read(path, kind):
 
 def read_state(
     folder, # Folder of a run
-    name:str, # `run.json`, `waiter.json`, `ended.json`, `progress.json`, `best.json`, `refused.json`, `failure-N.json`
+    name:str, # A state file: `run.json`, `waiter.json`, `ended.json`, `progress.json`, `failure-N.json` and so on
 ): # A dict, or for `refused.json` a list of dicts; empty if there is no such file
     "Return what a state file of a run contains. Raises `Damaged` if the content is not valid."
     path = Path(folder)/name
@@ -244,6 +249,7 @@ def files_of(
     "List the files in a folder whose names are those of files that such a start creates."
     if not about or not os.path.isdir(folder): return []
     logs = [s.get('log') for s in about.get('servers', [])]
-    names = {*_always, *logs, *[RANKS]*(RANKS in about['command']), *[PREVIEW]*bool(about.get('preview'))}
+    names = {*_always, *logs, *[RANKS]*(RANKS in about['command']), *[PREVIEW]*bool(about.get('preview')),
+             *[SERVER]*(about.get('engine') == SERVED)}
     found = sorted(name for name in os.listdir(folder) if name in names or _numbered.fullmatch(name))
     return [Path(folder)/name for name in found] + [Path(folder)/RUN]*os.path.lexists(Path(folder)/RUN)

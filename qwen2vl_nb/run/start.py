@@ -29,8 +29,8 @@ from . import life
 from .command import (child_environment, gpus_for, inherited_environment, port_findings, run_command,
                                     secrets_of, visible_gpus)
 from .failure import find_failure
-from .folder import (EARLIER, PROGRESS, RECIPE, REFUSED, RUN, RUN_LOG, TRAINER_LOG, WAITER, files_of,
-                                   is_count, is_number, last_start, state_or_empty, write_start)
+from .folder import (EARLIER, PROGRESS, RECIPE, REFUSED, RUN, RUN_LOG, SERVED, TRAINER_LOG, WAITER,
+                                   files_of, is_count, is_number, last_start, state_or_empty, write_start)
 from .health import health_findings
 from .learning_rates import rate_findings
 from .loss import Log, best_evaluation
@@ -103,7 +103,7 @@ class Run:
     ): self.output_dir = Path(output_dir).absolute()
 
     def __fspath__(self): return str(self.output_dir)
-    def __repr__(self): return f'Run({str(self.output_dir)!r}): {self.status}'
+    def __repr__(self): return f'{type(self).__name__}({str(self.output_dir)!r}): {self.status}'
 
     @property
     def status(self):
@@ -129,12 +129,14 @@ class Run:
 
 def attach(
     output_dir:str|Path, # Folder of a run that was launched, now or on another day
-)->Run:
+)->Run: # A `Served` for a model that `serve` keeps loaded
     "Return the run in a folder."
     run = Run(output_dir)
     if not os.path.exists(run.output_dir/RUN):
         raise FileNotFoundError(f'No run was launched in {run.output_dir}: there is no run.json.')
-    return run
+    if state_or_empty(run, RUN).get('engine') != SERVED: return run
+    from qwen2vl_nb.prediction import Served  # imported late, because its module imports this one
+    return Served(run)
 
 # %% ../../nbs/run/60_start.ipynb #0efd8111
 @patch
@@ -235,7 +237,7 @@ def wait(self:Run):
                 # Refreshes the bar, too
                 bar.set_postfix_str(', '.join(filter(None, [now.doing, now.pace, now.remaining])))
                 if status != 'running': break
-                time.sleep(.5)
+                time.sleep(.2)
     except KeyboardInterrupt:
         print(f'The run continues in the background: attach({str(self.output_dir)!r}) finds it again, and .stop() ends '
               'it.')
@@ -480,6 +482,8 @@ def _resume(run, master, trust):
     if 'workers' in about:
         raise RuntimeError(f'There are predictions in {run.output_dir}: predict(…), called again as before, continues '
                            'with the missing rows.')
+    if about.get('engine') == SERVED:
+        raise RuntimeError(f'A model was served in {run.output_dir}: serve(…), called again as before, loads it again.')
     if not isinstance(recipe.get('output_dir'), str):
         raise RuntimeError(f"{run.output_dir/RECIPE} was changed after the start: it has no output_dir.")
     if not trust: refuse_stranger(run, about, recipe)

@@ -38,7 +38,7 @@ def _look(run):
 
 def _headline(seen):
     "State, steps and the time left, in words."
-    begins = seen.state == 'running' and not seen.now.steps
+    begins = seen.state == 'running' and not seen.now.steps and seen.now.unit != 'answer'
     return f'{seen.name}: ' + ', '.join(filter(None, ['starting' if begins else seen.state,
                                                       seen.now.place or seen.now.doing, seen.now.remaining]))
 
@@ -221,7 +221,7 @@ def _update_text(self:RunView):
     seen = _look(self._run)
     seen.state = state = self._doing or seen.state
     self._stop.disabled = state != 'running'
-    self._resume.disabled = state not in ('failed', 'stopped') or seen.now.unit == 'row'  # `predict` continues those
+    self._resume.disabled = state not in ('failed', 'stopped') or seen.now.unit != 'step'  # `predict` continues rows
     self._bar.max, self._bar.value = seen.now.steps or 1, seen.now.step
     self._bar.bar_style = _looks.get(state, 'info')
     self._head.value = _line(_headline(seen))
