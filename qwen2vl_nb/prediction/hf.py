@@ -385,7 +385,7 @@ def work(
 ):
     "Answer this worker's share of the missing rows of each part."
     gc.disable()
-    import torch, yaml
+    import yaml
     run = read_json(folder/RUN)
     recipe = yaml.safe_load(read_text(folder/RECIPE)) | hidden.given('recipe')
     check_gpus(run)
