@@ -6,13 +6,14 @@
 __all__ = ['check_samples', 'mend_samples']
 
 # %% ../../nbs/data/40_check.ipynb #f6c7731d
-import json, os, sys
+import json, os
 from bisect import bisect_left
 from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 from ..model import special_tokens
+from ..names import progress
 from ..findings import findings_table, show_value
 from .boxes import box_pieces, known_frame, turn_sample
 from .box_check import box_faults, class_faults
@@ -443,13 +444,11 @@ def _rows_table(found):
 # %% ../../nbs/data/40_check.ipynb #82b876b4
 def _check(samples, fix, against, model, cutoff_len, media, workers, **limits):
     "All (row, field, fault) of samples; path → copy of the pictures that were mended; and path → `Look` of all."
-    from tqdm import tqdm
     if isinstance(samples, (str, os.PathLike)) or is_table(samples):
         raise TypeError('Samples are checked, not files or tables: check_samples(read_samples(…)).')
     limits, samples = known_limits(limits), list(samples)
     rows = [(i, s) for i, s in enumerate(samples) if isinstance(s, dict)]
-    bar = tqdm(samples, desc='Checking rows', unit='row', delay=2, file=sys.stdout)
-    found = [(i, *fault) for i, s in enumerate(bar) for fault in _row_faults(s)]
+    found = [(i, *fault) for i, s in enumerate(progress(samples, 'Checking rows')) for fault in _row_faults(s)]
     found += _leaked_text_rows(rows, against or [])
     looks, leaks, copies, more = _inspect_media(samples if media else [], against, fix, workers, limits)
     found += more

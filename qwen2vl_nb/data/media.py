@@ -7,12 +7,13 @@ __all__ = ['Fault', 'Look', 'look_at_picture', 'look_at_video', 'glance_at_pictu
            'near_duplicates', 'mend_picture']
 
 # %% ../../nbs/data/10_media.ipynb #4c6e1eed
-import io, os, re, shutil, sys, warnings
+import io, os, re, shutil, warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
+from ..names import progress
 from ..files import file_digest, open_clip, open_picture, open_regular, write_new
 from ..model import pixel_limits, sampled_frames, trainer_size
 
@@ -331,9 +332,8 @@ def look_at_all(
     **options, # For `look`
 )->dict: # Path → `Look`
     "Check many pictures or clips in parallel, with a progress bar."
-    from tqdm import tqdm
     paths, workers = list(dict.fromkeys(paths)), workers or len(os.sched_getaffinity(0))
-    looks, bar = {}, tqdm(total=len(paths), desc=f'Looking at {what}', delay=2, file=sys.stdout)
+    looks, bar = {}, progress(what=f'Looking at {what}', total=len(paths))
     def look_at_some(some): return [(path, look(path, **options)) for path in some]
     with bar, _memory_kept(workers), warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
         # No warnings about decompression bombs and damaged EXIF data; set here, as filters apply to all threads

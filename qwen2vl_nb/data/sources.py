@@ -7,7 +7,7 @@ __all__ = ['picture_endings', 'MediaPlace', 'NoFolder', 'question_sample', 'dial
            'given_samples']
 
 # %% ../../nbs/data/20_sources.ipynb #146b215c
-import base64, csv, hashlib, io, json, math, os, re, sys, zipfile
+import base64, csv, hashlib, io, json, math, os, re, zipfile
 from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime, time
@@ -15,6 +15,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlparse
+from ..names import progress
 from ..files import (Damaged, json_or, open_picture, open_regular, parse_json, read_bytes, read_json,
                               read_text, video_endings, write_new)
 from ..model import box_frame, family_of, write_boxes
@@ -1068,7 +1069,6 @@ def read_samples(
     kto_tag:str=None, # Column that says whether an answer is good, for KTO; `None`: `kto_tag`, or TRL's `label`
 )->list: # Questions or dialogues: `images`, `instruction`, `input`, `output` or `messages`, and other columns
     "Read labels as samples, and print which form was recognized."
-    from tqdm import tqdm
     given, source = source, in_memory(source, split)
     prompt = None if prompt is None else str(prompt)
     if are_samples(given) and not any((image, prompt, response, video, chosen, rejected, kto_tag)):
@@ -1082,7 +1082,7 @@ def read_samples(
     rows, boxed = _with_boxes(path, rows, place, family, limits, image, response)
     if boxed: image = response = None
     preferred, rows, said = find_preferences(path, rows, chosen, rejected, kto_tag, prompt, response)
-    shown = tqdm(rows, desc=f'Reading {path.name}', unit='row', delay=2, file=sys.stdout)
+    shown = progress(rows, f'Reading {path.name}')
     if _turns_key(rows) and not response:
         columns, tags, name = _dialogue_form(path, rows, image, video)
         columns |= preferred

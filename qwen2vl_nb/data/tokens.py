@@ -7,12 +7,13 @@ __all__ = ['clip_marks', 'text_tokens', 'known_limits', 'clip_sampling', 'look_a
            'count_tokens']
 
 # %% ../../nbs/data/30_tokens.ipynb #datatokens02
-import math, sys
+import math
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 from ..model import (family_of, pixel_limits, processor_limits, systems, tokens_within, usual_template,
                               with_system, with_thoughts)
+from ..names import progress
 from ..findings import text_table
 from .media import glance_at_picture, glance_at_video, look_at_all
 from .samples import media_of, trained_turns, with_each_answer
@@ -65,7 +66,6 @@ def text_tokens(
     fps:float=2., # `video_fps` of the recipe, for clips that are given as frames
 )->list: # A number for each sample
     "The number of text tokens of each sample. Raises `FileNotFoundError` if there is no tokenizer."
-    from tqdm import tqdm
     tokenizer, known, counts, template = _load_tokenizer(model), {}, [], template or usual_template(model)
     has_times = family_of(model).has_times
     def marks_of(clip):
@@ -74,7 +74,7 @@ def text_tokens(
         return clip_marks(looks[1][clip].times) if isinstance(clip, str) and clip in looks[1] else _vision_tokens
     each = lambda s: with_each_answer(s) if isinstance(s, dict) else []
     encoded = lambda s: [_encoded_strings(one, template, thinks, marks_of) for one in each(s)]
-    with tqdm(total=len(samples), desc='Counting tokens', unit='row', delay=2, file=sys.stdout) as bar:
+    with progress(what='Counting tokens', total=len(samples)) as bar:
         for start in range(0, len(samples), 4096):
             if len(known) > 100_000: known.clear()
             strings = list(map(encoded, samples[start:start+4096]))

@@ -6,9 +6,10 @@
 __all__ = ['check_target', 'write_samples']
 
 # %% ../../nbs/data/60_write.ipynb #datawrite02
-import hashlib, json, os, sys
+import hashlib, json, os
 from collections import Counter
 from pathlib import Path
+from ..names import progress
 from ..files import check_replaceable, open_regular, other_name, own_file, write_new
 from .samples import in_one_form, map_media, media_paths
 
@@ -76,16 +77,14 @@ def write_samples(
     overwrite:bool=False, # Replace a file that this package did not write, or that has changed since
 ):
     "Write samples as the JSON file that LLaMA-Factory reads; raises `FileExistsError` if another file would be lost."
-    from tqdm import tqdm
     path, media_dir = Path(path).absolute(), media_dir and Path(media_dir).absolute()
     check_target(path, media, overwrite or media == 'refer')  # which compares the content when it replaces the file
     samples = in_one_form(samples)
     if media != 'refer': samples = _link_or_copy_media(samples, path.parent/f'{path.stem}_media', media)
     written = lambda p: _written_path(p, media_dir)
-    bar = tqdm(samples, desc=f'Writing {path.name}', unit='row', delay=2, file=sys.stdout)
     with own_file(path, overwrite) as f:
         f.write('[')
-        for i, s in enumerate(bar):
+        for i, s in enumerate(progress(samples, f'Writing {path.name}')):
             f.write(',\n ' if i else '\n ')
             try: f.write(json.dumps(map_media(s, written), ensure_ascii=False, allow_nan=False))
             except (TypeError, ValueError) as e:
