@@ -108,7 +108,7 @@ def _explain_filled(best, found, before, where):
     faster = f', for {best.seconds/before.seconds:.0%} of the time of {before} ({size(before)})' if before else ''
     others = '; '.join(f'{f} with {size(f)} and {f.seconds/best.seconds:.2f} times the time'
                        for f in _alternatives(found, best)[:3])
-    return (f'{best}: {size(best)} on each of {where}, at most {best.estimate.high/GiB:.1f}{faster}'
+    return (f'{best}: {size(best)} on each of {where}, at most {best.estimate.high/GiB:.1f} GiB{faster}'
             f'{". Next are " + others if others else ""}.')
 
 def fill_gpus(
@@ -124,6 +124,6 @@ def fill_gpus(
     except NotPredicted: found = []
     if not found: return pick_zero(recipe, gpus, gpu_gib, sample)
     where, best = f'{gpus} GPU{"s"*(gpus > 1)} of {gpu_gib:g} GiB', _best(found)
-    before = next((f for f in found if _keeps(recipe, f) and f is not best), None)
+    before = None if _keeps(recipe, best) else next((f for f in found if _keeps(recipe, f)), None)
     print('\n'.join([_explain_filled(best, found, before, where), *best.estimate.notes]))
     return best.recipe
