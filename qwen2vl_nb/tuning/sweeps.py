@@ -258,8 +258,9 @@ class Sweep:
             raise ValueError('No run has a score: ' + ' '.join(dict.fromkeys(filter(None, table.why))))
         return self.trials[table.index[0]].recipe
 
-    def __repr__(self): return self.table.round(4).to_string(na_rep='')
-    def _repr_html_(self): return self.table.round(4)._repr_html_()
+    def _shown(self): return self.table.round(dict.fromkeys((self.measure, 'low', 'high'), 2 if self.score_on else 4))
+    def __repr__(self): return self._shown().to_string(na_rep='')
+    def _repr_html_(self): return self._shown()._repr_html_()
 
 # %% ../../nbs/tuning/20_sweep.ipynb #sweep032
 def sweep(
