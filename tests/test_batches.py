@@ -37,9 +37,9 @@ def on_two_ranks(tiny, tmp_path):
     return make
 
 def test_the_cures_of_a_hang_work(on_two_ranks):
-    """What is proven to end in test_errors_proven.py runs under ZeRO-2; under ZeRO-3 so do pictures, clips and text in micro batches of their own, and micro batches that
-    all have both. The runs start at the same time."""
-    cures = [on_two_ranks('pb'*6, 'z2'), on_two_ranks('pcctpt'*2, 'z3'), on_two_ranks('bbpc'*3, 'z3', max_steps=1)]
+    """What is proven to end in test_errors_proven.py runs under ZeRO-2; under ZeRO-3 so do pictures, clips and text in micro batches of their own. Both runs start at the
+    same time."""
+    cures = [on_two_ranks('pb'*6, 'z2'), on_two_ranks('pcctpt'*2, 'z3')]
     assert not [f for recipe in cures for f in data_findings(recipe, 2)]
     runs = [launch(recipe, nproc=2) for recipe in cures]
     for run, recipe in zip(runs, cures):

@@ -40,6 +40,10 @@ def _free_bytes(folder):
 
 _much = 10*2**30 # Bytes above which it is reported even if there is enough
 
+def _report(needed, free, where, what, cure):
+    if needed > free: return [Finding(where, what, cure, 'warning')]
+    return [Finding(where, what, cure, 'note')] if needed > _much else []
+
 def preprocessing_findings(
     file_bytes:int, # Size of the data files
     tokens:list, # Tokens of each row
@@ -49,16 +53,10 @@ def preprocessing_findings(
     if recipe.get('streaming') or recipe.get('tokenized_path'): return []
     workers, folder = recipe.get('preprocessing_num_workers') or 1, datasets_cache(recipe)
     disk, memory = preprocessing_bytes(file_bytes, tokens, workers, recipe.get('preprocessing_batch_size') or 1000)
-    free, available = _free_bytes(folder), psutil.virtual_memory().available
-    found = []
-    if disk > min(_much, free):
-        found.append(Finding('cache_dir', f'The first preprocessing of this data writes about {disk/2**30:.3g} GiB to '
-                             f'{folder}, where {free/2**30:.3g} GiB are free.',
-                             'Set cache_dir, or HF_DATASETS_CACHE in the environment, to a folder on a larger disk.',
-                             'warning' if disk > free else 'note'))
-    if memory > min(_much, available):
-        found.append(Finding('preprocessing_num_workers', f'{workers} processes that tokenize this data at first '
-                             f'take about {memory/2**30:.3g} GiB of memory; {available/2**30:.3g} GiB are available.',
-                             'Set preprocessing_num_workers or preprocessing_batch_size to a smaller number.',
-                             'warning' if memory > available else 'note'))
-    return found
+    free, available, gib = _free_bytes(folder), psutil.virtual_memory().available, lambda n: f'{n/2**30:.3g} GiB'
+    return [*_report(disk, free, 'cache_dir', f'Tokenizing this data for the first time writes about {gib(disk)} to '
+                     f'{folder}, where {gib(free)} are free.',
+                     'Set cache_dir, or HF_DATASETS_CACHE in the environment, to a folder on a larger disk.'),
+            *_report(memory, available, 'preprocessing_num_workers', f'Tokenizing this data for the first time with '
+                     f'{workers} processes takes about {gib(memory)} of memory, and {gib(available)} are available.',
+                     'Set preprocessing_num_workers or preprocessing_batch_size to a smaller number.')]
