@@ -35,7 +35,7 @@ FAULTS = { # name → data set, changes to the recipe, what is found
     'the same in bf16': ('many', dict(learning_rate=1e30, max_steps=8, bf16=True), 'NaN loss'),
     'too large a learning rate': ('many', dict(learning_rate=1., finetuning_type='full', max_steps=16), 'diverging'),
     'answers cut off by cutoff_len': ('long questions', dict(cutoff_len=8, max_steps=4), 'zero loss'),
-    'eight rows for many epochs': ('few', dict(learning_rate=3e-3, finetuning_type='full', max_steps=45) | EVALUATED, 'evaluation rising'),
+    'eight rows for many epochs': ('few', dict(learning_rate=3e-3, finetuning_type='full', max_steps=60) | EVALUATED, 'evaluation rising'),
     'a learning rate of zero': ('many', dict(learning_rate=0., max_steps=4), 'learning rate 0'),
     'a schedule that ends early': ('many', dict(lr_scheduler_type='warmup_stable_decay', lr_scheduler_kwargs=dict(num_stable_steps=2, num_decay_steps=2),
                                                 warmup_ratio=0., max_steps=10), 'learning rate 0'),
