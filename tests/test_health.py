@@ -41,24 +41,23 @@ FAULTS = { # name → data set, changes to the recipe, what is found
                                                 warmup_ratio=0., max_steps=10), 'learning rate 0'),
 }
 FINE = { # name → data set, changes to the recipe
-    'as in the tutorial': ('many', EVALUATED | dict(learning_rate=2e-3, max_steps=60, per_device_train_batch_size=8, logging_steps=5, eval_steps=10)),
-    'its first steps': ('many', dict(max_steps=12) | EVALUATED | dict(eval_steps=3)),
+    'as in the tutorial': ('many', EVALUATED | dict(learning_rate=2e-3, max_steps=50, per_device_train_batch_size=8, logging_steps=5, eval_steps=10)),
+    'its first steps': ('many', dict(max_steps=8) | EVALUATED | dict(eval_steps=2)),
     'one step': ('many', dict(max_steps=1)),
     'a long warm-up': ('many', dict(max_steps=12, warmup_ratio=1.)),
-    'rows known by heart': ('few', dict(learning_rate=1e-3, finetuning_type='full', max_steps=150)),
-    'packed': ('many', dict(max_steps=8, packing=True, cutoff_len=512)),
-    'empty answers': ('empty', dict(learning_rate=3e-3, max_steps=50)),
-    'equal answers': ('equal', dict(learning_rate=3e-3, max_steps=50)),
-    'dpo': ('pairs', dict(stage='dpo', learning_rate=3e-3, max_steps=30)),
-    'kto': ('marks', dict(stage='kto', learning_rate=3e-3, max_steps=30)),
-    'rm': ('pairs', dict(stage='rm', learning_rate=3e-3, max_steps=30)),
+    'a row known by heart': ('one', dict(learning_rate=1e-2, finetuning_type='full', max_steps=50, per_device_train_batch_size=1, lr_scheduler_type='constant')),
+    'packed': ('many', dict(max_steps=4, packing=True, cutoff_len=512)),
+    'empty answers': ('empty', dict(learning_rate=3e-3, max_steps=20)),
+    'equal answers': ('equal', dict(learning_rate=3e-3, max_steps=30)),
+    'dpo': ('pairs', dict(stage='dpo', learning_rate=3e-3, max_steps=16)),
+    'kto': ('marks', dict(stage='kto', learning_rate=3e-3, max_steps=16)),
+    'rm': ('pairs', dict(stage='rm', learning_rate=3e-3, max_steps=16)),
 }
 
 ANSWERS = { # name → adapter, data set, what is found
-    'answers of a model without training': (None, 'other', ['endless repetition']),
+    'answers of a model without training': (None, 'other', ['empty answers', 'endless repetition']),
     'answers after empty ones': ('empty answers', 'other', ['empty answers']),
     'answers after equal ones': ('equal answers', 'other', ['one answer']),
-    'empty answers to empty labels': ('empty answers', 'empty', []),
     'equal answers to equal labels': ('equal answers', 'equal', []),
     'answers of the model as it is': ('as in the tutorial', 'other', []),
 }
@@ -70,7 +69,7 @@ def _data_sets(folder, data):
     alpaca = {'prompt': 'instruction', 'query': 'input', 'response': 'output', 'images': 'images'}
     pairs = [{k: row[k] for k in ('instruction', 'images')} | {'chosen': row['output'], 'rejected': other['output']} for row, other in zip(many[:64], many[64:128])]
     marks = [row | {'good': i % 2 == 0, 'output': row['output'] if i % 2 == 0 else many[i + 1]['output']} for i, row in enumerate(many[:64])]
-    sets = {'many': (many, alpaca), 'few': (many[:8], alpaca), 'other': (cars['test'][:16], alpaca), 'empty': ([row | {'output': ''} for row in many[:32]], alpaca), 'equal': ([row | {'output': 'A red car.'} for row in many[:32]], alpaca),
+    sets = {'many': (many, alpaca), 'few': (many[:8], alpaca), 'one': (many[:1], alpaca), 'other': (cars['test'][:16], alpaca), 'empty': ([row | {'output': ''} for row in many[:32]], alpaca), 'equal': ([row | {'output': 'A red car.'} for row in many[:32]], alpaca),
             'long questions': ([answer]*16, {'prompt': 'instruction', 'response': 'output'}), 'marks': (marks, alpaca | {'kto_tag': 'good'}),
             'pairs': (pairs, {'prompt': 'instruction', 'images': 'images', 'chosen': 'chosen', 'rejected': 'rejected'})}
     for name, (rows, _) in sets.items(): (folder/f'{name}.json').write_text(json.dumps(rows))
@@ -116,16 +115,15 @@ def test_a_fault_is_said_wherever_a_run_is_looked_at(few_steps):
     until(lambda: not view._thread)
     assert 'NaN loss: Since step ' in view._faults.value and view._faults.layout.display is None and '#ab6a00' in view._faults.value
 
-def test_a_resumed_run_that_was_cured_is_healthy(few_steps):
+def test_a_resumed_run_that_was_cured_is_healthy(trained, tmp_path):
     "Its log no longer has the rows that were not numbers."
-    run = launch(few_steps(max_steps=6, save_steps=2)).wait()
-    log = run.output_dir/'trainer_log.jsonl'
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
-    lost = [row | {'loss': 0., 'grad_norm': float('nan')} if row['current_steps'] > 2 and 'loss' in row else row for row in rows]
-    log.write_text(''.join(json.dumps(row) + '\n' for row in lost))
-    assert [f.where for f in health_findings(run)] == ['NaN loss']
-    with open(log, 'a') as f: f.writelines(json.dumps(row) + '\n' for row in rows if row['current_steps'] > 2)
-    assert health_findings(run) == []
+    rows = [json.loads(line) for line in (trained/'a long warm-up'/'trainer_log.jsonl').read_text().splitlines()]
+    lost = [row | {'loss': 0., 'grad_norm': float('nan')} if row['current_steps'] > 6 and 'loss' in row else row for row in rows]
+    lines = lambda some: ''.join(json.dumps(row) + '\n' for row in some)
+    (tmp_path/'trainer_log.jsonl').write_text(lines(lost))
+    assert [f.where for f in health_findings(tmp_path)] == ['NaN loss']
+    (tmp_path/'trainer_log.jsonl').write_text(lines(lost) + lines(row for row in rows if row['current_steps'] > 6))
+    assert health_findings(tmp_path) == []
 
 # --- logs that hold anything
 
@@ -168,9 +166,7 @@ def test_what_answers_look_like(trained, name):
     assert list(found.findings['where']) == ANSWERS[name][2], [(row['label'], row['predict']) for row in Predictions(trained/name)]
     assert all(f'{where}: ' in repr(found) and f'{where}: ' in found._repr_html_() for where in ANSWERS[name][2])
 
-def test_answers_that_are_cut_off_are_said_to_be(tiny, data, tmp_path):
-    "Four tokens are too few for an answer; forty are enough."
-    short, enough = (predict(predict_recipe(tiny, 'car_item_test', output_dir=tmp_path/f'{n}', dataset_dir=str(data), max_new_tokens=n, max_samples=12)) for n in (4, 40))
-    found = score(short)
-    assert list(found.findings['where']) == ['cut answers'] and '12 of 12, at max_new_tokens (4)' in repr(found)
-    assert runs(tmp_path).set_index('run').health.to_dict() == {'4': 'cut answers', '40': ''} and score(enough).findings.empty
+def test_answers_that_are_cut_off_are_said_to_be(trained, tiny, tmp_path):
+    found = predict(predict_recipe(tiny, 'other', tmp_path/'answers', trained/'as in the tutorial', dataset_dir=str(trained), max_new_tokens=4))
+    assert list(score(found).findings['where']) == ['cut answers'] and '16 of 16, at max_new_tokens (4)' in repr(score(found))
+    assert runs(tmp_path).set_index('run').health['answers'] == 'cut answers'

@@ -75,12 +75,13 @@ class AnswerFaults:
         answer, label = row.get('predict'), row.get('label')
         if answer is None: return
         self.n += 1
-        if label is not None:
-            self.common.add(answer)
-            self.common_label.add(label)
-            self.labels[_fault(label, None)] += 1
-            if answer.strip() == label.strip(): return
         fault = _fault(answer, row.get('finish_reason'))
+        if label is not None:
+            self.labels[_fault(label, None)] += 1
+            if answer.strip() == label.strip(): fault = ''
+            if not fault:
+                self.common.add(answer)
+                self.common_label.add(label)
         if not fault: return
         self.answers[fault] += 1
         self.first.setdefault(fault, row.get('id', row.get('row')))
@@ -97,10 +98,10 @@ _words = { # For each fault: its name, where answers have it, the cure
                 'that the template is the one that the model was trained with. A larger max_new_tokens does not help; '
                 'repetition_penalty: 1.05 in the recipe of the prediction hides the symptom.')}
 
-def _one_answer(common, labels):
-    "The finding that nearly all answers are the same, if they are."
-    if common.n < _fewest or common.share < _same_answers or labels.share >= _same_labels or not common.text.strip():
-        return []
+def _one_answer(faults):
+    "The finding that nearly all complete answers are the same, if they are."
+    common, labels = faults.common, faults.common_label
+    if common.n < max(_fewest, faults.n/2) or common.share < _same_answers or labels.share >= _same_labels: return []
     what = (f'{100*common.share:.0f} % of {common.n:,} answers are {show_value(common.text)}, while the most common '
             f'label makes up {100*labels.share:.0f} %.')
     cure = ('The answers do not depend on the pictures. If the loss of the training has hardly fallen, train longer or '
@@ -123,7 +124,7 @@ def answer_findings(
 )->list: # `Finding`s of level warning
     "What is wrong with answers, and what to do about it."
     found = [f for fault in _words for f in _finding(faults, fault)]
-    return found + _one_answer(faults.common, faults.common_label)
+    return found + _one_answer(faults)
 
 def check_answers(
     predictions:Iterable, # `Predictions`, or any iterable of their rows; rows without a label count, too
