@@ -7,6 +7,7 @@ __all__ = ['repeats_itself', 'Commonest', 'AnswerFaults', 'answer_findings', 'ch
 
 # %% ../../nbs/run/56_answers.ipynb #answers02
 from collections import Counter
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 from ..findings import Finding, findings_table, show_value
 if TYPE_CHECKING: import pandas as pd
@@ -126,7 +127,7 @@ def answer_findings(
     return found + _one_answer(faults)
 
 def check_answers(
-    predictions, # `Predictions`, or any iterable of their rows; rows without a label count, too
+    predictions:Iterable, # `Predictions`, or any other rows; rows without a label count, too
 )->'pd.DataFrame': # A table of findings; empty if nothing looks wrong
     "Report answers that were cut off, empty answers, endless repetition, and one answer for everything."
     faults = AnswerFaults()
