@@ -289,7 +289,7 @@ ROWS = { # name → (samples, how they are checked), row → findings
     'a row that is null': (lambda f: ([_question(0), None, _question(2)], {}), {1: [('', 'error', 'The row is None, not a dict')]}),
     'a row that is text': (lambda f: ([_question(0), 'What?', _question(2)], {}), {1: [('', 'error', "The row is 'What?', not a dict")]}),
     'a row that is a list': (lambda f: ([_question(0), [_question(1)], _question(2)], {}), {1: [('', 'error', 'not a dict')]}),
-    'a row with nothing in it': (lambda f: ([_question(0), {}, _question(2)], {}), {1: [('instruction', 'error', 'The prompt is None'), ('output', 'error', 'The answer is None')]}),
+    'a row with nothing in it': (lambda f: ([_question(0), {}, _question(2)], {}), {1: [('instruction', 'warning', 'The prompt is empty'), ('output', 'error', 'The answer is None')]}),
     'a picture without a tag': (lambda f: ([_question(0), _with(_pair(f)[0], text='What?'), _question(2)], {}), {1: [('instruction', 'error', '0 <image> tag(s) for 1 picture(s)')]}),
     'one tag for two pictures': (lambda f: ([_question(0), _with(*_pair(f)), _question(2)], {}), {1: [('instruction', 'error', '1 <image> tag(s) (1 in instruction) for 2 picture(s)')]}),
     'two tags for one picture': (lambda f: ([_question(0), _with(_pair(f)[0], text='<image><image>'), _question(2)], {}), {1: [('instruction', 'error', '2 <image> tag(s)')]}),

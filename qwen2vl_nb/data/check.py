@@ -200,7 +200,8 @@ def _row_faults(sample):
                            'Give a dict with image, instruction and output.'))]
     turns = sample_turns(sample)
     form = _form_faults(sample) if is_dialogue(sample) else _history_faults(sample)
-    text = [(field, fault) for field, role, text in turns for fault in _text_faults(role, text)]
+    said = lambda field, text: '' if field == 'instruction' and text is None else text # as LLaMA-Factory reads it
+    text = [(field, fault) for field, role, text in turns for fault in _text_faults(role, said(field, text))]
     # an empty instruction is not a fault if the input asks the question
     if sample.get('input') and not sample.get('instruction'):
         text = [(f, t) for f,t in text if f != 'instruction']
