@@ -164,7 +164,7 @@ def test_an_export_arrives_and_a_name_that_is_taken_is_refused(hub, trained):
         assert refusal in push(hub.url, run, **options)[1]
     assert files == kept
     del files['tokenizer.json']
-    assert push(hub.url, run, merged=str(merged), overwrite=True)[1] == '' or files == kept
+    push(hub.url, run, merged=str(merged), overwrite=True)
     assert files == kept
     hub.repos['me/cars']['private'] = False
     assert 'exists and is public' in push(hub.url, run, merged=str(merged), overwrite=True)[1]

@@ -1,5 +1,5 @@
 "Trackers: TensorBoard gets the losses of the log, and a key reaches the run without being written down."
-import json, os, re
+import os, re
 from pathlib import Path
 
 import psutil

@@ -228,6 +228,21 @@ def _licence_section(recipe, data):
     return f'## Base and licence\n\nThe base is {_cell(_shown_base(recipe))}. Its licence: {said}.'
 
 # %% ../../nbs/tuning/40_hand_over.ipynb #hand0031
+def _summary(recipe, merged):
+    kind = f"{recipe.get('finetuning_type', 'lora')} adapter" if _is_lora(recipe) and not merged else 'model'
+    said = ', with its adapter merged into the base' if merged else ''
+    return (f"This {kind} was fine-tuned from {_cell(_shown_base(recipe))} with LLaMA-Factory "
+            f"(stage `{_cell(recipe.get('stage', 'sft'))}`){said}. The card was written from the folder of the run.")
+
+def _metadata(recipe, merged):
+    "The fields of the card that follow from the recipe."
+    is_adapter, base = _is_lora(recipe) and not merged, base_name(recipe)
+    fields = {'library_name': 'peft' if is_adapter else 'transformers', 'pipeline_tag': 'image-text-to-text',
+              'tags': [model_type(recipe['model_name_or_path']), 'llama-factory', 'qwen2vl_nb', *['lora']*is_adapter]}
+    if base: fields |= {'base_model': base, 'base_model_relation': 'adapter' if is_adapter else 'finetune'}
+    return fields | base_licence(recipe['model_name_or_path'])
+
+# %% ../../nbs/tuning/40_hand_over.ipynb #hand0032
 def model_card(
     run:str|os.PathLike, # A training run, or its folder
     predictions=None, # Its answers: `Predictions`, or any sequence of their rows; `None`: a card without scores
@@ -252,21 +267,6 @@ def model_card(
     fields = _metadata(recipe, merged) | results | metadata
     parts += [_use_section(run, recipe, merged, title), _licence_section(recipe, fields)]
     return ModelCard(f'---\n{ModelCardData(**fields).to_yaml()}\n---\n' + '\n\n'.join(parts) + '\n')
-
-# %% ../../nbs/tuning/40_hand_over.ipynb #hand0032
-def _summary(recipe, merged):
-    kind = f"{recipe.get('finetuning_type', 'lora')} adapter" if _is_lora(recipe) and not merged else 'model'
-    said = ', with its adapter merged into the base' if merged else ''
-    return (f"This {kind} was fine-tuned from {_cell(_shown_base(recipe))} with LLaMA-Factory "
-            f"(stage `{_cell(recipe.get('stage', 'sft'))}`){said}. The card was written from the folder of the run.")
-
-def _metadata(recipe, merged):
-    "The fields of the card that follow from the recipe."
-    is_adapter, base = _is_lora(recipe) and not merged, base_name(recipe)
-    fields = {'library_name': 'peft' if is_adapter else 'transformers', 'pipeline_tag': 'image-text-to-text',
-              'tags': [model_type(recipe['model_name_or_path']), 'llama-factory', 'qwen2vl_nb', *['lora']*is_adapter]}
-    if base: fields |= {'base_model': base, 'base_model_relation': 'adapter' if is_adapter else 'finetune'}
-    return fields | base_licence(recipe['model_name_or_path'])
 
 # %% ../../nbs/tuning/40_hand_over.ipynb #hand0036
 _beside = r"""(?x) value_head\.(?:safetensors|bin) | merges\.txt
