@@ -54,6 +54,7 @@ def base_name(
     return None if os.path.isabs(model) else model
 
 def _shown_base(recipe): return base_name(recipe) or Path(recipe['model_name_or_path']).name
+def _base_or_place(recipe, base): return base or base_name(recipe) or f'path/to/{_shown_base(recipe)}'
 
 # %% ../../nbs/tuning/40_hand_over.ipynb #hand0014
 def _is_local(value):
@@ -104,16 +105,16 @@ def _vllm_options(recipe):
             '--max-model-len', str(min(recipe.get('cutoff_len', 2048), longest)),
             '--chat-template-content-format', 'openai', '--generation-config', 'vllm', '--host', '127.0.0.1']
 
-def _vllm_line(recipe, merged, name, adapter):
+def _vllm_line(recipe, merged, name, adapter, base):
     "How vLLM serves a complete model, or an adapter that lies on a hub."
     if merged or not _is_lora(recipe): return ['vllm', 'serve', name or str(merged), *_vllm_options(recipe)]
     lora = adapter_options(adapter)
     lora[lora.index('--lora-modules') + 1] = json.dumps({'name': 'adapter', 'path': name})
-    base = base_name(recipe) or f'path/to/{_shown_base(recipe)}'
-    return ['vllm', 'serve', base, *_vllm_options(recipe), '--chat-template', 'chat_template.jinja', *lora]
+    return ['vllm', 'serve', _base_or_place(recipe, base), *_vllm_options(recipe),
+            '--chat-template', 'chat_template.jinja', *lora]
 
-def _factory_options(recipe, merged, name, adapter):
-    base = recipe['model_name_or_path'] if not name else base_name(recipe) or f'path/to/{_shown_base(recipe)}'
+def _factory_options(recipe, merged, name, adapter, base):
+    base = _base_or_place(recipe, base) if name else recipe['model_name_or_path']
     whole = name or (str(merged) if merged else recipe['output_dir'])
     parts = ['--model_name_or_path', base, '--adapter_name_or_path', name or str(adapter), '--finetuning_type', 'lora']
     model = parts if adapter else ['--model_name_or_path', whole]
@@ -126,14 +127,15 @@ def serving_lines(
     run:str|os.PathLike, # A training run, or its folder
     merged:str|Path=None, # Folder into which `export` has merged its adapter; `None`: the run's own weights
     name:str=None, # Name of the upload on a hub, such as `'me/car-cards'`; `None`: the files on this machine
+    base:str=None, # Name of the base on a hub; `None`: the one in the recipe, or a placeholder if that is a folder
 )->dict: # Commands: `'api'` and `'chat'` for LLaMA-Factory; `'vllm'` for an export or an upload
     "The commands that serve the model of a run as it was trained."
     recipe, merged = Run(run).recipe, merged and Path(merged).absolute()
     adapter = find_adapter(run) if _is_lora(recipe) and not merged else None
-    factory = _factory_options(recipe, merged, name, adapter)
+    factory = _factory_options(recipe, merged, name, adapter, base)
     lines = {'api': ['API_HOST=127.0.0.1', 'API_PORT=8000', 'llamafactory-cli', 'api', *factory],
              'chat': ['llamafactory-cli', 'chat', *factory]}
-    if merged or name: lines['vllm'] = _vllm_line(recipe, merged, name, adapter)
+    if merged or name: lines['vllm'] = _vllm_line(recipe, merged, name, adapter, base)
     return {server: _join(words) for server, words in lines.items()}
 
 # %% ../../nbs/tuning/40_hand_over.ipynb #hand0027
@@ -186,10 +188,12 @@ def _interval(row): return '' if row.low != row.low else f'{row.low:.1f}–{row.
 def _scores(predictions):
     "The section with the scores, and the results for `model-index`."
     from huggingface_hub import EvalResult
-    name, scores = _asked_by(predictions).get('eval_dataset') or 'evaluation rows', score(predictions)
+    data, scores = _asked_by(predictions).get('eval_dataset'), score(predictions)
+    name = data or 'evaluation rows'
     lines = [(m, f'{row.value:.1f}', _interval(row)) for m, row in scores.overall.iterrows()]
+    rows = f"{scores['rows']:,} rows" + (f' of {_cell(data)}' if data else '')
     failed = f", of which {scores['failed']} failed" if scores['failed'] else ''
-    head = f"## Evaluation\n\n{scores['rows']:,} rows of {_cell(name)}{failed}; percent, with 95 % intervals."
+    head = f"## Evaluation\n\n{rows}{failed}; percent, with 95 % intervals."
     results = [EvalResult(task_type='image-text-to-text', dataset_type=_cell(name), dataset_name=_cell(name),
                           metric_type=_metric_types.get(m, m), metric_value=round(float(row.value), 2),
                           metric_name=f'{m} (95 % interval: {_interval(row)})' if _interval(row) else m)
@@ -212,9 +216,9 @@ model = AutoModelForImageTextToText.from_pretrained({name!r}, dtype='auto', devi
 processor = AutoProcessor.from_pretrained({name!r}, max_pixels={pixels})
 """
 
-def _use_section(run, recipe, merged, name):
+def _use_section(run, recipe, merged, name, base):
     is_adapter = _is_lora(recipe) and not merged
-    base, lines = base_name(recipe) or f'path/to/{_shown_base(recipe)}', serving_lines(run, merged, name)
+    base, lines = _base_or_place(recipe, base), serving_lines(run, merged, name, base)
     text = (_load_adapter if is_adapter else _load_model).format(name=name, base=base, pixels=_max_pixels(recipe))
     template = f'hf download {name} chat_template.jinja --local-dir .\n' if is_adapter else ''
     return '\n\n'.join(['## Use', f'```python\n{text}```', '## Serve', 'With vLLM:',
@@ -222,14 +226,14 @@ def _use_section(run, recipe, merged, name):
                         "With LLaMA-Factory, as a server that speaks OpenAI's protocol, or in a terminal:",
                         f"```\n{lines['api']}\n{lines['chat']}\n```"])
 
-def _licence_section(recipe, data):
+def _licence_section(recipe, base, data):
     shown = ' '.join(str(data[key]) for key in ('license', 'license_name', 'license_link') if data.get(key))
     said = _cell(shown) or 'unknown, see the base model'
-    return f'## Base and licence\n\nThe base is {_cell(_shown_base(recipe))}. Its licence: {said}.'
+    return f'## Base and licence\n\nThe base is {_cell(base or _shown_base(recipe))}. Its licence: {said}.'
 
 # %% ../../nbs/tuning/40_hand_over.ipynb #hand0031
 def _summary(recipe, merged):
-    kind = f"{recipe.get('finetuning_type', 'lora')} adapter" if _is_lora(recipe) and not merged else 'model'
+    kind = 'LoRA adapter' if _is_lora(recipe) and not merged else 'model'
     said = ', with its adapter merged into the base' if merged else ''
     return (f"This {kind} was fine-tuned from {_cell(_shown_base(recipe))} with LLaMA-Factory "
             f"(stage `{_cell(recipe.get('stage', 'sft'))}`){said}. The card was written from the folder of the run.")
@@ -265,7 +269,8 @@ def model_card(
         section, found = _scores(predictions)
         parts, results = [*parts, section], {'eval_results': found, 'model_name': title.rpartition('/')[2]}
     fields = _metadata(recipe, merged) | results | metadata
-    parts += [_use_section(run, recipe, merged, title), _licence_section(recipe, fields)]
+    base = fields.get('base_model')
+    parts += [_use_section(run, recipe, merged, title, base), _licence_section(recipe, base, fields)]
     return ModelCard(f'---\n{ModelCardData(**fields).to_yaml()}\n---\n' + '\n\n'.join(parts) + '\n')
 
 # %% ../../nbs/tuning/40_hand_over.ipynb #hand0036
@@ -283,14 +288,13 @@ def _without_path(path, base):
     local = {key: base for key in keys if _is_local(config.get(key))}
     return (json.dumps(config | local, indent=2, ensure_ascii=False) + '\n').encode() if local else path
 
-def _outgoing(folder, recipe, is_adapter):
+def _outgoing(folder, recipe, is_adapter, base):
     "The files that are uploaded: name → path, or content in bytes. Raises `ValueError` for links and damaged files."
     goes = (_adapter_files if is_adapter else _model_files).fullmatch
     found = {p.name: p for p in sorted(folder.iterdir()) if goes(p.name)}
     fault = lambda p: 'is a link, or not a file' if p.is_symlink() or not p.is_file() else file_fault(p)
     odd = [f'{name} {fault(p)}' for name, p in found.items() if fault(p)]
     if odd: raise ValueError(f"{folder} can't be uploaded: {'; '.join(odd)}.")
-    base = base_name(recipe) or _shown_base(recipe)
     return found | {name: _without_path(found[name], base) for name in _with_base if name in found} | {
         'chat_template.jinja': chat_template(recipe['model_name_or_path']).encode()}
 
@@ -383,14 +387,15 @@ def push_to_hub(
 )->Upload: # What was uploaded: names, sizes and the address
     """Upload the adapter of a run, or a complete model, with its card, and nothing else that lies in the folder.
     Raises an exception in words before anything is sent if there is no token, or if the name is taken."""
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
     run = Run(run)
     _check_before_upload(name, dry_run)
-    card = str(card or model_card(run, predictions, merged, name))
+    card = ModelCard(str(card or model_card(run, predictions, merged, name)))
     folder, is_adapter = _weights(run, run.recipe, merged), _is_lora(run.recipe) and not merged
-    files = _outgoing(folder, run.recipe, is_adapter) | {'README.md': card.encode()}
+    base = card.data.base_model or _shown_base(run.recipe)
+    files = _outgoing(folder, run.recipe, is_adapter, base) | {'README.md': str(card).encode()}
     sizes = {n: len(f) if isinstance(f, bytes) else f.stat().st_size for n, f in files.items()}
-    upload = Upload(name, sizes, sorted({*os.listdir(folder)} - {*files}), private, card)
+    upload = Upload(name, sizes, sorted({*os.listdir(folder)} - {*files}), private, str(card))
     print(upload)
     if dry_run: return upload
     with _in_words(name):
