@@ -7,6 +7,7 @@ __all__ = ['base_licence', 'base_name', 'public_recipe', 'data_of', 'serving_lin
 
 # %% ../../nbs/tuning/40_hand_over.ipynb #hand0003
 import json, os, re, shlex
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -249,7 +250,7 @@ def _metadata(recipe, merged):
 # %% ../../nbs/tuning/40_hand_over.ipynb #hand0032
 def model_card(
     run:str|os.PathLike, # A training run, or its folder
-    predictions=None, # Its answers: `Predictions`, or any sequence of their rows; `None`: a card without scores
+    predictions:Sequence=None, # Its answers: `Predictions`, or any sequence of their rows; `None`: a card without scores
     merged:str|Path=None, # Folder into which `export` has merged its adapter: the card of that model
     name:str=None, # Name on a hub, such as `'me/car-cards'`, for the lines that load and serve; `None`: a placeholder
     **metadata, # Other fields of Hugging Face's `ModelCardData`, such as `license`, `base_model`, `language`, `tags`
@@ -378,7 +379,7 @@ def _check_before_upload(name, dry_run):
 def push_to_hub(
     run:str|os.PathLike, # A training run, or its folder
     name:str, # Name on the hub: `'user/name'`
-    predictions=None, # Its answers, for the scores in the card; see `model_card`
+    predictions:Sequence=None, # Its answers, for the scores in the card; see `model_card`
     merged:str|Path=None, # Folder into which `export` has merged its adapter; `None`: the run's own weights
     private:bool=True, # Whether only you see it
     card:str=None, # Another card, such as an edited `model_card(…)`; `None`: the one that `model_card` writes
