@@ -250,7 +250,7 @@ def _metadata(recipe, merged):
 # %% ../../nbs/tuning/40_hand_over.ipynb #hand0032
 def model_card(
     run:str|os.PathLike, # A training run, or its folder
-    predictions:Sequence=None, # Its answers: `Predictions`, or any sequence of their rows; `None`: a card without scores
+    predictions:Sequence=None, # Its answers: `Predictions`, or a sequence of their rows; `None`: a card without scores
     merged:str|Path=None, # Folder into which `export` has merged its adapter: the card of that model
     name:str=None, # Name on a hub, such as `'me/car-cards'`, for the lines that load and serve; `None`: a placeholder
     **metadata, # Other fields of Hugging Face's `ModelCardData`, such as `license`, `base_model`, `language`, `tags`
