@@ -21,7 +21,7 @@ class Hub(ThreadingHTTPServer):
     "A hub to which models are uploaded: `repos` name → whether it is private and its files, `asked` what it was asked."
     def __init__(self):
         super().__init__(('127.0.0.1', 0), Handler)
-        self.url, self.repos, self.blobs, self.asked, self.refuses = f'http://127.0.0.1:{self.server_port}', {}, {}, [], None
+        self.url, self.repos, self.blobs, self.asked = f'http://127.0.0.1:{self.server_port}', {}, {}, []
 
 class Handler(HubHandler):
     "Small files go into the commit, weights into the large file storage, as at the real hub."
@@ -38,7 +38,7 @@ class Handler(HubHandler):
         path, hub = self.path.partition('?')[0], self.server
         body = self.received()
         hub.asked.append((self.command, path, self.headers.get('Authorization')))
-        if hub.refuses: return self.say({'error': 'no'}, hub.refuses)
+        if refused := re.search(r'/me/status-(\d+)', path): return self.say({'error': 'no'}, int(refused[1]))
         if path == '/api/validate-yaml': return self.say({'errors': [], 'warnings': []})
         if path == '/api/repos/create': return self.create(json.loads(body))
         if path.startswith('/blobs/'): return self.store(path.rpartition('/')[2], body)
@@ -80,20 +80,27 @@ def hub():
     server.server_close()
 
 CHILD = """
-import json, sys
+import io, json, sys
+from contextlib import redirect_stdout
 from qwen2vl_nb.tuning.hand_over import push_to_hub
 from qwen2vl_nb.prediction.predictions import Predictions
-run, options = sys.argv[1], json.loads(sys.argv[2])
-if 'predictions' in options: options['predictions'] = Predictions(options['predictions'])
-print(push_to_hub(run, options.pop('name', 'me/cars'), **options).url)
+run, told = sys.argv[1], []
+for options in json.loads(sys.argv[2]):
+    if 'predictions' in options: options['predictions'] = Predictions(options['predictions'])
+    with redirect_stdout(io.StringIO()) as said:
+        try: why = push_to_hub(run, options.pop('name', 'me/cars'), **options).url
+        except Exception as e: why = f'{type(e).__name__}: {e}'
+    told.append((said.getvalue(), why))
+print(json.dumps(told))
 """
 
-def push(endpoint, run, token=TOKEN, offline='0', **options):
-    "Upload in a process of its own, since huggingface_hub reads its variables when it is imported: what it printed and raised."
+def push(endpoint, run, *calls, token=TOKEN, offline='0'):
+    "Upload in a process of its own, since huggingface_hub reads its variables when it is imported: for each call, what it printed, and the address or the refusal."
     env = {k: v for k, v in os.environ.items() if not k.startswith(('HF_', 'HUGGING'))}
     env |= {'HF_ENDPOINT': endpoint, 'HF_HOME': str(Path(run).parent/'hf'), 'HF_HUB_OFFLINE': offline, 'HF_HUB_DISABLE_XET': '1'} | ({'HF_TOKEN': token} if token else {})
-    done = subprocess.run([sys.executable, '-c', CHILD, str(run), json.dumps(options)], env=env, capture_output=True, text=True)
-    return done.stdout, done.stderr
+    done = subprocess.run([sys.executable, '-c', CHILD, str(run.output_dir), json.dumps(calls)], env=env, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    return json.loads(done.stdout)
 
 @pytest.fixture(scope='module')
 def trained(tiny, data, tmp_path_factory):
@@ -119,13 +126,13 @@ def assert_nothing_private(files, run):
 
 def test_an_adapter_arrives_with_its_card_and_nothing_else_does(hub, trained):
     run, _, answers = trained
-    said, why = push(hub.url, run, predictions=str(answers.output_dir))
-    assert hub.url in said, why
+    (said, url), = push(hub.url, run, {'predictions': str(answers.output_dir)})
+    assert url.startswith(f'{hub.url}/me/cars/commit/')
     files, here = hub.repos['me/cars']['files'], run.output_dir
     assert hub.repos['me/cars']['private'] and 'adapter_model.safetensors' in said and 'run.json' in said.partition('Not uploaded: ')[2]
     changed = {'README.md', 'adapter_config.json', 'chat_template.jinja'}
-    assert {name for name in files if files[name] != (here/name).read_bytes()} == changed
-    assert {'adapter_model.safetensors', 'tokenizer.json', 'preprocessor_config.json'} < {*files} and {*files} - changed <= {*os.listdir(here)}
+    assert {name for name in files if name not in changed and files[name] != (here/name).read_bytes()} == set()
+    assert {'adapter_model.safetensors', 'tokenizer.json', 'preprocessor_config.json', *changed} <= {*files}
     assert not [name for name in files if re.search(r'run|recipe|trainer|optim|checkpoint|predict|all_results|training_args|\.log|yaml', name)]
     assert {'run.json', 'recipe.yaml', 'trainer_log.jsonl', 'training_args.bin', 'checkpoint-2'} <= {*os.listdir(here)}, 'there was something to leave out'
     theirs, ours = (json.loads(text) for text in ((here/'adapter_config.json').read_text(), files['adapter_config.json']))
@@ -154,31 +161,28 @@ def test_answers_of_another_model_are_refused(trained, tmp_path):
 
 def test_an_export_arrives_and_a_name_that_is_taken_is_refused(hub, trained):
     run, merged, _ = trained
-    said, why = push(hub.url, run, merged=str(merged))
-    files = hub.repos['me/cars']['files']
-    assert {'model.safetensors', 'config.json', 'tokenizer.json', 'preprocessor_config.json', 'chat_template.jinja', 'README.md'} <= {*files}, why
-    assert {name for name in files if not (merged/name).is_file() or files[name] != (merged/name).read_bytes()} == {'README.md'}
-    assert_nothing_private(files, run)
-    kept = dict(files)
-    for options, refusal in [({'merged': str(merged)}, 'pass overwrite=True'), ({}, 'contains a complete model, another kind'), ({'overwrite': True}, 'another kind')]:
-        assert refusal in push(hub.url, run, **options)[1]
-    assert files == kept
-    del files['tokenizer.json']
-    push(hub.url, run, merged=str(merged), overwrite=True)
-    assert files == kept
-    hub.repos['me/cars']['private'] = False
-    assert 'exists and is public' in push(hub.url, run, merged=str(merged), overwrite=True)[1]
+    whole, hub.repos['me/public'] = {'merged': str(merged)}, {'private': False, 'files': {}}
+    told = push(hub.url, run, whole, whole, {}, {'overwrite': True}, whole | {'overwrite': True}, whole | {'name': 'me/public'}, whole | {'name': 'me/public', 'private': False})
+    refusals = [why for _, why in told if not why.startswith('http')]
+    for why, words in zip(refusals, ['pass overwrite=True', 'contains a complete model, another kind', 'contains a complete model, another kind', 'exists and is public'], strict=True):
+        assert words in why
+    for name in ('me/cars', 'me/public'):
+        files = hub.repos[name]['files']
+        assert {'model.safetensors', 'config.json', 'tokenizer.json', 'preprocessor_config.json', 'chat_template.jinja', 'README.md'} <= {*files}
+        assert {n for n in files if not (merged/n).is_file() or files[n] != (merged/n).read_bytes()} == {'README.md'}
+        assert_nothing_private(files, run)
+    assert sum(path == '/api/models/me/cars/commit/main' for _, path, _ in hub.asked) == 2
 
 def test_refusals_in_plain_words(hub, trained):
     run, *_ = trained
-    assert 'There is no token for the hub: log in' in push(hub.url, run, token=None)[1] and not hub.asked
-    assert 'not uploaded' in push(hub.url, run, token=None, dry_run=True)[0] and not hub.asked
-    for status, words in ((401, 'does not accept the token'), (403, 'may not write to me/cars')):
-        hub.refuses = status
-        assert words in push(hub.url, run)[1].splitlines()[-1]
+    (_, why), (said, url) = push(hub.url, run, {}, {'dry_run': True}, token=None)
+    assert 'There is no token for the hub: log in' in why and url is None and 'not uploaded' in said and not hub.asked
+    calls = [{'name': f'me/status-{status}'} for status in (401, 403, 500)]
+    for (_, why), words in zip(push(hub.url, run, *calls), ('does not accept the token', 'may not write to me/status-403', 'refused the upload to me/status-500')):
+        assert words in why and TOKEN not in why
     assert not hub.repos
-    assert 'cannot be reached' in push(f'http://127.0.0.1:{free_ports(1)[0]}', run)[1].splitlines()[-1]
-    assert 'HF_HUB_OFFLINE=1 forbids' in push(hub.url, run, offline='1')[1].splitlines()[-1]
+    assert 'cannot be reached' in push(f'http://127.0.0.1:{free_ports(1)[0]}', run, {})[0][1]
+    assert 'HF_HUB_OFFLINE=1 forbids' in push(hub.url, run, {}, offline='1')[0][1]
 
 def test_the_lines_that_load_the_model_do(trained):
     "The card's own Python, with the folders in place of the names."
