@@ -5,6 +5,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+from PIL import Image
 
 from conftest import COMMIT, HubHandler, free_ports
 from qwen2vl_nb.data.registry import Registry, dataset_samples
@@ -194,8 +195,8 @@ def test_the_lines_that_load_the_model_do(trained):
         made = {}
         exec(code, made)
         assert 'Qwen2VL' in str(type(made['model'].base_model)) or 'Lora' in str(type(made['model'].base_model))
-        limits = made['processor'].image_processor
-        assert (limits.size.get('longest_edge') or limits.max_pixels) <= 768*768
+        _, height, width = made['processor'].image_processor(Image.new('RGB', (2000, 1500)), return_tensors='pt')['image_grid_thw'][0]
+        assert .9*768*768 < height*width*14*14 <= 768*768
 
 @pytest.mark.soak
 def test_llamafactory_serves_with_the_line_of_the_run(trained, data):

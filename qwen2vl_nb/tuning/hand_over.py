@@ -159,7 +159,7 @@ def _training_section(run, recipe):
     names = sorted({f"{g.get('name')} ({g.get('total', 0)/GiB:.0f} GiB)" for g in cards})
     facts = [('steps', f'{now.step:,} of {now.steps:,}'), ('epochs', f'{now.epoch:.2f}'),
              ('last logged training loss', f'{losses.iloc[-1]:.4g}' if len(losses) else 'not logged'),
-             *[('lowest evaluation loss', f'{lowest:.4g}')]*(lowest is not None),
+             ('lowest evaluation loss', 'not evaluated' if lowest is None else f'{lowest:.4g}'),
              ('hardware', f"{n} × {', '.join(names)}" if names else f'{n} process(es) on CPUs'),
              *sorted(about.get('versions', {}).items())]
     text = yaml.safe_dump(public_recipe(recipe), sort_keys=False, allow_unicode=True).replace('```', '')
@@ -179,7 +179,7 @@ def _refuse_others_answers(run, predictions, merged):
     asked = _asked_by(predictions)
     if not asked or next(iter(predictions), {}).get('engine') == 'openai': return
     used = Path(asked.get('adapter_name_or_path') or asked['model_name_or_path'])
-    own = [run.output_dir.resolve()] + [Path(merged).resolve()]*bool(merged)
+    own = [Path(folder).resolve() for folder in (run.output_dir, merged) if folder]
     if not any(used.resolve().is_relative_to(folder) for folder in own):
         raise ValueError(f'{predictions.output_dir} has the answers of {used}, which is not the model of '
                          f'{run.output_dir}. Pass the predictions of this run; those of its export need merged=.')
