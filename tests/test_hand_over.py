@@ -1,5 +1,5 @@
 """A run is handed over: its card, and what of it arrives at a hub on this machine to which the real `huggingface_hub` uploads."""
-import base64, hashlib, json, os, re, subprocess, sys
+import base64, hashlib, json, os, re, shutil, subprocess, sys
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -11,7 +11,8 @@ from conftest import COMMIT, HubHandler, free_ports
 from qwen2vl_nb.data.registry import Registry, dataset_samples
 from qwen2vl_nb.model import chat_template
 from qwen2vl_nb.prediction.engines import predict
-from qwen2vl_nb.recipe import predict_recipe, train_recipe
+from qwen2vl_nb.prediction.predictions import Predictions
+from qwen2vl_nb.recipe import load_recipe, predict_recipe, save_recipe, train_recipe
 from qwen2vl_nb.run.merge import export
 from qwen2vl_nb.run.start import launch
 from qwen2vl_nb.tuning.hand_over import model_card, push_to_hub, serving_lines
@@ -156,7 +157,10 @@ def test_the_card_says_what_the_run_was(trained):
 
 def test_answers_of_another_model_are_refused(trained, tmp_path):
     run, merged, answers = trained
-    before = predict(predict_recipe(run.recipe['model_name_or_path'], None, tmp_path/'before', max_new_tokens=2, use_cpu=True), [{'instruction': 'What?'}])
+    folder = Path(shutil.copytree(answers.output_dir, tmp_path/'before'))
+    recipe = load_recipe(folder/'recipe.yaml')
+    save_recipe({k: v for k, v in recipe.items() if k != 'adapter_name_or_path'}, folder/'recipe.yaml')
+    before = Predictions(folder)
     with pytest.raises(ValueError, match='is not the model of'): model_card(run, before)
     with pytest.raises(ValueError, match='is not the model of'): push_to_hub(run, 'me/cars', before, dry_run=True)
 
