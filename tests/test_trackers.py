@@ -14,15 +14,16 @@ from qwen2vl_nb.run.start import launch
 KEYS = {'WANDB_API_KEY': 'wandb_secret_1', 'SWANLAB_API_KEY': 'swan_secret_2', 'MLFLOW_TRACKING_PASSWORD': 'mlflow_secret_3',
         'MLFLOW_TRACKING_URI': 'https://bob:mlflow_secret_4@tracker.example'}
 
-def _has_keys(process):
-    try: return KEYS.items() <= process.environ().items()
+def _is_rank_with_keys(process):
+    try: return 'run.rank' in process.cmdline() and KEYS.items() <= process.environ().items()
     except (psutil.Error, OSError): return False
 
 def test_a_key_reaches_the_run_and_is_written_nowhere(few_steps, tmp_path):
     "As environment variables, and as SwanLab's argument in the recipe."
     run = launch(few_steps(max_steps=2, swanlab_api_key='swan_secret_5'), env=KEYS)
-    until(lambda: any(_has_keys(p) and 'run.rank' in p.cmdline() for p in marked(read_state(run, RUN)['id'])) or not run.is_running)
-    assert run.is_running, run.failure
+    mark = read_state(run, RUN)['id']
+    found = until(lambda: [p for p in marked(mark) if _is_rank_with_keys(p)] or not run.is_running)
+    assert found is not True, 'the run ended before a rank with the keys was seen'
     run.wait()
     assert {*KEYS} == {*read_state(run, RUN)['secrets']['env']}
     files = [p for folder in (tmp_path, Path(os.environ['XDG_DATA_HOME'])) for p in folder.rglob('*') if p.is_file()]
