@@ -94,9 +94,15 @@ clean-check: setup
 	$(MAKE) --no-print-directory readme
 	git diff --exit-code -- nbs qwen2vl_nb README.md
 
-soak: setup browser
+# TensorBoard, which only a test needs (55 MB), in a folder of its own
+.tensorboard/.installed: | setup
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .tensorboard tensorboard==2.21.0 \
+		tensorboard-data-server==0.7.2 absl-py==2.5.1 grpcio==1.85.3 markdown==3.11.3 werkzeug==3.1.9
+	@touch $@
+
+soak: setup browser .tensorboard/.installed
 	$(BIN)/nbdev_test --n_workers 1 --flags slow
-	$(PYTEST) tests --soak -m soak
+	TENSORBOARD=$(CURDIR)/.tensorboard $(PYTEST) tests --soak -m soak
 	EXAMPLES=1500 $(PYTEST) tests/test_property.py
 
 benchmarks: setup .venv-vllm/.installed
