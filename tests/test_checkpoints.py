@@ -35,7 +35,7 @@ def trained(tiny, data, tmp_path_factory):
         usual = dict(dataset_dir=str(data), max_steps=160, max_samples=200, val_size=.1, eval_strategy='steps', eval_steps=40, save_steps=40, logging_steps=10,
                      learning_rate=1e-3, per_device_train_batch_size=4, per_device_eval_batch_size=4, gradient_accumulation_steps=1, bf16=None, use_cpu=True,
                      preprocessing_num_workers=None)
-        return launch(train_recipe(tiny, 'car_item', folder/name, **usual | changes), nproc=nproc, preview=preview)
+        return launch(train_recipe(tiny, 'car_item', folder/name, **usual | changes), nproc=nproc, preview=preview, env={'QWEN2VL_NB_PREVIEW': '1'})  # however fast it trains
     two_ranks = dict(nproc=2, preview=1, deepspeed=zero_config('z2'), use_cpu=None, max_steps=100, eval_steps=50, save_steps=1000)
     runs = dict(lora=begin('lora'), plain=begin('plain', preview=0), full=begin('full', finetuning_type='full', lora_target=None, learning_rate=1e-4, max_steps=20,
                                                                                eval_steps=10, save_steps=10))

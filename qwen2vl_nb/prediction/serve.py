@@ -46,7 +46,8 @@ def _medium(item):
     if not isinstance(item, (str, os.PathLike)): kind, url = 'image_url', _in_memory(item)
     else:
         path = Path(item).absolute()
-        open_regular(path).close()
+        try: open_regular(path).close()
+        except FileNotFoundError: raise FileNotFoundError(f'There is no file {path}.') from None
         kind = 'video_url' if path.suffix.lower() in video_endings else 'image_url'
         url = path.as_uri()
     return {'type': kind, kind: {'url': url}}
