@@ -46,6 +46,7 @@ REFUSED = {  # Cell → a part of the message
     'predict(recipe, engine=Run(folder))': 'what `serve` returned',
     'serve(folder + "/no model", folder + "/served")': 'There is no folder',
     'Served(folder).ask(None, "?")': 'serve(…), called again',
+    'Served(folder).ask("/no/picture.png", "?")': 'There is no file /no/picture.png',
     'zero_config("z4")': 'z4',
     'plot_loss(folder)': 'trainer_log.jsonl',
     'Predictions(damaged)': 'predictions.jsonl',
