@@ -13,9 +13,13 @@ nb_execution_mode = 'off'
 nb_ipywidgets_js = {}
 nb_merge_streams = True
 nb_mime_priority_overrides = [('html', 'text/html', 0), ('html', 'image/svg+xml', 1)]
-myst_enable_extensions = ['fieldlist']
+myst_enable_extensions = ['colon_fence', 'fieldlist']
 myst_heading_anchors = 4
 suppress_warnings = ['mystnb.unknown_mime_type', 'myst.header']
+
+# A name in a page that the API reference does not have is an error; annotations are no links
+nitpicky = True
+nitpick_ignore_regex = [('py:class', '.*')]
 
 add_module_names = False
 python_maximum_signature_line_length = 70

@@ -62,9 +62,9 @@ def relinked(text, path):
 
 def linked_names(text):
     "Markdown in which public names in code style lead to the API reference."
-    names = '|'.join(sorted(qwen2vl_nb.__all__, key=len, reverse=True))
+    names = '|'.join({*qwen2vl_nb.__all__} - {'gpus'}) # which is also the name of a parameter
     parts = re.split(r'(^```.*?^```|^#.*?$|\[[^\]]*\]\([^)]*\))', text, flags=re.S | re.M)
-    return ''.join(part if i%2 else re.sub(rf'(?<!`)`({names})(\(\))?`(?!`)', r'{py:obj}`\1`', part)
+    return ''.join(part if i%2 else re.sub(rf'(?<!`)`({names})(\(\))?`(?!`)', r'{py:obj}`~qwen2vl_nb.\1`', part)
                    for i, part in enumerate(parts))
 
 def site_cell(cell, path):
@@ -130,7 +130,7 @@ def described(name):
         if member.startswith('_') or not getattr(f, '__doc__', None): continue
         if isinstance(f, property): inside.append(directive('property', member, f.__doc__))
         elif inspect.isfunction(f): inside.append(directive('method', member + signature(f, 1), f.__doc__))
-    return directive('class', name + signature(thing), thing.__doc__, inside)
+    return directive('class', name + signature(thing).removesuffix(' -> None'), thing.__doc__, inside)
 
 def notebook_of(module):
     "The notebook that a module of the package is exported from."
@@ -188,7 +188,7 @@ def write_site():
     list_notebooks([p for p in books if in_site(str(p.relative_to(ROOT))).startswith('notebooks/')])
     pages = {name: names for name in PAGES if (names := names_of(name))}
     for name, names in pages.items(): reference(SOURCE/'api'/f'{name}.ipynb', PAGES[name][0], names)
-    table = [f'| [{PAGES[p][0]}]({p}.ipynb) | ' + ', '.join(f'{{py:obj}}`{n}`' for n in names) + ' |'
+    table = [f'| [{PAGES[p][0]}]({p}.ipynb) | ' + ', '.join(f'{{py:obj}}`~qwen2vl_nb.{n}`' for n in names) + ' |'
              for p, names in pages.items()]
     toc = ['```{toctree}\n:hidden:\n', *pages, '```']
     index = SOURCE/'api'/'index.md'
