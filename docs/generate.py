@@ -12,11 +12,11 @@ import qwen2vl_nb  # noqa: E402
 
 # Page of the API reference → its title, and the modules or packages that it covers, in this order
 PAGES = {
-    'data': ('Data', ['data']),
+    'data': ('Data', ['data.sources', 'data.check', 'data.split', 'data.registry', 'data.describe', 'data']),
     'recipes': ('Recipes and checks', ['recipe', 'zero', 'checks', 'stack', 'findings', 'model']),
     'memory': ('Memory', ['memory']),
-    'run': ('Runs', ['run']),
-    'prediction': ('Predictions and scores', ['prediction']),
+    'run': ('Runs', ['run.start', 'run']),
+    'prediction': ('Predictions and scores', ['prediction.engines', 'prediction']),
     'tuning': ('Tuning', ['tuning']),
     'included': ('Included models and data', ['tiny', 'cli']),
 }
@@ -34,7 +34,8 @@ def home(name):
 def names_of(page):
     "The public names on a page of the API reference, in the order of the modules."
     rooms = PAGES[page][1]
-    return [name for room in rooms for name in qwen2vl_nb.__all__ if home(name) == room or home(name).startswith(f'{room}.')]
+    return [*dict.fromkeys(name for room in rooms for name in qwen2vl_nb.__all__
+                           if home(name) == room or home(name).startswith(f'{room}.'))]
 
 def in_site(path):
     "Where a file of the repository is on the site: a relative path, or None."
@@ -161,7 +162,7 @@ def reference(to, title, names):
         cells.append(markdown(described(name)))
         if found := examples(name): cells.append(markdown('Example:'))
         cells += [cell | {'id': f'ex{len(cells)}-{i}'} for i, cell in enumerate(found)]
-        cells.append(markdown(f'Explained in [{Path(path).stem}](../{in_site(path)}).'))
+        cells.append(markdown(f'Written and explained in [{title_of(ROOT/path)[0]}](../{in_site(path)}).'))
     write_notebook(to, cells, {'language_info': {'name': 'python'}})
 
 def title_of(path):
@@ -179,7 +180,7 @@ def list_notebooks(books):
     index.write_text('\n'.join([index.read_text(encoding='utf-8'), *text, '', *toc]), encoding='utf-8')
 
 def write_site():
-    shutil.rmtree(SOURCE, ignore_errors=True)
+    shutil.rmtree(SOURCE.parent, ignore_errors=True)
     shutil.copytree(ROOT/'nbs'/'images', SOURCE/'images')
     own = [p for p in (ROOT/'docs').rglob('*.md') if '_build' not in p.parts]
     books = [p for p in (ROOT/'nbs').rglob('*.ipynb') if p.name != 'index.ipynb' and '.ipynb_checkpoints' not in p.parts]
