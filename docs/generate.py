@@ -144,12 +144,13 @@ def defines(source):
     return {n.name for n in ast.parse(source).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
 
 def examples(name):
-    "The first two cells with an output that follow a definition in its notebook, up to the next public one."
-    path, found, inside = notebook_of(home(name)), [], False
+    "The first two cells after a definition in its notebook that use it and have an output."
+    path, found, after = notebook_of(home(name)), [], False
     for cell in json.loads((ROOT/path).read_text(encoding='utf-8'))['cells']:
-        here = defines(''.join(cell['source'])) if cell['cell_type'] == 'code' else set()
-        if here & {*qwen2vl_nb.__all__}: inside = name in here
-        elif inside and cell.get('outputs') and (shown := site_cell(cell, path)): found.append(shown)
+        source = ''.join(cell['source'])
+        after = after or (cell['cell_type'] == 'code' and name in defines(source))
+        uses = re.search(rf'\b{name}\b', source) and cell.get('outputs')
+        if after and uses and (shown := site_cell(cell, path)): found.append(shown)
     return found[:2]
 
 def reference(to, title, names):
