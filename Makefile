@@ -121,7 +121,7 @@ readme: setup
 	@touch $@
 
 docs: .venv-docs/.installed
-	.venv-docs/bin/python docs/generate.py
+	PYTHONPATH=$(CURDIR) .venv-docs/bin/python docs/generate.py
 	.venv-docs/bin/sphinx-build --quiet --fail-on-warning --keep-going -c docs docs/_build/source docs/_build/html
 	@echo "The site is in docs/_build/html; open index.html in a browser."
 

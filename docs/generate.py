@@ -5,10 +5,10 @@ that follow each definition in its notebook. A link to a file that does not exis
 import ast, inspect, json, re, shutil, sys
 from pathlib import Path
 
+import qwen2vl_nb
+
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT/'docs'/'_build'/'source'
-sys.path.insert(0, str(ROOT))
-import qwen2vl_nb  # noqa: E402
 
 # Page of the API reference → its title, and the modules or packages that it covers, in this order
 PAGES = {
@@ -73,7 +73,7 @@ def site_cell(cell, path):
     source = ''.join(cell['source'])
     if cell['cell_type'] == 'markdown': return cell | {'source': linked_names(relinked(source, path))}
     if re.match(r'#\| *(hide|default_exp)', source): return None
-    shown = re.sub(r'^#\| *(export\w*|exec_doc|eval.*)\n', '', source, flags=re.M)
+    shown = re.sub(r'^#\| *(export\w*|slow)\n', '', source, flags=re.M)
     tags = ['hide-input'] if path.startswith('nbs/benchmarks/') else []
     return cell | {'source': shown, 'metadata': {'tags': tags}}
 
@@ -93,7 +93,8 @@ def page(path):
 
 def write_notebook(to, cells, metadata):
     to.parent.mkdir(parents=True, exist_ok=True)
-    to.write_text(json.dumps({'cells': cells, 'metadata': metadata, 'nbformat': 4, 'nbformat_minor': 5}), encoding='utf-8')
+    nb = {'cells': cells, 'metadata': metadata, 'nbformat': 4, 'nbformat_minor': 5}
+    to.write_text(json.dumps(nb), encoding='utf-8')
 
 def fields(doc):
     "The sections that `as_public` adds to a docstring, as Markdown's field list."
@@ -106,15 +107,19 @@ def fields(doc):
     comment = comment or (kind if ' ' in kind else '')
     return '\n'.join([inspect.cleandoc(text), '', *lines, *([f':returns: {comment}'] if comment else [])])
 
+class Plain(str):
+    "An annotation that is written without quotes."
+    __repr__ = str.__str__
+
 def signature(f, skip=0):
-    "A signature as it is written in the source, without the quotes of annotations."
+    "A signature without the quotes of annotations and the names of modules."
     about = inspect.signature(f)
-    plain = lambda a: a.strip('\'"') if isinstance(a, str) else a
-    mine = [p.replace(annotation=plain(p.annotation)) for p in about.parameters.values()][skip:]
+    plain = lambda a: a.strip('\'"') if isinstance(a, str) else inspect.formatannotation(a)
+    mine = [p if p.annotation is p.empty else p.replace(annotation=Plain(plain(p.annotation)))
+            for p in about.parameters.values()][skip:]
     text = str(about.replace(parameters=mine, return_annotation=about.empty))
-    back = about.return_annotation
-    back = '' if back is about.empty else f' -> {plain(back) if isinstance(back, str) else inspect.formatannotation(back)}'
-    return re.sub(r"(: )'([^']*)'(?=[,)]| =)", r'\1\2', text) + back
+    if about.return_annotation is not about.empty: text += f' -> {plain(about.return_annotation)}'
+    return re.sub(r'\b(?:[a-z]\w*\.)+(?=[A-Z])', '', text)
 
 def directive(kind, name, doc, inside=()):
     "A definition in the form of Sphinx's Python domain."
@@ -173,7 +178,7 @@ def title_of(path):
 
 def list_notebooks(books):
     "Write the page that lists the notebooks of the package."
-    index, text = SOURCE/'notebooks'/'index.md', ['| | |', '|---|---|']
+    index, text = SOURCE/'notebooks'/'index.md', ['| Notebook | What it is about |', '|---|---|']
     inside = sorted(in_site(str(p.relative_to(ROOT))).removeprefix('notebooks/') for p in books)
     inside = sorted((p for p in inside if not p.startswith('../')), key=lambda p: (p.count('/'), p))
     text += [f'| [{title}]({p}) | {about} |' for p in inside for title, about in [title_of(ROOT/'nbs'/p)]]
@@ -184,7 +189,7 @@ def write_site():
     shutil.rmtree(SOURCE.parent, ignore_errors=True)
     shutil.copytree(ROOT/'nbs'/'images', SOURCE/'images')
     own = [p for p in (ROOT/'docs').rglob('*.md') if '_build' not in p.parts]
-    books = [p for p in (ROOT/'nbs').rglob('*.ipynb') if p.name != 'index.ipynb' and '.ipynb_checkpoints' not in p.parts]
+    books = [p for p in (ROOT/'nbs').rglob('*.ipynb') if p.name != 'index.ipynb' and '.' not in p.parent.name]
     for path in [*own, *books, *(ROOT/'nbs'/'tutorials').glob('*.md'), ROOT/'CHANGELOG.md', ROOT/'CONTRIBUTING.md']:
         page(str(path.relative_to(ROOT)))
     list_notebooks([p for p in books if in_site(str(p.relative_to(ROOT))).startswith('notebooks/')])
@@ -194,7 +199,7 @@ def write_site():
              for p, names in pages.items()]
     toc = ['```{toctree}\n:hidden:\n', *pages, '```']
     index = SOURCE/'api'/'index.md'
-    text = [index.read_text(encoding='utf-8'), '| | |', '|---|---|', *table, '', *toc]
+    text = [index.read_text(encoding='utf-8'), '| Page | Names |', '|---|---|', *table, '', *toc]
     index.write_text('\n'.join(text), encoding='utf-8')
 
 if __name__ == '__main__':
