@@ -1,6 +1,6 @@
 # make demo    the whole job once, in front of you      make test   everything that CI runs, the demo apart
 # make lab     JupyterLab on the tutorial               make soak   what is longer; make test-vllm   against the CPU build of vLLM;
-# make test-newest   with the newest versions that pip resolves
+# make test-newest   with the newest versions that pip resolves      make docs   the documentation site, in docs/_build/html
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 # The first Python here that is new enough; `make PYTHON=… demo` takes another
@@ -30,7 +30,7 @@ ready = lacks=; lack() { lacks=1; echo "Missing: $$*"; }; \
 	free=$$(df -Pk . | awk 'NR == 2 {print int($$4/1000000)}'); [ -e $2 ] || [ "$$free" -ge $1 ] || lack "disk space: $1 GB are needed here, and $$free GB are free."; \
 	[ -z "$$lacks" ] || exit 1
 
-.PHONY: help setup browser demo lab test test-vllm test-newest clean-check soak benchmarks tiny notebooks readme lock
+.PHONY: help setup browser demo lab test test-vllm test-newest clean-check soak benchmarks tiny notebooks readme docs lock
 
 help:
 	@sed -n '1,3s/^# //p' Makefile
@@ -119,9 +119,22 @@ readme: setup
 	$(BIN)/jupyter nbconvert --to markdown --output-dir . --output README nbs/index.ipynb
 	sed -i -E "s,\]\((images|tutorials|benchmarks|data|memory|run|prediction|tuning|[0-9][0-9]_),](nbs/\1,g; s,\]\(\.\./,](,g" README.md
 
+# The tools of the site get an environment of their own, with the small packages that the modules import
+.venv-docs/.installed: requirements-docs.lock
+	@echo "Installing the tools of the documentation site into .venv-docs (about 200 MB, once) …"
+	@$(call environment,.venv-docs)
+	@$(call install,.venv-docs,--no-deps -r $<)
+	@touch $@
+
+docs: .venv-docs/.installed
+	PYTHONPATH=$(CURDIR) .venv-docs/bin/python docs/generate.py
+	.venv-docs/bin/sphinx-build --quiet --fail-on-warning --keep-going -c docs docs/_build/source docs/_build/html
+	@echo "The site is in docs/_build/html; open index.html in a browser."
+
 # Needs uv. The second set is for a machine that already has a newer torch: make LOCK=requirements-torch211.lock …
 lock:
 	printf 'torch==2.8.0\ntorchaudio==2.8.0\ntransformers==4.57.6\ndeepspeed==0.18.4\nllamafactory==0.9.5\n' | \
 	  uv pip compile --quiet --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url setup.py --extra dev -c - -o requirements.lock
 	printf 'torch==2.11.0\ntorchaudio==2.11.0\ntransformers==5.6.0\ndeepspeed==0.19.8\nllamafactory==0.9.5\n' | \
 	  uv pip compile --quiet --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url setup.py --extra dev -c - -o requirements-torch211.lock
+	uv pip compile --quiet --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url requirements-docs.in -o requirements-docs.lock

@@ -1,0 +1,38 @@
+"The site's settings for Sphinx. `generate.py` writes its pages."
+from configparser import ConfigParser
+from pathlib import Path
+
+config = ConfigParser(delimiters=['='])
+config.read(Path(__file__).parent.parent/'settings.ini', encoding='utf-8')
+ini = config['DEFAULT']
+project, author, copyright, release = ini['lib_name'], ini['author'], ini['copyright'], ini['version']
+extensions = ['myst_nb', 'sphinx_copybutton']
+
+# Notebooks are shown with the outputs they have; nothing is executed, and nothing comes from the network
+nb_execution_mode = 'off'
+nb_ipywidgets_js = {}
+nb_merge_streams = True
+nb_mime_priority_overrides = [('html', 'text/html', 0), ('html', 'image/svg+xml', 1)]
+myst_enable_extensions = ['colon_fence', 'fieldlist']
+myst_heading_anchors = 4
+suppress_warnings = ['mystnb.unknown_mime_type', 'myst.header']
+
+# A name in a page that the API reference does not have is an error; annotations are no links
+nitpicky = True
+nitpick_ignore_regex = [('py:class', '.*')]
+
+add_module_names = False
+python_maximum_signature_line_length = 70
+python_display_short_literal_types = True
+toc_object_entries_show_parents = 'hide'
+
+html_theme = 'pydata_sphinx_theme'
+html_title = ini['title']
+html_static_path = ['_static']
+html_css_files = ['site.css']
+html_copy_source = html_show_sourcelink = False
+html_sidebars = {'index': [], 'changelog': []}
+html_theme_options = {
+    'show_prev_next': False, 'navigation_with_keys': False, 'secondary_sidebar_items': ['page-toc'],
+    'footer_start': ['copyright'], 'footer_end': [], 'show_toc_level': 2, 'header_links_before_dropdown': 6,
+    'article_header_start': ['breadcrumbs'], 'navbar_align': 'left'}

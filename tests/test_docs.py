@@ -1,0 +1,71 @@
+"The pages of the documentation site, as far as they can be tested without the tools that build it."
+import ast, importlib.util, inspect, re, subprocess, sys
+
+import pytest
+
+import qwen2vl_nb
+from conftest import ROOT
+
+def _generate():
+    spec = importlib.util.spec_from_file_location('generate', ROOT/'docs'/'generate.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+generate = _generate()
+PAGES = sorted(p for p in (ROOT/'docs').rglob('*.md') if '_build' not in p.parts)
+HOWTO = [p for p in PAGES if p.parent.name == 'howto' and p.name != 'index.md']
+
+def test_every_public_name_is_on_one_page_of_the_reference():
+    listed = [name for page in generate.PAGES for name in generate.names_of(page)]
+    assert sorted(listed) == sorted(qwen2vl_nb.__all__)
+
+@pytest.mark.parametrize('name', [name for name in qwen2vl_nb.__all__ if callable(getattr(qwen2vl_nb, name))])
+def test_an_entry_has_the_comment_of_each_parameter(name):
+    thing = getattr(qwen2vl_nb, name)
+    commented = dict(re.findall(r'^:param (\S+): (\S.*)$', generate.fields(thing.__doc__), re.M))
+    stars = {inspect.Parameter.VAR_POSITIONAL: r'\*', inspect.Parameter.VAR_KEYWORD: r'\*\*'}
+    assert {*commented} == {stars.get(p.kind, '') + p.name for p in inspect.signature(thing).parameters.values()}
+    assert generate.fields(thing.__doc__) in generate.described(name)
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda p: f'{p.parent.name}/{p.name}')
+def test_links_lead_to_files_that_exist(page):
+    for whole, target, _ in generate.links(page.read_text(encoding='utf-8')):
+        assert not target or (page.parent/target).exists(), whole
+
+def test_every_how_to_page_is_listed():
+    listed = (ROOT/'docs'/'howto'/'index.md').read_text(encoding='utf-8')
+    for page in HOWTO:
+        assert f']({page.name})' in listed and f'\n{page.stem}\n' in listed
+
+def test_links_of_notebooks_lead_to_their_places_on_the_site():
+    moved = generate.relinked("[a](../03_model.ipynb#The-model's-dimensions) [b](../tutorials/slurm.md)", 'nbs/data/15_boxes.ipynb')
+    assert moved == '[a](../../notebooks/03_model.ipynb#the-models-dimensions) [b](../../tutorials/slurm.md)'
+    generate.relinked('[a](gone.ipynb)', 'nbs/data/15_boxes.ipynb')
+    assert generate.broken.pop() == 'nbs/data/15_boxes.ipynb: (gone.ipynb)'
+
+def test_examples_are_shown_with_their_outputs():
+    for name in ('read_samples', 'split_samples', 'zero_table', 'score'):
+        assert all(cell['outputs'] for cell in generate.examples(name)) and generate.examples(name)
+
+def _code(page, language='python'):
+    return re.findall(rf'^```{language}\n(.*?)^```', page.read_text(encoding='utf-8'), re.M | re.S)
+
+@pytest.mark.parametrize('page', HOWTO, ids=lambda p: p.stem)
+def test_code_of_how_to_pages_calls_public_names_with_their_parameters(page):
+    calls = [n for block in _code(page, 'py(?:thon)?') for n in ast.walk(ast.parse(block)) if isinstance(n, ast.Call)]
+    for call in calls:
+        if getattr(call.func, 'id', '') not in qwen2vl_nb.__all__: continue
+        keywords = {k.arg: ... for k in call.keywords if k.arg}
+        inspect.signature(getattr(qwen2vl_nb, call.func.id)).bind(*call.args, **keywords)
+    for name in {n.func.id for n in calls if isinstance(n.func, ast.Name) and '_' in n.func.id}: assert name in qwen2vl_nb.__all__
+
+@pytest.mark.soak
+@pytest.mark.parametrize('page', HOWTO, ids=lambda p: p.stem)
+def test_code_of_how_to_pages_runs(page, tmp_path):
+    "In a folder that has the data of a clone; blocks marked `py` need other machines, those marked `python` run."
+    (tmp_path/'data').symlink_to(ROOT/'data')
+    (tmp_path/'runs').mkdir()
+    (tmp_path/'page.py').write_text('\n'.join(_code(page)), encoding='utf-8')
+    done = subprocess.run([sys.executable, 'page.py'], cwd=tmp_path, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
