@@ -27,9 +27,7 @@ broken = []
 
 def home(name):
     "The module of a public name, without the name of the package."
-    getattr(qwen2vl_nb, name) # which imports its module
-    return next(module.partition('.')[2] for module, m in [*sys.modules.items()] if module.startswith('qwen2vl_nb.')
-                and not hasattr(m, '__path__') and module != 'qwen2vl_nb.all' and name in getattr(m, '__all__', ()))
+    return getattr(qwen2vl_nb, name).__module__.partition('.')[2]
 
 def names_of(page):
     "The public names on a page of the API reference, in the order of the modules."
