@@ -27,7 +27,10 @@ broken = []
 
 def home(name):
     "The module of a public name, without the name of the package."
-    return getattr(qwen2vl_nb, name).__module__.partition('.')[2]
+    thing = getattr(qwen2vl_nb, name)
+    return next(module.partition('.')[2] for module, m in [*sys.modules.items()] if module.startswith('qwen2vl_nb.')
+                and not hasattr(m, '__path__') and module != 'qwen2vl_nb.all' and vars(m).get(name) is thing
+                and name in getattr(m, '__all__', ()))
 
 def names_of(page):
     "The public names on a page of the API reference, in the order of the modules."
