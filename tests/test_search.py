@@ -3,7 +3,7 @@ import json, os, re, signal, subprocess, sys
 
 from conftest import ROOT, until
 from qwen2vl_nb.recipe import save_recipe
-from qwen2vl_nb.run.folder import RUN
+from qwen2vl_nb.run.folder import RUN, WAITER
 from qwen2vl_nb.run.start import attach
 
 def test_a_search_is_interrupted_and_continued(few_steps, tmp_path):
@@ -17,7 +17,7 @@ def test_a_search_is_interrupted_and_continued(few_steps, tmp_path):
     def trained(): return sorted((p.parent for p in (tmp_path/'run').glob(f'*/{RUN}')), key=lambda p: p.stat().st_ctime)
     def search(): return subprocess.Popen([sys.executable, 'search.py'], cwd=tmp_path, start_new_session=True, stdout=subprocess.DEVNULL)
     kernel = search()
-    until(lambda: len(trained()) == 2 or kernel.poll() is not None)
+    until(lambda: len(trained()) == 2 and (trained()[1]/WAITER).exists() or kernel.poll() is not None)
     os.killpg(kernel.pid, signal.SIGKILL)
     kernel.wait()
     assert search().wait() == 0
