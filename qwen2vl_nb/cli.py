@@ -41,7 +41,7 @@ def tutorial(
 # %% ../nbs/87_cli.ipynb #87clip09
 def _runs_folder(notebook):
     "The folder for the runs of a tutorial: beside its data."
-    return next(folder for folder in notebook.parents if (folder/'data').is_dir())/'runs'
+    return next(folder for folder in notebook.parents if (folder/'data'/'tiny_qwen2vl').is_dir())/'runs'
 
 def demo(
     notebook:str|Path=None, # The tutorial; `None`: it is written into the current folder
