@@ -106,7 +106,7 @@ def test_asked_by_hand(served, picture, data, capsys):
     at_once = json.loads(_post(served, _question('What is this?', **wild))[1])['choices'][0]['message']['content']
     assert served.ask(None, 'What is this?', **wild) == at_once
     broken = io.BytesIO(b'no picture at all')
-    for media, why in (('/nowhere.png', 'No such file'), ('/dev/zero', 'not a regular file'), (str(data), 'not a regular file'), (broken, 'array of uint8')):
+    for media, why in (('/nowhere.png', 'There is no file'), ('/dev/zero', 'not a regular file'), (str(data), 'not a regular file'), (broken, 'array of uint8')):
         with pytest.raises((OSError, ValueError), match=why): served.ask(media, 'What is this?')
 
 def test_other_programs_can_ask(ask, served, picture, tmp_path, monkeypatch):
