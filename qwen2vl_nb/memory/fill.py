@@ -12,7 +12,7 @@ from ..stack import GiB
 from ..zero import zero_config
 from ..data.batches import grouped_order, padding_share, random_order
 from .estimate import MemoryEstimate, NotPredicted, longest_sample, predict_memory, sample_lengths
-from .plan import gpu_count_and_memory, pick_zero, speed_of
+from .plan import describe_gpus, gpu_count_and_memory, pick_zero, possible_configs, speed_of
 
 # %% ../../nbs/memory/40_fill.ipynb #40fillp06
 _per_second = {'flops': 200e12, 'kernels': 1e5, 'exchanged': 200e9, 'offloaded': 20e9}
@@ -60,11 +60,13 @@ def _batches(recipe):
     return [recipe | {'per_device_train_batch_size': n, 'gradient_accumulation_steps': samples//n}
             for n in _divisors(samples)]
 
-def _of_config(recipe, name, gpus, gpu_gib, sample):
-    "The candidates with a ZeRO config that fit."
+def _batch(recipe): return recipe.get('per_device_train_batch_size', 1)
+
+def _of_config(recipe, name, gpus, gpu_gib, sample, shares):
+    "The candidates with a ZeRO config that fit; `shares`: micro batch → result of `padded_share`."
     def filled(changed):
         estimate = predict_memory(changed, name, gpus, sample=sample)
-        seconds = step_seconds(estimate.work, padded_share(changed, sample['tokens']))
+        seconds = step_seconds(estimate.work, shares[_batch(changed)])
         return Filled(name, changed | {'deepspeed': zero_config(name)}, estimate, seconds)
     fits = lambda candidate: candidate.estimate.fits(gpu_gib) == 'fits'
     return takewhile(fits, map(filled, _batches(recipe)))
@@ -77,11 +79,12 @@ def fitting(
 )->list: # `Filled`s, the fastest first; of equally fast ones, the larger micro batch
     "All combinations of ZeRO config, micro batch and checkpointing that surely fit."
     sample = sample or longest_sample(recipe)[0]
-    names = [n for n in speed_of if not (recipe.get('quantization_bit') and 'z3' in n)]
+    shares = {_batch(r): padded_share(r, sample['tokens']) for r in _batches(recipe)}
     key = 'disable_gradient_checkpointing'
     ways = [recipe | {key: True}, {k: v for k, v in recipe.items() if k != key}]
-    found = [f for way in ways for name in names for f in _of_config(way, name, gpus, gpu_gib, sample)]
-    return sorted(found, key=lambda f: (f.seconds, -f.recipe['per_device_train_batch_size']))
+    found = [f for way in ways for name in possible_configs(recipe)
+             for f in _of_config(way, name, gpus, gpu_gib, sample, shares)]
+    return sorted(found, key=lambda f: (f.seconds, -_batch(f.recipe)))
 
 # %% ../../nbs/memory/40_fill.ipynb #40fillp18
 _alike = 1.05 # Times that differ by less can't be told apart
@@ -123,7 +126,7 @@ def fill_gpus(
     try: found = fitting(recipe, gpus, gpu_gib, sample) if recipe.get('do_train') else []
     except NotPredicted: found = []
     if not found: return pick_zero(recipe, gpus, gpu_gib, sample)
-    where, best = f'{gpus} GPU{"s"*(gpus > 1)} of {gpu_gib:g} GiB', _best(found)
+    where, best = describe_gpus(gpus, gpu_gib), _best(found)
     before = None if _keeps(recipe, best) else next((f for f in found if _keeps(recipe, f)), None)
     print('\n'.join([_explain_filled(best, found, before, where), *best.estimate.notes]))
     return best.recipe

@@ -14,7 +14,7 @@ from ..names import warn
 from ..checkpoint import checkpoints, file_fault, is_stale, when_written
 from ..findings import as_text, text_table
 from ..prediction.engines import predict_in_turn
-from ..prediction.scores import score
+from ..prediction.scores import score, usual_measure
 from ..recipe import is_adapter, predict_recipe
 from ..run.folder import RUN, SCORES, Best, state_or_empty, write_best
 from ..run.loss import plot_loss, read_log
@@ -74,7 +74,6 @@ def checkpoint_recipe(
                           ) | {'adapter_name_or_path': ','.join(adapters)}
 
 # %% ../../nbs/tuning/00_checkpoints.ipynb #chec0031
-_first_measures = 'json', 'boxes.f1', 'number', 'exact' # The measure that decides, unless another one is given
 _leading = ('step', ''), ('eval_loss', ''), ('rows', ''), ('failed', '') # Columns before the measures
 
 def _evaluations(run):
@@ -99,7 +98,7 @@ class CheckpointScores(dict):
         super().__init__(scores)
         there = list(next(iter(scores.values())).overall.index)
         self.run, self.predictions = run, predictions
-        self.measure = measure or next(name for name in _first_measures if name in there)
+        self.measure = measure or usual_measure(there)
         if self.measure not in there:
             raise ValueError(f'There is no measure {measure!r}; available: {", ".join(there)}.')
 

@@ -17,7 +17,7 @@ from ..findings import text_table
 from ..hidden import apart
 from ..prediction.engines import predict
 from ..prediction.predictions import Predictions
-from ..prediction.scores import score
+from ..prediction.scores import score, usual_measure
 from ..recipe import absolute_recipe, argument_names, predict_recipe
 from ..run.command import gpus_for
 from ..run.folder import RUN, TRAINER_LOG, state_or_empty
@@ -211,8 +211,6 @@ def _why(trial):
     return ' '.join(said.split())[:200]
 
 # %% ../../nbs/tuning/20_sweep.ipynb #sweep027
-_measures = 'json', 'boxes.f1', 'number', 'exact' # The first that the scores have is the default
-
 class Sweep:
     "The runs of a sweep: `.table`, best first; `.best`, the recipe of the best; `.runs` and `.trials`."
     def __init__(self,
@@ -225,7 +223,7 @@ class Sweep:
         known = scored[0].overall.index if scored else []
         if measure and scored and measure not in known:
             raise ValueError(f'There is no measure {measure!r} to rank by; available: {", ".join(known)}.')
-        usual = next((m for m in _measures if m in known), 'exact')
+        usual = usual_measure(known) if scored else 'exact'
         self.measure = 'eval_loss' if score_on is None else measure or usual
 
     @property
