@@ -8,7 +8,7 @@ __all__ = ['Progress', 'Run', 'attach', 'runs', 'raise_errors', 'keep_earlier', 
 # %% ../../nbs/run/60_start.ipynb #49a64c03
 import itertools, os, re, shutil, socket, subprocess, sys, time, uuid
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -24,11 +24,12 @@ from ..findings import Finding, text_table
 from ..stack import GiB, gpus, installed_versions
 from ..checkpoint import checkpoints, newest_complete, when_written
 from ..checks import data_findings, late_findings, quick_findings, slow_findings
+from ..memory.plan import what_fits_instead
 from ..recipe import best_measured, load_recipe, save_recipe
 from . import life
 from .command import (child_environment, gpus_for, inherited_environment, port_findings, run_command,
                                     secrets_of, visible_gpus)
-from .failure import find_failure
+from .failure import find_failure, gpu_ran_out
 from .folder import (EARLIER, PROGRESS, RECIPE, REFUSED, RUN, RUN_LOG, SERVED, TRAINER_LOG, WAITER,
                                    files_of, is_count, is_number, last_start, state_or_empty, write_start)
 from .health import health_findings
@@ -194,6 +195,13 @@ def log(self:Run,
     return ''.join(_end_of(f) for f in files if f.is_file())
 
 # %% ../../nbs/run/60_start.ipynb #16c3b040
+def _with_what_fits(run, found):
+    "A finding about a GPU that ran out of memory, with the ZeRO config that would fit."
+    cards = state_or_empty(run, RUN).get('gpus') or []
+    try: fits = what_fits_instead(run.recipe, len(cards), min((g['total'] for g in cards), default=0)/GiB)
+    except Exception: return found  # a recipe can contain anything, and the finding is complete without this
+    return replace(found, cure=f'{found.cure}\n{fits}'.strip())
+
 @patch(as_prop=True)
 def failure(self:Run):
     """Why the run failed, or what is damaged, and what to do if that is known, as a `Finding`; `None` if it did not
@@ -202,7 +210,9 @@ def failure(self:Run):
     if status == 'damaged':
         return Finding('run', damage, 'Restore the file from a backup, if there is one. Everything else in the folder '
                                       'is unchanged: run.log, checkpoints.')
-    return find_failure(self.output_dir) if status == 'failed' else None
+    if status != 'failed': return None
+    found = find_failure(self.output_dir)
+    return _with_what_fits(self, found) if found.what.startswith(gpu_ran_out) else found
 
 @patch
 def gpu(self:Run):
