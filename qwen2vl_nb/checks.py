@@ -206,6 +206,7 @@ def _length_findings(name, samples, recipe, tokens):
             f'Set cutoff_len to {most} or more, or reduce image_max_pixels.',
             'error' if tokens.media[row] and (not prefers or tokens.media.max() > cutoff) else 'warning')
 
+# %% ../nbs/20_checks.ipynb #269e0d37
 def _lacks_timestamps(sample):
     "Whether LLaMA-Factory finds no timestamps for a clip: it looks them up by the turn's index, not the clip's."
     turns = [text for role, text in trained_turns(sample) if role != 'system']
@@ -441,6 +442,7 @@ def _preference_findings(recipe):
         yield Finding('stage', f'LLaMA-Factory cannot resume a reward model from a checkpoint with {kind}.',
                       'Use LoRA if the run may be interrupted.', 'note')
 
+# %% ../nbs/20_checks.ipynb #6513270e
 def _argument_findings(recipe):
     for key in (k for k in _numbers if isinstance(recipe.get(k), str)):
         yield Finding(key, f'LLaMA-Factory needs a number here, and {recipe[key]!r} is text.',

@@ -342,6 +342,7 @@ def _answer_in_turn(recipes, folder, n, caller, **workers):
         if not run.is_running: raise  # another call has started it in the meantime
     _wait(run, n, folders, caller)
 
+# %% ../../nbs/prediction/45_engines.ipynb #5d9dc9f8
 def predict_in_turn(
     recipes:dict, # Name of a folder → prediction recipe; all ask the same rows, of different models or adapters
     output_dir:str|Path, # Folder that contains these folders

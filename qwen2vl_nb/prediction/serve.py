@@ -111,6 +111,42 @@ def stream(
     answer.tokens, answer.prompt_tokens = said['usage']['completion_tokens'], said['usage']['prompt_tokens']
     return answer
 
+# %% ../../nbs/prediction/55_serve.ipynb #55serve12
+_of_training = ('template', 'cutoff_len', 'trust_remote_code', 'default_system', 'tool_format', 'enable_thinking',
+                'preserve_thinking', 'add_tokens', 'add_special_tokens', 'resize_vocab', 'rope_scaling', 'flash_attn',
+                'quantization_bit', 'quantization_method', 'quantization_type', 'double_quantization', *pixel_limits)
+
+def _recipe(model, changes):
+    "The recipe of a model, or of what a run has trained."
+    if not Path(model, RUN).is_file(): return predict_recipe(model, **changes)
+    trained = Run(model).recipe
+    changes = {k: trained[k] for k in _of_training if k in trained} | changes
+    if trained.get('finetuning_type', 'lora') != 'lora': return predict_recipe(Path(model).absolute(), **changes)
+    return predict_recipe(trained['model_name_or_path'], **{'adapter': model} | changes)
+
+def _folder(recipe):
+    "Where a model is served unless the user names a folder."
+    adapter = recipe.get('adapter_name_or_path')
+    return f'{adapter}-served' if adapter else f"saves/{Path(recipe['model_name_or_path']).name}/served"
+
+def _begin(recipe, idle, env, python):
+    "Start the process that holds a model."
+    about = describe_start(1, env=env, python=python)
+    found = quick_findings(recipe, 1, about['versions'], about['given'], about['python'])
+    raise_errors(found + fit_findings(recipe, about['gpus']), force=False)
+    known = question(recipe, [], 'hf')
+    about |= {'engine': SERVED, 'unit': 'answer', 'options': {'idle': idle}, 'cwd': recipe['output_dir'],
+              'budget': batch_budget(recipe, about['gpus']),
+              'weights': {part: known[part] for part in ('model', 'adapter')}}
+    start(recipe, about, keep_earlier, [about['python'], *script('prediction.warm')])
+
+def _wait(served):
+    "Wait until a model is loaded, and show how long that takes."
+    from tqdm import tqdm
+    form = '{desc} [{elapsed}{postfix}]'
+    with tqdm(desc=f'{served.output_dir.name}: loading', file=sys.stdout, bar_format=form) as bar:
+        until_ready(served, lambda: bar.set_postfix_str(served.progress.doing))
+
 # %% ../../nbs/prediction/55_serve.ipynb #55serve10
 class Served(Run):
     "A model that is kept loaded, seen through its folder."
@@ -153,42 +189,6 @@ class Served(Run):
     def watch(self):
         "The same as `chat`."
         return self.chat()
-
-# %% ../../nbs/prediction/55_serve.ipynb #55serve12
-_of_training = ('template', 'cutoff_len', 'trust_remote_code', 'default_system', 'tool_format', 'enable_thinking',
-                'preserve_thinking', 'add_tokens', 'add_special_tokens', 'resize_vocab', 'rope_scaling', 'flash_attn',
-                'quantization_bit', 'quantization_method', 'quantization_type', 'double_quantization', *pixel_limits)
-
-def _recipe(model, changes):
-    "The recipe of a model, or of what a run has trained."
-    if not Path(model, RUN).is_file(): return predict_recipe(model, **changes)
-    trained = Run(model).recipe
-    changes = {k: trained[k] for k in _of_training if k in trained} | changes
-    if trained.get('finetuning_type', 'lora') != 'lora': return predict_recipe(Path(model).absolute(), **changes)
-    return predict_recipe(trained['model_name_or_path'], **{'adapter': model} | changes)
-
-def _folder(recipe):
-    "Where a model is served unless the user names a folder."
-    adapter = recipe.get('adapter_name_or_path')
-    return f'{adapter}-served' if adapter else f"saves/{Path(recipe['model_name_or_path']).name}/served"
-
-def _begin(recipe, idle, env, python):
-    "Start the process that holds a model."
-    about = describe_start(1, env=env, python=python)
-    found = quick_findings(recipe, 1, about['versions'], about['given'], about['python'])
-    raise_errors(found + fit_findings(recipe, about['gpus']), force=False)
-    known = question(recipe, [], 'hf')
-    about |= {'engine': SERVED, 'unit': 'answer', 'options': {'idle': idle}, 'cwd': recipe['output_dir'],
-              'budget': batch_budget(recipe, about['gpus']),
-              'weights': {part: known[part] for part in ('model', 'adapter')}}
-    start(recipe, about, keep_earlier, [about['python'], *script('prediction.warm')])
-
-def _wait(served):
-    "Wait until a model is loaded, and show how long that takes."
-    from tqdm import tqdm
-    form = '{desc} [{elapsed}{postfix}]'
-    with tqdm(desc=f'{served.output_dir.name}: loading', file=sys.stdout, bar_format=form) as bar:
-        until_ready(served, lambda: bar.set_postfix_str(served.progress.doing))
 
 # %% ../../nbs/prediction/55_serve.ipynb #55serve13
 def serve(

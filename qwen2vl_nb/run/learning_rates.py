@@ -59,6 +59,7 @@ def with_rates(
         return optimizer
     return create_with_rates
 
+# %% ../../nbs/run/17_learning_rates.ipynb #9531985d
 def _untrained(module): return f'The recipe trains no weights of the module {module!r}.'
 
 def _value_faults(rates):

@@ -510,6 +510,7 @@ def _draw_rewards(ax, rows, i, smooth, alone):
 
 _accuracies = ('accuracy',), ('eval_rewards/accuracies', 'eval_accuracy') # In training and in evaluations
 
+# %% ../../nbs/run/50_loss.ipynb #099950d8
 def _draw_accuracy(ax, rows, i, smooth, alone):
     "Draw the share of pairs in which the chosen answer has the higher reward."
     train, evals = (_column(rows, names) for names in _accuracies)

@@ -110,6 +110,7 @@ def _end_tokens(model, collator):
     own = own if isinstance(own, list) else [own]
     return sorted({*collator.template.get_stop_token_ids(collator.tokenizer), *own} - {None})
 
+# %% ../../nbs/run/18_preview.ipynb #0ed90475
 def generate(
     model, # The model that is being trained
     collator, # The trainer's data collator
@@ -239,6 +240,7 @@ def preview_callback(
 
     return PreviewCallback()
 
+# %% ../../nbs/run/18_preview.ipynb #e8e25d94
 def describe_rows(
     rows:list, # (index, features, tokens of the answer) of each row
     answers:list, # (answer, why it ended) of each
@@ -285,6 +287,7 @@ def read_previews(
 _shown_steps = 3 # Evaluations whose answers are shown
 _right = '#2e9e5b' # Readable on white and on black
 
+# %% ../../nbs/run/18_preview.ipynb #81e74ef5
 def _answer_line(step, row):
     cut = ' …' if row['finish_reason'] != 'stop' else ''
     return f'step {step:,}', row['predict'] + cut, _right if row['predict'] == row['label'] else ''

@@ -39,6 +39,26 @@ from .owner import note_start, refuse_foreign, refuse_stranger
 from .preview import MOST_ROWS
 if TYPE_CHECKING: import pandas as pd
 
+# %% ../../nbs/run/60_start.ipynb #2f854c0a
+_progress_bar = re.compile(r'([^\r\n|]{1,80}?): +(\d+)%\|[^|]*\| *(\S+)')
+
+def _last_bar(log):
+    "The last progress bar of a log, in words; empty if it has none."
+    try: name, percent, parts = _progress_bar.findall(read_tail(log, 4096))[-1]
+    except (OSError, Damaged, IndexError): return ''
+    return f'{name.strip()}: {percent} % ({parts})'
+
+def _latest(path):
+    "The last value of each field in a log that may be growing: step, loss, …; not every row has a loss."
+    try: lines = read_tail(path, 4096).split('\n')[:-1]
+    except (OSError, Damaged): return {}
+    latest, checks = {}, {'current_steps': is_count, 'total_steps': is_count}
+    for line in lines:
+        try: row = parse_json(line)
+        except Damaged: continue
+        latest |= {k: v for k,v in row.items() if checks.get(k, is_number)(v)}
+    return latest
+
 # %% ../../nbs/run/60_start.ipynb #48d7a074
 @dataclass
 class Progress:
@@ -75,26 +95,6 @@ class Progress:
         if not self.steps: return ', '.join(filter(None, ['starting', self.doing]))
         loss = f'loss {self.loss:.4g}' if self.loss is not None else ''
         return ', '.join(filter(None, [self.place, loss, self.pace, self.remaining]))
-
-# %% ../../nbs/run/60_start.ipynb #2f854c0a
-_progress_bar = re.compile(r'([^\r\n|]{1,80}?): +(\d+)%\|[^|]*\| *(\S+)')
-
-def _last_bar(log):
-    "The last progress bar of a log, in words; empty if it has none."
-    try: name, percent, parts = _progress_bar.findall(read_tail(log, 4096))[-1]
-    except (OSError, Damaged, IndexError): return ''
-    return f'{name.strip()}: {percent} % ({parts})'
-
-def _latest(path):
-    "The last value of each field in a log that may be growing: step, loss, …; not every row has a loss."
-    try: lines = read_tail(path, 4096).split('\n')[:-1]
-    except (OSError, Damaged): return {}
-    latest, checks = {}, {'current_steps': is_count, 'total_steps': is_count}
-    for line in lines:
-        try: row = parse_json(line)
-        except Damaged: continue
-        latest |= {k: v for k,v in row.items() if checks.get(k, is_number)(v)}
-    return latest
 
 # %% ../../nbs/run/60_start.ipynb #0efd8117
 class Run:

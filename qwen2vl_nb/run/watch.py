@@ -229,6 +229,7 @@ def _update_text(self:RunView):
     self._show_figures()
     return state
 
+# %% ../../nbs/run/70_watch.ipynb #1600a35a
 @patch
 def _show_figures(self:RunView): self._body.value = _line(' · '.join(filter(None, [self._logged, self._rest])))
 

@@ -87,6 +87,7 @@ def _interval(row):
     "A value with its interval, in words."
     return f'{row.value:.1f}' if math.isnan(row.low) else f'{row.value:.1f} ({row.low:.1f}–{row.high:.1f})'
 
+# %% ../../nbs/tuning/00_checkpoints.ipynb #6f03675a
 class CheckpointScores(dict):
     "Checkpoint → `Scores`; `.table`, `.best`, `.plot()`, and the `.predictions` of each checkpoint."
     def __init__(self,

@@ -114,6 +114,7 @@ def _vllm_line(recipe, merged, name, adapter, base):
     return ['vllm', 'serve', _base_or_place(recipe, base), *_vllm_options(recipe),
             '--chat-template', 'chat_template.jinja', *lora]
 
+# %% ../../nbs/tuning/40_hand_over.ipynb #6b0d549b
 def _factory_options(recipe, merged, name, adapter, base):
     base = _base_or_place(recipe, base) if name else recipe['model_name_or_path']
     whole = name or (str(merged) if merged else recipe['output_dir'])
