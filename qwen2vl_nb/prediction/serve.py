@@ -56,7 +56,7 @@ def message(
     media, # A picture or a clip, several as a list, or `None`
     prompt:str, # What is asked
 )->dict:
-    "A user's message in OpenAI's form. Raises `FileNotFoundError`, and `ValueError` for what is no picture."
+    "A user's message in OpenAI's form. Raises `FileNotFoundError`, and `ValueError` for anything but a picture."
     media = [] if media is None else [*media] if isinstance(media, (list, tuple)) else [media]
     parts = list(map(_medium, media))
     if not _tag.search(prompt): return {'role': 'user', 'content': [*parts, {'type': 'text', 'text': prompt}]}

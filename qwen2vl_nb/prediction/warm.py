@@ -176,14 +176,14 @@ class Warm:
 
     @contextmanager
     def at_work(self):
-        "Count as busy, and not as idle until some time after."
+        "Count as busy during the block, and as not idle for some time after it."
         with self.lock: self.busy += 1
         try: yield
         finally:
             with self.lock: self.busy, self.last = self.busy - 1, time.monotonic()
 
     def is_idle(self,
-        seconds:float, # How long nobody must have asked
+        seconds:float, # Seconds without a question after which it is idle
     )->bool:
         "Whether nobody has asked anything for some time."
         with self.lock: return not self.busy and time.monotonic() - self.last > seconds
@@ -291,7 +291,7 @@ class Handler(BaseHTTPRequestHandler):
 
 # %% ../../nbs/prediction/24_warm.ipynb #24warm29
 class Checked(Handler):
-    "Lets in only whoever has the key, and requests that are in order."
+    "Admits only well-formed requests that have the key."
     has_body = False # Whether the body of the request was read
 
     def _check_key(self):

@@ -148,7 +148,7 @@ _usual_share = '.015'
 _least = 4 # How much longer than an evaluation of the same rows generating is expected to take at first
 
 class Budget:
-    "How much time a share of the training has left for something else."
+    "Keeps something else within a share of the training time."
     def __init__(self,
         share:float=None, # Of the time since it began; `None`: that of the environment variable, or the usual one
     ):
@@ -261,7 +261,7 @@ _texts = 'prompt', 'label', 'predict', 'finish_reason'
 def _clean(value): return value.encode(errors='replace').decode()[:_most_text] if isinstance(value, str) else ''
 
 def _row_of(row):
-    "A row with only what is known, and as text that can be shown."
+    "The known fields of a row, as text that can be shown."
     images = row['images'] if isinstance(row.get('images'), list) else []
     return {'row': row['row'], 'images': _paths(images)[:4]} | {k: _clean(row.get(k)) for k in _texts}
 

@@ -29,7 +29,7 @@ def _why_not(folder, has_adapters, stale):
     if not when_written(folder): return 'it is incomplete: trainer_state.json is missing'
     if has_adapters: return '' if is_adapter(folder) else 'its adapter is missing or incomplete'
     weights = sorted(folder.glob('*.safetensors'))
-    if not weights: return 'it has no *.safetensors: its weights are only in files of DeepSpeed'
+    if not weights: return 'it has no *.safetensors: its weights are only in DeepSpeed files'
     return next((f'{p.name} {fault}' for p in weights if (fault := file_fault(p))), '')
 
 def complete_checkpoints(
@@ -54,7 +54,7 @@ _shared = re.compile('template|cutoff_len|dataset_dir|media_dir|trust_remote_cod
                      'model_revision|.*_hub_token|oft_.*')
 
 def _earlier_adapters(recipe):
-    "The adapters that LLaMA-Factory merges into the base before a training."
+    "The adapters that LLaMA-Factory merges into the base before training."
     given = recipe.get('adapter_name_or_path')
     found = given.split(',') if given else []
     return found if recipe.get('create_new_adapter') else found[:-1]
@@ -186,8 +186,8 @@ def score_checkpoints(
     run = attach(run)
     trained = run.recipe
     if not trained.get('do_train') or trained.get('stage', 'sft') == 'rm':
-        raise ValueError(f'{run.output_dir} has no checkpoints that could answer: it is no training, or that of a '
-                         'reward model.')
+        raise ValueError(f'{run.output_dir} has no checkpoints that could answer: it is not a training run, or '
+                         'it trained a reward model.')
     folder, found = _folder_of(run, dataset), complete_checkpoints(run)
     recipes = {p.name: checkpoint_recipe(trained, p, dataset, **changes) for p in found}
     predictions = predict_in_turn(recipes, folder, nproc, env, python, 'score_checkpoints')

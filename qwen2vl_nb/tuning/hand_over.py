@@ -314,7 +314,7 @@ class Upload:
     "What was uploaded, or would be."
     name:str      # On the hub
     files:dict    # Name → size in bytes
-    left_out:list # Names of what lies next to them and is not uploaded
+    left_out:list # Names of files next to them that are not uploaded
     private:bool  # Whether only its owner sees a new upload
     card:str=field(repr=False) # Text of the model card
     url:str=None  # Of the commit; `None`: not uploaded

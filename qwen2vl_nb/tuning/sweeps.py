@@ -108,7 +108,7 @@ def _comparable(recipe):
 def clash(
     trial:Trial, # A combination of values
 )->str: # Empty if there is none
-    "The difference between a recipe and that of the run which is in its folder already, in words."
+    "The difference between a recipe and that of the run that is already in its folder, in words."
     if trial.state == 'not started': return ''
     try: there, wanted = _comparable(trial.run.recipe), _comparable(trial.recipe)
     except (OSError, ValueError) as e: return f'{trial.run.output_dir}: {e}'
@@ -139,7 +139,7 @@ def _continued(trial, nproc):
     return recipe | {'overwrite_output_dir': False, 'resume_from_checkpoint': str(last)}
 
 def _begin(trial, nproc, env):
-    "Start or continue a run; what prevents that is written down."
+    "Start or continue a run; whatever prevents it is recorded."
     try: launch(_continued(trial, nproc), nproc, env=env)
     except (ValueError, RuntimeError, OSError) as e:
         if not trial.run.is_running: trial.why = str(e)  # otherwise another sweep has just started it
