@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['train_recipe', 'argument_names', 'complete_arguments', 'is_adapter', 'best_measured', 'find_adapter',
-           'predict_recipe', 'load_recipe', 'zero_file_name', 'absolute_recipe', 'save_recipe', 'dataset_names']
+           'predict_recipe', 'taken_over', 'load_recipe', 'zero_file_name', 'absolute_recipe', 'save_recipe',
+           'dataset_names']
 
 # %% ../nbs/10_recipe.ipynb #0bd906f0
 import ast, json, math, os, re, sys
@@ -160,6 +161,19 @@ def predict_recipe(
         'preprocessing_num_workers': 4, 'output_dir': os.fspath(output_dir or beside), 'report_to': 'none',
         'per_device_eval_batch_size': 4, 'max_new_tokens': 128, 'do_sample': False}
     return _merge_recipe(defaults, changes)
+
+# %% ../nbs/10_recipe.ipynb #6b01a1c1
+_of_training = re.compile(
+    'template|cutoff_len|dataset_dir|media_dir|trust_remote_code|flash_attn|image_.*|crop_to_patches|video_.*|audio_.*|'
+    'use_audio_in_video|tool_format|default_system|enable_thinking|preserve_thinking|add_.*tokens|'
+    'new_special_tokens_config|resize_vocab|rope_scaling|quantization_.*|double_quantization|use_cpu|'
+    'use_fast_tokenizer|split_special_tokens|cache_dir|model_revision|.*_hub_token|oft_.*|preprocessing_num_workers')
+
+def taken_over(
+    trained:dict, # Recipe of a training run
+)->dict:
+    "The arguments of a training recipe that a prediction with the trained model has to share."
+    return {key: value for key, value in trained.items() if _of_training.fullmatch(key)}
 
 # %% ../nbs/10_recipe.ipynb #eee21064
 class _Loader(yaml.SafeLoader): "YAML in which `1e-4` is a number, as LLaMA-Factory reads it."

@@ -102,13 +102,41 @@ def test_names_of_a_runs_files_are_written_in_one_place():
     "The protocol of a run's folder is `run.folder`: elsewhere its files are constants."
     from qwen2vl_nb.run import folder
     names = {value for name, value in vars(folder).items() if name.isupper() and isinstance(value, str)}
-    words = {folder.STOP, folder.STOPPING, folder.RANKS, folder.EARLIER, folder.SCORES}  # as file names they come after a slash
+    words = {folder.STOP, folder.STOPPING, folder.RANKS, folder.EARLIER, folder.SCORES, folder.SERVED}  # as file names they come after a slash
     found = []
     for name, tree in _modules():
         if name == 'run.folder': continue
-        found += [(name, n.lineno, n.value) for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str) and n.value in names - words]
+        found += [(name, n.lineno, n.value) for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str) and {n.value, *n.value.split('/')} & (names - words)]
+        found += [(name, n.lineno, n.value) for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str) and n.value.partition('/')[0] in words and '/' in n.value]
         found += [(name, n.lineno, n.right.value) for n in ast.walk(tree) if isinstance(n, ast.BinOp) and isinstance(n.right, ast.Constant) and n.right.value in words]
     assert not found
+
+def _notebooks():
+    "(path, code cells) of each notebook that the package is written in; a cell is its source and whether it has outputs."
+    for path in sorted((ROOT/'nbs').rglob('*.ipynb')):
+        if {'tutorials', 'benchmarks'} & {*path.parts}: continue
+        cells = json.loads(path.read_text(encoding='utf-8'))['cells']
+        yield path.name, [(''.join(c['source']), bool(c['outputs'])) for c in cells if c['cell_type'] == 'code']
+
+def _public(source):
+    "The public names that an exported cell defines, and the public classes that it adds methods to."
+    nodes = [n for n in ast.parse(source).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+    owner = lambda n: n.args.args[0].annotation if isinstance(n, ast.FunctionDef) and n.decorator_list and n.args.args else None
+    return {owner(n).id if isinstance(owner(n), ast.Name) else n.name for n in nodes} & {*qwen2vl_nb.__all__}
+
+@pytest.mark.parametrize('path,cells', [*_notebooks()], ids=lambda x: x if isinstance(x, str) else '')
+def test_public_definitions_are_followed_by_an_example_with_output_and_by_a_test(path, cells):
+    exported, found = [source.startswith('#| export') for source, _ in cells], []
+    for i in [i for i, is_exported in enumerate(exported) if is_exported]:
+        start = next(k for k in range(i + 1, len(cells) + 1) if k == len(cells) or not (exported[k] and _public(cells[k][0])))
+        after = cells[start:next((k for k in range(start, len(cells)) if exported[k]), len(cells))]
+        if _public(cells[i][0]) and not (any(shown for _, shown in after) and any(re.search(r'\btest_\w+\(|\bassert\b', source) for source, _ in after)):
+            found.append(_public(cells[i][0]))
+    assert not found
+
+@pytest.mark.parametrize('path,cells', [*_notebooks()], ids=lambda x: x if isinstance(x, str) else '')
+def test_exported_cells_are_short(path, cells):
+    assert not [source for source, _ in cells if source.startswith('#| export') and len(source.splitlines()) > 50]
 
 @pytest.mark.parametrize('name', [name for name in qwen2vl_nb.__all__ if callable(getattr(qwen2vl_nb, name))])
 def test_help_explains_every_parameter(name):

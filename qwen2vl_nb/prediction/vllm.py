@@ -168,7 +168,7 @@ def vllm_command(
             *(adapter_options(adapter) if adapter else [])]
 
 # %% ../../nbs/prediction/30_vllm.ipynb #b84033d0
-# The last variable: vLLM's all-reduce can't share memory that lies in expandable segments (vLLM's issue 42609), which
+# The last variable: vLLM's all-reduce can't share memory in expandable segments (vLLM's issue 42609), which
 # a run with several ranks requests
 _server_env = {'HF_HUB_OFFLINE': '1', 'VLLM_NO_USAGE_STATS': '1', 'DO_NOT_TRACK': '1', 'VLLM_API_KEY': '',
                'PYTORCH_CUDA_ALLOC_CONF': 'expandable_segments:False'}

@@ -30,8 +30,9 @@ from . import life
 from .command import (child_environment, gpus_for, inherited_environment, port_findings, run_command,
                                     secrets_of, visible_gpus)
 from .failure import find_failure, gpu_ran_out
-from .folder import (EARLIER, PROGRESS, RECIPE, REFUSED, RUN, RUN_LOG, SERVED, TRAINER_LOG, WAITER,
-                                   files_of, is_count, is_number, last_start, state_or_empty, write_start)
+from .folder import (EARLIER, PROGRESS, RANK_ERR, RANK_OUT, RANKS, RECIPE, REFUSED, RUN, RUN_LOCK,
+                                   RUN_LOG, SERVED, TRAINER_LOG, WAITER, files_of, is_count, is_number, last_start,
+                                   state_or_empty, write_start)
 from .health import health_findings
 from .learning_rates import rate_findings
 from .loss import Log, best_evaluation
@@ -144,7 +145,7 @@ def attach(
 def _doing(self:Run):
     "What a run is doing before its first step."
     ranks = self._rank_logs()
-    return _last_bar(ranks[min(ranks)]/'stderr.log' if ranks else self.output_dir/RUN_LOG)
+    return _last_bar(ranks[min(ranks)]/RANK_ERR if ranks else self.output_dir/RUN_LOG)
 
 @patch(as_prop=True)
 def progress(self:Run):
@@ -177,7 +178,7 @@ def _end_of(path):
 @patch
 def _rank_logs(self:Run):
     "Folders with the output of the ranks, by rank; empty if there is only one process."
-    logs = [p for p in self.output_dir.glob('ranks/*/attempt_*/*/stderr.log') if p.parent.name.isdecimal()
+    logs = [p for p in self.output_dir.glob(f'{RANKS}/*/attempt_*/*/{RANK_ERR}') if p.parent.name.isdecimal()
             and p.is_file()]
     logs.sort(key=lambda p: p.stat().st_ctime)
     return {int(p.parent.name): p.parent for p in logs}
@@ -191,7 +192,7 @@ def log(self:Run,
     if rank is not None and rank not in ranks:
         raise ValueError(f'There is no log of rank {rank}; available: {sorted(ranks)}.')
     own = rank is not None and ranks[rank]
-    files = [own/'stdout.log', own/'stderr.log'] if own else [self.output_dir/RUN_LOG]
+    files = [own/RANK_OUT, own/RANK_ERR] if own else [self.output_dir/RUN_LOG]
     return ''.join(_end_of(f) for f in files if f.is_file())
 
 # %% ../../nbs/run/60_start.ipynb #16c3b040
@@ -355,7 +356,7 @@ def start(
     Raises `ValueError` if the start would overwrite or remove other files."""
     run = Run(about['cwd'])
     run.output_dir.mkdir(parents=True, exist_ok=True)
-    with FileLock(run.output_dir/'.lock', timeout=120):
+    with FileLock(run.output_dir/RUN_LOCK, timeout=120):
         if run.is_running:
             raise RuntimeError(f'A run is in progress in {run.output_dir}: attach(…) to it, stop() it, or use another '
                                'output_dir.')

@@ -15,7 +15,7 @@ from ..checkpoint import checkpoints, file_fault, is_stale, when_written
 from ..findings import as_text, text_table
 from ..prediction.engines import predict_in_turn
 from ..prediction.scores import score, usual_measure
-from ..recipe import is_adapter, predict_recipe
+from ..recipe import is_adapter, predict_recipe, taken_over
 from ..run.folder import RUN, SCORES, Best, state_or_empty, write_best
 from ..run.loss import plot_loss, read_log
 from ..run.start import attach
@@ -46,13 +46,6 @@ def complete_checkpoints(
     return [p for p,why in found.items() if not why]
 
 # %% ../../nbs/tuning/00_checkpoints.ipynb #chec0021
-# What a prediction takes over
-_shared = re.compile('template|cutoff_len|dataset_dir|media_dir|trust_remote_code|flash_attn|image_.*|crop_to_patches|'
-                     'video_.*|audio_.*|use_audio_in_video|tool_format|default_system|enable_thinking|'
-                     'preserve_thinking|add_.*tokens|new_special_tokens_config|resize_vocab|rope_scaling|'
-                     'quantization_.*|double_quantization|use_cpu|use_fast_tokenizer|split_special_tokens|cache_dir|'
-                     'model_revision|.*_hub_token|oft_.*')
-
 def _earlier_adapters(recipe):
     "The adapters that LLaMA-Factory merges into the base before training."
     given = recipe.get('adapter_name_or_path')
@@ -66,7 +59,7 @@ def checkpoint_recipe(
     **changes, # Other arguments, as for `predict_recipe`
 )->dict:
     "The recipe with which a checkpoint predicts."
-    shared = {k: v for k,v in trained.items() if _shared.fullmatch(k)} | changes
+    shared = taken_over(trained) | changes
     if not _has_adapters(trained): return predict_recipe(checkpoint, dataset, **shared)
     adapters = [*_earlier_adapters(trained), str(checkpoint)]
     kind = {'finetuning_type': trained.get('finetuning_type', 'lora')}
