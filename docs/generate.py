@@ -99,7 +99,8 @@ def write_notebook(to, cells, metadata):
 
 def fields(doc):
     "The sections that `as_public` adds to a docstring, as Markdown's field list."
-    text, _, rest = (doc or '').partition('\n\nParameters\n----------\n')
+    doc = (doc or '').partition('\n\nExamples\n--------\n')[0]  # the site shows cells of the notebook instead
+    text, _, rest = doc.partition('\n\nParameters\n----------\n')
     text, _, back = text.partition('\n\nReturns\n-------\n') if not rest else (text, _, '')
     rest, _, later = rest.partition('\n\nReturns\n-------\n')
     found = re.findall(r'^(\**\w+)(?: : .*)?(?:\n {4}(.*))?$', rest, flags=re.M)

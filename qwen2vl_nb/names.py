@@ -49,9 +49,10 @@ def _docstring_sections(thing):
             for title, entries in (('Parameters', given), ('Returns', back)) if entries]
 
 # %% ../nbs/00_names.ipynb #name0016
-def _document(f, source):
-    "Add the parameters of a function, or the fields of a class, to a docstring."
-    f.__doc__ = '\n\n'.join([f.__doc__ or '', *_docstring_sections(source)])
+def _document(f, source, example=()):
+    "Add the parameters of a function, or the fields of a class, to a docstring, and the lines of an example."
+    shown = ['\n'.join(['Examples', '--------', *(f'>>> {line}' for line in example)])] if example else []
+    f.__doc__ = '\n\n'.join([inspect.cleandoc(f.__doc__ or ''), *_docstring_sections(source), *shown])
 
 # %% ../nbs/00_names.ipynb #name0018
 def _frames(tb):
@@ -99,17 +100,18 @@ def warn(
 # %% ../nbs/00_names.ipynb #name0015
 def as_public(
     thing, # A public function or class
+    example:tuple=(), # Lines of code that show its use
 ): # The function or class that users get
     "Give a function, or the public methods of a class, full help and short refusals."
     if inspect.isfunction(thing):
         public = _with_short_refusals(thing)
-        _document(public, inspect.unwrap(thing))
+        _document(public, inspect.unwrap(thing), example)
         return public
     if inspect.isclass(thing):
         for name, f in [*vars(thing).items()]:
             if inspect.isfunction(f) and not name.startswith('_'): setattr(thing, name, as_public(f))
         if is_dataclass(thing) or inspect.isfunction(thing.__init__):
-            _document(thing, thing if is_dataclass(thing) else thing.__init__)
+            _document(thing, thing if is_dataclass(thing) else thing.__init__, example)
         for name in {'__init__', '__getitem__'} & vars(thing).keys():
             setattr(thing, name, _with_short_refusals(vars(thing)[name]))
     return thing
@@ -126,21 +128,24 @@ def progress(
                 disable=current_thread() is not main_thread())
 
 # %% ../nbs/00_names.ipynb #name0004
-def _modules_by_name(package, folder):
-    """A dict from each name that a package's stub file imports to its module; `from .x import *` stands for all names
-    of the package `x`."""
-    homes = {}
-    for node in ast.parse((folder/'__init__.pyi').read_text(encoding='utf-8')).body:
+def _listed(package, folder):
+    """A dict from each name that a package's stub file imports to its module and the lines of its example, which is
+    the comment above; `from .x import *` stands for all names of the package `x`."""
+    text, found = (folder/'__init__.pyi').read_text(encoding='utf-8'), {}
+    lines = text.splitlines()
+    for node in ast.parse(text).body:
+        above = [*takewhile(lambda line: line.startswith('# '), reversed(lines[:node.lineno - 1]))]
+        example = tuple(line[2:] for line in reversed(above))
         for alias in node.names:
-            if alias.name == '*': homes |= _modules_by_name(f'{package}.{node.module}', folder/node.module)
-            else: homes[alias.name] = f'{package}.{node.module}'
-    return homes
+            if alias.name == '*': found |= _listed(f'{package}.{node.module}', folder/node.module)
+            else: found[alias.name] = f'{package}.{node.module}', example
+    return found
 
 @cache
-def _public(home, name):
+def _public(home, name, example):
     "A public name of a module, made ready for users once."
     module = vars(import_module(home))
-    module[name] = as_public(module[name])
+    module[name] = as_public(module[name], example)
     return module[name]
 
 def lazily(
@@ -148,14 +153,15 @@ def lazily(
     file:str, # Its `__file__`; `__init__.pyi` is next to it
 )->tuple: # `__all__`, `__getattr__` and `__dir__` of the package
     "The public names of a package, each imported when it is first used."
-    homes = _modules_by_name(package, Path(file).parent)
-    inside = {home.removeprefix(f'{package}.').split('.')[0] for home in homes.values()}
+    listed = _listed(package, Path(file).parent)
+    inside = {home.removeprefix(f'{package}.').split('.')[0] for home, _ in listed.values()}
     def get(name):
-        if name in homes:
+        if name in listed:
             # With all of its module, since a function may return an object of a class that is not imported by name
-            found = {other: _public(home, other) for other, home in homes.items() if home == homes[name]}
+            found = {other: _public(home, other, example) for other, (home, example) in listed.items()
+                     if home == listed[name][0]}
             vars(import_module(package)).update(found)
             return found[name]
         if name in inside: return import_module(f'{package}.{name}')
         raise AttributeError(f'module {package!r} has no attribute {name!r}')
-    return list(homes), get, lambda: sorted({*homes, *inside})
+    return list(listed), get, lambda: sorted({*listed, *inside})

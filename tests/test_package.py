@@ -89,6 +89,19 @@ def test_imports_go_downwards_in_no_circle_and_eight_floors():
         floors += 1
     assert not needs and floors <= 8
 
+def test_imports_are_in_one_order():
+    "The standard library, other packages, this package; names as isort sorts them. ruff's own rule would write one name a line, which makes cells of sixty lines."
+    def group(node):
+        first = (node.names[0].name if isinstance(node, ast.Import) else node.module or '').partition('.')[0]
+        return 2 if isinstance(node, ast.ImportFrom) and node.level else 0 if first in sys.stdlib_module_names else 1
+    kind = lambda name: (not name.isupper(), not name[0].isupper(), name.lower())
+    found = []
+    for name, tree in _modules():
+        nodes = [n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom)) and name != 'all']
+        if list(map(group, nodes)) != sorted(map(group, nodes)): found.append(name)
+        found += [(name, ast.unparse(n)) for n in nodes if [a.name for a in n.names] != sorted((a.name for a in n.names), key=kind)]
+    assert not found
+
 def test_no_module_runs_another_by_its_path_or_code_in_a_string():
     "Children are modules that `boot` starts, so that ruff and a reader see every line of them."
     found = []
@@ -148,6 +161,14 @@ def test_help_explains_every_parameter(name):
         for parameter, about in inspect.signature(f).parameters.items():
             assert about.annotation is not about.empty or parameter == 'self' or about.kind in (about.VAR_KEYWORD, about.VAR_POSITIONAL), f'{f.__qualname__}({parameter})'
             assert parameter == 'self' or re.search(rf'^\**{parameter}( : .*)?\n    \S', said, re.M), f'{f.__qualname__}({parameter})'
+
+@pytest.mark.parametrize('name', [name for name in qwen2vl_nb.__all__ if callable(getattr(qwen2vl_nb, name))])
+def test_help_ends_with_an_example(name):
+    "It is Python, uses the name or what it gives, and calls public names with parameters that they have."
+    example = '\n'.join(re.findall(r'^>>> (.*)$', inspect.getdoc(getattr(qwen2vl_nb, name)).rpartition('\n\nExamples\n--------\n')[2], re.M))
+    calls = [n for n in ast.walk(ast.parse(example)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id in qwen2vl_nb.__all__]
+    for call in calls: inspect.signature(getattr(qwen2vl_nb, call.func.id)).bind(*call.args, **{k.arg: k.value for k in call.keywords})
+    assert calls and name in example or inspect.isclass(getattr(qwen2vl_nb, name)) and example
 
 def test_digests_of_files_are_made_in_one_place():
     "So that what earlier versions wrote down is still recognized, and every one of them reads regular files only."

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from html import escape
 from threading import Event, Lock, Thread
 from fastcore.basics import patch
-from ipywidgets import Button, HBox, HTML, Image, IntProgress, Layout, VBox
+from ipywidgets import HTML, Button, HBox, Image, IntProgress, Layout, VBox
 from ..display import div
 from ..files import Damaged
 from .folder import PREVIEW, STOP, STOPPING
