@@ -6,7 +6,7 @@
 __all__ = ['warn', 'as_public', 'progress', 'lazily']
 
 # %% ../nbs/00_names.ipynb #name0002
-import ast, dis, inspect, re, sys, textwrap, warnings
+import ast, dis, inspect, linecache, re, sys, textwrap, warnings
 from dataclasses import is_dataclass
 from functools import cache, partial, wraps
 from importlib import import_module
@@ -33,9 +33,18 @@ def _parameters(arguments):
     others = [(stars + a.arg, a, None) for stars, a in (('*', arguments.vararg), ('**', arguments.kwarg)) if a]
     return [(a.arg, a, default) for a, default in named if a.arg != 'self'] + others
 
+def _signature(f):
+    "The source of a function up to the end of its signature; reading all of it would take longer."
+    lines = linecache.getlines(f.__code__.co_filename)[f.__code__.co_firstlineno - 1:]
+    start = next(i for i, line in enumerate(lines) if line.lstrip().startswith('def '))
+    is_long = lines[start].rstrip().endswith(('(', ','))
+    end = next(i for i in range(start, len(lines)) if not is_long or lines[i].lstrip().startswith(')'))
+    text = textwrap.dedent(''.join(lines[start:end + 1]))
+    return f'{text}    pass' if text.splitlines()[-1].partition('#')[0].rstrip().endswith(':') else text
+
 def _docstring_sections(thing):
     "The sections of a docstring: the parameters of a function or the fields of a dataclass, and what is returned."
-    source = textwrap.dedent(inspect.getsource(thing))
+    source = textwrap.dedent(inspect.getsource(thing)) if inspect.isclass(thing) else _signature(thing)
     lines, node = source.splitlines(), ast.parse(source).body[0]
     if isinstance(node, ast.ClassDef):
         given, back = [_format_entry(n.target.id, n.annotation, None, _comment(lines[n.lineno - 1])) for n in node.body
