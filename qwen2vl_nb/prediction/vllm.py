@@ -135,7 +135,7 @@ _template = 'chat_template.jinja' # in the run's folder, in which the servers ar
 def _check(recipe):
     "Raise `ValueError` for settings that vLLM would handle differently or not at all."
     if recipe.get('quantization_bit'):
-        raise ValueError('vLLM does not quantise as LLaMA-Factory does: '
+        raise ValueError('vLLM does not quantize as LLaMA-Factory does: '
                          "remove quantization_bit, or use engine 'hf'.")
     if ',' in (recipe.get('adapter_name_or_path') or ''):
         raise ValueError('vLLM serves one adapter at a time: `export` merges the first into a model.')
