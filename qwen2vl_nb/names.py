@@ -44,7 +44,7 @@ def _signature(f):
 
 def _docstring_sections(thing):
     "The sections of a docstring: the parameters of a function or the fields of a dataclass, and what is returned."
-    source = textwrap.dedent(inspect.getsource(thing)) if inspect.isclass(thing) else _signature(thing)
+    source = textwrap.dedent(inspect.getsource(thing)) if inspect.isclass(thing) else _signature(inspect.unwrap(thing))
     lines, node = source.splitlines(), ast.parse(source).body[0]
     if isinstance(node, ast.ClassDef):
         given, back = [_format_entry(n.target.id, n.annotation, None, _comment(lines[n.lineno - 1])) for n in node.body

@@ -115,7 +115,8 @@ def _recipe(model, changes):
     "The recipe of a model, or of what a run has trained."
     if not Path(model, RUN).is_file(): return predict_recipe(model, **changes)
     trained = Run(model).recipe
-    changes = taken_over(trained) | changes
+    # Where it runs is decided anew, so that a prediction can be asked with a recipe that says nothing about it
+    changes = {k: v for k, v in taken_over(trained).items() if k != 'use_cpu'} | changes
     if trained.get('finetuning_type', 'lora') != 'lora': return predict_recipe(Path(model).absolute(), **changes)
     return predict_recipe(trained['model_name_or_path'], **{'adapter': model} | changes)
 
