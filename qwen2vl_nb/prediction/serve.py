@@ -17,8 +17,7 @@ from ..boot import script
 from ..checks import quick_findings
 from ..display import RED, data_uri, picture_html
 from ..files import open_regular, parse_json, video_endings
-from ..model import pixel_limits
-from ..recipe import predict_recipe
+from ..recipe import answering_recipe, predict_recipe
 from ..data.objects import picture_bytes
 from .client import CHAT, NotAnswered, ServerGone, request, server_of
 from .engines import answer_settings, batch_budget, fit_findings, refuse_other, until_ready
@@ -155,17 +154,10 @@ class Served(Run):
         return self.chat()
 
 # %% ../../nbs/prediction/55_serve.ipynb #55serve12
-_of_training = ('template', 'cutoff_len', 'trust_remote_code', 'default_system', 'tool_format', 'enable_thinking',
-                'preserve_thinking', 'add_tokens', 'add_special_tokens', 'resize_vocab', 'rope_scaling', 'flash_attn',
-                'quantization_bit', 'quantization_method', 'quantization_type', 'double_quantization', *pixel_limits)
-
 def _recipe(model, changes):
     "The recipe of a model, or of what a run has trained."
     if not Path(model, RUN).is_file(): return predict_recipe(model, **changes)
-    trained = Run(model).recipe
-    changes = {k: trained[k] for k in _of_training if k in trained} | changes
-    if trained.get('finetuning_type', 'lora') != 'lora': return predict_recipe(Path(model).absolute(), **changes)
-    return predict_recipe(trained['model_name_or_path'], **{'adapter': model} | changes)
+    return answering_recipe(Run(model).recipe, Path(model).absolute(), **changes)
 
 def _folder(recipe):
     "Where a model is served unless the user names a folder."

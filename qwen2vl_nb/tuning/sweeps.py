@@ -18,7 +18,7 @@ from ..hidden import apart
 from ..prediction.engines import predict
 from ..prediction.predictions import Predictions
 from ..prediction.scores import score, usual_measure
-from ..recipe import absolute_recipe, argument_names, predict_recipe
+from ..recipe import absolute_recipe, answering_recipe, argument_names
 from ..run.command import gpus_for
 from ..run.folder import RUN, TRAINER_LOG, state_or_empty
 from ..run.loss import best_evaluation
@@ -179,21 +179,14 @@ def train_all(
         raise
 
 # %% ../../nbs/tuning/20_sweep.ipynb #sweep023
-_carried = re.compile('(image|video|audio)_|(dataset|media|cache)_dir$|template$|cutoff_len$|enable_thinking$|use_cpu$'
-                      '|quantization_|preprocessing_num_workers$|flash_attn$|model_revision$|hf_hub_token$')
-
 def asking_recipe(
     trial:Trial, # A combination of values
     score_on:str, # Registered data set
     asking:dict, # Changes to the recipe
 )->dict: # A recipe for prediction
     "A recipe that asks a run's model about a data set."
-    recipe, folder = trial.recipe, trial.run.output_dir
-    is_whole = recipe.get('finetuning_type', 'lora') in ('full', 'freeze')
-    model = {'model': folder} if is_whole else {'model': recipe['model_name_or_path'], 'adapter': trial.run}
-    kept = {k: v for k, v in recipe.items() if _carried.match(k)}
-    answers = folder/f'predict-{_in_words(score_on)}'
-    return predict_recipe(dataset=score_on, output_dir=answers, **model, **kept | asking)
+    answers = trial.run.output_dir/f'predict-{_in_words(score_on)}'
+    return answering_recipe(trial.recipe, trial.run, score_on, answers, **asking)
 
 def _score_answers(trial, score_on, asking, ask):
     "Score a run's answers; if `ask`, those that are missing are predicted first."
