@@ -17,7 +17,7 @@ from ..boot import script
 from ..checks import quick_findings
 from ..display import RED, data_uri, picture_html
 from ..files import open_regular, parse_json, video_endings
-from ..recipe import predict_recipe, taken_over
+from ..recipe import answering_recipe, predict_recipe
 from ..data.objects import picture_bytes
 from .client import CHAT, NotAnswered, ServerGone, request, server_of
 from .engines import answer_settings, batch_budget, fit_findings, refuse_other, until_ready
@@ -114,11 +114,8 @@ def stream(
 def _recipe(model, changes):
     "The recipe of a model, or of what a run has trained."
     if not Path(model, RUN).is_file(): return predict_recipe(model, **changes)
-    trained = Run(model).recipe
     # Where it runs is decided anew, so that a prediction can be asked with a recipe that says nothing about it
-    changes = {k: v for k, v in taken_over(trained).items() if k != 'use_cpu'} | changes
-    if trained.get('finetuning_type', 'lora') != 'lora': return predict_recipe(Path(model).absolute(), **changes)
-    return predict_recipe(trained['model_name_or_path'], **{'adapter': model} | changes)
+    return answering_recipe(Run(model).recipe, Path(model).absolute(), **{'use_cpu': None} | changes)
 
 def _folder(recipe):
     "Where a model is served unless the user names a folder."

@@ -18,7 +18,7 @@ from ..hidden import apart
 from ..prediction.engines import predict
 from ..prediction.predictions import Predictions
 from ..prediction.scores import score, usual_measure
-from ..recipe import absolute_recipe, argument_names, predict_recipe, taken_over
+from ..recipe import absolute_recipe, answering_recipe, argument_names
 from ..run.command import gpus_for
 from ..run.folder import RUN, TRAINER_LOG, state_or_empty
 from ..run.loss import best_evaluation
@@ -185,12 +185,8 @@ def asking_recipe(
     asking:dict, # Changes to the recipe
 )->dict: # A recipe for prediction
     "A recipe that asks a run's model about a data set."
-    recipe, folder = trial.recipe, trial.run.output_dir
-    is_whole = recipe.get('finetuning_type', 'lora') in ('full', 'freeze')
-    model = {'model': folder} if is_whole else {'model': recipe['model_name_or_path'], 'adapter': trial.run}
-    answers = folder/f'predict-{_in_words(score_on)}'
-    return predict_recipe(dataset=score_on, output_dir=answers, **model,
-                          **taken_over(recipe) | asking)
+    answers = trial.run.output_dir/f'predict-{_in_words(score_on)}'
+    return answering_recipe(trial.recipe, trial.run, score_on, answers, **asking)
 
 def _score_answers(trial, score_on, asking, ask):
     "Score a run's answers; if `ask`, those that are missing are predicted first."
