@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from ..model import special_tokens
 from ..names import progress
-from ..findings import findings_table, first_few, show_value
+from ..findings import bulleted, findings_table, show_value
 from .boxes import box_pieces, known_frame, turn_sample
 from .box_check import box_faults, class_faults
 from .media import Fault, look_at_picture, look_at_video, mend_picture, near_duplicates
 from .objects import is_table
 from .preference_faults import preference_faults, preference_faults_between
 from .samples import (as_list, is_dialogue, is_ranking, media_key, media_of, map_media, media_paths,
-                                     media_tags, sample_kind, sample_turns, without_tags)
+                                     media_tags, name_row, place_of, sample_kind, sample_turns, without_tags)
 from .tokens import clip_sampling, known_limits, look_at_samples, media_tokens, text_tokens
 if TYPE_CHECKING: import pandas as pd
 
@@ -437,9 +437,9 @@ def _between_rows(rows, told):
             *_balance_faults(rows), *class_faults(rows), *preference_faults_between(rows)]
 
 def _rows_table(found, samples):
-    columns = ('row', 'field', 'what', 'cure', 'level')
+    columns = ('row', 'source', 'field', 'what', 'cure', 'level')
     found = sorted(found, key=lambda each: each[0])
-    rows = [dict(zip(columns, (row, field, *fault[:3]))) for row, field, fault in found]
+    rows = [dict(zip(columns, (row, place_of(samples[row]), field, *fault[:3]))) for row, field, fault in found]
     table = findings_table(rows, columns)
     table.attrs['samples'] = len(samples)
     return table
@@ -478,7 +478,7 @@ def check_samples(
     media:bool=True, # Also look at pictures and clips; `False`: ignore them and their tokens
     workers:int=None, # Number of threads that look at pictures; `None`: one per core
     **limits, # `image_max_pixels`, `image_min_pixels`, `video_fps`, `video_maxlen`, …, as in the recipe
-)->'pd.DataFrame': # Columns row, field, what, cure, level
+)->'pd.DataFrame': # Columns row, source (such as `row 6 of labels.xlsx`), field, what, cure, level
     "Find every fault in the samples before training runs into it; never raises on bad data. See `mend_samples`."
     samples = _given(samples)
     return _rows_table(_check(samples, False, against, model, cutoff_len, media, workers, **limits)[0], samples)
@@ -513,5 +513,7 @@ def drop_samples(
     bad = findings[findings.level.isin(levels)]
     why = {row: ' '.join(found.what) for row, found in bad.groupby('row')}
     if not why: print(f'Nothing to drop: {n:,} samples.')
-    else: print('\n- '.join([f'Dropped {len(why):,} of {n:,} samples:', *first_few([f'row {i}: {w}' for i, w in why.items()])]))
+    else:
+        said = bulleted([f'{name_row(i, samples[i])}: {what}' for i, what in why.items()])
+        print(f'Dropped {len(why):,} of {n:,} samples:\n{said}')
     return [s for i, s in enumerate(samples) if i not in why]
