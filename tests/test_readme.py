@@ -1,5 +1,5 @@
 "The ten lines of the README, exactly as they are, on a machine without a GPU."
-import os, re, subprocess, sys
+import re, subprocess, sys
 
 import pandas as pd
 import pytest

@@ -252,8 +252,8 @@ def _late_column_faults(rows):
 def _id_faults(rows):
     first = {}
     for i, s in rows:
-        if isinstance(s.get('id'), (str, int)) and first.setdefault(s['id'], i) != i:
-            yield i, 'id', Fault(f"The id {show_value(s['id'])} is also that of row {first[s['id']]}.",
+        if isinstance(s.get('id'), (str, int)) and first.setdefault(s['id'], (i, s))[0] != i:
+            yield i, 'id', Fault(f"The id {show_value(s['id'])} is also that of {name_row(*first[s['id']])}.",
                                  'Give each row its own id.', 'warning')
 
 # %% ../../nbs/data/40_check.ipynb #680ab9a9
@@ -268,8 +268,8 @@ def _duplicate_row_faults(rows):
     for i, s in rows:
         if (said := _content_of(s)) is None: continue
         what = hash(said)
-        if first.setdefault(what, i) != i:
-            yield i, '', Fault(f'The row has the same content as row {first[what]}.',
+        if first.setdefault(what, (i, s))[0] != i:
+            yield i, '', Fault(f'The row has the same content as {name_row(*first[what])}.',
                                'Drop one of them, unless it should have twice the weight.', 'note')
 
 _imbalance_ratio = 10  # an imbalance is noted if the most frequent answer is this many times as frequent as the rarest
@@ -305,7 +305,8 @@ def _leaks(looks, others, against, key):
     found |= near_duplicates(looks, {p: others[p] for p in rows if p in others})
     for path, (other, equal) in found.items():
         how = 'the same file as' if equal else 'nearly the same as'
-        yield path, Fault(f'It is {how} {os.path.basename(other)} in row {rows[other]} of the other split.',
+        row = name_row(rows[other], against[rows[other]])
+        yield path, Fault(f'It is {how} {os.path.basename(other)} in {row} of the other split.',
                           'Keep them in one split: `split_samples(…, group=…)`.', 'warning')
 
 # %% ../../nbs/data/40_check.ipynb #579decbe
@@ -425,10 +426,10 @@ def _inspect_media(samples, against, fix, workers, limits):
 def _leaked_text_rows(rows, against):
     "Rows without pictures that the other split also contains."
     key = lambda s: _content_of(s) if isinstance(s, dict) and not media_paths(s) else None
-    others = {said: i for i, s in enumerate(against) if (said := key(s))}
+    others = {said: name_row(i, s) for i, s in enumerate(against) if (said := key(s))}
     for i, s in rows if others else []:
         if (said := key(s)) in others:
-            yield i, '', Fault(f'The row has the same content as row {others[said]} of the other split.',
+            yield i, '', Fault(f'The row has the same content as {others[said]} of the other split.',
                                'Keep them in one split: `split_samples` does.', 'warning')
 
 def _between_rows(rows, told):

@@ -232,8 +232,8 @@ def _read_table(path, place, encoding):
     return samples, f'a table in {encoding} with {named}{blank}{_swallowed_rows_note(rows, width, between)}'
 
 def _nonblank_rows(header, rows, file):
-    """The rows of a table, given as (number, cells), that are not blank, as dicts, and a note about those that were left
-    out. A column that has neither a name nor any cells is left out, too."""
+    """The rows of a table, given as (number, cells), that are not blank, as dicts, and a note about those that were
+    left out. A column that has neither a name nor any cells is left out, too."""
     names, seen = [], Counter()
     for i, name in enumerate(map(str.strip, header)):
         name = name or f'Unnamed: {i}'
@@ -289,8 +289,8 @@ def _first_sheet(path, book):
         if len(rows) > 1: hidden.append(sheet.title)
         empty = empty or (sheet.title, rows, errors)
     if hidden:
-        raise ValueError(f'{path}: only hidden sheets have rows ({", ".join(first_few(hidden))}). Unhide the one to be read, '
-                         'or save it as CSV.')
+        raise ValueError(f'{path}: only hidden sheets have rows ({", ".join(first_few(hidden))}). Unhide the one to '
+                         'be read, or save it as CSV.')
     return empty or ('', [], [])
 
 def _read_excel(path, place, encoding):
