@@ -1,5 +1,5 @@
 "The pages of the documentation site, as far as they can be tested without the tools that build it."
-import ast, importlib.util, inspect, re, subprocess, sys
+import ast, importlib.util, inspect, json, re, subprocess, sys
 
 import pytest
 
@@ -69,3 +69,19 @@ def test_code_of_how_to_pages_runs(page, tmp_path):
     (tmp_path/'page.py').write_text('\n'.join(_code(page)), encoding='utf-8')
     done = subprocess.run([sys.executable, 'page.py'], cwd=tmp_path, capture_output=True, text=True)
     assert not done.returncode, done.stderr
+
+BENCHMARKS = sorted((ROOT/'nbs'/'benchmarks').glob('*.ipynb'))
+
+def _numbers(text): return {n.replace(',', '').rstrip('.') for n in re.findall(r'\d[\d,]*(?:\.\d+)?', text)}
+
+@pytest.mark.parametrize('path', BENCHMARKS, ids=lambda p: p.stem)
+def test_a_benchmark_begins_with_results_that_its_outputs_have(path):
+    cells = json.loads(path.read_text(encoding='utf-8'))['cells']
+    results = ''.join(cells[1]['source'])
+    assert results.startswith('## Results\n') and all(c['cell_type'] == 'code' or 'Results' not in c['source'][0] for c in cells[2:])
+    said = [''.join(o.get('text', '') or o.get('data', {}).get('text/plain', '')) for c in cells for o in c.get('outputs', [])]
+    # Sizes that were chosen may be in the code or the text; what was measured is in the outputs
+    chosen = ' '.join(''.join(c['source']) for c in [cells[0], *cells[2:]]).replace('_', '')
+    found = _numbers(re.sub(r'\d+\.\d+\.\d+', '', results)) # without the versions of packages
+    assert {n for n in found if '.' in n} <= _numbers(' '.join(said))
+    assert found <= _numbers(' '.join(said) + chosen)
