@@ -8,13 +8,14 @@ __all__ = ['Seen', 'Paced', 'RunView', 'watch_loss']
 # %% ../../nbs/run/70_watch.ipynb #10bb2611
 import os, sys, time
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from html import escape
 from threading import Event, Lock, Thread
 from fastcore.basics import patch
 from ipywidgets import Button, HBox, HTML, Image, IntProgress, Layout, VBox
 from ..display import div
 from ..files import Damaged
-from .folder import PREVIEW, STOP, STOPPING
+from .folder import ENDED, PREVIEW, RUN, STOP, STOPPING, WAITER, state_or_empty
 from .health import health_findings
 from .life import is_here
 from .loss import Log, plot_loss
@@ -22,25 +23,37 @@ from .preview import show_previews
 from .start import Progress, attach
 
 # %% ../../nbs/run/70_watch.ipynb #f2713f1b
+_at_work = ('running', 'stopping', 'resuming')
+
 @dataclass
 class Seen:
     "What can be seen of a run at one moment."
     name:str     # Name of its folder
     state:str    # Its `status`, or `'stopping'`
     now:Progress # How far it has got
+    ended:str='' # How long it took and when it ended, in words; empty until then
+
+def _describe_end(run):
+    "How long a run took and when it ended, in words; empty if that is not known."
+    started, ended = (state_or_empty(run, file).get(key) for file, key in ((WAITER, 'started'), (ENDED, 'time')))
+    if not started or not ended: return ''
+    again = ' since it was resumed'*bool(state_or_empty(run, RUN).get('before'))
+    return f'took {timedelta(seconds=round(ended - started))}{again}, ended {datetime.fromtimestamp(ended):%Y-%m-%d %H:%M}'
 
 def _look(run):
     "What can be seen of a run now."
     state = run.status
     asked = any((run.output_dir/name).exists() for name in (STOP, STOPPING))
     if state == 'running' and asked: state = 'stopping'
-    return Seen(run.output_dir.name, state, run.progress)
+    return Seen(run.output_dir.name, state, run.progress, '' if state in _at_work else _describe_end(run))
 
 def _headline(seen):
     "State, steps and the time left, in words."
-    begins = seen.state == 'running' and not seen.now.steps and seen.now.unit != 'answer'
-    return f'{seen.name}: ' + ', '.join(filter(None, ['starting' if begins else seen.state,
-                                                      seen.now.place or seen.now.doing, seen.now.remaining]))
+    now, state = seen.now, seen.state
+    begins = state == 'running' and (now.doing or not now.steps and now.unit != 'answer')
+    if begins: said = ['starting', now.doing]
+    else: said = [f'{state} while {now.doing}' if now.doing else state]
+    return f'{seen.name}: ' + ', '.join(filter(None, [*said, now.place, now.remaining, seen.ended]))
 
 def _figures(logged):
     "What was logged, as `Log.summary` gives it, in words."
@@ -116,7 +129,6 @@ def _line(text, colour='inherit'):
 # Style of the bar by state
 _looks = {'done': 'success', 'failed': 'danger', 'damaged': 'danger', 'stopped': 'warning', 'stopping': 'warning'}
 _shares = dict(words=.002, gpu=.002, curve=.011, health=.002, answers=.002) # Shares of one core; together below 2 %
-_at_work = ('running', 'stopping', 'resuming')
 _most_failures = 30 # Number of refreshes in a row that may fail before the view gives up
 
 class RunView(VBox):
