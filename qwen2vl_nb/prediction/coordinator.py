@@ -13,8 +13,8 @@ from ..files import read_json, whole_lines, write_json
 from ..processes import end_children
 from .rows import Asked, Index, missing, put_in_order, rows_digest
 from .servers import ServerFailed, Servers
-from ..run.folder import (ANSWERS, ASKED, MISSING, QUESTION, RUN, STOP, STOPPING, end_doing, parts_of, write_doing,
-                                   write_failure, write_progress)
+from ..run.folder import (ANSWERS, ASKED, MISSING, QUESTION, RUN, STOP, STOPPING, end_doing, parts_of,
+                                   write_doing, write_failure, write_progress)
 
 # %% ../../nbs/prediction/10_coordinator.ipynb #6fc2eb11
 class Count:

@@ -13,7 +13,8 @@ from .folder import write_doing
 # %% ../../nbs/run/16_beginning.ipynb #beginning07
 # What the bars of libraries stand for: name → what is being done, what is counted
 _bars = {'Converting format of dataset': ('reading the data', 'rows'),
-         'Running tokenizer on dataset': ('tokenizing', 'rows'), 'Loading checkpoint shards': ('loading the model', 'files')}
+         'Running tokenizer on dataset': ('tokenizing', 'rows'),
+         'Loading checkpoint shards': ('loading the model', 'files')}
 
 def describe_bar(
     bar, # A tqdm bar
@@ -21,9 +22,11 @@ def describe_bar(
     "What a progress bar says."
     name = (bar.desc or '').partition(' (num_proc=')[0].strip(': ')
     if not name or not bar.total: return None
-    if bar.unit == 'B': return f'downloading {name}', int(bar.n/1e6), max(1, int(bar.total/1e6)), 'MB'
+    again = bar.initial if bar.initial >= bar.total else 0  # `datasets` counts rows that it will make again as done
+    done, of = min(bar.n - again, bar.total), bar.total
+    if bar.unit == 'B': return f'downloading {name}', int(done/1e6), max(1, int(of/1e6)), 'MB'
     doing, unit = _bars.get(name, (name[:1].lower() + name[1:], ''))
-    return doing, int(bar.n), int(bar.total), unit
+    return doing, int(done), int(of), unit
 
 # %% ../../nbs/run/16_beginning.ipynb #beginning11
 _pause = .5 # Seconds between two files for a bar
@@ -89,5 +92,5 @@ def follow_training(
     if not deepspeed: return
     beginning.before('transformers.trainer', 'deepspeed_load_checkpoint', 'loading the checkpoint')
     beginning.before('deepspeed', 'initialize', "building DeepSpeed's engine")
-    beginning.before('torch.utils.cpp_extension', 'load', 'loading an operator of DeepSpeed, which is compiled the '
-                                                          'first time; that takes minutes')
+    beginning.before('torch.utils.cpp_extension', 'load', 'compiling an operator of DeepSpeed, which takes '
+                                                          'minutes the first time')

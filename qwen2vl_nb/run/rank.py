@@ -72,9 +72,10 @@ def step_callback(
                     # If there is no `stop` here, the request was seen on another machine
                     os.replace(asked, folder/STOPPING) if asked.exists() else (folder/STOPPING).touch()
                 control.should_log = control.should_save = control.should_training_stop = True
-            if is_first and state.global_step == self.from_step + 1: end_doing(folder)
+            began = is_first and state.global_step == self.from_step + 1
+            if began: end_doing(folder)
             self.on_epoch_end(args, state, control)
-            if control.should_training_stop or is_first and time.time() - self.last >= .5: self.told(state)
+            if control.should_training_stop or is_first and (began or time.time() - self.last >= .5): self.told(state)
 
         def on_epoch_end(self, args, state, control, **kwargs):
             "Make a checkpoint that is about to be overwritten count as incomplete until its last file is written."

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import psutil
 from fastcore.basics import patch
 from filelock import FileLock
-from ..names import warn
+from ..names import bar_file, warn
 from .. import hidden
 from ..boot import script
 from ..files import Damaged, parse_json, read_tail, sweep, write_json
@@ -29,8 +29,9 @@ from . import life
 from .command import (child_environment, gpus_for, inherited_environment, port_findings, run_command,
                                     secrets_of, visible_gpus)
 from .failure import find_failure
-from .folder import (DOING, EARLIER, PROGRESS, RECIPE, REFUSED, RUN, RUN_LOG, SERVED, TRAINER_LOG, WAITER,
-                                   files_of, is_count, is_number, last_start, state_or_empty, write_doing, write_start)
+from .folder import (DOING, EARLIER, ENDED, PROGRESS, RECIPE, REFUSED, RUN, RUN_LOG, SERVED, TRAINER_LOG,
+                                   WAITER, files_of, is_count, is_number, last_start, state_or_empty, write_doing,
+                                   write_start)
 from .health import health_findings
 from .learning_rates import rate_findings
 from .loss import Log, best_evaluation
@@ -138,6 +139,14 @@ def attach(
 
 # %% ../../nbs/run/60_start.ipynb #0efd8111
 @patch(as_prop=True)
+def seconds(self:Run):
+    """How many seconds the run has taken since it was started, or took until it ended; after a resume, since then.
+    `None` if that is not known."""
+    started = state_or_empty(self, WAITER).get('started')
+    ended = time.time() if self.is_running else state_or_empty(self, ENDED).get('time')
+    return max(0., ended - started) if started and ended else None
+
+@patch(as_prop=True)
 def progress(self:Run):
     "How far the run has got, as `Progress`."
     log = self.output_dir/TRAINER_LOG
@@ -218,20 +227,26 @@ def watch(self:Run):
     from qwen2vl_nb.run import watch_loss  # imported late, because that module imports this one
     return watch_loss(self)
 
+def _finish_view(run):
+    "Have a live view show the end of a run before the cell ends."
+    watch = sys.modules.get('qwen2vl_nb.run.watch')
+    if watch: watch.finish(run)
+
 @patch
 def wait(self:Run):
     """Block until the run has ended, and show its progress; interrupting does not stop the run.
     Raises `RuntimeError` with the cause if the run failed."""
     try:
         from tqdm import tqdm  # the text version: it is saved with the notebook, a widget is not
-        with tqdm(desc=self.output_dir.name, file=sys.stdout, bar_format=_bar) as bar:
+        with tqdm(desc=self.output_dir.name, file=bar_file(), bar_format=_bar) as bar:
             while True:
                 status, now = self.status, self.progress
-                bar.total, bar.n = now.steps or None, now.step
+                bar.total, bar.n, bar.start_t = now.steps or None, now.step, time.time() - (self.seconds or 0)
                 # Refreshes the bar, too
                 bar.set_postfix_str(', '.join(filter(None, [now.doing, now.pace, now.remaining])))
                 if status != 'running': break
                 time.sleep(.2)
+        _finish_view(self)
     except KeyboardInterrupt:
         print(f'The run continues in the background: attach({str(self.output_dir)!r}) finds it again, and .stop() ends '
               'it.')
