@@ -6,7 +6,7 @@
 __all__ = ['message', 'Answer', 'stream', 'Served', 'serve', 'ChatView']
 
 # %% ../../nbs/prediction/55_serve.ipynb #55serve02
-import base64, io, os, re, sys, time
+import base64, io, os, re, time
 from contextlib import closing
 from html import escape
 from pathlib import Path
@@ -17,6 +17,7 @@ from ..boot import script
 from ..checks import quick_findings
 from ..display import RED, data_uri, picture_html
 from ..files import open_regular, parse_json, video_endings
+from ..names import bar_file
 from ..recipe import answering_recipe, predict_recipe
 from ..data.objects import picture_bytes
 from .client import CHAT, NotAnswered, ServerGone, request, server_of
@@ -137,7 +138,7 @@ def _wait(served):
     "Wait until a model is loaded, and show how long that takes."
     from tqdm import tqdm
     form = '{desc} [{elapsed}{postfix}]'
-    with tqdm(desc=f'{served.output_dir.name}: loading', file=sys.stdout, bar_format=form) as bar:
+    with tqdm(desc=f'{served.output_dir.name}: loading', file=bar_file(), bar_format=form) as bar:
         until_ready(served, lambda: bar.set_postfix_str(served.progress.doing))
 
 # %% ../../nbs/prediction/55_serve.ipynb #55serve10

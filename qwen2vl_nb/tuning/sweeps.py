@@ -6,7 +6,7 @@
 __all__ = ['Trial', 'combinations', 'clash', 'gpu_groups', 'train_all', 'asking_recipe', 'Sweep', 'sweep']
 
 # %% ../../nbs/tuning/20_sweep.ipynb #sweep003
-import hashlib, itertools, json, math, os, re, sys, time
+import hashlib, itertools, json, math, os, re, time
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -15,6 +15,7 @@ from ..checkpoint import newest_complete
 from ..data.registry import Registry
 from ..findings import text_table
 from ..hidden import apart
+from ..names import bar_file
 from ..prediction.engines import predict
 from ..prediction.predictions import Predictions
 from ..prediction.scores import score, usual_measure
@@ -164,7 +165,7 @@ def train_all(
     running = {i: _free(t, envs) for i, t in enumerate(trials) if t.state == 'running'}
     waiting = [i for i, t in enumerate(trials) if t.state not in ('running', 'done', 'damaged')]
     try:
-        with tqdm(total=len(running) + len(waiting), desc='sweep', file=sys.stdout, bar_format=_bar) as bar:
+        with tqdm(total=len(running) + len(waiting), desc='sweep', file=bar_file(), bar_format=_bar) as bar:
             while running or waiting:
                 while waiting and envs:
                     i, running[i] = waiting[0], envs[0]
