@@ -119,9 +119,9 @@ readme: setup
 	$(BIN)/jupyter nbconvert --to markdown --output-dir . --output README nbs/index.ipynb
 	sed -i -E "s,\]\((images|tutorials|benchmarks|data|memory|run|prediction|tuning|panel|[0-9][0-9]_),](nbs/\1,g; s,\]\(\.\./,](,g" README.md
 
-# Which paragraphs of the Chinese files are to be translated anew
-translations:
-	@$(PYTHON) docs/translations.py
+# Which paragraphs of the Chinese files, and which texts of the panel, are to be translated anew
+translations: setup
+	@PYTHONPATH=$(CURDIR) $(BIN)/python docs/translations.py
 
 # The tools of the site get an environment of their own, with the small packages that the modules import
 .venv-docs/.installed: requirements-docs.lock

@@ -3,7 +3,9 @@
 Each Chinese paragraph (in a notebook, each Markdown cell) ends with a line `<!-- translates 1a2b3c4d -->`: the digest
 of the English paragraph, with the comments of the code below it, as it was when it was translated. Whoever changes the
 English sees here which paragraphs are to be translated anew, and the line to write below the new translation. Code
-apart from its comments, code spans, links and figures must be the same in both."""
+apart from its comments, code spans, links and figures must be the same in both.
+
+The panel's Chinese texts stand with the English that they were translated from."""
 import hashlib, json, re, sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,7 +113,21 @@ def faults(english, chinese):
     return found + [f'{chinese.name}: {b.start}: {said}' for a, b in both
                     for said in [*text_faults(a, b), *code_faults(a, b)]]
 
+def table_faults(english, chinese):
+    "What is missing or out of date in a table of texts: key → (the English that was translated, Chinese)."
+    translated = {key: text for key, (text, _) in chinese.items()}
+    found = [f'{key} is missing: {english[key]!r}' for key in english if key not in chinese]
+    found += [f'{key} is superfluous' for key in chinese if key not in english]
+    return found + [f'{key} translates {translated[key]!r}, and now reads {text!r}'
+                    for key, text in english.items() if translated.get(key, text) != text]
+
+def panel_faults():
+    "What is missing or out of date in the panel's Chinese texts."
+    from qwen2vl_nb.panel.chinese import CHINESE
+    from qwen2vl_nb.panel.texts import ENGLISH
+    return [f'nbs/panel/00_chinese.ipynb: {said}' for said in table_faults(ENGLISH, CHINESE)]
+
 if __name__ == '__main__':
-    found = [said for pair in pairs() for said in faults(*pair)]
+    found = [said for pair in pairs() for said in faults(*pair)] + panel_faults()
     print('\n'.join(found) or 'The Chinese files are up to date.')
     sys.exit(bool(found))

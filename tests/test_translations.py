@@ -77,3 +77,12 @@ def test_a_chinese_notebook_has_outputs_of_its_own():
         for a, b in zip(english, chinese): assert bool(a.get('outputs')) == bool(b.get('outputs')), ''.join(b['source'])
         folders = [{*re.findall(r'runs/(car_item-[\d-]+)', json.dumps(cells))} for cells in (english, chinese)]
         assert folders[0] and folders[1] and not folders[0] & folders[1]
+
+def test_every_text_of_the_panel_is_there_in_chinese():
+    assert not (said := translations.panel_faults()), '\n' + '\n'.join(said)
+
+def test_a_text_that_is_missing_superfluous_or_changed_is_named():
+    english = {'panel.copy': 'Copy', 'panel.done': 'done', 'panel.new': 'New'}
+    chinese = {'panel.copy': ('Copy', '复制'), 'panel.done': ('Done', '已完成'), 'panel.old': ('Old', '旧')}
+    assert translations.table_faults(english, chinese) == [
+        "panel.new is missing: 'New'", 'panel.old is superfluous', "panel.done translates 'Done', and now reads 'done'"]
