@@ -3,7 +3,8 @@
 Each Chinese paragraph (in a notebook, each Markdown cell) ends with a line `<!-- translates 1a2b3c4d -->`: the digest
 of the English paragraph, with the comments of the code below it, as it was when it was translated. Whoever changes the
 English sees here which paragraphs are to be translated anew, and the line to write below the new translation. Code
-apart from its comments, code spans, links and figures must be the same in both.
+apart from its comments, code spans, links and figures must be the same in both. What is there in Chinese only ends with
+`<!-- translates nothing -->`.
 
 The panel's Chinese texts stand with the English that they were translated from."""
 import hashlib, json, re, sys
@@ -64,12 +65,13 @@ def sections(path):
     return found
 
 def compared(text):
-    "What must be the same in both languages: code spans, links and figures, of each row of a table or item of a list."
+    "What must be the same in both languages, for each row of a table or item of a list."
     def of(part):
         spans, part = SPAN.findall(part), SPAN.sub('', part)
         links, part = re.findall(r'\]\((\S+?)\)', part), re.sub(r'\]\(\S+?\)', ']', part)
         figures = re.findall(r'\d+(?:\.\d+)*', re.sub(r'(?<=\d),(?=\d{3})', '', part))
-        return {'code': spans, 'links': [link.replace('.zh.', '.') for link in links], 'figures': figures}
+        return {'code': spans, 'links': [link.replace('.zh.', '.') for link in links], 'figures': figures,
+                'bold': re.findall(r'\*\*', part)}
     return [of(part) for part in re.split(r'\n(?=\||- )', MARK.sub('', text))]
 
 def difference(english, chinese):
@@ -102,7 +104,7 @@ def code_faults(english, chinese):
 
 def faults(english, chinese):
     "What is missing or out of date in a Chinese file, in words."
-    mine, theirs = sections(english), sections(chinese)
+    mine, theirs = sections(english), [s for s in sections(chinese) if s.translates != 'nothing']
     translated, digests = {s.translates: s for s in theirs}, [s.digest for s in mine]
     found = [f'{english.name}: {s.start} is new or has changed; translate it, and write below the translation:\n'
              f'<!-- translates {s.digest} -->' for s in mine if s.digest not in translated]
