@@ -117,7 +117,7 @@ notebooks: setup
 
 readme: setup
 	$(BIN)/jupyter nbconvert --to markdown --output-dir . --output README nbs/index.ipynb
-	sed -i -E "s,\]\((images|tutorials|benchmarks|data|memory|run|prediction|tuning|[0-9][0-9]_),](nbs/\1,g; s,\]\(\.\./,](,g" README.md
+	sed -i -E "s,\]\((images|tutorials|benchmarks|data|memory|run|prediction|tuning|panel|[0-9][0-9]_),](nbs/\1,g; s,\]\(\.\./,](,g" README.md
 
 # The tools of the site get an environment of their own, with the small packages that the modules import
 .venv-docs/.installed: requirements-docs.lock

@@ -17,6 +17,7 @@ from .checks import check_recipe as check_recipe
 from .run import *
 from .prediction import *
 from .tuning import *
+from .panel import *
 from .tiny import make_car_item as make_car_item
 from .tiny import make_car_scenes as make_car_scenes
 from .tiny import make_car_video as make_car_video
