@@ -14,7 +14,7 @@ from threading import Lock, Thread, Timer
 from fastcore.basics import patch
 from ipywidgets import HTML, Button, DOMWidget, HBox, Image, Layout, VBox
 from ..names import is_refusal
-from .session import keep_value, run_action, what_ran
+from .session import NotYet, keep_value, run_action, what_ran
 
 # %% ../../nbs/panel/20_steps.ipynb #20steps0005
 STYLE = '''<style>
@@ -89,6 +89,7 @@ def explain(
     say, # The panel's `Texts`
 )->str:
     "What went wrong, in words."
+    if isinstance(error, NotYet): return say('panel.first', step=say(error.action.partition('.')[0]), action=say(error.action))
     if isinstance(error, KeyError) and is_refusal(error): return str(error.args[0])
     if is_refusal(error) or isinstance(error, OSError): return str(error)
     return say('panel.unexpected', error=f'{type(error).__name__}: {error}', where=_where(error))
@@ -111,9 +112,10 @@ class ActionBox(VBox):
         action, # The `Action`
         icon:str='play', # FontAwesome name
         primary:bool=True, # Whether the button stands out
+        hears:bool=True, # Whether what the code prints is shown while it runs
     ):
         self.step, self.action, self._lock, self._thread, self._once_more = step, action, Lock(), None, False
-        say, key = step.panel.say, action.name
+        say, key, self.hears = step.panel.say, action.name, hears
         help = say(f'{key}.help') if f'{key}.help' in say else ''
         self.button = Button(description=say(key), icon=icon, tooltip=help, button_style='primary' if primary else '',
                              layout=Layout(width='auto', min_width='120px', flex='none'))
@@ -173,7 +175,7 @@ class ActionBox(VBox):
 
     def _hear(self, text):
         "Show the last line that the code has printed, a few times a second."
-        if time.monotonic() < self._due: return
+        if not self.hears or time.monotonic() < self._due: return
         self._due = time.monotonic() + .2
         self.line.value = as_html('qvl-said', text.rpartition('\n')[2] or self.step.panel.say('panel.running'))
 
