@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PANEL', 'NOTEBOOK', 'Given', 'as_call', 'Action', 'overheard', 'last_lines', 'run_code', 'Project', 'form_values',
            'keep_value', 'Ran', 'what_ran', 'Session', 'earlier', 'NotYet', 'make_names', 'notebook_text',
-           'notebook_path', 'write_notebook', 'run_action']
+           'notebook_path', 'write_notebook', 'run_action', 'result_again']
 
 # %% ../../nbs/panel/10_session.ipynb #10sessio0002
 import ast, io, json, os, re, sys, time
@@ -339,8 +339,9 @@ def run_action(
     heard=lambda text: None, # Function to which what it prints is passed
 ): # What its last line shows
     "Run an action with what is in the forms now, and note that it ran."
-    action, (given, text), printed = session.actions[name], session.next_code(name), []
+    action, printed = session.actions[name], []
     _check_needs(session, action)
+    given, text = session.next_code(name)
     with overheard(lambda part: (printed.append(part), heard(last_lines(''.join(printed[-50:]))))):
         make_names(session, name)
         printed.clear()
@@ -348,6 +349,15 @@ def run_action(
     kept = action.keeps(session.names) if action.keeps else {}
     _note(session, name, given | kept, last_lines(''.join(printed)))
     return value
+
+def result_again(
+    session:Session, # The session
+    name:str, # Name of an action that ran
+): # What its last line shows
+    "Run the code of an action once more for its result alone."
+    with overheard(lambda text: None):
+        make_names(session, name)
+        return run_code(session.code(name), session.names)
 
 def _codes(session, name): return [session.code(name, again) for again in (False, True)]
 
