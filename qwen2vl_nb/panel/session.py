@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PANEL', 'NOTEBOOK', 'Given', 'as_call', 'Action', 'overheard', 'last_lines', 'run_code', 'Project', 'form_values',
-           'keep_value', 'Ran', 'what_ran', 'Session', 'earlier', 'make_names', 'notebook_text', 'notebook_path',
-           'write_notebook', 'run_action']
+           'keep_value', 'Ran', 'what_ran', 'Session', 'earlier', 'NotYet', 'make_names', 'notebook_text',
+           'notebook_path', 'write_notebook', 'run_action', 'result_again']
 
 # %% ../../nbs/panel/10_session.ipynb #10sessio0002
 import ast, io, json, os, re, sys, time
@@ -60,6 +60,7 @@ class Action:
     needs:tuple=() # Names that the code uses
     gives:tuple=() # Names that the code sets
     again:Callable=None # `Given` → lines that set the names once more; `None`: the code itself
+    keeps:Callable=None # Names → values that are kept with the given ones, such as the folder of the run
 
 # %% ../../nbs/panel/10_session.ipynb #10sessio0012
 _switch = Lock()
@@ -105,6 +106,7 @@ def run_code(
 ): # The value of the last line if it is an expression, otherwise `None`
     "Run code in a namespace."
     body = ast.parse(text).body
+    names.pop('__warningregistry__', None)  # a warning is said each time
     last = body.pop() if body and isinstance(body[-1], ast.Expr) else None
     exec(compile(ast.Module(body, []), '<panel>', 'exec'), names)
     return eval(compile(ast.Expression(last.value), '<panel>', 'eval'), names) if last else None
@@ -241,6 +243,14 @@ class Session:
             found.append(action.name)
         return found
 
+    def replaces(self,
+        name:str, # Name of an action
+    )->list: # Names of actions
+        "The other actions for the same purpose: they give the same names, and neither uses them."
+        one, given = self.actions[name], {*self.actions[name].gives}
+        is_other = lambda a: a is not one and {*a.gives} == given and given.isdisjoint(a.needs + one.needs)
+        return [a.name for a in self.actions.values() if given and is_other(a)]
+
 # %% ../../nbs/panel/10_session.ipynb #10sessio0026
 def earlier(
     session:Session, # The session
@@ -255,6 +265,14 @@ def earlier(
         found.insert(0, action.name)
     return found
 
+class NotYet(Exception):
+    "A step comes first; `.action` is what gives the missing name."
+    def __init__(self,
+        action:str, # Name of an action
+    ):
+        self.action = action
+        super().__init__(f'{action} comes first')
+
 def make_names(
     session:Session, # The session
     name:str, # Name of an action
@@ -265,7 +283,7 @@ def make_names(
         if not session.names: run_code('from qwen2vl_nb.all import *', session.names)
         for each in earlier(session, name):
             text = session.code(each, again=True)
-            stale = stale or session.made.get(each) not in (text, session.code(each))
+            stale = stale or session.made.get(each) != text
             if not stale: continue
             run_code(text, session.names)
             session.made[each] = text
@@ -310,27 +328,47 @@ def write_notebook(
     return path
 
 # %% ../../nbs/panel/10_session.ipynb #10sessio0031
+def _check_needs(session, action):
+    there = {name for each in earlier(session, action.name) for name in session.actions[each].gives}
+    missing = [name for name in action.needs if name not in there]
+    if missing: raise NotYet(next(a.name for a in session.actions.values() if missing[0] in a.gives))
+
 def run_action(
     session:Session, # The session
     name:str, # Name of an action
     heard=lambda text: None, # Function to which what it prints is passed
 ): # What its last line shows
     "Run an action with what is in the forms now, and note that it ran."
-    (given, text), printed = session.next_code(name), []
+    action, printed = session.actions[name], []
+    _check_needs(session, action)
+    given, text = session.next_code(name)
     with overheard(lambda part: (printed.append(part), heard(last_lines(''.join(printed[-50:]))))):
         make_names(session, name)
         printed.clear()
         value = run_code(text, session.names)
-    _note(session, name, given, text, last_lines(''.join(printed)))
+    kept = action.keeps(session.names) if action.keeps else {}
+    _note(session, name, given | kept, last_lines(''.join(printed)))
     return value
 
-def _note(session, name, given, text, said):
+def result_again(
+    session:Session, # The session
+    name:str, # Name of an action that ran
+): # What its last line shows
+    "Run the code of an action once more for its result alone."
+    with overheard(lambda text: None):
+        make_names(session, name)
+        return run_code(session.code(name), session.names)
+
+def _codes(session, name): return [session.code(name, again) for again in (False, True)]
+
+def _note(session, name, given, said):
     "Note that an action ran, and forget what is out of date because of it."
     for later in session.depends(name): session.made.pop(later, None)
-    session.made[name] = text
     with session.project.edit() as state:
         ran = state['ran'] = _as_dict(state.get('ran'))
-        changed = session.code(name) != text
-        for later in session.depends(name) if changed else (): ran.pop(later, None)
+        before = _codes(session, name)
         ran[name] = {'given': given, 'when': time.time(), 'said': said[-_most_said:]}
+        changed = _codes(session, name) != before
+        for other in session.replaces(name) + session.depends(name)*changed: ran.pop(other, None)
+        session.made[name] = session.code(name, again=True)
     write_notebook(session)

@@ -14,7 +14,7 @@ from threading import Lock, Thread, Timer
 from fastcore.basics import patch
 from ipywidgets import HTML, Button, DOMWidget, HBox, Image, Layout, VBox
 from ..names import is_refusal
-from .session import keep_value, run_action, what_ran
+from .session import NotYet, keep_value, result_again, run_action, what_ran
 
 # %% ../../nbs/panel/20_steps.ipynb #20steps0005
 STYLE = '''<style>
@@ -89,6 +89,7 @@ def explain(
     say, # The panel's `Texts`
 )->str:
     "What went wrong, in words."
+    if isinstance(error, NotYet): return say('panel.first', step=say(error.action.partition('.')[0]), action=say(error.action))
     if isinstance(error, KeyError) and is_refusal(error): return str(error.args[0])
     if is_refusal(error) or isinstance(error, OSError): return str(error)
     return say('panel.unexpected', error=f'{type(error).__name__}: {error}', where=_where(error))
@@ -111,9 +112,11 @@ class ActionBox(VBox):
         action, # The `Action`
         icon:str='play', # FontAwesome name
         primary:bool=True, # Whether the button stands out
+        hears:bool=True, # Whether what the code prints is shown while it runs
     ):
         self.step, self.action, self._lock, self._thread, self._once_more = step, action, Lock(), None, False
-        say, key = step.panel.say, action.name
+        self._of = None # When the action ran whose result is shown
+        say, key, self.hears = step.panel.say, action.name, hears
         help = say(f'{key}.help') if f'{key}.help' in say else ''
         self.button = Button(description=say(key), icon=icon, tooltip=help, button_style='primary' if primary else '',
                              layout=Layout(width='auto', min_width='120px', flex='none'))
@@ -123,10 +126,13 @@ class ActionBox(VBox):
         super().__init__([row, self.result], layout=Layout(margin='4px 0', max_width='100%'))
         self.restore()
 
+    def _ran(self): return what_ran(self.step.panel.session.project).get(self.action.name)
+
     def restore(self):
         "Show when the action ran and what it printed, if that is not on the screen."
-        ran = what_ran(self.step.panel.session.project).get(self.action.name)
-        if self._thread or self.result.children: return
+        ran = self._ran()
+        if self._thread or self.result.children and self._of == (ran and ran.when): return
+        self.result.children = ()
         when = ran and time.strftime('%Y-%m-%d %H:%M', time.localtime(ran.when))
         said = [self.step.panel.say('panel.ran', when=when), ran.said] if ran else []
         self.line.value = as_html('qvl-said', '\n'.join(filter(None, said)))
@@ -157,12 +163,33 @@ class ActionBox(VBox):
         self.line.value = as_html('qvl-said', self.step.panel.say('panel.running'))
         try:
             value = run_action(self.step.panel.session, self.action.name, self._hear)
-            said = what_ran(self.step.panel.session.project)[self.action.name].said
+            said = self._ran().said
             shown = self.step.show(self.action.name, value)
         except Exception as e: said, shown = '', self._failed(e)
+        self._end(said, shown)
+        self.step.panel.refresh()
+
+    def _end(self, said, shown):
+        self._of = (ran := self._ran()) and ran.when
         self.line.value, self.result.children = as_html('qvl-said', said), tuple(filter(None, shown))
         self.button.disabled = False
-        self.step.panel.refresh()
+
+    def show_again(self):
+        "Show the result of an action that ran before, if it is not on the screen; only for what is cheap."
+        with self._lock:
+            if self._thread or self.result.children or not self._ran(): return
+            self._thread = Thread(target=self._again, daemon=True, name=self.action.name)
+            self._thread.start()
+
+    def _again(self):
+        session, name = self.step.panel.session, self.action.name
+        self.button.disabled = True
+        try: shown = self.step.show(name, result_again(session, name))
+        except Exception as e: shown = [HTML(as_html('qvl-error', explain(e, self.step.panel.say)))]
+        ran = self._ran()
+        self._end(ran.said if ran else '', shown)
+        with self._lock: again, self._once_more, self._thread = self._once_more, False, None
+        if again: self.start()
 
     def _failed(self, error):
         "What is shown of an error, with the code that led to it."
@@ -173,7 +200,7 @@ class ActionBox(VBox):
 
     def _hear(self, text):
         "Show the last line that the code has printed, a few times a second."
-        if time.monotonic() < self._due: return
+        if not self.hears or time.monotonic() < self._due: return
         self._due = time.monotonic() + .2
         self.line.value = as_html('qvl-said', text.rpartition('\n')[2] or self.step.panel.say('panel.running'))
 

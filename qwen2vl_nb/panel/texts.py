@@ -19,6 +19,7 @@ ENGLISH = {
     'panel.elsewhere': '{name} was not written by this panel or has been changed since. It stays as it is; '
                        'the code is written to {other}.',
     'panel.refused': 'The form could not be saved: {error}',
+    'panel.first': 'This needs the step "{step}" first: press "{action}" there.',
     'panel.done': 'done',
     'panel.browse': 'Browse',
     'panel.up': '.. (one folder up)',
