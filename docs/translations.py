@@ -69,7 +69,8 @@ def compared(text):
     def of(part):
         spans, part = SPAN.findall(part), SPAN.sub('', part)
         links, part = re.findall(r'\]\((\S+?)\)', part), re.sub(r'\]\(\S+?\)', ']', part)
-        figures = re.findall(r'\d+(?:\.\d+)*', re.sub(r'(?<=\d),(?=\d{3})', '', part))
+        part = re.sub(r'(?<=\d),(?=\d{3})|\d+ 月', '', part) # months have names in English
+        figures = re.findall(r'\d+(?:\.\d+)*', part)
         return {'code': spans, 'links': [link.replace('.zh.', '.') for link in links], 'figures': figures,
                 'bold': re.findall(r'\*\*', part)}
     return [of(part) for part in re.split(r'\n(?=\||- )', MARK.sub('', text))]

@@ -24,6 +24,8 @@ CHINESE = {
                         'code is written to {other}.',
                         '{name} 不是由本面板写入的，或者写入后被改动过。该文件保持原样，代码改为写入 {other}。'),
     'panel.refused': ('The form could not be saved: {error}', '无法保存表单：{error}'),
+    'panel.first': ('This needs the step "{step}" first: press "{action}" there.',
+                    '请先完成“{step}”步骤：在那里点击“{action}”。'),
     'panel.done': ('done', '已完成'),
     'panel.browse': ('Browse', '浏览'),
     'panel.up': ('.. (one folder up)', '..（上一级目录）'),
