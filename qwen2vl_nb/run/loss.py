@@ -282,7 +282,7 @@ def _read_on(self:Log, file):
         file.seek(self.offset)
         block = file.read(_block)
         block = block[:block.rfind(b'\n') + 1]
-        if len(block) > _block//64 and self.rows.add_block(block): self.offset += len(block)
+        if len(block) > _block//256 and self.rows.add_block(block): self.offset += len(block)
         else: more = self._read_lines(file, len(block))
     file.seek(max(0, self.offset - 200))
     self._last = file.read(self.offset - file.tell())

@@ -30,8 +30,8 @@ from . import life
 from .command import (child_environment, gpus_for, inherited_environment, port_findings, run_command,
                                     secrets_of, visible_gpus)
 from .failure import find_failure, gpu_ran_out
-from .folder import (DOING, EARLIER, ENDED, PROGRESS, RANK_ERR, RANK_OUT, RANKS, RECIPE, REFUSED, RUN,
-                                   RUN_LOCK, RUN_LOG, SERVED, TRAINER_LOG, WAITER, files_of, is_count, is_number,
+from .folder import (ANSWERS, DOING, EARLIER, ENDED, PROGRESS, RANK_ERR, RANK_OUT, RANKS, RECIPE, REFUSED,
+                                   RUN, RUN_LOCK, RUN_LOG, SERVED, TRAINER_LOG, WAITER, files_of, is_count, is_number,
                                    last_start, state_or_empty, write_doing, write_start)
 from .health import health_findings
 from .learning_rates import rate_findings
@@ -291,14 +291,31 @@ def resume(self:Run,
     return _resume(self, master, trust)
 
 # %% ../../nbs/run/60_start.ipynb #c8864673
-def _row(folder, run):
+def _row(run):
     "A run as a row of the table of runs."
     log = Log(run)
     lowest = best_evaluation(log)
     now, started = run.progress, state_or_empty(run, WAITER).get('started')
-    return {'run': str(run.output_dir.relative_to(folder)), 'state': run.status, 'started': started, 'step': now.step,
-            'of': now.steps, 'loss': now.loss, 'best eval_loss': lowest,
-            'health': ', '.join(f.where for f in health_findings(log))}
+    return {'state': run.status, 'started': started, 'step': now.step, 'of': now.steps, 'loss': now.loss,
+            'best eval_loss': lowest, 'health': ', '.join(f.where for f in health_findings(log))}
+
+_known_rows = {} # Folder → what its files were, and the row, of runs that have ended
+_of_row = RUN, WAITER, ENDED, PROGRESS, REFUSED, RECIPE, TRAINER_LOG, ANSWERS # Files that a row is made from
+
+def _file_now(path):
+    "What tells whether a file has changed: its inode, size and time of change; `None` without a file."
+    try: found = os.stat(path)
+    except OSError: return None
+    return found.st_ino, found.st_size, found.st_ctime_ns
+
+def _known_row(run):
+    "A run as a row, which is made only once after the run has ended, as long as its files do not change."
+    now = [_file_now(run.output_dir/name) for name in _of_row]
+    before, row = _known_rows.get(run.output_dir, (None, None))
+    if now != before:
+        row = _row(run)
+        if now[_of_row.index(ENDED)]: _known_rows[run.output_dir] = now, row
+    return row
 
 def runs(
     folder:str|Path, # Folder to search, including its subfolders
@@ -309,7 +326,8 @@ def runs(
     found = [Run(p.parent) for p in sorted(folder.rglob(RUN)) if EARLIER not in p.parts]
     # The part of a run on another machine is not a run of its own
     first = [run for run in found if not state_or_empty(run, RUN).get('node_rank')]
-    table = pd.DataFrame([_row(folder, run) for run in first],
+    rows = [{'run': str(run.output_dir.relative_to(folder))} | _known_row(run) for run in first]
+    table = pd.DataFrame(rows,
                          columns=['run', 'state', 'started', 'step', 'of', 'loss', 'best eval_loss', 'health'])
     table['started'] = pd.to_datetime(table.started, unit='s').dt.floor('s')
     return text_table(table)
