@@ -18,6 +18,7 @@ PAGES = {
     'run': ('Runs', ['run.start', 'run']),
     'prediction': ('Predictions and scores', ['prediction.engines', 'prediction']),
     'tuning': ('Tuning', ['tuning']),
+    'panel': ('Panel', ['panel']),
     'included': ('Included models and data', ['tiny', 'cli']),
 }
 # Folder of the repository → folder of the site; the first that fits counts

@@ -20,8 +20,9 @@ from .run.folder import BEST, RUN, state_or_empty
 
 # %% ../nbs/10_recipe.ipynb #eca681f9
 def _merge_recipe(defaults, changes):
-    "The defaults updated with the changes; keys with the value `None` are left out."
-    recipe = {k:v for k,v in (defaults | changes).items() if v is not None}
+    "The defaults updated with the changes, as plain values; keys with the value `None` are left out."
+    plain = lambda v: os.fspath(v) if isinstance(v, os.PathLike) else v
+    recipe = {k: plain(v) for k,v in (defaults | changes).items() if v is not None}
     if recipe.get('per_device_eval_batch_size', 1) < 1:
         raise ValueError('per_device_eval_batch_size must be at least 1: a batch of 0 rows evaluates '
                          'nothing, and the run stops at its first evaluation.')

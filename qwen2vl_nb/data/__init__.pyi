@@ -8,6 +8,7 @@ from .sources import read_samples as read_samples
 from .tokens import count_tokens as count_tokens
 from .check import check_samples as check_samples
 from .check import mend_samples as mend_samples
+from .check import drop_samples as drop_samples
 from .split import split_samples as split_samples
 from .write import write_samples as write_samples
 from .describe import describe_samples as describe_samples

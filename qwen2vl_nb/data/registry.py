@@ -381,6 +381,7 @@ class Registry(MutableMapping):
     def __iter__(self): return iter(self._read()[0])
     def __len__(self): return len(self._read()[0])
     def __contains__(self, name): return name in self._read()[0]
+    def __fspath__(self): return str(self.dataset_dir)
     def __repr__(self): return f'Registry({str(self.dataset_dir)!r}): {len(self)} data sets'
 
 # %% ../../nbs/data/80_registry.ipynb #71ce081a

@@ -16,6 +16,7 @@ ENGLISH = {
     'panel.ran': 'Ran on {when}.',
     'panel.unexpected': 'This error was not expected: {error}\nIt was raised in {where}. To see the full traceback, '
                         'run the code below in a cell.',
+    'panel.fill': 'Fill in "{control}" in the step "{step}" first.',
     'panel.elsewhere': '{name} was not written by this panel or has been changed since. It stays as it is; '
                        'the code is written to {other}.',
     'panel.refused': 'The form could not be saved: {error}',
@@ -28,6 +29,32 @@ ENGLISH = {
 }
 
 # %% ../../nbs/panel/00_texts.ipynb #00texts0006
+ENGLISH |= {
+    'data': 'Data',
+    'data.about': 'Read pictures with their questions and answers from a table, a folder or a data set, and find every '
+                  'fault in them before training does.',
+    'data.source': 'File or folder',
+    'data.source.help': 'A table (CSV, TSV, Excel, Parquet, JSON, JSON lines), a folder with one subfolder per class, or '
+                        'annotations such as COCO or YOLO.',
+    'data.image': 'Pictures',
+    'data.image.help': 'Column with the paths of the pictures. Empty: image or images.',
+    'data.prompt': 'Question',
+    'data.prompt.help': 'Column with the questions, or one question for all rows. Empty: instruction, prompt or question.',
+    'data.response': 'Answer',
+    'data.response.help': 'Column with the answers. Empty: output, response or answer.',
+    'data.media_dir': 'Picture folder',
+    'data.media_dir.help': 'Where the pictures are, if not beside the file.',
+    'data.boxes': 'Answers are boxes, to be written in the form of the model chosen in the step "Model"',
+    'data.read': 'Read',
+    'data.check': 'Check',
+    'data.check.help': 'Decode every picture, count every token, and list what would stop training, drop a row or spoil it',
+    'data.mend': 'Mend',
+    'data.mend.help': 'Repair in copies what can be repaired without guessing',
+    'data.drop': 'Drop rows with errors',
+    'data.drop.help': 'Leave out the rows in which an error is left',
+    'data.clean': 'Nothing found in {n} rows.',
+    'data.found': '{n} findings in {rows} rows.',
+}
 ENGLISH |= {
     'model': 'Model',
     'model.about': 'The model that is fine-tuned: the folder of a downloaded model, or the name of one that '
