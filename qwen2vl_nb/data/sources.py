@@ -23,9 +23,9 @@ from ..findings import first_few
 from .annotations import (Annotated, box_columns, coco_pictures, fitted, is_labelme, is_studio,
                                          labelme_picture, studio_pictures, table_pictures, voc_picture,
                                          yolo_boxes, yolo_names)
-from .objects import InMemory, in_memory, is_table
-from .samples import Row, answer_keys, are_samples, at_place, history_turns, is_plain
-from .preferences import find_preferences, read_each
+from .objects import BadCells, InMemory, in_memory, is_table
+from .samples import Row, answer_keys, are_samples, at_place, history_turns, is_plain, name_row
+from .preferences import find_preferences
 if TYPE_CHECKING:
     import pandas as pd
     from datasets import Dataset
@@ -995,7 +995,10 @@ def read_rows(
     if is_yolo: source = _existing(source).parent
     if isinstance(source, InMemory):
         read = _arrow_rows if source.is_arrow else _plain_rows
-        rows, taken = read(source, source.batches, place), source.taken
+        try: rows, taken = read(source, source.batches, place), source.taken
+        except BadCells as e:
+            raise ValueError(f'{source} has {len(e.faults)} cell(s) or row(s) that cannot be read. '
+                             f'{"; ".join(first_few(e.faults))}.') from None
     elif isinstance(source, (list, tuple)): rows, taken = _read_vqa(source, place)
     elif Path(source).is_dir(): rows, taken = _read_folder(Path(source), place)
     else:
@@ -1031,6 +1034,15 @@ def _print_summary(source, samples, taken, place, how, media_dir):
     print(f'{name}: {len(samples)} rows of {taken}; {how}.', *more)
 
 # %% ../../nbs/data/20_sources.ipynb #579c6733
+def _read_each(path, rows, make):
+    "What a function makes of each row; the rows for which it raises `ValueError` are reported together."
+    made, bad = [], []
+    for i, row in enumerate(rows):
+        try: made.append(at_place(make(row), row))
+        except ValueError as e: bad.append(f'{name_row(i, row)}: {e}')
+    if bad: raise ValueError(f'{path} has {len(bad)} row(s) that cannot be read. {"; ".join(first_few(bad))}.')
+    return made
+
 def _table_boxes(path, rows, image, label):
     "`Annotated` pictures of a table with a row for each box; `None` for other tables."
     names = _names_in(rows)
@@ -1040,7 +1052,8 @@ def _table_boxes(path, rows, image, label):
     if missing: raise ValueError(f'{path} has no column {" and ".join(missing)}. Its columns: {", ".join(names)}.')
     if not columns['image']: raise ValueError(f'{path} has boxes and no column for the picture: image=… names it.')
     pictures, faults, remark = table_pictures(rows, columns)
-    _check_faults(path, faults)
+    _check_faults(path, [f'{name_row(i, rows[i])} {what}' for i, what in faults])
+    for picture in pictures: picture.more = at_place(picture.more, rows[picture.row])
     return pictures
 
 def _with_boxes(path, rows, place, family, limits, image, label):
@@ -1086,12 +1099,13 @@ def read_samples(
     limits = {'image_max_pixels': image_max_pixels, 'image_min_pixels': image_min_pixels}
     rows, boxed = _with_boxes(path, rows, place, family, limits, image, response)
     if boxed: image = response = None
-    preferred, rows, said = find_preferences(path, rows, chosen, rejected, kto_tag, prompt, response)
+    preferred, rows, convert, said = find_preferences(path, rows, chosen, rejected, kto_tag, prompt, response)
+    if preferred: rows = _read_each(path, rows, convert)
     shown = progress(rows, f'Reading {path.name}')
     if _turns_key(rows) and not response:
         columns, tags, name = _dialogue_form(path, rows, image, video)
         columns |= preferred
-        samples = read_each(path, shown, lambda row: dialogue_sample(row, columns, tags, place))
+        samples = _read_each(path, shown, lambda row: dialogue_sample(row, columns, tags, place))
         how = f'dialogues ({name})'
     else:
         answers = preferred.get('chosen') or preferred.get('response') or response
