@@ -335,13 +335,13 @@ def _unregistered_finding(name, names, path):
         f'{name!r} is not registered in {path}{hint}',
         f'Register it: `Registry(folder).add({name!r}, samples)`.')
 
-def _together_findings(trained, recipe, ranks):
+def _together_findings(trained, evaluated, recipe, ranks):
     "What concerns all rows of a training together: their batches, and what their preprocessing takes."
     if not trained or not recipe.get('do_train'): return []
     samples, tokens, sizes = zip(*trained)
     samples, tokens = sum(samples, []), sum(tokens, [])
     can_group = 'group_by_length' in argument_names()
-    return [*batch_findings(samples, tokens, recipe, ranks, can_group),
+    return [*batch_findings(samples, tokens, recipe, ranks, can_group, [rows for rows, *_ in evaluated]),
             *preprocessing_findings(sum(sizes), tokens, recipe)]
 
 def data_findings(
@@ -358,15 +358,16 @@ def data_findings(
             'or create that file with `Registry(folder).add(name, samples)`.')]
     try: names = list(reg)
     except (ValueError, OSError) as e: return [Finding('dataset_dir', str(e), 'Correct the file at that position.')]
-    found, trained = [], []
+    found, trained, evaluated = [], [], []
     for name in dataset_names(recipe):
         if name not in names:
             found.append(_unregistered_finding(name, names, reg.path))
             continue
         said, rows = _entry_findings(name, reg, recipe)
         found += said
-        if rows and name in dataset_names({'dataset': recipe.get('dataset')}): trained.append(rows)
-    return found + _together_findings(trained, recipe, ranks)
+        for key, known in (('dataset', trained), ('eval_dataset', evaluated)):
+            if rows and name in dataset_names({key: recipe.get(key)}): known.append(rows)
+    return found + _together_findings(trained, evaluated, recipe, ranks)
 
 # %% ../nbs/20_checks.ipynb #d2203f55
 def _no_zero_findings(recipe, nproc):
