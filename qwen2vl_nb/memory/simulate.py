@@ -287,8 +287,10 @@ def _watch(self:Recorder, i, name, module):
 
 # %% ../../nbs/memory/00_simulate.ipynb #9b4c1952
 def _pixel_type(job):
-    "The dtype to which LLaMA-Factory's collator casts pictures: the recipe's, or the default of the machine."
+    """The dtype to which LLaMA-Factory's collator casts pictures: the recipe's, or the default of the machine.
+    The collators of preferences don't cast them."""
     from llamafactory.extras.misc import infer_optim_dtype
+    if job['recipe'].get('stage') in losses: return torch.float32
     if job['half']: return getattr(torch, job['half'])
     weights = getattr(torch, job['dtype'])
     return infer_optim_dtype(weights) if job['kernel'] == 'cpu' else weights
