@@ -389,10 +389,9 @@ def _copied(batch):
     return {k: v.clone() if isinstance(v, torch.Tensor) and v.device.type == 'meta' else v
             for k,v in batch.items()} | {'attention_mask': own}
 
-def _log_probabilities(logits, labels, copies=False):
-    "The log-probability of each row's labels; on the CPU, autocast copies those of all tokens."
+def _log_probabilities(logits, labels):
+    "The log-probability of each row's labels."
     chances = logits[:, :-1].log_softmax(-1)
-    if copies: _copy = chances.detach().clone()
     chances = chances.gather(2, labels[:, 1:].clone().unsqueeze(2)).squeeze(2)
     return (chances*(labels[:, 1:] != 0)).sum(-1)
 
@@ -401,7 +400,7 @@ def _scored(model, batch, half, job, copies=True):
     batch = _copied(batch) if copies else dict(batch)
     labels = batch.pop('labels')
     logits = _forward(model, batch, half).logits.to(torch.float32)
-    return logits, _log_probabilities(logits, labels, bool(job['half'] and job['kernel'] == 'cpu'))
+    return logits, _log_probabilities(logits, labels)
 
 @contextmanager
 def _asking(model, reference):
