@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['MOST', 'LINE', 'video_endings', 'whole_file', 'write_text', 'write_json', 'reserve', 'sweep', 'Damaged',
            'open_regular', 'read_bytes', 'read_text', 'read_tail', 'parse_json', 'read_json', 'json_or', 'lines_of',
-           'whole_lines', 'file_digest', 'other_name', 'write_new', 'may_replace', 'check_replaceable', 'own_file',
-           'write_own', 'open_picture', 'open_clip']
+           'whole_lines', 'file_digest', 'other_name', 'write_new', 'undone_on_error', 'may_replace',
+           'check_replaceable', 'own_file', 'write_own', 'open_picture', 'open_clip']
 
 # %% ../nbs/01_files.ipynb #2f3b0ec2
 import errno, hashlib, io, json, os, secrets, shutil, stat
 from contextlib import contextmanager, nullcontext, suppress
+from contextvars import ContextVar
 from pathlib import Path
 
 # %% ../nbs/01_files.ipynb #81bd5150
@@ -259,6 +260,7 @@ def write_new(
     raise FileExistsError(f'{path} and its alternative names are taken by other files.')
 
 def _write_at(path, data):
+    missing = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     beside, file = _create_temporary(path, 'wb', False)
     try:
@@ -266,7 +268,24 @@ def _write_at(path, data):
         with file: shutil.copyfileobj(data, file)
         _rename_if_free(beside, path)
     finally: beside.unlink(missing_ok=True)
+    _created.get([]).extend([*reversed(missing), path])
     return path
+
+# %% ../nbs/01_files.ipynb #01filesundo1
+_created = ContextVar('created') # Files and folders in the order in which they were made
+
+@contextmanager
+def undone_on_error():
+    "Remove the files that `write_new` creates in the block, and their folders, if the block raises an `Exception`."
+    outer, made = _created.get([]), []
+    token = _created.set(made)
+    try: yield
+    except Exception:
+        for path in reversed(made):
+            with suppress(OSError): path.rmdir() if path.is_dir() else path.unlink()
+        raise
+    finally: _created.reset(token)
+    outer.extend(made)
 
 # %% ../nbs/01_files.ipynb #0e2ba07b
 def _written_list_path():

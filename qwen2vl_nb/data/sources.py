@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlparse
 from ..names import progress
 from ..files import (Damaged, json_or, open_picture, open_regular, parse_json, read_bytes, read_json,
-                              read_text, video_endings, write_new)
+                              read_text, undone_on_error, video_endings, write_new)
 from ..model import box_frame, family_of, write_boxes
 from ..findings import first_few
 from .annotations import (Annotated, box_columns, coco_pictures, fitted, is_labelme, is_studio,
@@ -1095,24 +1095,25 @@ def read_samples(
     first = source[0] if isinstance(source, (list, tuple)) else source
     path = first if isinstance(first, InMemory) else Path(first)
     place = _make_media_place(path, media_dir)
-    rows, taken = read_rows(source, place, encoding, boxes=True)
-    limits = {'image_max_pixels': image_max_pixels, 'image_min_pixels': image_min_pixels}
-    rows, boxed = _with_boxes(path, rows, place, family, limits, image, response)
-    if boxed: image = response = None
-    preferred, rows, convert, said = find_preferences(path, rows, chosen, rejected, kto_tag, prompt, response)
-    if preferred: rows = _read_each(path, rows, convert)
-    shown = progress(rows, f'Reading {path.name}')
-    if _turns_key(rows) and not response:
-        columns, tags, name = _dialogue_form(path, rows, image, video)
-        columns |= preferred
-        samples = _read_each(path, shown, lambda row: dialogue_sample(row, columns, tags, place))
-        how = f'dialogues ({name})'
-    else:
-        answers = preferred.get('chosen') or preferred.get('response') or response
-        columns, words = _table_columns(path, rows, image, video, prompt, answers)
-        columns |= preferred
-        samples = [at_place(question_sample(row, columns, place, words), row) for row in shown]
-        how = boxed or _describe_columns(columns, words)
+    with undone_on_error():
+        rows, taken = read_rows(source, place, encoding, boxes=True)
+        limits = {'image_max_pixels': image_max_pixels, 'image_min_pixels': image_min_pixels}
+        rows, boxed = _with_boxes(path, rows, place, family, limits, image, response)
+        if boxed: image = response = None
+        preferred, rows, convert, said = find_preferences(path, rows, chosen, rejected, kto_tag, prompt, response)
+        if preferred: rows = _read_each(path, rows, convert)
+        shown = progress(rows, f'Reading {path.name}')
+        if _turns_key(rows) and not response:
+            columns, tags, name = _dialogue_form(path, rows, image, video)
+            columns |= preferred
+            samples = _read_each(path, shown, lambda row: dialogue_sample(row, columns, tags, place))
+            how = f'dialogues ({name})'
+        else:
+            answers = preferred.get('chosen') or preferred.get('response') or response
+            columns, words = _table_columns(path, rows, image, video, prompt, answers)
+            columns |= preferred
+            samples = [at_place(question_sample(row, columns, place, words), row) for row in shown]
+            how = boxed or _describe_columns(columns, words)
     _print_summary(source, samples, taken, place, how + said, media_dir)
     return samples
 
