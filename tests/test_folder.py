@@ -164,6 +164,14 @@ def test_a_damaged_run_is_a_row_that_says_so(tmp_path):
     assert 'run.json is not JSON' in attach(tmp_path/'bad').failure.what
     with pytest.raises(RuntimeError, match='run.json'): attach(tmp_path/'bad').resume()
 
+def test_the_row_of_a_run_that_has_ended_is_made_again_when_its_files_change(tmp_path):
+    make(tmp_path/'run')
+    row = lambda: runs(tmp_path).set_index('run').loc['run']
+    assert (row().loss, row().state) == (.5, 'failed')
+    write(tmp_path/'run'/'trainer_log.jsonl', LOG.replace('.5', '.4'))
+    write(tmp_path/'run'/'ended.json', json.dumps(STATE['ended.json'] | dict(returncode=0)))
+    assert (row().loss, row().state) == (.4, 'done')
+
 SLEEPS = dict(nproc=1, nnodes=1, node_rank=0, master=None, given={}, force=False, python=sys.executable, host=socket.gethostname(), versions={}, gpus=[])
 
 def begin(folder, command=('sleep', '300'), id='f'*32):
