@@ -70,6 +70,25 @@ def test_code_of_how_to_pages_runs(page, tmp_path):
     done = subprocess.run([sys.executable, 'page.py'], cwd=tmp_path, capture_output=True, text=True)
     assert not done.returncode, done.stderr
 
+@pytest.mark.soak
+def test_tables_on_the_page_about_memory_are_what_the_code_prints(tmp_path):
+    page = (ROOT/'docs'/'howto'/'zero.md').read_text(encoding='utf-8')
+    shown = re.findall(r'^```python\n((?:[^`]*\n)?(zero_table|recipe = pick_zero)\(.*\))\n```\n[^`]*```text\n([^`]*)\n```', page, re.M)
+    assert len(shown) == 3
+    code = '\n'.join(re.sub(r'^(zero_table.*)$', r'print(\1)', code, flags=re.M) + "\nprint('=')" for code, _, _ in shown)
+    (tmp_path/'data').symlink_to(ROOT/'data')
+    printed = subprocess.check_output([sys.executable, '-c', code], cwd=tmp_path, text=True).split('=\n')
+    assert [text for *_, text in shown] == [text.rstrip('\n') for text in printed[:3]]
+
+def _rows(page):
+    "(first cell, number of bars) of each row of each table of a page."
+    table = re.findall(r'(?:^\|.*\n)+', page.read_text(encoding='utf-8'), re.M)
+    return [[(line.split('|')[1].strip(), line.count('|')) for line in t.splitlines()[2:]] for t in table]
+
+def test_every_row_of_the_comparison_has_its_sources():
+    compared = next(t for t in _rows(ROOT/'README.md') if t[0][0] == 'Models')
+    assert compared == _rows(ROOT/'docs'/'comparison.md')[-1] and len(compared) == 15 and {n for _, n in compared} == {6}
+
 BENCHMARKS = sorted((ROOT/'nbs'/'benchmarks').glob('*.ipynb'))
 
 def _numbers(text): return {n.replace(',', '').rstrip('.') for n in re.findall(r'\d[\d,]*(?:\.\d+)?', text)}

@@ -24,7 +24,7 @@ from .annotations import (Annotated, box_columns, coco_pictures, fitted, is_labe
                                          labelme_picture, studio_pictures, table_pictures, voc_picture,
                                          yolo_boxes, yolo_names)
 from .objects import BadCells, InMemory, in_memory, is_table
-from .samples import Row, answer_keys, are_samples, at_place, history_turns, is_plain, name_row
+from .samples import answer_keys, are_samples, at_place, history_turns, in_file, is_plain, name_row
 from .preferences import find_preferences
 if TYPE_CHECKING:
     import pandas as pd
@@ -158,13 +158,13 @@ def _read_text(path, encoding=None):
 # %% ../../nbs/data/20_sources.ipynb #4872fa7c
 def _read_jsonl(path, place, encoding):
     text, encoding = _read_text(path, encoding)
-    rows, bad = [], []
+    rows, bad, file = [], [], ('line', path.name)
     for i, line in enumerate(text.split('\n'), 1):
         if not line.strip(): continue
         try: row = json.loads(line)
         except json.JSONDecodeError as e: bad.append(f'line {i}: {e.msg} at character {e.pos+1}')
         except (ValueError, RecursionError) as e: bad.append(f'line {i}: {e}')
-        else: rows.append(Row(row, 'line', i, path.name) if isinstance(row, dict) else row)
+        else: rows.append(in_file(row, i, file) if isinstance(row, dict) else row)
     if bad: raise ValueError(f'{path} has {len(bad)} line(s) that are not JSON. {"; ".join(first_few(bad))}.')
     return rows, f'JSON lines in {encoding}'
 
@@ -228,7 +228,7 @@ def _read_table(path, place, encoding):
     named = {',': 'commas', ';': 'semicolons', '|': 'vertical bars'}.get(between, 'tabs')
     # the line with the separator is not a row of the spreadsheet
     numbered = [(number - bool(hint), cells) for _, number, cells in rows]
-    samples, blank = _nonblank_rows(header, numbered, path.name)
+    samples, blank = _nonblank_rows(header, numbered, ('row', path.name))
     return samples, f'a table in {encoding} with {named}{blank}{_swallowed_rows_note(rows, width, between)}'
 
 def _nonblank_rows(header, rows, file):
@@ -241,7 +241,7 @@ def _nonblank_rows(header, rows, file):
         seen[name] += 1
     kept = [(n, row) for n, row in rows if any(cell.strip() for cell in row)]
     used = [i for i, name in enumerate(header) if name.strip() or any(len(row) > i and row[i] for _, row in kept)]
-    full = [Row({names[i]: row[i] if i < len(row) else '' for i in used}, 'row', n, file) for n, row in kept]
+    full = [in_file({names[i]: row[i] if i < len(row) else '' for i in used}, n, file) for n, row in kept]
     return full, f' ({len(rows) - len(kept)} blank rows left out)' if len(kept) < len(rows) else ''
 
 # %% ../../nbs/data/20_sources.ipynb #a45098e4
@@ -312,7 +312,7 @@ def _read_excel(path, place, encoding):
     of_several = f' ({len(book.sheetnames)} sheets)' if len(book.sheetnames) > 1 else ''
     wrong = f' ({len(errors)} cell(s) show an error: {", ".join(first_few(errors))})' if errors else ''
     (_, header), *rows = rows or [(1, [])]
-    samples, blank = _nonblank_rows(header + ['']*(width - len(header)), rows, path.name)
+    samples, blank = _nonblank_rows(header + ['']*(width - len(header)), rows, ('row', path.name))
     return samples, f'the sheet {name!r} of an Excel workbook{of_several}{blank}{wrong}'
 
 # %% ../../nbs/data/20_sources.ipynb #7c372d7d
