@@ -310,8 +310,13 @@ def _empty_plot():
 def _titled_plot(run, title):
     "The curve of a run with a line above it, as PNG."
     figure = plot_loss(run)
-    figure.set_figheight(figure.get_figheight() + .3)
-    figure.suptitle(textwrap.fill(title, 90), x=.01, ha='left', fontsize=9.5, color=GREY).set_parse_math(False)
+    said = textwrap.fill(title, 90)
+    figure.set_figheight(figure.get_figheight() + .25*(1 + said.count('\n')))
+    if not figure.legends: shown = figure.suptitle(said, x=.01, ha='left')
+    else:
+        figure.legends[0].set(title=said, alignment='left')
+        shown = figure.legends[0].get_title()
+    shown.set(color=GREY, fontsize=10, parse_math=False)
     return figure._repr_png_()
 
 @patch
