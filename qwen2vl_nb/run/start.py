@@ -363,7 +363,8 @@ def start(
         if run.is_running:
             raise RuntimeError(f'A run is in progress in {run.output_dir}: attach(…) to it, stop() it, or use another '
                                'output_dir.')
-        about = about | {'command': command or run_command(recipe, about), 'before': _resumed_progress(run, make_room)}
+        about = about | {'command': command or run_command(recipe, about), 'tells': True,
+                         'before': _resumed_progress(run, make_room)}
         refuse_foreign(run.output_dir, recipe, about)
         carried, names = secrets_of(recipe, about)
         make_room(run.output_dir)
