@@ -24,6 +24,15 @@ def _create_temporary(path, mode, private):
     return beside, open(fd, mode, encoding=None if 'b' in mode else 'utf-8')
 
 @contextmanager
+def _saying_full(path):
+    "Say which file a full disk has left unwritten."
+    try: yield
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT): raise
+        raise OSError(e.errno, f'The disk is full, and {path} could not be written. What was there is unchanged: make '
+                               'room, and try again') from None
+
+@contextmanager
 def whole_file(
     path:str|Path, # File to write; its folder is created
     mode:str='w', # `'w'` for text in UTF-8, `'wb'` for bytes
@@ -38,7 +47,7 @@ def whole_file(
         path.parent.mkdir(parents=True, exist_ok=True)
     beside, file = _create_temporary(path, mode, private)
     try:
-        with file as f:
+        with _saying_full(path), file as f:
             yield f
             f.flush()
             if not state: os.fsync(f.fileno())
@@ -265,7 +274,7 @@ def _write_at(path, data):
     beside, file = _create_temporary(path, 'wb', False)
     try:
         data.seek(0)
-        with file: shutil.copyfileobj(data, file)
+        with _saying_full(path), file: shutil.copyfileobj(data, file)
         _rename_if_free(beside, path)
     finally: beside.unlink(missing_ok=True)
     _created.get([]).extend([*reversed(missing), path])

@@ -184,10 +184,24 @@ def is_hub_name(
     path = Path(source)
     return not (re.fullmatch(r'\.[A-Za-z]\w{1,4}', path.suffix) or path.exists() or path.parent.exists())
 
+def _check_connection(name):
+    "Raise `ConnectionError` if nobody listens at the hub's address and the data set is not in the cache."
+    import datasets
+    from datasets.load import CachedDatasetModuleFactory
+    from huggingface_hub import get_session
+    if datasets.config.HF_HUB_OFFLINE: return
+    try: get_session().head(f'{datasets.config.HF_ENDPOINT}/api/datasets/{name}', timeout=10)
+    except Exception as e:
+        if type(e).__name__ not in ('ConnectionError', 'ConnectError', 'ProxyError'): return  # it may just be slow
+        try: CachedDatasetModuleFactory(name).get_module()
+        except FileNotFoundError: raise ConnectionError(f'{type(e).__name__} at the first attempt') from None
+
 def _from_hub(name):
     "The splits of a data set on the hub."
     import datasets
-    try: return datasets.load_dataset(name)
+    try:
+        _check_connection(name)
+        return datasets.load_dataset(name)
     except ConnectionError as e: why = f'the hub {datasets.config.HF_ENDPOINT} cannot be reached ({e})'
     except FileNotFoundError as e: why = f'{datasets.config.HF_ENDPOINT} does not provide it ({e})'
     except Exception as e:

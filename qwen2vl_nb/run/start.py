@@ -25,7 +25,7 @@ from ..stack import GiB, gpus, installed_versions
 from ..checkpoint import checkpoints, newest_complete, when_written
 from ..checks import data_findings, late_findings, quick_findings, slow_findings
 from ..memory.plan import what_fits_instead
-from ..recipe import best_measured, load_recipe, save_recipe
+from ..recipe import best_measured, load_recipe, save_recipe, with_time, without_time
 from . import life
 from .command import (child_environment, gpus_for, inherited_environment, port_findings, run_command,
                                     secrets_of, visible_gpus)
@@ -397,7 +397,8 @@ def start(
         if run.is_running:
             raise RuntimeError(f'A run is in progress in {run.output_dir}: attach(…) to it, stop() it, or use another '
                                'output_dir.')
-        about = about | {'command': command or run_command(recipe, about), 'before': _resumed_progress(run, make_room)}
+        about = about | {'command': command or run_command(recipe, about), 'tells': True,
+                         'before': _resumed_progress(run, make_room)}
         refuse_foreign(run.output_dir, recipe, about)
         carried, names = secrets_of(recipe, about)
         make_room(run.output_dir)
@@ -418,11 +419,19 @@ def start(
 # %% ../../nbs/run/60_start.ipynb #9340d122
 _check_seconds = 1.5 # Seconds that a start waits for the checks that may take longer
 
+def _folder_findings(recipe, about):
+    "Whether several machines may take different folders for the same."
+    folder = os.fspath(recipe.get('output_dir') or '')
+    if about['nnodes'] < 2 or without_time(folder) == folder: return []
+    return [Finding('output_dir', 'Its name ends with the time at which train_recipe was called, which differs from '
+                                  'machine to machine.', 'Pass the same output_dir on all machines.', 'warning')]
+
 def _check_before_start(recipe, about):
     """Check a recipe; checks that take long continue in parallel.
     Returns the function to call with the run once it has started."""
     ranks, force = about['nproc']*about['nnodes'], about['force']
     found = quick_findings(recipe, ranks, about['versions'], about['given'], about['python']) + port_findings(about)
+    found += _folder_findings(recipe, about)
     found += rate_findings(recipe, about.get('learning_rates'), about['python'], about['given'])
     errors = any(f.level == 'error' for f in found)
     pool = ThreadPoolExecutor(1)
@@ -476,6 +485,16 @@ def _preview_rows(recipe, preview):
         raise ValueError(f'preview={preview!r}: give a number of rows from 0 (none) to {MOST_ROWS}.')
     return preview if recipe.get('do_train') and recipe.get('eval_strategy') not in (None, 'no', False) else 0
 
+def _beside_finished(recipe):
+    """The recipe with the present time in the name of its folder, if it has the time at which the recipe was made, and
+    a finished run is there."""
+    folder, replaces = os.fspath(recipe.get('output_dir') or ''), recipe.get('overwrite_output_dir')
+    made = without_time(folder)
+    if made == folder or replaces or recipe.get('resume_from_checkpoint') or Run(folder).status != 'done': return recipe
+    other = with_time(made)
+    print(f'{folder} contains a finished run, which stays as it is; this one goes to {other}.')
+    return recipe | {'output_dir': other}
+
 def launch(
     recipe:dict, # A recipe for training or prediction
     nproc:int=None, # Number of processes on this machine; `None`: one for each GPU here, or one if there is none
@@ -489,6 +508,7 @@ def launch(
     preview:int=4, # Rows that the model answers at each evaluation, for the live view, in 1.5 % of the time; 0: none
 )->Run: # The run, started
     "Start a recipe in its `output_dir`, independently of this kernel."
+    recipe = _beside_finished(recipe)
     about = describe_start(nproc, nnodes, node_rank, master, env, python, force)
     about |= {'learning_rates': learning_rates, 'preview': _preview_rows(recipe, preview)}
     then = _check_before_start(recipe, about)

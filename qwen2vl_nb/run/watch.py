@@ -6,7 +6,7 @@
 __all__ = ['Seen', 'Paced', 'RunView', 'watch_loss', 'finish']
 
 # %% ../../nbs/run/70_watch.ipynb #10bb2611
-import base64, os, time, uuid
+import base64, os, textwrap, time, uuid
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from html import escape
@@ -33,7 +33,7 @@ class Seen:
     name:str     # Name of its folder
     state:str    # Its `status`, or `'stopping'`
     now:Progress # How far it has got
-    ended:str='' # How long it took and when it ended, in words; empty until then
+    ended:str='' # How long it took and when it ended, in words; empty if it has not ended
 
 def _describe_end(run):
     "How long a run took and when it ended, in words; empty if that is not known."
@@ -47,15 +47,16 @@ def _look(run):
     state = run.status
     asked = any((run.output_dir/name).exists() for name in (STOP, STOPPING))
     if state == 'running' and asked: state = 'stopping'
-    return Seen(run.output_dir.name, state, run.progress, '' if state in _at_work else _describe_end(run))
+    return Seen(run.output_dir.name, state, run.progress, _describe_end(run))
 
 def _headline(seen):
     "State, steps and the time left, in words."
     now, state = seen.now, seen.state
     begins = state == 'running' and (now.doing or not now.steps and now.unit != 'answer')
     if begins: said = ['starting', now.doing]
-    else: said = [f'{state} while {now.doing}' if now.doing else state]
-    return f'{seen.name}: ' + ', '.join(filter(None, [*said, now.place, now.remaining, seen.ended]))
+    else: said = [f'{state} while {now.doing}' if now.doing and state != 'resuming' else state]
+    ended = '' if state in _at_work else seen.ended
+    return f'{seen.name}: ' + ', '.join(filter(None, [*said, now.place, now.remaining, ended]))
 
 def _figures(logged):
     "What was logged, as `Log.summary` gives it, in words."
@@ -242,7 +243,7 @@ def _refresh(self:RunView, now):
     elif at_work and self._logs_loss and not self._picture.value: self._show_picture(_empty_plot()._repr_png_())
     self._health(now=not at_work)
     if _when_changed(self._run) != self._previewed: self._answers(now=not at_work)
-    self._picture.layout.display = None if at_work or self._drawn else 'none'
+    self._picture.layout.display = None if self._drawn or at_work and self._logs_loss else 'none'
     self._warn(self._trouble or self._unread or (_cause(self._run) if state in ('failed', 'damaged') else ''))
     if not at_work: self._ended.set()
     return at_work
@@ -278,8 +279,13 @@ def _empty_plot():
 def _titled_plot(run, title):
     "The curve of a run with a line above it, as PNG."
     figure = plot_loss(run)
-    figure.set_figheight(figure.get_figheight() + .3)
-    figure.suptitle(title, x=.01, ha='left', fontsize=9.5, color=GREY).set_parse_math(False)
+    said = textwrap.fill(title, 90)
+    figure.set_figheight(figure.get_figheight() + .25*(1 + said.count('\n')))
+    if not figure.legends: shown = figure.suptitle(said, x=.01, ha='left')
+    else:
+        figure.legends[0].set(title=said, alignment='left')
+        shown = figure.legends[0].get_title()
+    shown.set(color=GREY, fontsize=10, parse_math=False)
     return figure._repr_png_()
 
 @patch

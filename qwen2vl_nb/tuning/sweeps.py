@@ -21,7 +21,7 @@ from ..names import bar_file
 from ..prediction.engines import predict
 from ..prediction.predictions import Predictions
 from ..prediction.scores import score, usual_measure
-from ..recipe import absolute_recipe, answering_recipe, argument_names
+from ..recipe import absolute_recipe, answering_recipe, argument_names, without_time
 from ..run.command import gpus_for
 from ..run.folder import RUN, TRAINER_LOG, state_or_empty
 from ..run.loss import best_evaluation
@@ -59,11 +59,11 @@ def combinations(
     values:dict, # Argument → values to try
 )->list: # `Trial`s; the values of the last argument change fastest
     "Every combination of some values."
-    found = []
+    found, folder = [], without_time(recipe['output_dir'])
     for some in itertools.product(*values.values()):
         chosen = {k: v.item() if hasattr(v, 'item') else v for k, v in zip(values, some)}  # numpy's numbers, too
         name = '-'.join(f'{k}-{_in_words(v)}' for k, v in chosen.items())
-        merged = recipe | chosen | {'output_dir': str(Path(recipe['output_dir'], name))}
+        merged = recipe | chosen | {'output_dir': str(Path(folder, name))}
         found.append(Trial(chosen, {k: v for k, v in merged.items() if v is not None}))
     return found
 
