@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PANEL', 'NOTEBOOK', 'Given', 'as_call', 'Action', 'overheard', 'last_lines', 'run_code', 'Project', 'form_values',
-           'keep_value', 'Ran', 'what_ran', 'Session', 'earlier', 'NotYet', 'make_names', 'notebook_text',
+           'keep_value', 'Ran', 'what_ran', 'Session', 'earlier', 'NotYet', 'Unfilled', 'make_names', 'notebook_text',
            'notebook_path', 'write_notebook', 'run_action', 'result_again']
 
 # %% ../../nbs/panel/10_session.ipynb #10sessio0002
-import ast, io, json, os, re, sys, time
+import ast, io, os, re, sys, time
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -60,6 +60,7 @@ class Action:
     needs:tuple=() # Names that the code uses
     gives:tuple=() # Names that the code sets
     again:Callable=None # `Given` → lines that set the names once more; `None`: the code itself
+    follows:bool=False # It is cheap: it runs again by itself when its form, or something before it, has changed
     keeps:Callable=None # Names → values that are kept with the given ones, such as the folder of the run
 
 # %% ../../nbs/panel/10_session.ipynb #10sessio0012
@@ -273,6 +274,21 @@ class NotYet(Exception):
         self.action = action
         super().__init__(f'{action} comes first')
 
+class Unfilled(Exception):
+    "A control is empty that must not be; `.control` is its step and its name."
+    def __init__(self,
+        control:str, # Such as `'data.source'`
+    ):
+        self.control = control
+        super().__init__(f'{control} is empty')
+
+def _forget_later(session, name):
+    "Have the names that an action needs made again, if it or a later action has changed them."
+    order, needs = [*session.actions], {*session.actions[name].needs}
+    made = [each for each in session.made if needs & {*session.actions[each].gives}]
+    if any(order.index(each) >= order.index(name) for each in made):
+        for each in made: del session.made[each]
+
 def make_names(
     session:Session, # The session
     name:str, # Name of an action
@@ -281,6 +297,7 @@ def make_names(
     stale = False
     with session.lock:
         if not session.names: run_code('from qwen2vl_nb.all import *', session.names)
+        _forget_later(session, name)
         for each in earlier(session, name):
             text = session.code(each, again=True)
             stale = stale or session.made.get(each) != text
@@ -328,6 +345,16 @@ def write_notebook(
     return path
 
 # %% ../../nbs/panel/10_session.ipynb #10sessio0031
+def _bring_up(session, name):
+    "Run the cheap actions that an action needs, where they did not run yet or their forms have changed."
+    before = earlier(session, name)
+    there = {given for each in before for given in session.actions[each].gives}
+    missing = {*session.actions[name].needs} - there
+    first = [next((a.name for a in session.actions.values() if need in a.gives), name) for need in missing]
+    for each in dict.fromkeys([*first, *before]):
+        if not session.actions[each].follows or each == name: continue
+        if session.next_code(each)[1] != session.code(each): run_action(session, each)
+
 def _check_needs(session, action):
     there = {name for each in earlier(session, action.name) for name in session.actions[each].gives}
     missing = [name for name in action.needs if name not in there]
@@ -340,6 +367,7 @@ def run_action(
 ): # What its last line shows
     "Run an action with what is in the forms now, and note that it ran."
     action, printed = session.actions[name], []
+    _bring_up(session, name)
     _check_needs(session, action)
     given, text = session.next_code(name)
     with overheard(lambda part: (printed.append(part), heard(last_lines(''.join(printed[-50:]))))):
@@ -369,6 +397,7 @@ def _note(session, name, given, said):
         before = _codes(session, name)
         ran[name] = {'given': given, 'when': time.time(), 'said': said[-_most_said:]}
         changed = _codes(session, name) != before
-        for other in session.replaces(name) + session.depends(name)*changed: ran.pop(other, None)
+        outdated = [other for other in session.depends(name)*changed if not session.actions[other].follows]
+        for other in session.replaces(name) + outdated: ran.pop(other, None)
         session.made[name] = session.code(name, again=True)
     write_notebook(session)

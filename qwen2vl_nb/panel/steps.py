@@ -14,7 +14,7 @@ from threading import Lock, Thread, Timer
 from fastcore.basics import patch
 from ipywidgets import HTML, Button, DOMWidget, HBox, Image, Layout, VBox
 from ..names import is_refusal
-from .session import NotYet, keep_value, result_again, run_action, what_ran
+from .session import NotYet, Unfilled, keep_value, result_again, run_action, what_ran
 
 # %% ../../nbs/panel/20_steps.ipynb #20steps0005
 STYLE = '''<style>
@@ -90,6 +90,9 @@ def explain(
 )->str:
     "What went wrong, in words."
     if isinstance(error, NotYet): return say('panel.first', step=say(error.action.partition('.')[0]), action=say(error.action))
+    if isinstance(error, Unfilled):
+        step = say(error.control.partition('.')[0])
+        return say('panel.fill', step=step, control=say(error.control))
     if isinstance(error, KeyError) and is_refusal(error): return str(error.args[0])
     if is_refusal(error) or isinstance(error, OSError): return str(error)
     return say('panel.unexpected', error=f'{type(error).__name__}: {error}', where=_where(error))
@@ -145,6 +148,11 @@ class ActionBox(VBox):
             self._thread = Thread(target=self._work, daemon=True, name=self.action.name)
             self._thread.shows_progress = True
             self._thread.start()
+
+    @property
+    def is_busy(self):
+        "Whether the action is at work."
+        return self._thread is not None
 
     def wait(self):
         "Wait until the action has ended."

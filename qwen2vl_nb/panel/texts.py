@@ -19,6 +19,7 @@ ENGLISH = {
     'panel.ran': 'Ran on {when}.',
     'panel.unexpected': 'This error was not expected: {error}\nIt was raised in {where}. To see the full traceback, '
                         'run the code below in a cell.',
+    'panel.fill': 'Fill in "{control}" in the step "{step}" first.',
     'panel.elsewhere': '{name} was not written by this panel or has been changed since. It stays as it is; '
                        'the code is written to {other}.',
     'panel.refused': 'The form could not be saved: {error}',
@@ -32,6 +33,32 @@ ENGLISH = {
 
 # %% ../../nbs/panel/00_texts.ipynb #00texts0006
 ENGLISH |= {
+    'data': 'Data',
+    'data.about': 'Read pictures with their questions and answers from a table, a folder or a data set, and find every '
+                  'fault in them before training does.',
+    'data.source': 'File or folder',
+    'data.source.help': 'A table (CSV, TSV, Excel, Parquet, JSON, JSON lines), a folder with one subfolder per class, or '
+                        'annotations such as COCO or YOLO.',
+    'data.image': 'Pictures',
+    'data.image.help': 'Column with the paths of the pictures. Empty: image or images.',
+    'data.prompt': 'Question',
+    'data.prompt.help': 'Column with the questions, or one question for all rows. Empty: instruction, prompt or question.',
+    'data.response': 'Answer',
+    'data.response.help': 'Column with the answers. Empty: output, response or answer.',
+    'data.media_dir': 'Picture folder',
+    'data.media_dir.help': 'Where the pictures are, if not beside the file.',
+    'data.boxes': 'Answers are boxes, to be written in the form of the model chosen in the step "Model"',
+    'data.read': 'Read',
+    'data.check': 'Check',
+    'data.check.help': 'Decode every picture, count every token, and list what would stop training, drop a row or spoil it',
+    'data.mend': 'Mend',
+    'data.mend.help': 'Repair in copies what can be repaired without guessing',
+    'data.drop': 'Drop rows with errors',
+    'data.drop.help': 'Leave out the rows in which an error is left',
+    'data.clean': 'Nothing found in {n} rows.',
+    'data.found': '{n} findings in {rows} rows.',
+}
+ENGLISH |= {
     'model': 'Model',
     'model.about': 'The model that is fine-tuned: the folder of a downloaded model, or the name of one that '
                    'LLaMA-Factory downloads when the run starts.',
@@ -42,6 +69,82 @@ ENGLISH |= {
     'model.unknown': 'There is no such folder, and the name does not say which family the model belongs to; it is taken '
                      'for {family}. Template: {template}.',
     'model.download': '{family}. It is downloaded when the run starts. Template: {template}.',
+}
+
+# %% ../../nbs/panel/00_texts.ipynb #00textsg2
+ENGLISH |= {
+    'launch': 'Launch',
+    'launch.about': 'Start the run in processes of its own: it goes on if this page or its kernel is closed.',
+    'launch.name': 'Name',
+    'launch.name.help': 'Each start has a new folder, with this name and the time.',
+    'launch.nproc': 'Processes',
+    'launch.nproc.help': 'On this machine; 0: one for each GPU, or one if there is none.',
+    'launch.check': 'Check the recipe',
+    'launch.check.help': 'Ask LLaMA-Factory and DeepSpeed whether the recipe can run. The launch makes the same checks.',
+    'launch.start': 'Launch',
+    'launch.start.help': 'Start the recipe in a new folder.',
+    'runs': 'Runs',
+    'runs.about': 'All runs in the folder. The steps after this one are about the run that is chosen here: the one that '
+                  'was launched last, unless you choose another.',
+    'runs.folder': 'Folder',
+    'runs.folder.help': 'Where new runs are put and runs are looked for, with its subfolders.',
+    'runs.filter': 'Filter',
+    'runs.filter.help': 'Part of a name or of a state, such as failed.',
+    'runs.run': 'Run',
+    'runs.list': 'List again',
+    'runs.choose': 'Choose',
+    'runs.choose.help': 'Make this run the one that the following steps are about.',
+    'runs.count': '{shown} of {n} runs, the newest first. The chosen run: {run}.',
+    'runs.listing': 'Reading the folders of the runs …',
+    'runs.none': 'none yet',
+    'checkpoints': 'Checkpoints',
+    'checkpoints.about': 'Let each checkpoint of the run answer a data set, and score the answers. The best checkpoint is '
+                         'used from then on.',
+    'checkpoints.dataset': 'Data set',
+    'checkpoints.dataset.help': 'A registered data set with answers that was not used for training.',
+    'checkpoints.measure': 'Measure',
+    'checkpoints.measure.help': 'What decides; empty: json, boxes.f1, number or exact, as the answers are.',
+    'checkpoints.max_samples': 'Rows',
+    'checkpoints.max_samples.help': 'At most; 0: all.',
+    'checkpoints.max_new_tokens': 'Answer length',
+    'checkpoints.max_new_tokens.help': 'At most, in tokens.',
+    'checkpoints.score': 'Score the checkpoints',
+    'checkpoints.score.help': 'Waits until the run has ended. If it is interrupted, it continues with the missing rows.',
+    'predict': 'Predict',
+    'predict.about': 'Answers to a whole data set, written row by row. If a prediction is interrupted, it continues with '
+                     'the missing rows.',
+    'predict.dataset': 'Data set',
+    'predict.dataset.help': 'A registered data set; with answers, it can be scored.',
+    'predict.engine': 'Engine',
+    'predict.engine.help': 'hf: transformers on this machine. vllm needs an interpreter below, openai the address of a '
+                           'server.',
+    'predict.python': 'Interpreter',
+    'predict.python.help': 'Of an environment with vLLM, or with another LLaMA-Factory; empty: this one.',
+    'predict.base_url': 'Server',
+    'predict.base_url.help': 'Only for openai, such as http://127.0.0.1:8000/v1.',
+    'predict.max_samples': 'Rows',
+    'predict.max_samples.help': 'At most; 0: all.',
+    'predict.max_new_tokens': 'Answer length',
+    'predict.max_new_tokens.help': 'At most, in tokens.',
+    'predict.folder': 'Folder',
+    'predict.folder.help': 'For the answers; empty: beside the model. Other settings or other rows need another folder.',
+    'predict.before': 'Predict before training',
+    'predict.before.help': 'With the model as it was, to compare.',
+    'predict.after': 'Predict after training',
+    'predict.after.help': 'With what the run has trained: its best checkpoint, or its last. Waits until it has ended.',
+    'score': 'Scores',
+    'score.about': 'How good the answers are, what has changed since before the training, and which answers are wrong.',
+    'score.measure': 'Measure',
+    'score.measure.help': 'For the comparison.',
+    'score.tolerance': 'Tolerance',
+    'score.tolerance.help': 'Relative difference up to which numbers count as equal.',
+    'score.wrong': 'Begin with wrong answers',
+    'score.scores': 'Score',
+    'score.scores.help': 'Scores with 95 % intervals.',
+    'score.compare': 'Compare',
+    'score.compare.help': 'Before and after, row by row, and whether the difference could be due to chance.',
+    'score.show': 'Look at the answers',
+    'score.show.help': 'Pictures with their boxes, label and answer; to filter and search.',
 }
 
 # %% ../../nbs/panel/00_texts.ipynb #00texts0008
