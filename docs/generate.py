@@ -78,7 +78,8 @@ def site_cell(cell, path):
     if cell['cell_type'] == 'markdown': return cell | {'source': linked_names(relinked(source, path))}
     if re.match(r'#\| *(hide|default_exp)', source): return None
     shown = re.sub(r'^#\| *(export\w*|slow)\n', '', source, flags=re.M)
-    tags = ['hide-input'] if path.startswith('nbs/benchmarks/') else []
+    is_private = re.match(r'#\| *export', source) and not any(n[0] != '_' for n in defines(source))
+    tags = ['hide-input'] if path.startswith('nbs/benchmarks/') or is_private else []
     return cell | {'source': shown, 'metadata': {'tags': tags}}
 
 def page(path):

@@ -11,6 +11,7 @@ __all__ = ['Annotated', 'is_number', 'coco_pictures', 'yolo_names', 'yolo_boxes'
 import re
 from dataclasses import dataclass, field
 from urllib.parse import parse_qs, unquote, urlparse
+from .samples import at_place, name_row
 
 # %% ../../nbs/data/05_annotations.ipynb #81a209e0
 @dataclass
@@ -325,11 +326,12 @@ def table_pictures(
     for i, row in enumerate(rows):
         try: path, box, more = _table_box(row, columns)
         except ValueError as e:
-            faults.append(f'row {i} {e}')
+            faults.append(f'{name_row(i, row)} {e}')
             continue
         size = _cells(row, columns['size']) or ()
-        picture = pictures.setdefault(path, Annotated(path, size=_size(*size) if len(size) == 2 else None, more=more))
-        picture.more = {k: v for k, v in picture.more.items() if more.get(k) == v}
+        new = Annotated(path, size=_size(*size) if len(size) == 2 else None, more=at_place(more, row))
+        picture = pictures.setdefault(path, new)
+        picture.more = at_place({k: v for k, v in picture.more.items() if more.get(k) == v}, picture.more)
         if box: picture.boxes.append(box)
     fractions = _are_fractions(pictures.values())
     for picture in pictures.values(): picture.frame = (1, 1) if fractions else None

@@ -14,6 +14,7 @@ from datetime import date, time, timedelta
 from decimal import Decimal
 from pathlib import Path, PurePath
 from uuid import UUID
+from ..findings import first_few
 
 # %% ../../nbs/data/18_objects.ipynb #bbf92e3a
 _png_modes = ('1', 'L', 'LA', 'P', 'RGB', 'RGBA', 'I;16')
@@ -107,8 +108,8 @@ def _plain_batches(name, rows):
         if not faults: yield batch
         batch = []
     if faults:
-        raise ValueError(f'{name} has {len(faults)} cell(s) or row(s) that cannot be read. ' + '; '.join(faults[:5])
-                         + (' …' if len(faults) > 5 else '') + '.')
+        raise ValueError(f'{name} has {len(faults)} cell(s) or row(s) that cannot be read. '
+                         f'{"; ".join(first_few(faults))}.')
     if batch: yield batch
 
 # %% ../../nbs/data/18_objects.ipynb #25fcca12

@@ -8,6 +8,8 @@ __all__ = ['read_each', 'find_preferences']
 # %% ../../nbs/data/17_preferences.ipynb #15preferences02
 import json, os, re, reprlib
 from difflib import get_close_matches
+from ..findings import first_few
+from .samples import at_place, name_row
 
 # %% ../../nbs/data/17_preferences.ipynb #15preferences09
 _keys = 'chosen', 'rejected' # The two answers of a ranking
@@ -145,11 +147,9 @@ def read_each(
     "Call a function with each row; the rows for which it fails are reported together."
     made, bad = [], []
     for i, row in enumerate(rows):
-        try: made.append(make(row))
-        except ValueError as e: bad.append(f'row {i}: {e}')
-    if bad:
-        raise ValueError(f'{path} has {len(bad)} row(s) that cannot be read. ' + '; '.join(bad[:5])
-                         + (' …' if len(bad) > 5 else '') + '.')
+        try: made.append(at_place(make(row), row))
+        except ValueError as e: bad.append(f'{name_row(i, row)}: {e}')
+    if bad: raise ValueError(f'{path} has {len(bad)} row(s) that cannot be read. {"; ".join(first_few(bad))}.')
     return made
 
 def _unpacked_rows(path, rows):

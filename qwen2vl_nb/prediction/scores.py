@@ -15,7 +15,7 @@ from decimal import Context, Decimal
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 from fastcore.basics import patch
-from ..findings import as_text, findings_table, text_table
+from ..findings import as_text, findings_table, first_few, text_table
 from ..run.answers import AnswerFaults, answer_findings
 from .boxes import box_measures, box_table, measure_boxes, stated_boxes
 if TYPE_CHECKING: import pandas as pd
@@ -440,8 +440,6 @@ def _key_of(first, second):
         if all(None not in ids and len(set(ids)) == len(ids) for ids in known): return key, *known
     raise ValueError('Neither `id` nor `row` tells the rows apart in both: give each row an `id` of its own.')
 
-def _listed(ids): return ', '.join(map(str, ids[:5])) + ', …'*(len(ids) > 5)
-
 class _Reordered(Sequence):
     "Rows in another order; each is read when it is accessed."
     def __init__(self, rows, places): self.rows, self.places = rows, array('q', places)
@@ -455,13 +453,14 @@ def _matched(first, second):
     gone, new = [k for k in asked if k not in place], [k for k in known if k not in wanted]
     if gone or new:
         raise ValueError(f'The two do not have the same rows. By `{key}`, {len(gone)} of the first are not in '
-                         f'the second ({_listed(gone)}), and {len(new)} the other way round ({_listed(new)}). '
+                         f'the second ({", ".join(first_few(gone))}), and {len(new)} the other way round '
+                         f'({", ".join(first_few(new))}). '
                          'Compare only the rows that both have.')
     found = _Reordered(second, map(place.get, asked))
     text = lambda row: (row.get('label') or '').strip()
     other = [k for k,row,match in zip(asked, first, found) if text(row) != text(match)]
     if other:
-        raise ValueError(f'{len(other)} row(s) have another label in the second ({_listed(other)}): '
+        raise ValueError(f'{len(other)} row(s) have another label in the second ({", ".join(first_few(other))}): '
                          'was the data changed in between?')
     return found
 
