@@ -60,7 +60,7 @@ CHINESE |= {
     'data.media_dir.help': ('Where the pictures are, if not beside the file.',
                             '如果图片不在数据文件旁边，请填写图片所在的目录。'),
     'data.boxes': ('Answers are boxes, to be written in the form of the model chosen in the step "Model"',
-                   '回答是边界框，需按“模型”步骤中所选模型的格式书写'),
+                   '回答是边界框，按“模型”步骤中所选模型的格式书写'),
     'data.read': ('Read', '读取'),
     'data.check': ('Check', '检查'),
     'data.check.help': ('Decode every picture, count every token, and list what would stop training, drop a row '
@@ -68,7 +68,7 @@ CHINESE |= {
                         '解码每张图片，统计所有 token，列出会中断训练、丢弃或损坏数据行的问题'),
     'data.mend': ('Mend', '修复'),
     'data.mend.help': ('Repair in copies what can be repaired without guessing',
-                       '修复能够确定如何修复的内容，原文件不变，只改副本'),
+                       '在副本中修复无需猜测就能修好的问题，原文件保持不变'),
     'data.drop': ('Drop rows with errors', '丢弃有错误的行'),
     'data.drop.help': ('Leave out the rows in which an error is left', '去掉仍有错误的行'),
     'data.clean': ('Nothing found in {n} rows.', '{n} 行中没有发现问题。'),
@@ -139,7 +139,7 @@ CHINESE |= {
     'checkpoints': ('Checkpoints', '检查点'),
     'checkpoints.about': ('Let each checkpoint of the run answer a data set, and score the answers. The best '
                           'checkpoint is used from then on.',
-                          '用每个检查点回答一个数据集中的问题，并为回答评分。此后使用最好的检查点。'),
+                          '用每个检查点回答一个数据集中的问题，并为回答评分。之后会使用得分最高的检查点。'),
     'checkpoints.dataset': ('Data set', '数据集'),
     'checkpoints.dataset.help': ('A registered data set with answers that was not used for training.',
                                  '已注册、带有参考答案且没有用于训练的数据集。'),
