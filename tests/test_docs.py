@@ -44,6 +44,12 @@ def test_links_of_notebooks_lead_to_their_places_on_the_site():
     generate.relinked('[a](gone.ipynb)', 'nbs/data/15_boxes.ipynb')
     assert generate.broken.pop() == 'nbs/data/15_boxes.ipynb: (gone.ipynb)'
 
+def test_chinese_pages_are_on_the_site():
+    listed = [(ROOT/'docs'/name).read_text(encoding='utf-8') for name in ('index.md', 'tutorials/index.md')]
+    assert '<readme.zh>' in listed[0] and '](../README.zh.md)' in listed[0] and '\ncar_item.zh\n' in listed[1]
+    moved = generate.relinked('[a](nbs/tutorials/car_item.zh.ipynb) [b](README.md) [c](LICENSE)', 'README.zh.md')
+    assert moved == '[a](tutorials/car_item.zh.ipynb) [b](index.md) [c](LICENSE)'
+
 def test_examples_are_shown_with_their_outputs():
     for name in ('read_samples', 'split_samples', 'zero_table', 'score'):
         assert all(cell['outputs'] for cell in generate.examples(name)) and generate.examples(name)

@@ -20,6 +20,7 @@ CHINESE = {
                          'traceback, run the code below in a cell.',
                          '意外的错误：{error}\n出错位置：{where}。要查看完整的 traceback，请在单元格中运行下面的代'
                          '码。'),
+    'panel.fill': ('Fill in "{control}" in the step "{step}" first.', '请先在“{step}”步骤中填写“{control}”。'),
     'panel.elsewhere': ('{name} was not written by this panel or has been changed since. It stays as it is; the '
                         'code is written to {other}.',
                         '{name} 不是由本面板写入的，或者写入后被改动过。该文件保持原样，代码改为写入 {other}。'),
@@ -32,6 +33,46 @@ CHINESE = {
     'panel.more': ('{n} more: type the beginning of a name to see fewer.',
                    '还有 {n} 项：输入名称的开头可以缩小范围。'),
     'panel.nothing': ('Nothing here begins with this text.', '这里没有以此开头的名称。'),
+}
+
+# %% ../../nbs/panel/00_chinese.ipynb #zhdata0000
+CHINESE |= {
+    'data': ('Data', '数据'),
+    'data.about': ('Read pictures with their questions and answers from a table, a folder or a data set, and find '
+                   'every fault in them before training does.',
+                   '从表格、目录或数据集中读取图片、提示词和回答，并在训练之前找出其中的所有问题。'),
+    'data.source': ('File or folder', '文件或目录'),
+    'data.source.help': ('A table (CSV, TSV, Excel, Parquet, JSON, JSON lines), a folder with one subfolder per '
+                         'class, or annotations such as COCO or YOLO.',
+                         '表格（CSV、TSV、Excel、Parquet、JSON、JSON lines）、每个类别一个子目录的图片目录，或 '
+                         'COCO、YOLO 等标注。'),
+    'data.image': ('Pictures', '图片'),
+    'data.image.help': ('Column with the paths of the pictures. Empty: image or images.',
+                        '图片路径所在的列。留空则为 image 或 images。'),
+    'data.prompt': ('Question', '提示词'),
+    'data.prompt.help': ('Column with the questions, or one question for all rows. Empty: instruction, prompt or '
+                         'question.',
+                         '提示词所在的列，或所有行共用的一条提示词。留空则为 instruction、prompt 或 question。'),
+    'data.response': ('Answer', '回答'),
+    'data.response.help': ('Column with the answers. Empty: output, response or answer.',
+                           '回答所在的列。留空则为 output、response 或 answer。'),
+    'data.media_dir': ('Picture folder', '图片目录'),
+    'data.media_dir.help': ('Where the pictures are, if not beside the file.',
+                            '如果图片不在数据文件旁边，请填写图片所在的目录。'),
+    'data.boxes': ('Answers are boxes, to be written in the form of the model chosen in the step "Model"',
+                   '回答是边界框，按“模型”步骤中所选模型的格式书写'),
+    'data.read': ('Read', '读取'),
+    'data.check': ('Check', '检查'),
+    'data.check.help': ('Decode every picture, count every token, and list what would stop training, drop a row '
+                        'or spoil it',
+                        '解码每张图片，统计所有 token，列出会中断训练、丢弃或损坏数据行的问题'),
+    'data.mend': ('Mend', '修复'),
+    'data.mend.help': ('Repair in copies what can be repaired without guessing',
+                       '在副本中修复无需猜测就能修好的问题，原文件保持不变'),
+    'data.drop': ('Drop rows with errors', '丢弃有错误的行'),
+    'data.drop.help': ('Leave out the rows in which an error is left', '去掉仍有错误的行'),
+    'data.clean': ('Nothing found in {n} rows.', '{n} 行中没有发现问题。'),
+    'data.found': ('{n} findings in {rows} rows.', '{rows} 行中发现 {n} 个问题。'),
 }
 
 # %% ../../nbs/panel/00_chinese.ipynb #zhmodel000
@@ -50,4 +91,124 @@ CHINESE |= {
                       '没有这个目录，从名称也看不出模型属于哪个系列，暂按 {family} 处理。对话模板：{template}。'),
     'model.download': ('{family}. It is downloaded when the run starts. Template: {template}.',
                        '{family}，训练启动时下载。对话模板：{template}。'),
+}
+
+# %% ../../nbs/panel/00_chinese.ipynb #zhlaunch00
+CHINESE |= {
+    'launch': ('Launch', '启动训练'),
+    'launch.about': ('Start the run in processes of its own: it goes on if this page or its kernel is closed.',
+                     '在独立的进程中启动训练：即使关闭这个页面或它的内核，训练也会继续。'),
+    'launch.name': ('Name', '名称'),
+    'launch.name.help': ('Each start has a new folder, with this name and the time.',
+                         '每次启动都会新建一个目录，目录名由这个名称和时间组成。'),
+    'launch.nproc': ('Processes', '进程数'),
+    'launch.nproc.help': ('On this machine; 0: one for each GPU, or one if there is none.',
+                          '本机上的进程数；0 表示每块 GPU 一个进程，没有 GPU 则为一个进程。'),
+    'launch.check': ('Check the recipe', '检查训练配置'),
+    'launch.check.help': ('Ask LLaMA-Factory and DeepSpeed whether the recipe can run. The launch makes the same '
+                          'checks.',
+                          '由 LLaMA-Factory 和 DeepSpeed 判断这份训练配置能否运行。启动时也会做同样的检查。'),
+    'launch.start': ('Launch', '启动训练'),
+    'launch.start.help': ('Start the recipe in a new folder.', '在新目录中按这份训练配置启动训练。'),
+}
+
+# %% ../../nbs/panel/00_chinese.ipynb #zhruns0000
+CHINESE |= {
+    'runs': ('Runs', '训练任务'),
+    'runs.about': ('All runs in the folder. The steps after this one are about the run that is chosen here: the '
+                   'one that was launched last, unless you choose another.',
+                   '目录中的所有训练任务。之后的步骤都针对这里选中的任务；没有另选时，就是最近启动的那个。'),
+    'runs.folder': ('Folder', '目录'),
+    'runs.folder.help': ('Where new runs are put and runs are looked for, with its subfolders.',
+                         '新的训练任务保存在这里，也会在这里及其子目录中查找训练任务。'),
+    'runs.filter': ('Filter', '筛选'),
+    'runs.filter.help': ('Part of a name or of a state, such as failed.', '名称或状态的一部分，例如 failed。'),
+    'runs.run': ('Run', '训练任务'),
+    'runs.list': ('List again', '刷新列表'),
+    'runs.choose': ('Choose', '选择'),
+    'runs.choose.help': ('Make this run the one that the following steps are about.',
+                         '让之后的步骤都针对这个训练任务。'),
+    'runs.count': ('{shown} of {n} runs, the newest first. The chosen run: {run}.',
+                   '共 {n} 个训练任务，显示 {shown} 个，最新的在前。当前选中：{run}。'),
+    'runs.listing': ('Reading the folders of the runs …', '正在读取训练任务的目录……'),
+    'runs.none': ('none yet', '无'),
+}
+
+# %% ../../nbs/panel/00_chinese.ipynb #zhcheckpoi
+CHINESE |= {
+    'checkpoints': ('Checkpoints', '检查点'),
+    'checkpoints.about': ('Let each checkpoint of the run answer a data set, and score the answers. The best '
+                          'checkpoint is used from then on.',
+                          '用每个检查点回答一个数据集中的问题，并为回答评分。之后会使用得分最高的检查点。'),
+    'checkpoints.dataset': ('Data set', '数据集'),
+    'checkpoints.dataset.help': ('A registered data set with answers that was not used for training.',
+                                 '已注册、带有参考答案且没有用于训练的数据集。'),
+    'checkpoints.measure': ('Measure', '指标'),
+    'checkpoints.measure.help': ('What decides; empty: json, boxes.f1, number or exact, as the answers are.',
+                                 '据此选出最好的检查点；留空则根据回答的形式选用 json、boxes.f1、number 或 exact。'),
+    'checkpoints.max_samples': ('Rows', '行数'),
+    'checkpoints.max_samples.help': ('At most; 0: all.', '最多使用多少行；0 表示全部。'),
+    'checkpoints.max_new_tokens': ('Answer length', '回答长度'),
+    'checkpoints.max_new_tokens.help': ('At most, in tokens.', '最多多少个 token。'),
+    'checkpoints.score': ('Score the checkpoints', '为检查点评分'),
+    'checkpoints.score.help': ('Waits until the run has ended. If it is interrupted, it continues with the '
+                               'missing rows.',
+                               '会等到训练结束。如果中断，再次运行会接着处理剩下的行。'),
+}
+
+# %% ../../nbs/panel/00_chinese.ipynb #zhpredict0
+CHINESE |= {
+    'predict': ('Predict', '预测'),
+    'predict.about': ('Answers to a whole data set, written row by row. If a prediction is interrupted, it '
+                      'continues with the missing rows.',
+                      '为整个数据集生成回答，逐行写入。如果预测中断，再次运行会接着处理剩下的行。'),
+    'predict.dataset': ('Data set', '数据集'),
+    'predict.dataset.help': ('A registered data set; with answers, it can be scored.',
+                             '已注册的数据集；带有参考答案的可以评分。'),
+    'predict.engine': ('Engine', '推理引擎'),
+    'predict.engine.help': ('hf: transformers on this machine. vllm needs an interpreter below, openai the '
+                            'address of a server.',
+                            'hf 是本机上的 transformers。vllm 需要在下面填写解释器，openai 需要填写服务器地址。'),
+    'predict.python': ('Interpreter', 'Python 解释器'),
+    'predict.python.help': ('Of an environment with vLLM, or with another LLaMA-Factory; empty: this one.',
+                            '装有 vLLM 或另一个 LLaMA-Factory 的环境中的解释器；留空则使用当前环境。'),
+    'predict.base_url': ('Server', '服务器地址'),
+    'predict.base_url.help': ('Only for openai, such as http://127.0.0.1:8000/v1.',
+                              '仅用于 openai，例如 http://127.0.0.1:8000/v1'),
+    'predict.max_samples': ('Rows', '行数'),
+    'predict.max_samples.help': ('At most; 0: all.', '最多使用多少行；0 表示全部。'),
+    'predict.max_new_tokens': ('Answer length', '回答长度'),
+    'predict.max_new_tokens.help': ('At most, in tokens.', '最多多少个 token。'),
+    'predict.folder': ('Folder', '目录'),
+    'predict.folder.help': ('For the answers; empty: beside the model. Other settings or other rows need another '
+                            'folder.',
+                            '用来保存回答；留空则放在模型旁边。设置或数据行变了，就要换一个目录。'),
+    'predict.before': ('Predict before training', '预测（训练前）'),
+    'predict.before.help': ('With the model as it was, to compare.', '使用训练前的模型，供对比用。'),
+    'predict.after': ('Predict after training', '预测（训练后）'),
+    'predict.after.help': ('With what the run has trained: its best checkpoint, or its last. Waits until it has '
+                           'ended.',
+                           '使用训练得到的最佳检查点，没有则用最后一个。会等到训练结束。'),
+}
+
+# %% ../../nbs/panel/00_chinese.ipynb #zhscore000
+CHINESE |= {
+    'score': ('Scores', '评分'),
+    'score.about': ('How good the answers are, what has changed since before the training, and which answers are '
+                    'wrong.',
+                    '回答的质量如何，与训练前相比有什么变化，哪些回答是错的。'),
+    'score.measure': ('Measure', '指标'),
+    'score.measure.help': ('For the comparison.', '用于对比。'),
+    'score.tolerance': ('Tolerance', '容差'),
+    'score.tolerance.help': ('Relative difference up to which numbers count as equal.',
+                             '相对误差不超过这个值的数视为相等。'),
+    'score.wrong': ('Begin with wrong answers', '先看答错的'),
+    'score.scores': ('Score', '评分'),
+    'score.scores.help': ('Scores with 95 % intervals.', '得分及 95% 置信区间。'),
+    'score.compare': ('Compare', '对比'),
+    'score.compare.help': ('Before and after, row by row, and whether the difference could be due to chance.',
+                           '逐行对比训练前后，并判断差异是否可能出于偶然。'),
+    'score.show': ('Look at the answers', '查看回答'),
+    'score.show.help': ('Pictures with their boxes, label and answer; to filter and search.',
+                        '显示图片及边界框、标注和回答，可以筛选和搜索。'),
 }
