@@ -149,6 +149,11 @@ class ActionBox(VBox):
             self._thread.shows_progress = True
             self._thread.start()
 
+    @property
+    def is_busy(self):
+        "Whether the action is at work."
+        return self._thread is not None
+
     def wait(self):
         "Wait until the action has ended."
         while thread := self._thread: thread.join()
