@@ -11,13 +11,17 @@ from threading import Thread
 from time import sleep
 from pathlib import Path
 from ipywidgets import HTML, Box, Button, Layout, VBox
+from .data_step import DataStep
+from .memory_step import MemoryStep
 from .model_step import ModelStep
+from .recipe_step import RecipeStep
+from .split_step import SplitStep
 from .session import NOTEBOOK, PANEL, Project, Session
 from .steps import STYLE, as_html
 from .texts import Texts
 
 # %% ../../nbs/panel/90_form.ipynb #90form0005
-STEPS = [ModelStep]
+STEPS = [DataStep, SplitStep, ModelStep, RecipeStep, MemoryStep]
 
 # %% ../../nbs/panel/90_form.ipynb #90form0007
 class Panel(VBox):
