@@ -1,8 +1,7 @@
 """The live view where it is looked at: JupyterLab in a browser, with a run at work.
 
 Pictures of what was to be seen are kept in `test-artefacts`."""
-import base64, json, os, re, secrets, signal, subprocess, sys, time, urllib.request
-import base64, json, os, signal, time
+import base64, json, os, re, signal, time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -69,8 +68,8 @@ def test_the_tutorial_is_seen_to_train(lab, page):
     until((folder/'waiter.json').exists, 'the tutorial comes to its training')
     run = attach(folder)
     _says(page, 'train: starting, ')
-    _until(lambda: _picture(page), 'axes, on which nothing is drawn yet')
-    _keep(page, 'tutorial-starting')
+    until(lambda: _picture(page), 'axes, on which nothing is drawn yet')
+    keep(page, 'tutorial-starting')
     shown = _changes(page, run, 4)
     keep(page, 'tutorial-training')
 
@@ -90,8 +89,8 @@ def test_the_tutorial_is_seen_to_train(lab, page):
     until(lambda: not run.is_running, 'the training')
     assert run.status == 'done'
     _says(page, 'train: done, step 85 of 85')
-    _until(lambda: _picture(page) == plot_loss(run)._repr_png_(), 'the whole curve, as it is drawn from the finished log')
-    _keep(page, 'tutorial-reattached')
+    until(lambda: _picture(page) == plot_loss(run)._repr_png_(), 'the whole curve, as it is drawn from the finished log')
+    keep(page, 'tutorial-reattached')
     page.locator('.widget-vbox', has_text=re.compile(r'done, step 85 of 85, epoch [\d.]+, took 0:\d\d:\d\d, ended 20')).first.wait_for()
 
     def kept():
@@ -99,13 +98,11 @@ def test_the_tutorial_is_seen_to_train(lab, page):
         page.keyboard.press('Control+s')
         output, = json.loads((there/'car_item.ipynb').read_text())['cells'][0]['outputs']
         return 'image/png' in output['data'] and ''.join(output['data']['text/plain'])
-    assert _until(kept, 'the finished curve is saved with the notebook').startswith('train: done, step 85 of 85')
-    _menu(page, 'Settings', 'Theme', 'JupyterLab Dark')
+    assert until(kept, 'the finished curve is saved with the notebook').startswith('train: done, step 85 of 85')
+    menu(page, 'Settings', 'Theme', 'JupyterLab Dark')
     page.locator('body[data-jp-theme-light=false]').wait_for(state='attached')
-    _keep(page, 'tutorial-dark')
-    _menu(page, 'Settings', 'Theme', 'JupyterLab Light')
-    until(lambda: _picture(page) == plot_loss(run)._repr_png_(), 'the whole curve, as it is drawn from the finished log')
-    keep(page, 'tutorial-reattached')
+    keep(page, 'tutorial-dark')
+    menu(page, 'Settings', 'Theme', 'JupyterLab Light')
 
     idle(page)
     reload_page(page, there/'car_item.ipynb')
