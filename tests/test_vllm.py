@@ -1,5 +1,5 @@
 "vLLM in an environment of its own: the answers are those of transformers. `VLLM_PYTHON` names its interpreter."
-import base64, json, os, random, shlex, shutil
+import base64, os, random, shlex, shutil
 from pathlib import Path
 
 import httpx
