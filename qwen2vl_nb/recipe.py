@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['with_time', 'without_time', 'train_recipe', 'Argument', 'arguments_of_recipes', 'argument_names', 'template_names',
            'complete_arguments', 'is_adapter', 'best_measured', 'find_adapter', 'predict_recipe', 'answer_arguments',
-           'answering_recipe', 'load_recipe', 'zero_file_name', 'absolute_recipe', 'save_recipe', 'dataset_names']
+           'adapters_of', 'answering_recipe', 'load_recipe', 'zero_file_name', 'absolute_recipe', 'save_recipe',
+           'dataset_names']
 
 # %% ../nbs/10_recipe.ipynb #0bd906f0
 import ast, json, math, os, re, sys, time
@@ -237,6 +238,13 @@ def _earlier_adapters(trained):
     found = given.split(',') if given else []
     return found if _begins_new_adapter(trained) else found[:-1]
 
+def adapters_of(
+    trained:dict, # The recipe of a training
+    weights:str|os.PathLike, # Its run, the folder of the run, or a checkpoint
+)->str: # Folders, separated by commas
+    "The adapters that belong to a model: those that LLaMA-Factory merged before the training, and its own."
+    return ','.join([*_earlier_adapters(trained), str(find_adapter(weights))])
+
 def answering_recipe(
     trained:dict, # The recipe of a training
     weights:str|os.PathLike, # Its run, the folder of the run, or a checkpoint
@@ -249,8 +257,8 @@ def answering_recipe(
     if kind not in ('lora', 'oft'): return predict_recipe(weights, dataset, output_dir, **shared | changes)
     own = {'adapter': weights, 'finetuning_type': kind}
     recipe = predict_recipe(trained['model_name_or_path'], dataset, output_dir, **own | shared | changes)
-    adapters = [*_earlier_adapters(trained), recipe.get('adapter_name_or_path')]
-    return recipe | ({'adapter_name_or_path': ','.join(adapters)} if adapters[-1] else {})
+    found = recipe.get('adapter_name_or_path')
+    return recipe | ({'adapter_name_or_path': adapters_of(trained, found)} if found else {})
 
 # %% ../nbs/10_recipe.ipynb #eee21064
 class _Loader(yaml.SafeLoader): "YAML in which `1e-4` is a number, as LLaMA-Factory reads it."

@@ -18,7 +18,7 @@ from ..files import Damaged, read_json, read_text
 from ..stack import GiB
 from ..checkpoint import file_fault
 from ..model import chat_template, model_config, model_type, processor_limits, recipe_limits, usual_template
-from ..recipe import dataset_names, find_adapter
+from ..recipe import adapters_of, dataset_names, find_adapter
 from ..data.registry import Registry, dataset_samples
 from ..data.samples import media_of
 from ..prediction.scores import score
@@ -133,7 +133,7 @@ def serving_lines(
 )->dict: # Commands: `'api'` and `'chat'` for LLaMA-Factory; `'vllm'` for an export or an upload
     "The commands that serve the model of a run as it was trained."
     recipe, merged = Run(run).recipe, merged and Path(merged).absolute()
-    adapter = find_adapter(run) if _is_lora(recipe) and not merged else None
+    adapter = adapters_of(recipe, run) if _is_lora(recipe) and not merged else None
     factory = _factory_options(recipe, merged, name, adapter, base)
     lines = {'api': ['API_HOST=127.0.0.1', 'API_PORT=8000', 'llamafactory-cli', 'api', *factory],
              'chat': ['llamafactory-cli', 'chat', *factory]}
