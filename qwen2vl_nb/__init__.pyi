@@ -31,6 +31,7 @@ from .checks import check_recipe as check_recipe
 from .run import *
 from .prediction import *
 from .tuning import *
+from .panel import *
 # make_car_item('data/car_item')
 from .tiny import make_car_item as make_car_item
 # make_car_scenes('data/car_scenes', n_train=500)

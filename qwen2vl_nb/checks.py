@@ -9,6 +9,7 @@ __all__ = ['half_findings', 'hub_findings', 'disk_findings', 'memory_findings', 
 # %% ../nbs/20_checks.ipynb #75130334
 import json, os, re, sys, tempfile
 from difflib import get_close_matches
+from itertools import count
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ from .findings import Finding, findings_table
 from .questions import arguments, ask, hub
 from .stack import GiB, gpus, installed_versions, version_findings
 from .checkpoint import checkpoints, is_whole_file
-from .recipe import argument_names, dataset_names, is_adapter, train_recipe
+from .recipe import argument_names, dataset_names, is_adapter, template_names, train_recipe
 from .zero import read_zero, zero_stage
 from .data.batches import batch_findings
 from .data.box_check import box_faults
@@ -335,13 +336,13 @@ def _unregistered_finding(name, names, path):
         f'{name!r} is not registered in {path}{hint}',
         f'Register it: `Registry(folder).add({name!r}, samples)`.')
 
-def _together_findings(trained, recipe, ranks):
+def _together_findings(trained, evaluated, recipe, ranks):
     "What concerns all rows of a training together: their batches, and what their preprocessing takes."
     if not trained or not recipe.get('do_train'): return []
     samples, tokens, sizes = zip(*trained)
     samples, tokens = sum(samples, []), sum(tokens, [])
     can_group = 'group_by_length' in argument_names()
-    return [*batch_findings(samples, tokens, recipe, ranks, can_group),
+    return [*batch_findings(samples, tokens, recipe, ranks, can_group, [rows for rows, *_ in evaluated]),
             *preprocessing_findings(sum(sizes), tokens, recipe)]
 
 def data_findings(
@@ -358,15 +359,16 @@ def data_findings(
             'or create that file with `Registry(folder).add(name, samples)`.')]
     try: names = list(reg)
     except (ValueError, OSError) as e: return [Finding('dataset_dir', str(e), 'Correct the file at that position.')]
-    found, trained = [], []
+    found, trained, evaluated = [], [], []
     for name in dataset_names(recipe):
         if name not in names:
             found.append(_unregistered_finding(name, names, reg.path))
             continue
         said, rows = _entry_findings(name, reg, recipe)
         found += said
-        if rows and name in dataset_names({'dataset': recipe.get('dataset')}): trained.append(rows)
-    return found + _together_findings(trained, recipe, ranks)
+        for key, known in (('dataset', trained), ('eval_dataset', evaluated)):
+            if rows and name in dataset_names({key: recipe.get(key)}): known.append(rows)
+    return found + _together_findings(trained, evaluated, recipe, ranks)
 
 # %% ../nbs/20_checks.ipynb #d2203f55
 def _no_zero_findings(recipe, nproc):
@@ -467,6 +469,10 @@ def _family_findings(recipe):
         yield Finding('template', f'The template {template!r} needs the processor of another model; {family.name} was '
                                   f'trained with {usual}. LLaMA-Factory stops at the first batch.',
                       f'Set template: {usual}.')
+    elif template and template_names() and template not in template_names():
+        near = get_close_matches(template, template_names(), 1)
+        hint = f'; did you mean {near[0]!r}?' if near else '.'
+        yield Finding('template', f'LLaMA-Factory has no template {template!r}{hint}', f'Set template: {usual}.')
     elif template not in family.templates:
         yield Finding('template', f'The template is {template!r}; {family.name} was trained with {usual}.',
                       f'Set template: {usual}.', 'warning')
@@ -494,9 +500,11 @@ def _output_findings(recipe):
     if not out: return [Finding('output_dir', 'There is no output_dir.', 'Set output_dir to a folder for the run.')]
     goes_on = recipe.get('overwrite_output_dir') or recipe.get('resume_from_checkpoint')
     if goes_on or not recipe.get('do_train') or not _is_finished(Path(out)): return []
+    other = next(f'{out}-{n}' for n in count(2) if not os.path.lexists(f'{out}-{n}'))
     return [Finding('output_dir',
         f'{Path(out)} contains a finished run, and LLaMA-Factory does not overwrite it.',
-        'Choose another output_dir, or set overwrite_output_dir: true.')]
+        f"Keep it, and start beside it: launch(recipe | {{'output_dir': {other!r}}}). Or replace it: "
+        'overwrite_output_dir: true.')]
 
 # %% ../nbs/20_checks.ipynb #f56185f5
 def _model_path_findings(recipe):

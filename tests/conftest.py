@@ -5,6 +5,7 @@ import os, shutil, socket, subprocess, sys, tempfile, time
 from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 
@@ -73,6 +74,21 @@ class HubHandler(BaseHTTPRequestHandler):
 def free_ports(n):
     "Ports of this machine that the kernel says are free."
     with ExitStack() as stack: return [stack.enter_context(socket.create_server(('127.0.0.1', 0))).getsockname()[1] for _ in range(n)]
+
+@contextmanager
+def serving(command, port, **options):
+    "A server that speaks OpenAI's protocol at a port, from when it lists its model until the end of the block; its output is dropped unless the options say otherwise."
+    import psutil
+    def is_up():
+        assert server.poll() is None, command
+        try: return urlopen(f'http://127.0.0.1:{port}/v1/models').status == 200
+        except OSError: return False
+    with subprocess.Popen(command, **dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) | options) as server:
+        try:
+            until(is_up, 'the server lists its model')
+            yield f'http://127.0.0.1:{port}/v1'
+        finally:
+            for process in (*psutil.Process(server.pid).children(recursive=True), server): process.terminate()
 
 @contextmanager
 def small_disk(folder, size):

@@ -1,7 +1,7 @@
 """The live view where it is looked at: JupyterLab in a browser, with a run at work.
 
 Pictures of what was to be seen are kept in `test-artefacts`."""
-import base64, json, os, secrets, signal, subprocess, sys, time, urllib.request
+import base64, json, os, re, secrets, signal, subprocess, sys, time, urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -126,6 +126,9 @@ def test_the_tutorial_is_seen_to_train(lab, page):
     folder = lab.root/'runs'/'browser'/'train'
     _until((folder/'waiter.json').exists, 'the tutorial comes to its training')
     run = attach(folder)
+    _says(page, 'train: starting, ')
+    _until(lambda: _picture(page), 'axes, on which nothing is drawn yet')
+    _keep(page, 'tutorial-starting')
     shown = _changes(page, run, 4)
     _keep(page, 'tutorial-training')
 
@@ -147,6 +150,18 @@ def test_the_tutorial_is_seen_to_train(lab, page):
     _says(page, 'train: done, step 85 of 85')
     _until(lambda: _picture(page) == plot_loss(run)._repr_png_(), 'the whole curve, as it is drawn from the finished log')
     _keep(page, 'tutorial-reattached')
+    page.locator('.widget-vbox', has_text=re.compile(r'done, step 85 of 85, epoch [\d.]+, took 0:\d\d:\d\d, ended 20')).first.wait_for()
+
+    def kept():
+        "What the notebook keeps of the view."
+        page.keyboard.press('Control+s')
+        output, = json.loads((there/'car_item.ipynb').read_text())['cells'][0]['outputs']
+        return 'image/png' in output['data'] and ''.join(output['data']['text/plain'])
+    assert _until(kept, 'the finished curve is saved with the notebook').startswith('train: done, step 85 of 85')
+    _menu(page, 'Settings', 'Theme', 'JupyterLab Dark')
+    page.locator('body[data-jp-theme-light=false]').wait_for(state='attached')
+    _keep(page, 'tutorial-dark')
+    _menu(page, 'Settings', 'Theme', 'JupyterLab Light')
 
     _idle(page)
     _reload(page, there/'car_item.ipynb')

@@ -7,7 +7,7 @@ from threading import Thread
 import pytest
 from PIL import Image
 
-from conftest import COMMIT, HubHandler, free_ports
+from conftest import COMMIT, HubHandler, free_ports, serving
 from qwen2vl_nb.data.registry import Registry, dataset_samples
 from qwen2vl_nb.model import chat_template
 from qwen2vl_nb.prediction.engines import predict
@@ -205,23 +205,12 @@ def test_the_lines_that_load_the_model_do(trained):
 @pytest.mark.soak
 def test_llamafactory_serves_with_the_line_of_the_run(trained, data):
     "The export and the adapter give the answers that were predicted."
-    import psutil
-    from conftest import until
-    from urllib.request import urlopen
     run, merged, answers = trained
     asked = dataset_samples(Registry(data), 'car_item_test')[:12]
     for line in (serving_lines(run, merged)['api'], serving_lines(run)['api']):
         port, = free_ports(1)
         line = line.replace('API_PORT=8000', f'API_PORT={port}').replace('llamafactory-cli', f'{sys.executable} -m llamafactory.cli')
-        with subprocess.Popen(line, shell=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
-            def is_up():
-                assert server.poll() is None, line
-                try: return urlopen(f'http://127.0.0.1:{port}/v1/models').status == 200
-                except OSError: return False
-            try:
-                until(is_up)
-                recipe = predict_recipe(run.recipe['model_name_or_path'], None, run.output_dir.parent/f'served-{port}', max_new_tokens=16)
-                served = predict(recipe, asked, engine='openai', base_url=f'http://127.0.0.1:{port}/v1')
-                assert [row['predict'] for row in served] == [row['predict'] for row in answers]
-            finally:
-                for process in (*psutil.Process(server.pid).children(recursive=True), server): process.terminate()
+        with serving(line, port, shell=True) as url:
+            recipe = predict_recipe(run.recipe['model_name_or_path'], None, run.output_dir.parent/f'served-{port}', max_new_tokens=16)
+            served = predict(recipe, asked, engine='openai', base_url=url)
+            assert [row['predict'] for row in served] == [row['predict'] for row in answers]

@@ -186,6 +186,7 @@ def test_the_wheel_brings_the_tutorials(tmp_path):
     assert names(tmp_path/'first'/'data') == names(ROOT/'data')
     assert names(written.parent) == [name for name in names(ROOT/'nbs'/'tutorials') if not name.startswith('.')]
     assert '../../' not in written.read_text() and "Path('../data')" in written.read_text()
+    assert '信息卡' in qwen2vl_nb.tutorial(tmp_path/'first', language='zh').read_text(encoding='utf-8')
 
 @pytest.mark.soak
 def test_the_demo_runs_from_the_wheel(tmp_path):

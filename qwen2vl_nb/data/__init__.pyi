@@ -18,6 +18,8 @@ from .tokens import count_tokens as count_tokens
 from .check import check_samples as check_samples
 # samples, findings = mend_samples(samples)
 from .check import mend_samples as mend_samples
+# samples = drop_samples(samples, check_samples(samples))
+from .check import drop_samples as drop_samples
 # train, test = split_samples(samples, test=.1, stratify='output')
 from .split import split_samples as split_samples
 # write_samples(samples, 'data/my_cars.json', media='copy')

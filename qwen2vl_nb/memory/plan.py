@@ -226,17 +226,24 @@ def _explain_choice(table, chosen):
     return (f'{chosen.name}: {chosen.peak} on each of {table.where}{host}, at most {chosen.estimate.high/GiB:.1f} GiB; '
             f'{"of the faster configs, " + passed if passed else "nothing is faster"}.')
 
+def _for_the_cpu(recipe):
+    "A recipe for one process on the CPU."
+    print('No GPU is visible here: the recipe is for the CPU (use_cpu: true), which is enough to try out a small '
+          'model. For a run on GPUs, say which: pick_zero(recipe, gpus=8, gpu_gib=80).')
+    return {k: v for k,v in recipe.items() if k != 'deepspeed'} | {'use_cpu': True}
+
 def pick_zero(
     recipe:dict, # A training recipe
     gpus:int=None, # Number of GPUs; `None`: those of this machine
     gpu_gib:float=None, # Memory of each in GiB; `None`: as on this machine
     sample:dict=None, # The longest sample; `None`: from the data or the recipe
-)->dict: # The recipe with `deepspeed` set
+)->dict: # The recipe with `deepspeed` set; on a machine without a GPU, unless GPUs are given, with `use_cpu`
     """The recipe with the fastest ZeRO config that fits; unchanged if nothing is predicted. If none fits, raises
     `ValueError` with the changes that would make it fit."""
     if not recipe.get('do_train'):
         raise ValueError('Only training needs a ZeRO config: in a prediction, each GPU answers its share of the rows '
                          'with a complete copy of the model.')
+    if gpus is None and gpu_gib is None and not gpus_here(): return _for_the_cpu(recipe)
     table = zero_table(recipe, gpus, gpu_gib, sample)
     if not any(r.estimate for r in table):
         print(f"Nothing was chosen: {table.rows[0].why} The recipe is unchanged; set deepspeed yourself, to "

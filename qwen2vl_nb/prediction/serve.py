@@ -6,7 +6,7 @@
 __all__ = ['message', 'Answer', 'stream', 'Served', 'serve', 'ChatView']
 
 # %% ../../nbs/prediction/55_serve.ipynb #55serve02
-import base64, io, os, re, sys, time
+import base64, io, os, re, time
 from contextlib import closing
 from html import escape
 from pathlib import Path
@@ -17,7 +17,8 @@ from ..boot import script
 from ..checks import quick_findings
 from ..display import RED, data_uri, picture_html
 from ..files import open_regular, parse_json, video_endings
-from ..recipe import predict_recipe, taken_over
+from ..names import bar_file
+from ..recipe import answering_recipe, predict_recipe
 from ..data.objects import picture_bytes
 from .client import CHAT, NotAnswered, ServerGone, request, server_of
 from .engines import answer_settings, batch_budget, fit_findings, refuse_other, until_ready
@@ -114,11 +115,8 @@ def stream(
 def _recipe(model, changes):
     "The recipe of a model, or of what a run has trained."
     if not Path(model, RUN).is_file(): return predict_recipe(model, **changes)
-    trained = Run(model).recipe
     # Where it runs is decided anew, so that a prediction can be asked with a recipe that says nothing about it
-    changes = {k: v for k, v in taken_over(trained).items() if k != 'use_cpu'} | changes
-    if trained.get('finetuning_type', 'lora') != 'lora': return predict_recipe(Path(model).absolute(), **changes)
-    return predict_recipe(trained['model_name_or_path'], **{'adapter': model} | changes)
+    return answering_recipe(Run(model).recipe, Path(model).absolute(), **{'use_cpu': None} | changes)
 
 def _folder(recipe):
     "Where a model is served unless the user names a folder."
@@ -140,7 +138,7 @@ def _wait(served):
     "Wait until a model is loaded, and show how long that takes."
     from tqdm import tqdm
     form = '{desc} [{elapsed}{postfix}]'
-    with tqdm(desc=f'{served.output_dir.name}: loading', file=sys.stdout, bar_format=form) as bar:
+    with tqdm(desc=f'{served.output_dir.name}: loading', file=bar_file(), bar_format=form) as bar:
         until_ready(served, lambda: bar.set_postfix_str(served.progress.doing))
 
 # %% ../../nbs/prediction/55_serve.ipynb #55serve10

@@ -25,7 +25,8 @@ from .client import CHAT, MODELS, MOST_BYTES, ROWS
 from .hf import (Halving, answer_settings, answerer, check_gpus, is_fatal, load_answering,
                                       load_prompts, readers, wanted_batches)
 from .rows import Answers, Asked
-from ..run.folder import ANSWERS, ASKED, MISSING, RECIPE, RUN, SERVER
+from ..run.beginning import Beginning
+from ..run.folder import ANSWERS, ASKED, MISSING, RECIPE, RUN, SERVER, end_doing
 from ..run.rank import describe_failure, main as run_worker, show_downloads
 
 # %% ../../nbs/prediction/24_warm.ipynb #24warm05
@@ -392,16 +393,21 @@ def work(
     folder:Path, # Folder of the model that is kept loaded
 ):
     "Load the model of a folder, and answer questions until nobody has asked one for a while."
+    beginning = Beginning(folder)
+    beginning.tell('loading the libraries')
     gc.disable()
     import torch # noqa: F401, imported without the collector
     run, recipe = read_json(folder/RUN), _load_yaml(folder/RECIPE) | hidden.given('recipe')
     check_gpus(run)
     show_downloads()
+    beginning.before('qwen2vl_nb.prediction.warm', 'load_answering', 'loading the model')
+    beginning.follow_bars()
     warm = Warm({'eval_dataset': 'any'} | recipe, run['budget'])  # LLaMA-Factory requires a data set
     gc.freeze()
     gc.enable()
     server = Server(warm, secrets.token_urlsafe(32), Path(recipe['model_name_or_path']).name)
     write_json(folder/SERVER, server.about(), private=True, state=True)
+    end_doing(folder)
     while not warm.is_idle(run['options']['idle']) and not warm.broken: server.handle_request()
     warm.thread.shutdown(wait=False, cancel_futures=True)
     if warm.broken: raise warm.broken
