@@ -115,7 +115,7 @@ def test_names_of_a_runs_files_are_written_in_one_place():
     "The protocol of a run's folder is `run.folder`: elsewhere its files are constants."
     from qwen2vl_nb.run import folder
     names = {value for name, value in vars(folder).items() if name.isupper() and isinstance(value, str)}
-    words = {folder.STOP, folder.STOPPING, folder.RANKS, folder.EARLIER, folder.SCORES, folder.SERVED}  # as file names they come after a slash
+    words = {folder.STOP, folder.STOPPING, folder.RANKS, folder.EARLIER, folder.SCORES, folder.SERVED, folder.RUN_LOCK}  # as file names they come after a slash
     found = []
     for name, tree in _modules():
         if name == 'run.folder': continue
