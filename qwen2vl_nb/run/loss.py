@@ -287,7 +287,8 @@ def _read_on(self:Log, file):
         file.seek(self.offset)
         block = file.read(_block)
         block = block[:block.rfind(b'\n') + 1]
-        if len(block) > _block//256 and self.rows.add_block(block): quickly, self.offset = True, self.offset + len(block)
+        if len(block) > _block//256 and self.rows.add_block(block):
+            quickly, self.offset = True, self.offset + len(block)
         else: more = self._read_lines(file, len(block))
     if quickly: _release_memory()
     file.seek(max(0, self.offset - 200))
