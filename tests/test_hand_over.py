@@ -188,12 +188,14 @@ def test_an_adapter_on_another_one_is_exported_and_served_with_it(tiny_fp32, few
     second = launch(again).wait()
     both = f'{first.output_dir},{second.output_dir}'
     assert both in serving_lines(second)['api'] and answering_recipe(second.recipe, second)['adapter_name_or_path'] == both
+    with pytest.raises(ValueError, match='several adapters.*pass merged=folder'): push_to_hub(second, 'me/cars', dry_run=True)
     merged, name = load_file(export(second, tmp_path/'merged')/'model.safetensors'), 'layers.0.mlp.up_proj'
     def change(run):
         weights = load_file(run.output_dir/'adapter_model.safetensors')
         a, b = (next(v for k, v in weights.items() if k.endswith(f'{name}.lora_{side}.weight')).float() for side in 'AB')
         return 2*(b @ a)  # lora_alpha is twice the rank
     base = load_file(tiny_fp32/'model.safetensors')[f'model.{name}.weight']
+    assert push_to_hub(second, 'me/cars', merged=tmp_path/'merged', dry_run=True).files['model.safetensors']
     made, both = (merged[f'model.{name}.weight'].float() - base), change(first) + change(second)
     assert torch.allclose(made, both, atol=float(both.abs().max())/20) and not torch.allclose(made, change(second), atol=float(both.abs().max())/20)
 
