@@ -41,6 +41,7 @@ class ShownClient(NotebookClient):
         if self.left_out & set(re.findall(r'^#\| *(\w+) *$', cell.source, re.M)): return cell
         return await super().async_execute_cell(cell, cell_index, **kwargs)
 
+# %% ../nbs/85_execute.ipynb #676b1b69
 def _clean(cell):
     "Remove what a cell hides, and the views of widgets, which end with the kernel."
     if cell.cell_type != 'code': return

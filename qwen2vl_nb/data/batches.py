@@ -136,6 +136,7 @@ def _eval_chance(samples, evaluated, recipe, ranks):
     together = evaluated if recipe.get('eval_on_each_dataset') else [sum(evaluated, [])]
     return math.prod(_in_turn(rows, size, ranks) for rows in together if rows)
 
+# %% ../../nbs/data/45_batches.ipynb #61790134
 def _hang_finding(samples, chance, key, size, certain):
     "What is said of rows whose micro batches call the vision tower once or twice."
     pictures, clips = _shows(samples)

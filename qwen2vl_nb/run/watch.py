@@ -49,6 +49,7 @@ def _look(run):
     if state == 'running' and asked: state = 'stopping'
     return Seen(run.output_dir.name, state, run.progress, _describe_end(run))
 
+# %% ../../nbs/run/70_watch.ipynb #333824fe
 def _headline(seen):
     "State, steps and the time left, in words."
     now, state = seen.now, seen.state
@@ -141,6 +142,7 @@ _shares = dict(words=.002, gpu=.002, curve=.011, health=.002, answers=.002) # Sh
 _patience = 10 # Seconds to wait until the end of a run is drawn
 _most_failures = 30 # Number of refreshes in a row that may fail before the view gives up
 
+# %% ../../nbs/run/70_watch.ipynb #9974d75b
 class RunView(VBox):
     "A run as a widget, which is kept up to date while the run is in progress."
     def __init__(self,
