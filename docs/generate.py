@@ -82,12 +82,18 @@ def site_cell(cell, path):
     tags = ['hide-input'] if path.startswith('nbs/benchmarks/') or is_private else []
     return cell | {'source': shown, 'metadata': {'tags': tags}}
 
+def with_readme(text):
+    "A page with the table of the README that it names in a comment, so that the table is written only once."
+    readme = (ROOT/'README.md').read_text(encoding='utf-8')
+    table = lambda heading: re.search(rf'^## {re.escape(heading)}\n.*?((?:^\|.*\n)+)', readme, re.M | re.S)[1]
+    return re.sub('<!-- README: (.*?) -->', lambda found: table(found[1]), text)
+
 def page(path):
     "Write a Markdown page or notebook of the repository to its place on the site."
     to = SOURCE/in_site(path)
     to.parent.mkdir(parents=True, exist_ok=True)
     text = (ROOT/path).read_text(encoding='utf-8')
-    if path.endswith('.md'): to.write_text(linked_names(relinked(text, path)), encoding='utf-8')
+    if path.endswith('.md'): to.write_text(linked_names(relinked(with_readme(text), path)), encoding='utf-8')
     else:
         nb = json.loads(text)
         nb['cells'] = [cell for c in nb['cells'] if (cell := site_cell(c, path))]
@@ -103,7 +109,8 @@ def write_notebook(to, cells, metadata):
 
 def fields(doc):
     "The sections that `as_public` adds to a docstring, as Markdown's field list."
-    text, _, rest = (doc or '').partition('\n\nParameters\n----------\n')
+    doc = (doc or '').partition('\n\nExamples\n--------\n')[0]  # the site shows cells of the notebook instead
+    text, _, rest = doc.partition('\n\nParameters\n----------\n')
     text, _, back = text.partition('\n\nReturns\n-------\n') if not rest else (text, _, '')
     rest, _, later = rest.partition('\n\nReturns\n-------\n')
     found = re.findall(r'^(\**\w+)(?: : .*)?(?:\n {4}(.*))?$', rest, flags=re.M)

@@ -74,6 +74,7 @@ Next: `jupyter lab {os.path.relpath(notebook)}` opens that notebook in JupyterLa
         sys.exit('This is not the expected result (at most 20 % before, at least 90 % after): please report it, with '
                  'the folder above.')
 
+# %% ../nbs/87_cli.ipynb #0c5c7fd0
 def check():
     "Print whether the installed packages work together, and which GPUs are visible. Exits with 1 if there is an error."
     from qwen2vl_nb.stack import check_stack, gpus

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['train_recipe', 'argument_names', 'complete_arguments', 'is_adapter', 'best_measured', 'find_adapter',
-           'predict_recipe', 'load_recipe', 'zero_file_name', 'absolute_recipe', 'save_recipe', 'dataset_names']
+           'predict_recipe', 'answer_arguments', 'answering_recipe', 'load_recipe', 'zero_file_name', 'absolute_recipe',
+           'save_recipe', 'dataset_names']
 
 # %% ../nbs/10_recipe.ipynb #0bd906f0
 import ast, json, math, os, re, sys
@@ -15,6 +16,7 @@ from pathlib import Path
 import yaml
 from .files import json_or, read_text, write_text
 from .model import usual_template
+from .zero import zero_stage
 from .checkpoint import checkpoints, is_stale, is_whole_file, when_written
 from .run.folder import BEST, RUN, state_or_empty
 
@@ -161,6 +163,48 @@ def predict_recipe(
         'preprocessing_num_workers': 4, 'output_dir': os.fspath(output_dir or beside), 'report_to': 'none',
         'per_device_eval_batch_size': 4, 'max_new_tokens': 128, 'do_sample': False}
     return _merge_recipe(defaults, changes)
+
+# %% ../nbs/10_recipe.ipynb #answ0002
+# How a model is loaded, what its prompts look like, where the data is, and how it answers
+_of_answers = re.compile(
+    'trust_remote_code|model_revision|cache_dir|.*_hub_token|use_fast_tokenizer|split_special_tokens|resize_vocab|'
+    'add_(special_)?tokens|(init|new)_special_tokens(_config)?|rope_scaling|flash_attn|infer_dtype|use_kv_cache|'
+    'quantization_.*|double_quantization|oft_.*|use_cpu|'
+    'template|tool_format|default_system|enable_thinking|preserve_thinking|cutoff_len|image_.*|crop_to_patches|'
+    'video_.*|audio_.*|use_audio_in_video|dataset_dir|media_dir|preprocessing_num_workers|'
+    'do_sample|temperature|top_[pk]|num_beams|max_new_tokens|repetition_penalty|length_penalty|skip_special_tokens')
+
+def answer_arguments(
+    trained:dict, # The recipe of a training
+)->dict:
+    "The arguments of a training on which answers of its model depend."
+    return {k: v for k,v in trained.items() if _of_answers.fullmatch(k)}
+
+def _begins_new_adapter(trained):
+    "Whether a training from an adapter merges it and begins another; under ZeRO-3, LLaMA-Factory continues it."
+    try: return bool(trained.get('create_new_adapter')) and zero_stage(trained.get('deepspeed')) != 3
+    except (OSError, ValueError): return True  # the file of the config is gone
+
+def _earlier_adapters(trained):
+    "The adapters that LLaMA-Factory merges into the base before a training."
+    given = trained.get('adapter_name_or_path')
+    found = given.split(',') if given else []
+    return found if _begins_new_adapter(trained) else found[:-1]
+
+def answering_recipe(
+    trained:dict, # The recipe of a training
+    weights:str|os.PathLike, # Its run, the folder of the run, or a checkpoint
+    dataset:str=None, # As for `predict_recipe`, like the other arguments
+    output_dir:str|Path=None,
+    **changes,
+)->dict: # A recipe for prediction
+    "The recipe that asks the model that a training has made, as it was trained."
+    kind, shared = trained.get('finetuning_type', 'lora'), answer_arguments(trained)
+    if kind not in ('lora', 'oft'): return predict_recipe(weights, dataset, output_dir, **shared | changes)
+    own = {'adapter': weights, 'finetuning_type': kind}
+    recipe = predict_recipe(trained['model_name_or_path'], dataset, output_dir, **own | shared | changes)
+    adapters = [*_earlier_adapters(trained), recipe.get('adapter_name_or_path')]
+    return recipe | ({'adapter_name_or_path': ','.join(adapters)} if adapters[-1] else {})
 
 # %% ../nbs/10_recipe.ipynb #eee21064
 class _Loader(yaml.SafeLoader): "YAML in which `1e-4` is a number, as LLaMA-Factory reads it."

@@ -377,7 +377,7 @@ ELSEWHERE = { # function, or more of the line → the test in which it is proven
     'checks.half_findings': 'test_failures.py::bf16_on_the_cpu',
     'command.port_findings': 'test_failures.py::port_taken',
     'checks.disk_findings': 'test_failures.py::disk_full',
-    'plan.memory_findings': 'test_memory.py::test_real_runs',
+    'checks.memory_findings': 'test_memory.py::test_real_runs',
     'registry.entry_faults': 'test_registry.py::test_what_is_called_an_error_stops_the_loader_too',
     'registry._row_faults': 'test_registry.py::test_check_says_what_the_loader_says',
     'registry._check_row': 'test_registry.py::test_a_byte_order_mark_is_told_and_goes_with_the_next_write',

@@ -46,7 +46,7 @@ def padding_share(
 
 # %% ../../nbs/data/45_batches.ipynb #databatc10
 def _packed(lengths, room):
-    "How many packed rows a list of lengths makes, always taking the longest row that still fits."
+    "How many packed rows are filled by rows of these lengths, always taking the longest row that still fits."
     left, n = sorted(lengths), 0
     while left:
         n, free = n + 1, room
@@ -58,7 +58,7 @@ def packed_rows(
     cutoff_len:int, # As in the recipe
     at_once:int=1000, # Rows that are packed together: `preprocessing_batch_size`
 )->int:
-    "The number of rows that packing makes of some rows; rows that are too long are dropped."
+    "The number of packed rows that some rows fill; rows that are too long are dropped."
     fit = lengths[lengths < cutoff_len]
     return sum(_packed(fit[i:i + at_once].tolist(), cutoff_len - 1) for i in range(0, len(fit), at_once))
 
@@ -167,9 +167,9 @@ def batch_findings(
     lengths:list, # Tokens of the samples, as far as they are known
     recipe:dict, # The recipe
     ranks:int=1, # Number of processes
-    can_group:bool=True, # Whether the installed transformers have `group_by_length`
+    can_group:bool=True, # Whether the installed transformers has `group_by_length`
 )->list: # `Finding`s
-    "What is wrong with the batches that a training would make of its rows, and what they waste."
+    "What is wrong with the batches that training would form from its rows, and what they waste."
     import numpy as np
     if not samples or not recipe.get('do_train') or recipe.get('stage') == 'pt': return []
     found = list(_hang_findings(samples, recipe, ranks))

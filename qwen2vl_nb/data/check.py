@@ -20,7 +20,7 @@ from .box_check import box_faults, class_faults
 from .media import Fault, look_at_picture, look_at_video, mend_picture, near_duplicates
 from .objects import is_table
 from .preference_faults import preference_faults, preference_faults_between
-from .samples import (as_list, is_dialogue, is_ranking, media_key, media_of, map_media, media_paths,
+from .samples import (as_list, is_dialogue, is_ranking, map_media, media_key, media_of, media_paths,
                                      media_tags, name_row, place_of, sample_kind, sample_turns, without_tags)
 from .tokens import clip_sampling, known_limits, look_at_samples, media_tokens, text_tokens
 if TYPE_CHECKING: import pandas as pd

@@ -9,7 +9,7 @@ __all__ = ['boxes_of_sample', 'draw_box', 'show_samples', 'Plots', 'describe_sam
 import warnings
 from collections import Counter
 from pathlib import Path
-from ..display import BLUE, DrawnBox, GREY, ORANGE, PictureGrid, RED, plain_axes
+from ..display import BLUE, GREY, ORANGE, RED, DrawnBox, PictureGrid, plain_axes
 from ..model import box_frame
 from .boxes import sample_boxes
 from .samples import is_ranking, media_of, sample_turns, with_each_answer, without_tags

@@ -96,6 +96,7 @@ def _is_packed(text):
     except (ValueError, RecursionError): return False
     return 'role' in turns[0] or 'from' in turns[0]
 
+# %% ../../nbs/data/17_preferences.ipynb #128b2f33
 def _pair_row(row, pair, prompt):
     "A row with `chosen` and `rejected` as texts or as turns; `prompt` is the column that has the prompt, if any."
     good, bad = (row.get(k) for k in pair)

@@ -223,6 +223,7 @@ def _unpredicted_reasons(recipe, config, stage):
         (any(d not in ('cpu', 'none') for d in offloaded), 'Offloading is predicted only to the host (device: cpu).')]
     return [text for holds, text in rules if holds] + [f'{k} is not predicted.' for k in _others if recipe.get(k)]
 
+# %% ../../nbs/memory/20_estimate.ipynb #1818e811
 def _faults(recipe, stage, ranks):
     "Why a recipe can't run."
     train, kind, bits = recipe.get('do_train'), recipe.get('finetuning_type', 'lora'), recipe.get('quantization_bit')

@@ -318,6 +318,7 @@ def _batch(job, n, vision):
     patches = empty(sum(h*w for _,h,w in grids), width, dtype=_pixel_type(job))
     return batch | {'pixel_values': patches, 'image_grid_thw': torch.tensor(grids)}, long(n, tokens)
 
+# %% ../../nbs/memory/00_simulate.ipynb #892f902b
 class _LengthsOnCpu(TorchFunctionMode):
     "Keeps lists of lengths on the CPU, where the vision tower of Qwen2.5-VL can read them."
     def __torch_function__(self, func, types, args=(), kwargs=None):

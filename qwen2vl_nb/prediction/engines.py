@@ -37,7 +37,7 @@ from ..run.start import Run, describe_start, keep_earlier, launch, raise_errors,
 
 # %% ../../nbs/prediction/45_engines.ipynb #6a8b2104
 def _weights(recipe):
-    """Bytes of the weights on a GPU: the size of the files, or an estimate if the weights are quantised or not on
+    """Bytes of the weights on a GPU: the size of the files, or an estimate if the weights are quantized or not on
     this machine yet; for a family whose memory is not predicted, always the size of the files."""
     size = sum(p.stat().st_size for p in Path(recipe['model_name_or_path']).glob('*.safetensors'))
     if size and not recipe.get('quantization_bit'): return size
@@ -57,7 +57,7 @@ def fit_findings(
     size, memory = _sizes(recipe, gpus)
     if not memory or size < .8*memory: return []
     return [Finding('model_name_or_path', f'The weights take {size/GiB:.1f} GiB, and a GPU has {memory/GiB:.1f} GiB.',
-                    'Quantise the model, or use a server that spreads it over several GPUs.')]
+                    'Quantize the model, or use a server that spreads it over several GPUs.')]
 
 def batch_budget(
     recipe:dict, # A prediction recipe
@@ -341,6 +341,7 @@ def _answer_in_turn(recipes, folder, n, caller, **workers):
         if not run.is_running: raise  # another call has started it in the meantime
     _wait(run, n, folders, caller)
 
+# %% ../../nbs/prediction/45_engines.ipynb #5d9dc9f8
 def predict_in_turn(
     recipes:dict, # Name of a folder → prediction recipe; all ask the same rows, of different models or adapters
     output_dir:str|Path, # Folder that contains these folders

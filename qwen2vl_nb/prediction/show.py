@@ -13,7 +13,7 @@ from difflib import SequenceMatcher
 from functools import cached_property, lru_cache
 from pathlib import Path
 from fastcore.basics import patch
-from ipywidgets import BoundedIntText, Button, Dropdown, HBox, HTML, Layout, Text, VBox
+from ipywidgets import HTML, BoundedIntText, Button, Dropdown, HBox, Layout, Text, VBox
 from ..files import whole_file
 from ..findings import as_text
 from ..display import ANSWER, LABEL, card_text, div, picture_html

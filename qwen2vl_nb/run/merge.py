@@ -20,6 +20,7 @@ def _precision(model):
     config = model_config(model)
     return config.get('dtype') or config.get('torch_dtype') or 'bfloat16'
 
+# %% ../../nbs/run/80_merge.ipynb #a8501e2c
 def export(
     run:str|os.PathLike, # A LoRA run, or its folder
     path:str|Path, # Folder for the model; it must not exist yet

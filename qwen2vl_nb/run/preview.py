@@ -110,6 +110,7 @@ def _end_tokens(model, collator):
     own = own if isinstance(own, list) else [own]
     return sorted({*collator.template.get_stop_token_ids(collator.tokenizer), *own} - {None})
 
+# %% ../../nbs/run/18_preview.ipynb #0ed90475
 def generate(
     model, # The model that is being trained
     collator, # The trainer's data collator
@@ -147,7 +148,7 @@ _usual_share = '.015'
 _least = 4 # How much longer than an evaluation of the same rows generating is expected to take at first
 
 class Budget:
-    "How much time a share of the training has left for something else."
+    "Keeps something else within a share of the training time."
     def __init__(self,
         share:float=None, # Of the time since it began; `None`: that of the environment variable, or the usual one
     ):
@@ -239,6 +240,7 @@ def preview_callback(
 
     return PreviewCallback()
 
+# %% ../../nbs/run/18_preview.ipynb #e8e25d94
 def describe_rows(
     rows:list, # (index, features, tokens of the answer) of each row
     answers:list, # (answer, why it ended) of each
@@ -259,7 +261,7 @@ _texts = 'prompt', 'label', 'predict', 'finish_reason'
 def _clean(value): return value.encode(errors='replace').decode()[:_most_text] if isinstance(value, str) else ''
 
 def _row_of(row):
-    "A row with only what is known, and as text that can be shown."
+    "The known fields of a row, as text that can be shown."
     images = row['images'] if isinstance(row.get('images'), list) else []
     return {'row': row['row'], 'images': _paths(images)[:4]} | {k: _clean(row.get(k)) for k in _texts}
 
@@ -285,6 +287,7 @@ def read_previews(
 _shown_steps = 3 # Evaluations whose answers are shown
 _right = '#2e9e5b' # Readable on white and on black
 
+# %% ../../nbs/run/18_preview.ipynb #81e74ef5
 def _answer_line(step, row):
     cut = ' …' if row['finish_reason'] != 'stop' else ''
     return f'step {step:,}', row['predict'] + cut, _right if row['predict'] == row['label'] else ''

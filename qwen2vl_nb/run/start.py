@@ -6,9 +6,9 @@
 __all__ = ['Progress', 'Run', 'attach', 'runs', 'raise_errors', 'keep_earlier', 'start', 'describe_start', 'launch']
 
 # %% ../../nbs/run/60_start.ipynb #49a64c03
-import itertools, os, re, shutil, socket, subprocess, sys, time, uuid
+import itertools, os, shutil, socket, subprocess, sys, time, uuid
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import psutil
 from fastcore.basics import patch
 from filelock import FileLock
-from ..names import warn
+from ..names import bar_file, warn
 from .. import hidden
 from ..boot import script
 from ..files import Damaged, parse_json, read_tail, sweep, write_json
@@ -24,20 +24,39 @@ from ..findings import Finding, text_table
 from ..stack import GiB, gpus, installed_versions
 from ..checkpoint import checkpoints, newest_complete, when_written
 from ..checks import data_findings, late_findings, quick_findings, slow_findings
+from ..memory.plan import what_fits_instead
 from ..recipe import best_measured, load_recipe, save_recipe
 from . import life
 from .command import (child_environment, gpus_for, inherited_environment, port_findings, run_command,
                                     secrets_of, visible_gpus)
-from .failure import find_failure
-from .folder import (ANSWERS, EARLIER, ENDED, PROGRESS, RECIPE, REFUSED, RUN, RUN_LOG, SERVED,
-                                   TRAINER_LOG, WAITER, files_of, is_count, is_number, last_start, state_or_empty,
-                                   write_start)
+from .failure import find_failure, gpu_ran_out
+from .folder import (ANSWERS, DOING, EARLIER, ENDED, PROGRESS, RANK_ERR, RANK_OUT, RANKS, RECIPE, REFUSED,
+                                   RUN, RUN_LOCK, RUN_LOG, SERVED, TRAINER_LOG, WAITER, files_of, is_count, is_number,
+                                   last_start, state_or_empty, write_doing, write_start)
 from .health import health_findings
 from .learning_rates import rate_findings
 from .loss import Log, best_evaluation
 from .owner import note_start, refuse_foreign, refuse_stranger
 from .preview import MOST_ROWS
 if TYPE_CHECKING: import pandas as pd
+
+# %% ../../nbs/run/60_start.ipynb #2f854c0a
+def _describe_doing(folder):
+    "What a run is doing before its first step, in words."
+    now = state_or_empty(folder, DOING)
+    if not now or not now['of']: return now.get('doing', '')
+    return f"{now['doing']}: {now['done']:,} of {now['of']:,} {now['unit']}".rstrip()
+
+def _latest(path):
+    "The last value of each field in a log that may be growing: step, loss, …; not every row has a loss."
+    try: lines = read_tail(path, 4096).split('\n')[:-1]
+    except (OSError, Damaged): return {}
+    latest, checks = {}, {'current_steps': is_count, 'total_steps': is_count}
+    for line in lines:
+        try: row = parse_json(line)
+        except Damaged: continue
+        latest |= {k: v for k,v in row.items() if checks.get(k, is_number)(v)}
+    return latest
 
 # %% ../../nbs/run/60_start.ipynb #48d7a074
 @dataclass
@@ -51,7 +70,7 @@ class Progress:
     left:float=None   # Seconds left at that rate
     unit:str='step'   # What a step is: `'step'`, or `'row'` for a prediction
     begin:int=0       # Steps that were done before this start
-    doing:str=''      # Before the first step, the last progress bar of its log, such as that of the preprocessing
+    doing:str=''      # Until the first step is done, what the run is doing, such as `'loading the model'`
 
     @property
     def pace(self):
@@ -72,29 +91,9 @@ class Progress:
         return f'{self.unit} {self.step} of {self.steps}' + (f', epoch {self.epoch:.2f}' if self.unit == 'step' else '')
 
     def __str__(self):
-        if not self.steps: return ', '.join(filter(None, ['starting', self.doing]))
+        begins = 'starting'*bool(self.doing or not self.steps)
         loss = f'loss {self.loss:.4g}' if self.loss is not None else ''
-        return ', '.join(filter(None, [self.place, loss, self.pace, self.remaining]))
-
-# %% ../../nbs/run/60_start.ipynb #2f854c0a
-_progress_bar = re.compile(r'([^\r\n|]{1,80}?): +(\d+)%\|[^|]*\| *(\S+)')
-
-def _last_bar(log):
-    "The last progress bar of a log, in words; empty if it has none."
-    try: name, percent, parts = _progress_bar.findall(read_tail(log, 4096))[-1]
-    except (OSError, Damaged, IndexError): return ''
-    return f'{name.strip()}: {percent} % ({parts})'
-
-def _latest(path):
-    "The last value of each field in a log that may be growing: step, loss, …; not every row has a loss."
-    try: lines = read_tail(path, 4096).split('\n')[:-1]
-    except (OSError, Damaged): return {}
-    latest, checks = {}, {'current_steps': is_count, 'total_steps': is_count}
-    for line in lines:
-        try: row = parse_json(line)
-        except Damaged: continue
-        latest |= {k: v for k,v in row.items() if checks.get(k, is_number)(v)}
-    return latest
+        return ', '.join(filter(None, [begins, self.doing, self.place, loss, self.pace, self.remaining]))
 
 # %% ../../nbs/run/60_start.ipynb #0efd8117
 class Run:
@@ -140,29 +139,33 @@ def attach(
     return Served(run)
 
 # %% ../../nbs/run/60_start.ipynb #0efd8111
-@patch
-def _doing(self:Run):
-    "What a run is doing before its first step."
-    ranks = self._rank_logs()
-    return _last_bar(ranks[min(ranks)]/'stderr.log' if ranks else self.output_dir/RUN_LOG)
+@patch(as_prop=True)
+def seconds(self:Run):
+    """How many seconds the run has taken since it was started, or took until it ended; after a resume, since then.
+    `None` if that is not known."""
+    started = state_or_empty(self, WAITER).get('started')
+    ended = time.time() if self.is_running else state_or_empty(self, ENDED).get('time')
+    return max(0., ended - started) if started and ended else None
 
 @patch(as_prop=True)
 def progress(self:Run):
     "How far the run has got, as `Progress`."
     log = self.output_dir/TRAINER_LOG
     about, started = state_or_empty(self, RUN), state_or_empty(self, WAITER).get('started', 0)
+    status = self.status
     # The log of an earlier run does not count
     row = _latest(log) if os.path.isfile(log) and os.stat(log).st_mtime >= started else {}
     now = state_or_empty(self, PROGRESS) or {'step': row.get('current_steps', 0), 'steps': row.get('total_steps', 0),
                                              'epoch': row.get('epoch', 0)}
-    if not now['steps'] and 'before' in about and not self.is_running:
+    if not now['steps'] and 'before' in about and status != 'running':
         now |= about['before']  # it was resumed, and ended before its first step
     took, did = now.get('time', 0) - now.get('began', 0), now['step'] - now.get('from_step', 0)
     rate = did/took if did > 0 and took > 0 else None
-    left = (now['steps'] - now['step'])/rate if rate and self.is_running else None
+    left = (now['steps'] - now['step'])/rate if rate and status == 'running' else None
+    begins = now['step'] <= now.get('from_step', 0) and status != 'done'
     return Progress(now['step'], now['steps'], now.get('epoch') or 0., row.get('loss'), rate,
                     left if left and 0 < left < 10**9 else None,
-                    about.get('unit', 'step'), now.get('from_step', 0), '' if now['steps'] else self._doing())
+                    about.get('unit', 'step'), now.get('from_step', 0), _describe_doing(self) if begins else '')
 
 # %% ../../nbs/run/60_start.ipynb #0efd8113
 _most = 2**24 # Maximum number of bytes of a log that are shown
@@ -177,7 +180,7 @@ def _end_of(path):
 @patch
 def _rank_logs(self:Run):
     "Folders with the output of the ranks, by rank; empty if there is only one process."
-    logs = [p for p in self.output_dir.glob('ranks/*/attempt_*/*/stderr.log') if p.parent.name.isdecimal()
+    logs = [p for p in self.output_dir.glob(f'{RANKS}/*/attempt_*/*/{RANK_ERR}') if p.parent.name.isdecimal()
             and p.is_file()]
     logs.sort(key=lambda p: p.stat().st_ctime)
     return {int(p.parent.name): p.parent for p in logs}
@@ -191,10 +194,17 @@ def log(self:Run,
     if rank is not None and rank not in ranks:
         raise ValueError(f'There is no log of rank {rank}; available: {sorted(ranks)}.')
     own = rank is not None and ranks[rank]
-    files = [own/'stdout.log', own/'stderr.log'] if own else [self.output_dir/RUN_LOG]
+    files = [own/RANK_OUT, own/RANK_ERR] if own else [self.output_dir/RUN_LOG]
     return ''.join(_end_of(f) for f in files if f.is_file())
 
 # %% ../../nbs/run/60_start.ipynb #16c3b040
+def _with_what_fits(run, found):
+    "A finding about a GPU that ran out of memory, with the ZeRO config that would fit."
+    cards = state_or_empty(run, RUN).get('gpus') or []
+    try: fits = what_fits_instead(run.recipe, len(cards), min((g['total'] for g in cards), default=0)/GiB)
+    except Exception: return found  # a recipe can contain anything, and the finding is complete without this
+    return replace(found, cure=f'{found.cure}\n{fits}'.strip())
+
 @patch(as_prop=True)
 def failure(self:Run):
     """Why the run failed, or what is damaged, and what to do if that is known, as a `Finding`; `None` if it did not
@@ -203,7 +213,9 @@ def failure(self:Run):
     if status == 'damaged':
         return Finding('run', damage, 'Restore the file from a backup, if there is one. Everything else in the folder '
                                       'is unchanged: run.log, checkpoints.')
-    return find_failure(self.output_dir) if status == 'failed' else None
+    if status != 'failed': return None
+    found = find_failure(self.output_dir)
+    return _with_what_fits(self, found) if found.what.startswith(gpu_ran_out) else found
 
 @patch
 def gpu(self:Run):
@@ -225,20 +237,26 @@ def watch(self:Run):
     from qwen2vl_nb.run import watch_loss  # imported late, because that module imports this one
     return watch_loss(self)
 
+def _finish_view(run):
+    "Have a live view show the end of a run before the cell ends."
+    watch = sys.modules.get('qwen2vl_nb.run.watch')
+    if watch: watch.finish(run)
+
 @patch
 def wait(self:Run):
     """Block until the run has ended, and show its progress; interrupting does not stop the run.
     Raises `RuntimeError` with the cause if the run failed."""
     try:
         from tqdm import tqdm  # the text version: it is saved with the notebook, a widget is not
-        with tqdm(desc=self.output_dir.name, file=sys.stdout, bar_format=_bar) as bar:
+        with tqdm(desc=self.output_dir.name, file=bar_file(), bar_format=_bar) as bar:
             while True:
                 status, now = self.status, self.progress
-                bar.total, bar.n = now.steps or None, now.step
+                bar.total, bar.n, bar.start_t = now.steps or None, now.step, time.time() - (self.seconds or 0)
                 # Refreshes the bar, too
                 bar.set_postfix_str(', '.join(filter(None, [now.doing, now.pace, now.remaining])))
                 if status != 'running': break
                 time.sleep(.2)
+        _finish_view(self)
     except KeyboardInterrupt:
         print(f'The run continues in the background: attach({str(self.output_dir)!r}) finds it again, and .stop() ends '
               'it.')
@@ -332,6 +350,11 @@ def _end_refused(run, force, future):
     write_json(run.output_dir/REFUSED, errors, state=True)
     run.stop(patience=0)
 
+def _check_meanwhile(future, force, run):
+    "Let checks go on while a run starts."
+    if not future.done(): write_doing(run, 'loading the libraries while the data is being checked')
+    future.add_done_callback(partial(_end_refused, run, force))
+
 # %% ../../nbs/run/60_start.ipynb #8ce1a50c
 def _clear(folder):
     "Remove the files in which an earlier run recorded its start and end."
@@ -364,7 +387,7 @@ def start(
     Raises `ValueError` if the start would overwrite or remove other files."""
     run = Run(about['cwd'])
     run.output_dir.mkdir(parents=True, exist_ok=True)
-    with FileLock(run.output_dir/'.lock', timeout=120):
+    with FileLock(run.output_dir/RUN_LOCK, timeout=120):
         if run.is_running:
             raise RuntimeError(f'A run is in progress in {run.output_dir}: attach(…) to it, stop() it, or use another '
                                'output_dir.')
@@ -378,6 +401,8 @@ def start(
         write_start(run.output_dir, about | shown)
         save_recipe(hidden.apart(recipe)[1], run.output_dir/RECIPE, private=True)
         note_start(run.output_dir)
+        several = about['nnodes'] > 1
+        write_doing(run.output_dir, 'waiting for the other machines' if several else 'loading the libraries')
         process = subprocess.Popen([sys.executable, '-I', *script('run.waiter', run.output_dir)],
                                    env=os.environ | carried, start_new_session=True,
                                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -399,11 +424,9 @@ def _check_before_start(recipe, about):
     slow = lambda: slow_findings(recipe, ranks, cards, about['given']) + late_findings(recipe, about['python'])
     beside = pool.submit(data_findings, recipe, ranks) if errors else pool.submit(slow)
     pool.shutdown(wait=False)
-    then = lambda run: None
-    try:
-        # If there is an error, wait until all other findings are known
-        found += beside.result(None if errors and not force else _check_seconds)
-    except TimeoutError: then = lambda run: beside.add_done_callback(partial(_end_refused, run, force))
+    wait_for = None if errors and not force else _check_seconds  # with an error, until all other findings are known
+    try: found, then = found + beside.result(wait_for), lambda run: None
+    except TimeoutError: then = partial(_check_meanwhile, beside, force)
     raise_errors(found, force)
     return then
 

@@ -107,13 +107,14 @@ def _vllm_options(recipe):
             '--chat-template-content-format', 'openai', '--generation-config', 'vllm', '--host', '127.0.0.1']
 
 def _vllm_line(recipe, merged, name, adapter, base):
-    "How vLLM serves a complete model, or an adapter that lies on a hub."
+    "How vLLM serves a complete model, or an adapter on a hub."
     if merged or not _is_lora(recipe): return ['vllm', 'serve', name or str(merged), *_vllm_options(recipe)]
     lora = adapter_options(adapter)
     lora[lora.index('--lora-modules') + 1] = json.dumps({'name': 'adapter', 'path': name})
     return ['vllm', 'serve', _base_or_place(recipe, base), *_vllm_options(recipe),
             '--chat-template', 'chat_template.jinja', *lora]
 
+# %% ../../nbs/tuning/40_hand_over.ipynb #6b0d549b
 def _factory_options(recipe, merged, name, adapter, base):
     base = _base_or_place(recipe, base) if name else recipe['model_name_or_path']
     whole = name or (str(merged) if merged else recipe['output_dir'])
@@ -170,7 +171,7 @@ def _training_section(run, recipe):
 _metric_types = {'exact': 'exact_match', 'bleu-4': 'bleu', 'rouge-1': 'rouge', 'rouge-2': 'rouge', 'rouge-l': 'rouge'}
 
 def _asked_by(predictions):
-    "The recipe of predictions that lie in a folder; empty for other rows."
+    "The recipe of predictions that are kept in a folder; empty for other rows."
     folder = getattr(predictions, 'output_dir', None)
     return Run(folder).recipe if folder and (folder/RECIPE).is_file() else {}
 
@@ -313,7 +314,7 @@ class Upload:
     "What was uploaded, or would be."
     name:str      # On the hub
     files:dict    # Name → size in bytes
-    left_out:list # Names of what lies next to them and is not uploaded
+    left_out:list # Names of files next to them that are not uploaded
     private:bool  # Whether only its owner sees a new upload
     card:str=field(repr=False) # Text of the model card
     url:str=None  # Of the commit; `None`: not uploaded
@@ -386,7 +387,7 @@ def push_to_hub(
     overwrite:bool=False, # Add a commit to a model that has files already
     dry_run:bool=False, # Show what would be uploaded, and connect to nobody
 )->Upload: # What was uploaded: names, sizes and the address
-    """Upload the adapter of a run, or a complete model, with its card, and nothing else that lies in the folder.
+    """Upload the adapter of a run, or a complete model, with its card, and nothing else from the folder.
     Raises an exception in words before anything is sent if there is no token, or if the name is taken."""
     from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
     run = Run(run)

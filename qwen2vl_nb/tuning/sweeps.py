@@ -6,7 +6,7 @@
 __all__ = ['Trial', 'combinations', 'clash', 'gpu_groups', 'train_all', 'asking_recipe', 'Sweep', 'sweep']
 
 # %% ../../nbs/tuning/20_sweep.ipynb #sweep003
-import hashlib, itertools, json, math, os, re, sys, time
+import hashlib, itertools, json, math, os, re, time
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -15,10 +15,11 @@ from ..checkpoint import newest_complete
 from ..data.registry import Registry
 from ..findings import text_table
 from ..hidden import apart
+from ..names import bar_file
 from ..prediction.engines import predict
 from ..prediction.predictions import Predictions
 from ..prediction.scores import score, usual_measure
-from ..recipe import absolute_recipe, argument_names, predict_recipe
+from ..recipe import absolute_recipe, answering_recipe, argument_names
 from ..run.command import gpus_for
 from ..run.folder import RUN, TRAINER_LOG, state_or_empty
 from ..run.loss import best_evaluation
@@ -108,7 +109,7 @@ def _comparable(recipe):
 def clash(
     trial:Trial, # A combination of values
 )->str: # Empty if there is none
-    "The difference between a recipe and that of the run which is in its folder already, in words."
+    "The difference between a recipe and that of the run that is already in its folder, in words."
     if trial.state == 'not started': return ''
     try: there, wanted = _comparable(trial.run.recipe), _comparable(trial.recipe)
     except (OSError, ValueError) as e: return f'{trial.run.output_dir}: {e}'
@@ -139,7 +140,7 @@ def _continued(trial, nproc):
     return recipe | {'overwrite_output_dir': False, 'resume_from_checkpoint': str(last)}
 
 def _begin(trial, nproc, env):
-    "Start or continue a run; what prevents that is written down."
+    "Start or continue a run; whatever prevents it is recorded."
     try: launch(_continued(trial, nproc), nproc, env=env)
     except (ValueError, RuntimeError, OSError) as e:
         if not trial.run.is_running: trial.why = str(e)  # otherwise another sweep has just started it
@@ -164,7 +165,7 @@ def train_all(
     running = {i: _free(t, envs) for i, t in enumerate(trials) if t.state == 'running'}
     waiting = [i for i, t in enumerate(trials) if t.state not in ('running', 'done', 'damaged')]
     try:
-        with tqdm(total=len(running) + len(waiting), desc='sweep', file=sys.stdout, bar_format=_bar) as bar:
+        with tqdm(total=len(running) + len(waiting), desc='sweep', file=bar_file(), bar_format=_bar) as bar:
             while running or waiting:
                 while waiting and envs:
                     i, running[i] = waiting[0], envs[0]
@@ -179,21 +180,14 @@ def train_all(
         raise
 
 # %% ../../nbs/tuning/20_sweep.ipynb #sweep023
-_carried = re.compile('(image|video|audio)_|(dataset|media|cache)_dir$|template$|cutoff_len$|enable_thinking$|use_cpu$'
-                      '|quantization_|preprocessing_num_workers$|flash_attn$|model_revision$|hf_hub_token$')
-
 def asking_recipe(
     trial:Trial, # A combination of values
     score_on:str, # Registered data set
     asking:dict, # Changes to the recipe
 )->dict: # A recipe for prediction
     "A recipe that asks a run's model about a data set."
-    recipe, folder = trial.recipe, trial.run.output_dir
-    is_whole = recipe.get('finetuning_type', 'lora') in ('full', 'freeze')
-    model = {'model': folder} if is_whole else {'model': recipe['model_name_or_path'], 'adapter': trial.run}
-    kept = {k: v for k, v in recipe.items() if _carried.match(k)}
-    answers = folder/f'predict-{_in_words(score_on)}'
-    return predict_recipe(dataset=score_on, output_dir=answers, **model, **kept | asking)
+    answers = trial.run.output_dir/f'predict-{_in_words(score_on)}'
+    return answering_recipe(trial.recipe, trial.run, score_on, answers, **asking)
 
 def _score_answers(trial, score_on, asking, ask):
     "Score a run's answers; if `ask`, those that are missing are predicted first."
