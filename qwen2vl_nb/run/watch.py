@@ -147,7 +147,7 @@ class RunView(VBox):
     ):
         self._run, self._log, self._drawn = run, Log(run), 0
         # What the picture shows, in words; rate and GPU; why the log can't be read
-        self._logged, self._rest, self._unread = '', '', ''
+        self._logged, self._rest, self._unread, self._has_curve = '', '', '', True
         self._doing, self._trouble = '', ''  # what a button has started; what went wrong
         self._lock, self._wake, self._thread, self._left = Lock(), Event(), None, 0
         # Whether the end has been drawn; name and content of the output that shows the view
@@ -242,7 +242,7 @@ def _refresh(self:RunView, now):
     elif at_work and self._logs_loss and not self._picture.value: self._show_picture(_empty_plot()._repr_png_())
     self._health(now=not at_work)
     if _when_changed(self._run) != self._previewed: self._answers(now=not at_work)
-    self._picture.layout.display = None if at_work or self._drawn else 'none'
+    self._picture.layout.display = None if at_work and self._has_curve or self._drawn else 'none'
     self._warn(self._trouble or self._unread or (_cause(self._run) if state in ('failed', 'damaged') else ''))
     if not at_work: self._ended.set()
     return at_work
@@ -259,6 +259,7 @@ def _update_text(self:RunView):
     self._bar.max, self._bar.value = seen.now.steps or 1, seen.now.step
     self._bar.bar_style = _looks.get(state, 'info')
     self._head.value = _line(_headline(seen))
+    self._has_curve = seen.now.unit == 'step'  # a prediction has none
     self._rest = ' · '.join(filter(None, [seen.now.pace, self._gpu() if state in _at_work else '']))
     self._show_figures()
     return state
