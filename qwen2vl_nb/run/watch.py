@@ -126,7 +126,7 @@ class RunView(VBox):
     ):
         self._run, self._log, self._drawn = run, Log(run), 0
         # What the picture shows, in words; rate and GPU; why the log can't be read
-        self._logged, self._rest, self._unread = '', '', ''
+        self._logged, self._rest, self._unread, self._has_curve = '', '', '', True
         self._doing, self._trouble = '', ''  # what a button has started; what went wrong
         self._lock, self._wake, self._thread, self._left = Lock(), Event(), None, 0
         self._words = Paced(self._update_text, _shares['words'], .5)
@@ -210,7 +210,7 @@ def _refresh(self:RunView, now):
     if len(self._log.rows) and self._log.offset != self._drawn: self._curve(now=not at_work)
     self._health(now=not at_work)
     if _when_changed(self._run) != self._previewed: self._answers(now=not at_work)
-    self._picture.layout.display = None if at_work or self._drawn else 'none'
+    self._picture.layout.display = None if at_work and self._has_curve or self._drawn else 'none'
     self._warn(self._trouble or self._unread or (_cause(self._run) if state in ('failed', 'damaged') else ''))
     return at_work
 
@@ -225,6 +225,7 @@ def _update_text(self:RunView):
     self._bar.max, self._bar.value = seen.now.steps or 1, seen.now.step
     self._bar.bar_style = _looks.get(state, 'info')
     self._head.value = _line(_headline(seen))
+    self._has_curve = seen.now.unit == 'step'  # a prediction has none
     self._rest = ' · '.join(filter(None, [seen.now.pace, self._gpu() if state in _at_work else '']))
     self._show_figures()
     return state
