@@ -106,7 +106,8 @@ def _job(recipe, config, stage, sample, gpu, env):
     return {'config': model, 'recipe': kept, 'dtype': dtype,
             'cast': half or ('float32' if stage == 3 else None) if engine else None, 'autocast': None
             if engine else half,
-            'half': half, 'copy': 'float32' if engine and not half else None, 'zero_3': engine and stage == 3,
+            'half': half, 'copy': (half or 'float32') if engine and ('stage' in kept or not half) else None,
+            'zero_3': engine and stage == 3,
             'pairs': kept.get('stage') in ('dpo', 'rm'), 'reference': compares,
             'labels': train, 'backward': train, 'spares_tower': is_spared('transformers', recipe, stage, env),
             'kernel': 'fa2' if recipe.get('flash_attn') == 'fa2' else 'cuda' if gpu else 'cpu',
