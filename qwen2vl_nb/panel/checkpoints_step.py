@@ -8,7 +8,7 @@ __all__ = ['SCORE', 'dataset_given', 'limits', 'DatasetStep', 'CheckpointsStep']
 # %% ../../nbs/panel/70_checkpoints_step.ipynb #70checkp0002
 import ast
 from pathlib import Path
-from ipywidgets import BoundedIntText, Combobox
+from ipywidgets import HTML, BoundedIntText, Combobox
 from .chosen_run import AtWork, folders_at_work, registered_names, test_set
 from .session import Action, Unfilled, as_call, what_ran
 from .steps import Step
@@ -89,6 +89,8 @@ class CheckpointsStep(DatasetStep):
                 self.field('max_samples', BoundedIntText(max=10**9), '260px'),
                 self.field('max_new_tokens', BoundedIntText(min=1, max=10**6), '260px'),
                 self.button('checkpoints.score', icon='trophy', hears=False), self.at_work()]
+
+    def show(self, action, value): return [HTML(f'<div class="jp-RenderedHTMLCommon">{value._repr_html_()}</div>')]
 
     def is_cheap(self, action, given):
         run = Path(self.panel.session.project.folder/self.panel.session.form('runs')['run'])

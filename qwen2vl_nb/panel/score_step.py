@@ -32,7 +32,7 @@ _most_rows = 20_000 # Answers that are scored again when a panel is opened
 class ScoreStep(Step):
     "Score the answers, compare them with those before the training, and look at them."
     name, done, actions = 'score', 'score.scores', ACTIONS
-    defaults = {'measure': '', 'tolerance': 0., 'wrong': True}
+    defaults = {'measure': '', 'tolerance': 0., 'wrong': False}
 
     def build(self):
         measures = 'exact', 'json', 'number', 'boxes.f1', 'rouge-l', 'bleu-4'
