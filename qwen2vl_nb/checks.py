@@ -461,7 +461,15 @@ def _argument_findings(recipe):
             'Remove trust_remote_code.', 'note')
 
 # %% ../nbs/20_checks.ipynb #0c71f2d6
-def _family_findings(recipe):
+def _misspelt_template(template):
+    "That LLaMA-Factory has no template of that name; nothing if it has."
+    names = template_names()
+    if not template or not names or template in names: return []
+    near = get_close_matches(str(template), names, 1)
+    hint = f'; did you mean {near[0]!r}?' if near else '.'
+    return [Finding('template', f'LLaMA-Factory has no template {template!r}{hint}', 'Correct its name.')]
+
+def _family_findings(recipe, own):
     "Traps of the model's family: a template of another, and weights that are not trained."
     template = recipe.get('template')
     family, usual = _family(recipe), usual_template(recipe.get('model_name_or_path') or '')
@@ -469,10 +477,7 @@ def _family_findings(recipe):
         yield Finding('template', f'The template {template!r} needs the processor of another model; {family.name} was '
                                   f'trained with {usual}. LLaMA-Factory stops at the first batch.',
                       f'Set template: {usual}.')
-    elif template and template_names() and template not in template_names():
-        near = get_close_matches(template, template_names(), 1)
-        hint = f'; did you mean {near[0]!r}?' if near else '.'
-        yield Finding('template', f'LLaMA-Factory has no template {template!r}{hint}', f'Set template: {usual}.')
+    elif own and (misspelt := _misspelt_template(template)): yield from misspelt
     elif template not in family.templates:
         yield Finding('template', f'The template is {template!r}; {family.name} was trained with {usual}.',
                       f'Set template: {usual}.', 'warning')
@@ -519,9 +524,10 @@ def _model_path_findings(recipe):
 def recipe_findings(
     recipe:dict, # The recipe
     nproc:int=1, # Number of processes that will run it
+    own:bool=True, # Whether this environment will run it; the templates of others are not known
 )->list: # `Finding`s
     "All findings about a recipe, except its data, that are available immediately and without LLaMA-Factory."
-    return [*_model_path_findings(recipe), *_adapter_findings(recipe), *_family_findings(recipe),
+    return [*_model_path_findings(recipe), *_adapter_findings(recipe), *_family_findings(recipe, own),
             *_argument_findings(recipe), *_output_findings(recipe), *_zero_findings(recipe, nproc)]
 
 # %% ../nbs/20_checks.ipynb #473c86ab
@@ -562,7 +568,8 @@ def quick_findings(
     python=sys.executable, # Interpreter of the run
 )->list: # `Finding`s
     "Findings that take a fraction of a second; if the model is a name, its hub is also queried."
-    return [*recipe_findings(recipe, ranks), *half_findings(recipe),
+    own = Path(python).absolute() == Path(sys.executable).absolute()
+    return [*recipe_findings(recipe, ranks, own), *half_findings(recipe),
             *_version_findings(recipe, versions or installed_versions(python)), *hub_findings(recipe, env, python)]
 
 def slow_findings(

@@ -1,7 +1,7 @@
 """The tests run on the package as it is installed from a built wheel, beside the same stack, not on the sources.
 
 The wheel is built once, before any test module imports the package; child processes get it through PYTHONPATH."""
-import os, shutil, socket, subprocess, sys, tempfile, time
+import json, os, shutil, socket, subprocess, sys, tempfile, time
 from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -36,7 +36,7 @@ os.environ['CUDA_VISIBLE_DEVICES'] = ''  # the same on a machine with GPUs
 os.environ['XDG_DATA_HOME'] = str(WORK/os.environ.get('PYTEST_XDIST_WORKER', 'data'))  # where the files that were written and the runs that were started are noted
 os.environ['QWEN2VL_NB_TOKENIZED'] = str(WORK/os.environ.get('PYTEST_XDIST_WORKER', 'data')/'tokenized')
 
-PATIENCE = 900 # Seconds. It ends a test that hangs; a machine that has other work to do is never so slow
+PATIENCE = int(os.environ.get("DEVP", 900)) # Seconds. It ends a test that hangs; a machine that has other work to do is never so slow
 
 def until(condition, what='what was waited for'):
     "Wait until something is so, and return it. How long it takes is no part of any test."
@@ -90,6 +90,15 @@ def serving(command, port, **options):
         finally:
             for process in (*psutil.Process(server.pid).children(recursive=True), server): process.terminate()
 
+def float32(folder):
+    "A model folder, with its weights in float32 from now on."
+    from safetensors.torch import load_file, save_file
+    weights = {name: w.float() for name, w in load_file(folder/'model.safetensors').items()}
+    save_file(weights, folder/'model.safetensors', {'format': 'pt'})
+    config = json.loads((folder/'config.json').read_text())
+    (folder/'config.json').write_text(json.dumps(config | {'dtype': 'float32'}))
+    return folder
+
 @contextmanager
 def small_disk(folder, size):
     "A disk of its own at a folder; what it gives makes it larger."
@@ -117,6 +126,9 @@ def tiny(): return ROOT/'data'/'tiny_qwen2vl'
 
 @pytest.fixture(scope='session')
 def data(): return ROOT/'data'
+
+@pytest.fixture
+def tiny_fp32(tiny, tmp_path): return float32(Path(shutil.copytree(tiny, tmp_path/'tiny fp32')))
 
 @pytest.fixture
 def few_steps(tiny, data, tmp_path):

@@ -1,81 +1,26 @@
 """The live view where it is looked at: JupyterLab in a browser, with a run at work.
 
 Pictures of what was to be seen are kept in `test-artefacts`."""
-import base64, json, os, re, secrets, signal, subprocess, sys, time, urllib.request
+import base64, json, os, re, signal, time
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
 
-from conftest import KEPT, ROOT, free_ports, until
+from conftest import ROOT, until
+from lab import contrast, idle, keep, menu, notebook, open_notebook, reload_page, running_lab
 from qwen2vl_nb.run.folder import state_or_empty
 from qwen2vl_nb.run.loss import plot_loss
 from qwen2vl_nb.recipe import save_recipe
 from qwen2vl_nb.run.start import attach
 
-_until = until
-
-def _notebook(path, cells):
-    kernel = dict(name='python3', display_name='python3', language='python')
-    cells = [dict(cell_type='code', id=f'cell-{i}', execution_count=None, metadata={}, outputs=[], source=c) for i,c in enumerate(cells)]
-    path.write_text(json.dumps(dict(cells=cells, metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)))
-
-def _setting(folder, plugin, **values):
-    path = folder/f'{plugin}.jupyterlab-settings'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values))
-
-def _is_up(url):
-    try: return urllib.request.urlopen(f'{url}/api', timeout=60).status == 200
-    except OSError: return False
-
 @pytest.fixture(scope='module')
 def lab(tmp_path_factory):
-    "JupyterLab on a folder like the repository's, with settings of its own: url and token, folder and process."
+    "JupyterLab on a folder like the repository's."
     root = tmp_path_factory.mktemp('lab')
     (root/'data').symlink_to(ROOT/'data')
-    own = {f'JUPYTER_{k}_DIR': str(root/'.jupyter'/k) for k in ('CONFIG', 'DATA', 'RUNTIME')}
-    own |= {f'JUPYTERLAB_{k}_DIR': str(root/'.jupyter'/k) for k in ('SETTINGS', 'WORKSPACES')} | {'IPYTHONDIR': str(root/'.ipython')}
-    settings = Path(own['JUPYTERLAB_SETTINGS_DIR'])
-    _setting(settings, '@jupyterlab/notebook-extension/tracker', windowingMode='none')  # or what is out of sight is not there
-    _setting(settings, '@jupyterlab/apputils-extension/notification', checkForUpdates=False, fetchNews='false')
-    port, = free_ports(1)
-    url, token = f'http://127.0.0.1:{port}', secrets.token_hex()
-    command = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}', '--ServerApp.port_retries=0',
-               f'--IdentityProvider.token={token}', f'--ServerApp.root_dir={root}']
-    with open(root/'lab.log', 'w') as log:
-        env = os.environ | own | {'RUN_FOLDER': str(root/'runs'/'browser'), 'OMP_NUM_THREADS': '1', 'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'}
-        process = psutil.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
-        _until(lambda: _is_up(url) or process.poll() is not None, 'JupyterLab starts')
-        assert process.poll() is None, (root/'lab.log').read_text()[-2000:]
-        yield SimpleNamespace(url=url, token=token, root=root, process=process)
-    finally:
-        for r in root.rglob('run.json'): attach(r.parent).stop(patience=0)
-        kernels = process.children(recursive=True)
-        process.terminate()
-        for p in psutil.wait_procs([process, *kernels], timeout=60)[1]: p.kill()
-
-def _menu(page, menu, *items):
-    page.get_by_role('menuitem', name=menu, exact=True).click()
-    for i in items: page.locator('.lm-Menu-itemLabel').get_by_text(i, exact=True).click()
-
-def _idle(page): page.get_by_text('Python 3 (ipykernel) | Idle').wait_for()
-
-def _open(page, lab, path):
-    page.goto(f'{lab.url}/lab/tree/{path}?reset&token={lab.token}')
-    page.locator('.jp-Notebook').wait_for()
-    _idle(page)
-
-def _reload(page, notebook):
-    "Save the notebook, and load the page again."
-    saved = notebook.stat().st_mtime_ns
-    page.keyboard.press('Control+s')
-    _until(lambda: notebook.stat().st_mtime_ns > saved, 'the notebook is saved')
-    page.reload()
-    page.locator('.jp-Notebook').wait_for()
+    with running_lab(root) as lab: yield lab
 
 def _picture(page):
     "The bytes of the curve that the browser shows; none as long as it shows none."
@@ -88,10 +33,6 @@ def _picture(page):
     return base64.b64decode(page.evaluate(script))
 
 def _says(page, text): page.locator('.widget-vbox', has_text=text).first.wait_for()
-
-def _keep(page, name):
-    page.locator('.widget-vbox').first.scroll_into_view_if_needed()
-    page.screenshot(path=KEPT/f'{name}.png')
 
 @contextmanager
 def _held(run):
@@ -108,9 +49,9 @@ def _changes(page, run, enough):
     def size(): return log.stat().st_size if log.exists() else 0
     while len(shown) < enough:
         before = size()
-        _until(lambda: size() > before or not run.is_running, 'a line of the log')
+        until(lambda: size() > before or not run.is_running, 'a line of the log')
         assert run.is_running, run.failure
-        with _held(run): shown.append(_until(lambda: (picture := _picture(page)) not in shown and picture, 'the picture of it'))
+        with _held(run): shown.append(until(lambda: (picture := _picture(page)) not in shown and picture, 'the picture of it'))
     return shown
 
 def test_the_tutorial_is_seen_to_train(lab, page):
@@ -121,35 +62,35 @@ def test_the_tutorial_is_seen_to_train(lab, page):
     there = lab.root/'nbs'/'tutorials'
     there.mkdir(parents=True)
     (there/'car_item.ipynb').write_text(json.dumps(tutorial))
-    _open(page, lab, 'nbs/tutorials/car_item.ipynb')
-    _menu(page, 'Run', 'Run All Cells')
+    open_notebook(page, lab, 'nbs/tutorials/car_item.ipynb')
+    menu(page, 'Run', 'Run All Cells')
     folder = lab.root/'runs'/'browser'/'train'
-    _until((folder/'waiter.json').exists, 'the tutorial comes to its training')
+    until((folder/'waiter.json').exists, 'the tutorial comes to its training')
     run = attach(folder)
     _says(page, 'train: starting, ')
-    _until(lambda: _picture(page), 'axes, on which nothing is drawn yet')
-    _keep(page, 'tutorial-starting')
+    until(lambda: _picture(page), 'axes, on which nothing is drawn yet')
+    keep(page, 'tutorial-starting')
     shown = _changes(page, run, 4)
-    _keep(page, 'tutorial-training')
+    keep(page, 'tutorial-training')
 
     with _held(run):
-        _reload(page, there/'car_item.ipynb')
-        _menu(page, 'Kernel', 'Restart Kernel…')
+        reload_page(page, there/'car_item.ipynb')
+        menu(page, 'Kernel', 'Restart Kernel…')
         page.locator('.jp-Dialog button.jp-mod-warn').click()
         page.locator('.jp-Dialog').wait_for(state='detached')
-        _idle(page)
+        idle(page)
     page.locator('.jp-CodeCell .jp-InputPrompt').first.click()
     page.keyboard.press('a')
     page.keyboard.press('Enter')
     page.keyboard.insert_text("from qwen2vl_nb.all import *\nattach('../../runs/browser/train').watch()")
     page.keyboard.press('Shift+Enter')
-    again = _until(lambda: _picture(page), 'the curve after the restart')
+    again = until(lambda: _picture(page), 'the curve after the restart')
     assert again not in shown[:3], 'what was logged before the restart is there'
-    _until(lambda: not run.is_running, 'the training')
+    until(lambda: not run.is_running, 'the training')
     assert run.status == 'done'
     _says(page, 'train: done, step 85 of 85')
-    _until(lambda: _picture(page) == plot_loss(run)._repr_png_(), 'the whole curve, as it is drawn from the finished log')
-    _keep(page, 'tutorial-reattached')
+    until(lambda: _picture(page) == plot_loss(run)._repr_png_(), 'the whole curve, as it is drawn from the finished log')
+    keep(page, 'tutorial-reattached')
     page.locator('.widget-vbox', has_text=re.compile(r'done, step 85 of 85, epoch [\d.]+, took 0:\d\d:\d\d, ended 20')).first.wait_for()
 
     def kept():
@@ -157,23 +98,23 @@ def test_the_tutorial_is_seen_to_train(lab, page):
         page.keyboard.press('Control+s')
         output, = json.loads((there/'car_item.ipynb').read_text())['cells'][0]['outputs']
         return 'image/png' in output['data'] and ''.join(output['data']['text/plain'])
-    assert _until(kept, 'the finished curve is saved with the notebook').startswith('train: done, step 85 of 85')
-    _menu(page, 'Settings', 'Theme', 'JupyterLab Dark')
+    assert until(kept, 'the finished curve is saved with the notebook').startswith('train: done, step 85 of 85')
+    menu(page, 'Settings', 'Theme', 'JupyterLab Dark')
     page.locator('body[data-jp-theme-light=false]').wait_for(state='attached')
-    _keep(page, 'tutorial-dark')
-    _menu(page, 'Settings', 'Theme', 'JupyterLab Light')
+    keep(page, 'tutorial-dark')
+    menu(page, 'Settings', 'Theme', 'JupyterLab Light')
 
-    _idle(page)
-    _reload(page, there/'car_item.ipynb')
-    _until(lambda: _picture(page) == plot_loss(run)._repr_png_(), 'the view comes back by itself where the kernel lives on')
+    idle(page)
+    reload_page(page, there/'car_item.ipynb')
+    until(lambda: _picture(page) == plot_loss(run)._repr_png_(), 'the view comes back by itself where the kernel lives on')
 
 def _long_run(lab, page, few_steps, name):
     "A long run launched and watched in a notebook of its own."
     save_recipe(few_steps(output_dir=lab.root/name, max_steps=100_000), lab.root/f'{name}.yaml')
-    _notebook(lab.root/f'{name}.ipynb', [f"from qwen2vl_nb.all import *\nrun = launch(load_recipe('{name}.yaml'))\nrun.watch()", '1 + 1', 'run.watch()'])
-    _open(page, lab, f'{name}.ipynb')
-    _menu(page, 'Run', 'Run All Cells')
-    _until((lab.root/name/'waiter.json').exists, 'the launch')
+    notebook(lab.root/f'{name}.ipynb', [f"from qwen2vl_nb.all import *\nrun = launch(load_recipe('{name}.yaml'))\nrun.watch()", '1 + 1', 'run.watch()'])
+    open_notebook(page, lab, f'{name}.ipynb')
+    menu(page, 'Run', 'Run All Cells')
+    until((lab.root/name/'waiter.json').exists, 'the launch')
     page.locator('.jp-OutputArea-output', has_text='2').first.wait_for()  # the cells below go on at once
     return attach(lab.root/name)
 
@@ -186,13 +127,13 @@ show_predictions(rows, n=4)"""
 
 def test_predictions_are_paged_filtered_and_searched(lab, page):
     labels = [car['output'] for car in json.loads((ROOT/'data'/'car_item'/'test.json').read_text())]
-    _notebook(lab.root/'answers.ipynb', [_ANSWERS])
-    _open(page, lab, 'answers.ipynb')
-    _menu(page, 'Run', 'Run All Cells')
+    notebook(lab.root/'answers.ipynb', [_ANSWERS])
+    open_notebook(page, lab, 'answers.ipynb')
+    menu(page, 'Run', 'Run All Cells')
     view = page.locator('.widget-vbox')
     def shows(found):
         ids = [f'car-{i}' for i in found[:4]]
-        _until(lambda: view.locator('small.t').all_text_contents() == ids, f'the cards of {ids}')
+        until(lambda: view.locator('small.t').all_text_contents() == ids, f'the cards of {ids}')
     shows(range(len(labels)))
     assert all(view.locator('img').evaluate_all('all => all.map(image => image.naturalWidth)')), 'the pictures are there'
     view.locator('button[title=Next]').click()
@@ -203,41 +144,29 @@ def test_predictions_are_paged_filtered_and_searched(lab, page):
     page.keyboard.press('Enter')
     shows([i for i, label in enumerate(labels) if i % 3 == 0 and 'yellow' in label])
     assert view.locator('mark').count() and not view.locator('b', has_text='truck').count(), 'what differs is marked, and markup is text'
-    _keep(page, 'predictions')
+    keep(page, 'predictions')
 
 _CHAT = """from qwen2vl_nb.all import *
 served = serve('data/tiny_qwen2vl', 'warm', use_cpu=True, max_new_tokens=24)
 served.chat('data/car_item/images/0001.png')"""
 
-def _contrast(element):
-    "How much lighter the lighter one of an element's text and background is."
-    luminance = """rgb => rgb.map(v => v/255).map(v => v <= .03928 ? v/12.92 : ((v + .055)/1.055)**2.4).reduce((sum, v, i) => sum + v*[.2126, .7152, .0722][i], 0)"""
-    script = """e => {
-        const luminance = LUMINANCE, numbers = text => text.match(/[\\d.]+/g).map(Number)
-        let behind = e
-        while (behind && (numbers(getComputedStyle(behind).backgroundColor)[3] ?? 1) == 0) behind = behind.parentElement
-        const [a, b] = [getComputedStyle(e).color, getComputedStyle(behind).backgroundColor].map(c => luminance(numbers(c).slice(0, 3)))
-        return (Math.max(a, b) + .05)/(Math.min(a, b) + .05)
-    }""".replace('LUMINANCE', luminance)
-    return element.evaluate(script)
-
 def test_a_model_is_asked_by_hand(lab, page):
     "With the keyboard alone, about a picture on the disk and one that is chosen in the browser; in a light and in a dark theme."
-    _notebook(lab.root/'chat.ipynb', [_CHAT])
-    _open(page, lab, 'chat.ipynb')
-    _menu(page, 'Run', 'Run All Cells')
+    notebook(lab.root/'chat.ipynb', [_CHAT])
+    open_notebook(page, lab, 'chat.ipynb')
+    menu(page, 'Run', 'Run All Cells')
     view, field = page.locator('.widget-vbox').first, page.get_by_placeholder('Ask something')
     field.wait_for()
     said = view.locator('[role=article]')
     field.focus()
     page.keyboard.type('What is <b>this</b>?')
     page.keyboard.press('Enter')
-    _until(lambda: said.count() == 2 and said.nth(1).inner_text().strip() not in ('Model', 'Model\n…') and not view.locator('button', has_text='Send').is_disabled(), 'the answer')
+    until(lambda: said.count() == 2 and said.nth(1).inner_text().strip() not in ('Model', 'Model\n…') and not view.locator('button', has_text='Send').is_disabled(), 'the answer')
     assert 'What is <b>this</b>?' in said.nth(0).inner_text() and not view.locator('b').count()
     assert view.locator('img').first.evaluate('image => image.naturalWidth') > 0
     with page.expect_file_chooser() as chooser: view.locator('button', has_text='Pictures').press('Enter')
     chooser.value.set_files(str(ROOT/'data'/'car_item'/'images'/'0002.png'))
-    _until(lambda: '(1)' in view.locator('button').first.inner_text(), 'the picture is chosen')
+    until(lambda: '(1)' in view.locator('button').first.inner_text(), 'the picture is chosen')
     field.focus()
     page.keyboard.type('And this?')
     reached = []
@@ -247,17 +176,17 @@ def test_a_model_is_asked_by_hand(lab, page):
     assert reached[:2] == ['Send', 'New'], reached
     view.locator('button', has_text='Send').focus()
     page.keyboard.press('Enter')
-    _until(lambda: said.count() == 4 and said.nth(3).inner_text().strip() not in ('Model', 'Model\n…') and not view.locator('button', has_text='Send').is_disabled(), 'the second answer')
+    until(lambda: said.count() == 4 and said.nth(3).inner_text().strip() not in ('Model', 'Model\n…') and not view.locator('button', has_text='Send').is_disabled(), 'the second answer')
     assert view.locator('img').count() == 2
-    _keep(page, 'chat-light')
-    assert min(map(_contrast, said.all())) > 4.5 and field.is_visible()
-    _menu(page, 'Settings', 'Theme', 'JupyterLab Dark')
+    keep(page, 'chat-light')
+    assert min(map(contrast, said.all())) > 4.5 and field.is_visible()
+    menu(page, 'Settings', 'Theme', 'JupyterLab Dark')
     page.locator('body[data-jp-theme-light=false]').wait_for(state='attached')
-    assert min(map(_contrast, said.all())) > 4.5
-    _keep(page, 'chat-dark')
-    _menu(page, 'Settings', 'Theme', 'JupyterLab Light')
+    assert min(map(contrast, said.all())) > 4.5
+    keep(page, 'chat-dark')
+    menu(page, 'Settings', 'Theme', 'JupyterLab Light')
     view.locator('button', has_text='New').press('Enter')
-    _until(lambda: not said.count(), 'a new dialogue')
+    until(lambda: not said.count(), 'a new dialogue')
 
 @pytest.mark.soak
 def test_buttons_and_failure(lab, page, few_steps):
@@ -271,28 +200,28 @@ def test_buttons_and_failure(lab, page, few_steps):
     share = (sum(kernel.cpu_times()[:2]) - spent)/(time.time() - began)
     print(f'the kernel takes {share:.2%} of one core')
     assert share < .05
-    _keep(page, 'light')
+    keep(page, 'light')
 
     page.locator('.widget-button', has_text='Stop').first.click()
     _says(page, 'cars: stopp')
-    _until(lambda: run.status == 'stopped', 'the stop')
+    until(lambda: run.status == 'stopped', 'the stop')
     _says(page, 'cars: stopped')
     assert page.locator('.widget-button', has_text='Stop').first.is_disabled()
     before = _picture(page)
     page.locator('.widget-button', has_text='Resume').first.click()
-    _until(lambda: run.is_running, 'the start')
+    until(lambda: run.is_running, 'the start')
     _says(page, 'cars: running, step')
-    _until(lambda: _picture(page) != before, 'the curve goes on')
+    until(lambda: _picture(page) != before, 'the curve goes on')
 
-    _menu(page, 'Settings', 'Theme', 'JupyterLab Dark')
+    menu(page, 'Settings', 'Theme', 'JupyterLab Dark')
     page.locator('body[data-jp-theme-light=false]').wait_for(state='attached')
-    _keep(page, 'dark')
+    keep(page, 'dark')
     os.kill(state_or_empty(run, 'waiter.json')['child'], signal.SIGKILL)
     _says(page, 'SIGKILL')
     red = page.locator('.widget-vbox span', has_text='SIGKILL').first
     assert red.evaluate('e => getComputedStyle(e).color') == 'rgb(214, 69, 69)'
     assert not page.locator('.widget-button', has_text='Resume').first.is_disabled()
-    _keep(page, 'failed')
+    keep(page, 'failed')
 
 _MATHS = ['$5 and $6', r'\(x\)', r'\[y\]', r'\begin{equation}z\end{equation}']
 _SHOWN_AS_TEXT = {  # a cell each, and whether it has the texts themselves
@@ -350,13 +279,13 @@ _TYPESET = "display(HTML('<p>$x^2$</p>'))"
 def test_only_what_is_marked_up_as_maths_is_typeset(lab, page):
     first, *rest = _SHOWN_AS_TEXT
     setup = f'{first}{_SHOWN_AS_TEXT[first]}'.replace('MATHS', repr(_MATHS))
-    _notebook(lab.root/'maths.ipynb', [setup, *rest, _TYPESET])
-    _open(page, lab, 'maths.ipynb')
-    _menu(page, 'Run', 'Run All Cells')
+    notebook(lab.root/'maths.ipynb', [setup, *rest, _TYPESET])
+    open_notebook(page, lab, 'maths.ipynb')
+    menu(page, 'Run', 'Run All Cells')
     outputs = page.locator('.jp-CodeCell')
     errors = page.locator('[data-mime-type="application/vnd.jupyter.stderr"], [data-mime-type="application/vnd.jupyter.error"]')
     typeset = outputs.last.locator('mjx-container')
-    _until(lambda: typeset.count() or errors.count(), 'the control is typeset')
+    until(lambda: typeset.count() or errors.count(), 'the control is typeset')
     assert not errors.count(), errors.all_text_contents()
     page.locator('.widget-vbox', has_text=_MATHS[-1]).last.wait_for()
     for k, code in enumerate(rest, 1):

@@ -1,12 +1,12 @@
 "vLLM in an environment of its own: the answers are those of transformers. `VLLM_PYTHON` names its interpreter."
-import base64, json, os, random, shlex, shutil
+import base64, os, random, shlex, shutil
 from pathlib import Path
 
 import httpx
 import pytest
 from PIL import Image
 
-from conftest import PATIENCE, free_ports, serving
+from conftest import PATIENCE, float32, free_ports, serving
 from qwen2vl_nb.model import family_of
 from qwen2vl_nb.prediction.engines import predict
 from qwen2vl_nb.recipe import predict_recipe
@@ -80,18 +80,6 @@ def test_an_export_is_served_by_the_line_of_its_run(ask, samples, train, tmp_pat
     theirs = predict(ask(tmp_path/'hf', merged), samples)
     assert said['choices'][0]['message']['content'] == theirs[0]['predict']
     assert _told(served) == _told(theirs) and sum(row['predict'] == row['label'] for row in served) >= 90
-
-def float32(folder):
-    "A model folder, with its weights in float32 from now on."
-    from safetensors.torch import load_file, save_file
-    weights = {name: w.float() for name, w in load_file(folder/'model.safetensors').items()}
-    save_file(weights, folder/'model.safetensors', {'format': 'pt'})
-    config = json.loads((folder/'config.json').read_text())
-    (folder/'config.json').write_text(json.dumps(config | {'dtype': 'float32'}))
-    return folder
-
-@pytest.fixture
-def tiny_fp32(tiny, tmp_path): return float32(Path(shutil.copytree(tiny, tmp_path/'tiny fp32')))
 
 def _of_all_kinds(samples, folder):
     "Rows with several pictures and none, of sizes that are scaled, with a system prompt, with several turns."

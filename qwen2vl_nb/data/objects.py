@@ -174,7 +174,7 @@ def _one_split(name, splits, split):
     sizes = [f'{k} ({len(rows):,} rows)' if hasattr(rows, '__len__') else k for k, rows in splits.items()]
     wrong = f'has no split {split!r}' if split else 'has more than one split'
     raise ValueError(f'{name} {wrong}. Its splits: {", ".join(sizes)}. Say which to read, as in '
-                     f'split={next(iter(splits), "train")!r}.')
+                     f'read_samples(…, split={next(iter(splits), "train")!r}).')
 
 def is_hub_name(
     source, # What was passed to `read_samples`

@@ -23,7 +23,7 @@ from ..findings import first_few
 from .annotations import (Annotated, box_columns, coco_pictures, fitted, is_labelme, is_studio,
                                          labelme_picture, studio_pictures, table_pictures, voc_picture,
                                          yolo_boxes, yolo_names)
-from .objects import BadCells, InMemory, in_memory, is_table
+from .objects import BadCells, InMemory, in_memory, is_hub_name, is_table
 from .samples import answer_keys, are_samples, at_place, history_turns, in_file, is_plain, name_row
 from .preferences import find_preferences
 if TYPE_CHECKING:
@@ -1124,13 +1124,16 @@ def _needs_reading(samples):
     return not any('instruction' in s or 'messages' in s for s in samples) or not all(map(is_plain, samples))
 
 def given_samples(
-    samples, # Samples, or what `read_samples` reads from memory
+    samples, # Samples, or what `read_samples` reads from memory or from a hub
     media_dir:Path, # Folder to which pictures in the rows are written
     answered:bool=True, # Whether there must be a column with the answers
     check=lambda: None, # Called before rows are read and their pictures written; it may raise
 )->list: # Samples
-    "Return samples as they are, and read everything else that is in memory."
-    if not is_table(samples):
+    "Return samples as they are, and read everything else that is in memory or on a hub."
+    if isinstance(samples, (str, os.PathLike)) and not is_hub_name(samples):
+        raise ValueError(f'{str(samples)!r} is the path of a file or folder: give the samples that `read_samples` '
+                         'returns for it.')
+    if not is_table(samples) and not is_hub_name(samples):
         samples = list(samples)
         if not _needs_reading(samples): return samples
     check()

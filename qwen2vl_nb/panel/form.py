@@ -11,13 +11,23 @@ from threading import Thread
 from time import sleep
 from pathlib import Path
 from ipywidgets import HTML, Box, Button, Layout, VBox
+from .checkpoints_step import CheckpointsStep
+from .data_step import DataStep
+from .launch_step import LaunchStep
+from .memory_step import MemoryStep
 from .model_step import ModelStep
+from .predict_step import PredictStep
+from .recipe_step import RecipeStep
+from .runs_step import RunsStep
+from .score_step import ScoreStep
+from .split_step import SplitStep
 from .session import NOTEBOOK, PANEL, Project, Session
 from .steps import STYLE, as_html
 from .texts import Texts
 
 # %% ../../nbs/panel/90_form.ipynb #90form0005
-STEPS = [ModelStep]
+STEPS = [DataStep, SplitStep, ModelStep, RecipeStep, MemoryStep, LaunchStep, RunsStep, CheckpointsStep, PredictStep,
+         ScoreStep]
 
 # %% ../../nbs/panel/90_form.ipynb #90form0007
 class Panel(VBox):

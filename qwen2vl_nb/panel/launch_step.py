@@ -7,6 +7,7 @@ __all__ = ['CHECK', 'LAUNCH', 'attached', 'choose', 'LaunchStep']
 
 # %% ../../nbs/panel/60_launch_step.ipynb #60launch0002
 import ast
+from contextlib import suppress
 from pathlib import Path
 from ipywidgets import BoundedIntText, Text, VBox
 from .chosen_run import about_run, live_view, near
@@ -39,8 +40,9 @@ def choose(
     run:Path, # Folder of a run
 ):
     "Make a run the one that later steps are about."
-    folder = step.panel.session.project.folder
-    keep_value(step.panel.session.project, 'runs', run=near(run, folder), _about=about_run(run, folder))
+    folder, about = step.panel.session.project.folder, {}
+    with suppress(OSError, ValueError): about = about_run(run, folder)  # the steps that need it say so
+    keep_value(step.panel.session.project, 'runs', run=near(run, folder), _about=about)
 
 class LaunchStep(Step):
     "Check the recipe, start it, and watch it."

@@ -42,13 +42,17 @@ def as_call(
     *args, # Values; an `ast.Name` is written as the name
     **kwargs, # The same
 )->str:
-    "The code of a call; if it is long, with each argument on a line of its own."
+    "The code of a call; if it is long, on several lines."
     text = lambda value: value.id if isinstance(value, ast.Name) else repr(value)
     named = [f'{k}={text(v)}' for k,v in kwargs.items() if k.isidentifier()]
     others = {k: v for k,v in kwargs.items() if not k.isidentifier()}
     parts = [*map(text, args), *named, *[f'**{others!r}']*bool(others)]
-    short = f'{function}({", ".join(parts)})'
-    return short if len(short) <= 100 else f'{function}(\n    ' + ',\n    '.join(parts) + ')'
+    lines = [f'{function}(']
+    for i, part in enumerate(parts):
+        part += ', ' if i < len(parts) - 1 else ''
+        if len(lines[-1] + part) > 90 and len(lines[-1].strip()) > 30: lines.append('    ')
+        lines[-1] += part
+    return '\n'.join(map(str.rstrip, lines)) + ')'
 
 # %% ../../nbs/panel/10_session.ipynb #10sessio0009
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ STYLE = '''<style>
 .qvl-error {border:1px solid var(--jp-error-color1,#d64545);border-left-width:5px;border-radius:3px;padding:6px 10px;
   white-space:pre-wrap;overflow-wrap:anywhere}
 .qvl-said {white-space:pre-wrap;overflow-wrap:anywhere;opacity:.85}
+.qvl .jp-RenderedHTMLCommon table {margin-left:0}
 .qvl-shown {overflow-x:auto;max-height:520px;overflow-y:auto}
 .qvl button:focus-visible,.qvl input:focus-visible,.qvl select:focus-visible,.qvl textarea:focus-visible
   {outline:2px solid var(--jp-brand-color1,#1976d2)!important;outline-offset:1px}

@@ -508,7 +508,7 @@ def launch(
     preview:int=4, # Rows that the model answers at each evaluation, for the live view, in 1.5 % of the time; 0: none
 )->Run: # The run, started
     "Start a recipe in its `output_dir`, independently of this kernel."
-    recipe = _beside_finished(recipe)
+    recipe = _beside_finished(recipe) if nnodes == 1 else recipe
     about = describe_start(nproc, nnodes, node_rank, master, env, python, force)
     about |= {'learning_rates': learning_rates, 'preview': _preview_rows(recipe, preview)}
     then = _check_before_start(recipe, about)

@@ -47,7 +47,7 @@ def _look(run):
     state = run.status
     asked = any((run.output_dir/name).exists() for name in (STOP, STOPPING))
     if state == 'running' and asked: state = 'stopping'
-    return Seen(run.output_dir.name, state, run.progress, _describe_end(run))
+    return Seen(run.output_dir.name, state, run.progress, '' if state in _at_work else _describe_end(run))
 
 # %% ../../nbs/run/70_watch.ipynb #333824fe
 def _headline(seen):
