@@ -142,6 +142,7 @@ _shares = dict(words=.002, gpu=.002, curve=.011, health=.002, answers=.002) # Sh
 _patience = 10 # Seconds to wait until the end of a run is drawn
 _most_failures = 30 # Number of refreshes in a row that may fail before the view gives up
 
+
 # %% ../../nbs/run/70_watch.ipynb #9974d75b
 class RunView(VBox):
     "A run as a widget, which is kept up to date while the run is in progress."
@@ -258,7 +259,7 @@ def _update_text(self:RunView):
     seen.state = state = self._doing or seen.state
     self._stop.disabled = state != 'running'
     self._resume.disabled = state not in ('failed', 'stopped') or seen.now.unit != 'step'  # `predict` continues rows
-    self._logs_loss = seen.now.unit == 'step'
+    self._logs_loss = seen.now.unit == 'step'  # a prediction has no curve
     self._bar.max, self._bar.value = seen.now.steps or 1, seen.now.step
     self._bar.bar_style = _looks.get(state, 'info')
     self._head.value = _line(_headline(seen))
