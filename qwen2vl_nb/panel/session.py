@@ -293,6 +293,7 @@ def _forget_later(session, name):
     if any(order.index(each) >= order.index(name) for each in made):
         for each in made: del session.made[each]
 
+# %% ../../nbs/panel/10_session.ipynb #317f130f
 def make_names(
     session:Session, # The session
     name:str, # Name of an action
@@ -382,6 +383,7 @@ def run_action(
     _note(session, name, given | kept, last_lines(''.join(printed)))
     return value
 
+# %% ../../nbs/panel/10_session.ipynb #46489492
 def result_again(
     session:Session, # The session
     name:str, # Name of an action that ran
