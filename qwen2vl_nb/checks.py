@@ -258,7 +258,7 @@ def _template_findings(name, samples, recipe):
         yield Finding(name, f'{len(shown)} row(s) have pictures or clips, and the template {template!r} is for text '
                             f'alone: LLaMA-Factory stops. The first is row {shown[0]}.', f'Set template: {usual}.')
     if clips and template_times.get(template, family.has_times) != family.has_times:
-        what = ('have no times: frames get wrong positions, and training stops at a clip of more than four'
+        what = ('have no times: frames get wrong positions, or training stops'
                 if family.has_times else 'get times that its processor cannot compute, and LLaMA-Factory stops')
         yield Finding(name, f'Under the template {template!r} the clips of {len(clips)} row(s) {what}. '
                             f'The first is row {clips[0]}.', f'Set template: {usual}, that of {family.name}.')
