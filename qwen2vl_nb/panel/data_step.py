@@ -64,7 +64,7 @@ def _read_code(given):
     named = {k: given[k] for k in ('image', 'prompt', 'response') if given[k]}
     if given['media_dir']: named['media_dir'] = given.path('media_dir')
     if given['boxes']: named['family'] = given.path('model')
-    return f"samples = {as_call('read_samples', given.path('source'), **named)}\nshow_samples(samples)"
+    return f"samples = {as_call('read_samples', given.path('source'), **named)}\nshow_samples(samples, n=4)"
 
 def _check_given(form): return {'model': form('model')['model'], 'cutoff_len': form('recipe')['cutoff_len']}
 
