@@ -63,6 +63,11 @@ def test_a_paragraph_that_is_new_is_named_with_the_line_to_write(copies):
     digest = translations.Section('This is new.').digest
     assert found == f'README.md: “This is new. …” is new or has changed; translate it, and write below the translation:\n<!-- translates {digest} -->'
 
+def test_another_figure_in_a_table_of_the_readme_is_found(copies):
+    row = re.search(r'^\| .*?(\d+)', PAIRS['README.zh.md'][CHINESE].read_text(encoding='utf-8'), re.M)
+    found, = copies('README.zh.md', CHINESE, row[0], row[0].removesuffix(row[1]) + '12345')
+    assert found.endswith(f'figures: missing {row[1]}; not in the English 12345')
+
 def test_figures_of_a_table_are_compared_row_by_row():
     a = translations.Section('| a | 1 GiB |\n|---|---|\n| b | 2 GiB |')
     b = translations.Section('| 甲 | 2 GiB |\n|---|---|\n| 乙 | 1 GiB |')
