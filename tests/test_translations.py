@@ -91,3 +91,20 @@ def test_a_text_that_is_missing_superfluous_or_changed_is_named():
     chinese = {'panel.copy': ('Copy', '复制'), 'panel.done': ('Done', '已完成'), 'panel.old': ('Old', '旧')}
     assert translations.table_faults(english, chinese) == [
         "panel.new is missing: 'New'", 'panel.old is superfluous', "panel.done translates 'Done', and now reads 'done'"]
+
+def _shown(widget):
+    "The texts that a widget and those in it show."
+    yield from (text for name in ('description', 'value', 'placeholder', 'tooltip') if isinstance(text := getattr(widget, name, None), str) and text)
+    for child in getattr(widget, 'children', ()): yield from _shown(child)
+
+def test_the_panel_speaks_chinese(tmp_path):
+    "No step shows an English text of the table."
+    from qwen2vl_nb import Panel
+    from qwen2vl_nb.panel.chinese import CHINESE
+    panel = Panel(tmp_path, language='zh')
+    english = {text for text, _ in CHINESE.values() if ' ' in text}
+    for name in panel.steps:
+        panel.go(name)
+        shown = [*_shown(panel)]
+        assert any(CHINESE[f'{name}.about'][1] in text for text in shown)
+        assert not english & {re.sub(r'<.*?>', '', text).strip() for text in shown}
