@@ -32,7 +32,7 @@ CHINESE = {
     'panel.up': ('.. (one folder up)', '..（上一级目录）'),
     'panel.more': ('{n} more: type the beginning of a name to see fewer.',
                    '还有 {n} 项：输入名称的开头可以缩小范围。'),
-    'panel.nothing': ('Nothing here begins with this text.', '这里没有以此开头的名称。'),
+    'panel.nothing': ('Nothing here begins with this text.', '这里没有可选的内容。'),
 }
 
 # %% ../../nbs/panel/00_chinese.ipynb #zhdata0000
@@ -72,7 +72,7 @@ CHINESE |= {
     'data.drop': ('Drop rows with errors', '丢弃有错误的行'),
     'data.drop.help': ('Leave out the rows in which an error is left', '去掉仍有错误的行'),
     'data.clean': ('Nothing found in {n} rows.', '{n} 行中没有发现问题。'),
-    'data.found': ('{n} findings in {rows} rows.', '{rows} 行中发现 {n} 个问题。'),
+    'data.found': ('{n} findings in {rows} rows.', '发现 {n} 个问题，涉及 {rows} 行。'),
 }
 
 # %% ../../nbs/panel/00_chinese.ipynb #zhmodel000
