@@ -114,8 +114,8 @@ class RecipeStep(Step):
 
     def build(self):
         grid = Layout(display='grid', grid_template_columns='repeat(auto-fit, minmax(min(100%, 420px), 1fr))', max_width='100%')
-        fields = [self.field('dataset', Combobox())]
-        fields += [self.field(name, _control(self.say, name, usual), '400px') for name, usual in USUAL.items()]
+        fields = [self.field('dataset', Combobox(), '400px', below=True)]
+        fields += [self.field(name, _control(self.say, name, usual), '400px', below=True) for name, usual in USUAL.items()]
         for name, usual in USUAL.items():
             about = arguments_of_recipes().get(name)
             if about: self.controls[name].tooltip = f'{name}: {about.help}'

@@ -70,7 +70,8 @@ def as_widget(
 ): # A widget; `None` for nothing
     "A value as a widget: whatever a notebook shows of it."
     if value is None or isinstance(value, DOMWidget): return value
-    html = value._repr_html_() if hasattr(value, '_repr_html_') else None
+    kind = next((kind for kind in ('_repr_html_', '_repr_svg_') if hasattr(value, kind)), None)
+    html = kind and getattr(value, kind)()
     if html and len(html) <= _most_html:
         return HTML(f'<div class="jp-RenderedHTMLCommon qvl-shown">{html}</div>')
     if hasattr(value, '_repr_png_'): return Image(value=value._repr_png_(), format='png', layout=Layout(max_width='100%'))
@@ -276,6 +277,7 @@ def field(self:Step,
     name:str, # Key of `defaults`
     control, # A widget with a `value` of the same type
     width:str='420px', # Of the control with its label
+    below:bool=False, # Whether the explanation is below the control, as in a grid
 ):
     "A control with its label and its explanation, whose value is kept in the files."
     label, help = self.say(name), f'{self.name}.{name}.help'
@@ -287,7 +289,9 @@ def field(self:Step,
     control.observe(lambda change: self._changed(name), 'value')
     if help not in self.panel.say: return control
     control.tooltip = self.panel.say(help)
-    text = HTML(as_html('qvl-help', self.panel.say(help)), layout=Layout(flex='1 1 260px', margin='2px 8px'))
+    explained = as_html('qvl-help', self.panel.say(help))
+    if below: return VBox([control, HTML(explained, layout=Layout(margin='0 4px 4px 138px'))])
+    text = HTML(explained, layout=Layout(flex='1 1 260px', margin='2px 8px'))
     return HBox([control, text], layout=Layout(flex_flow='row wrap', align_items='center', max_width='100%'))
 
 @patch

@@ -25,7 +25,7 @@ ENGLISH = {
     'panel.browse': 'Browse',
     'panel.up': '.. (one folder up)',
     'panel.more': '{n} more: type the beginning of a name to see fewer.',
-    'panel.nothing': 'Nothing here begins with this text.',
+    'panel.nothing': 'There is nothing to choose here.',
 }
 
 # %% ../../nbs/panel/00_texts.ipynb #00texts0006
@@ -53,7 +53,7 @@ ENGLISH |= {
     'data.drop': 'Drop rows with errors',
     'data.drop.help': 'Leave out the rows in which an error is left',
     'data.clean': 'Nothing found in {n} rows.',
-    'data.found': '{n} findings in {rows} rows.',
+    'data.found': 'Findings: {n}; rows concerned: {rows}.',
 }
 ENGLISH |= {
     'model': 'Model',
@@ -164,6 +164,8 @@ ENGLISH |= {
     'split.copy': 'are copied into the folder',
     'split.link': 'are linked into the folder',
     'split.register': 'Split and register',
+    'split.plot': 'Plot',
+    'split.plot.help': 'Lengths, picture sizes and answers of the rows for training',
     'split.load': 'Load with LLaMA-Factory',
     'split.load.help': 'Ask LLaMA-Factory’s own loader whether it would load them; takes some seconds',
 }
