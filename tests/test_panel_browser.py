@@ -17,7 +17,7 @@ ROWS, TEST_ROWS = 120, 20
 STEPS = 'data', 'split', 'model', 'recipe', 'memory', 'launch', 'runs', 'checkpoints', 'predict', 'score'
 
 def _spreadsheet(folder):
-    "A spreadsheet from somebody's desk: three of its rows can't be trained on."
+    "A spreadsheet from somebody's desk with faults in three rows, for two of which there is no picture."
     data = ROOT/'data'/'car_item'
     shutil.copytree(data/'images', folder/'images')
     table = pd.read_csv(data/'labels.csv').head(ROWS)
@@ -107,7 +107,7 @@ def _prepared(form):
     form.says(re.compile('findings in 3 rows'))
     form.keep('faults')
     form.press('data.drop')
-    form.says('Dropped 3 of 120')
+    form.says('Dropped 2 of 120')
     form.go('split')
     form.fill('split', test='20', name='cars')
     form.press('split.register')
