@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 from threading import Lock, Thread, Timer
 from fastcore.basics import patch
-from ipywidgets import HTML, Button, DOMWidget, HBox, Image, Layout, VBox
+from ipywidgets import HTML, Button, Combobox, DOMWidget, HBox, Image, Layout, VBox
 from ..names import is_refusal
 from .session import NotYet, Unfilled, keep_value, result_again, run_action, what_ran
 
@@ -163,10 +163,11 @@ class ActionBox(VBox):
     def _work(self):
         again = True
         while again:
-            self._run()
-            with self._lock:
-                again, self._once_more = self._once_more, False
-                if not again: self._thread = None
+            try: self._run()
+            finally:
+                with self._lock:
+                    again, self._once_more = self._once_more, False
+                    if not again: self._thread = None
 
     def _run(self):
         self.button.disabled, self._due = True, 0
@@ -283,7 +284,8 @@ def field(self:Step,
     label, help = self.say(name), f'{self.name}.{name}.help'
     control.description, control.style.description_width = label, '130px'
     control.layout.width, control.layout.flex = width, '0 1 auto'
-    if hasattr(control, 'continuous_update'): control.continuous_update = False
+    # While a text is typed, a new list of options would put the old text back, unless each letter is sent
+    if hasattr(control, 'continuous_update'): control.continuous_update = isinstance(control, Combobox)
     self.controls[name] = control
     self._put(name)
     control.observe(lambda change: self._changed(name), 'value')

@@ -1,0 +1,210 @@
+"""The panel from end to end, as somebody uses it: JupyterLab in a browser, with mouse and keyboard, from a spreadsheet with faults to a score.
+
+Pictures of what was to be seen are kept in `test-artefacts`."""
+import json, re, shutil
+
+import nbformat
+import pandas as pd
+import pytest
+from nbclient import NotebookClient
+
+from conftest import KEPT, PATIENCE, ROOT, until
+from lab import contrast, idle, menu, notebook, open_notebook, running_lab
+from qwen2vl_nb.panel.texts import ENGLISH
+from qwen2vl_nb.run.start import attach
+
+ROWS, TEST_ROWS = 120, 20
+STEPS = 'data', 'split', 'model', 'recipe', 'memory', 'launch', 'runs', 'checkpoints', 'predict', 'score'
+
+def _spreadsheet(folder):
+    "A spreadsheet from somebody's desk with faults in three rows, for two of which there is no picture."
+    data = ROOT/'data'/'car_item'
+    shutil.copytree(data/'images', folder/'images')
+    table = pd.read_csv(data/'labels.csv').head(ROWS)
+    table.loc[3, 'picture'] = 'images/gone.png'
+    table.loc[5, 'card'] = None
+    broken = folder/'images'/'broken.png'
+    broken.write_bytes((folder/table.picture[7]).read_bytes()[:200])
+    table.loc[7, 'picture'] = 'images/broken.png'
+    table.to_excel(folder/'labels.xlsx', index=False)
+
+@pytest.fixture(scope='module')
+def lab(tmp_path_factory):
+    root = tmp_path_factory.mktemp('panel')
+    _spreadsheet(root)
+    (root/'model').symlink_to(ROOT/'data'/'tiny_qwen2vl')
+    for name in ('form', 'second'): notebook(root/f'{name}.ipynb', ['from qwen2vl_nb.all import *\nPanel()'])
+    with running_lab(root) as lab: yield lab
+
+class Form:
+    "The panel on a page."
+    def __init__(self, page): self.page, self.at = page, page.locator('.qvl')
+
+    def button(self, name): return self.at.locator('button', has_text=re.compile(rf'^\s*{name}\s*$'))
+
+    def tab(self, step): return self.button(rf'\d+ {ENGLISH[step]}')
+
+    def go(self, step):
+        self.tab(step).click()
+        self.at.get_by_text(ENGLISH[f'{step}.about'][:60]).first.wait_for()
+
+    def control(self, name): return self.at.get_by_label(ENGLISH[name], exact=True)
+
+    def fill(self, step, **values):
+        "Type values into fields, with the keyboard."
+        for name, value in values.items():
+            field = self.control(f'{step}.{name}')
+            field.focus()
+            self.page.keyboard.press('Control+a')
+            self.page.keyboard.type(str(value))
+            self.page.keyboard.press('Tab')
+
+    def press(self, action): self.button(ENGLISH[action]).click()
+    def says(self, text): self.at.get_by_text(text).first.wait_for()
+    def code(self): return '\n'.join(self.at.locator('.qvl-code pre').all_inner_texts())
+    def is_ready(self): return not self.at.get_by_text(ENGLISH['panel.running'], exact=True).count()
+
+    def keep(self, name):
+        self.at.scroll_into_view_if_needed()
+        self.page.screenshot(path=KEPT/f'panel-{name}.png')
+
+    def reached(self):
+        "The controls that Tab reaches from the first tab of the panel on, and those that are there."
+        script = """root => [...root.querySelectorAll('button, input, select, textarea')].filter(e => !e.disabled && e.offsetParent)"""
+        there = self.at.evaluate(f'root => ({script})(root).length')
+        self.at.locator('button').first.focus()
+        found = 0
+        while self.at.evaluate('root => root.contains(document.activeElement)'):
+            found += 1
+            self.page.keyboard.press('Tab')
+        return found, there
+
+    def state(self):
+        "What each step shows that its files say: values of its form, its code, and its tables."
+        shown = {}
+        for step in STEPS:
+            self.go(step)
+            until(self.is_ready, f'{step} is ready')
+            values = self.at.locator('input, select').evaluate_all('all => all.map(e => e.type == "checkbox" ? e.checked : e.value)')
+            shown[step] = values, self.at.locator('.qvl-code pre').last.inner_text()
+        return shown
+
+def _cells(path): return {c.id: c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == 'code'}
+
+def _run_all(page):
+    menu(page, 'Run', 'Run All Cells')
+    page.locator('.qvl').wait_for()
+    return Form(page)
+
+def _prepared(form):
+    "From the spreadsheet to the recipe."
+    form.go('data')
+    form.fill('data', source='labels.xlsx', image='picture', prompt='Fill in the item card.', response='card')
+    form.page.keyboard.press('Shift+Tab')
+    form.page.keyboard.press('Enter')
+    form.says('labels.xlsx: 120 rows')
+    form.press('data.check')
+    form.says(re.compile('findings in 3 rows'))
+    form.keep('faults')
+    form.press('data.drop')
+    form.says('Dropped 2 of 120')
+    form.go('split')
+    form.fill('split', test='20', name='cars')
+    form.press('split.register')
+    form.says('cars_test')
+    form.go('model')
+    form.fill('model', model='model')
+    form.says('Qwen2-VL, in a folder')
+    form.go('recipe')
+    form.fill('recipe', learning_rate='3e-3', max_steps=40, per_device_train_batch_size=8, gradient_accumulation_steps=1, save_steps=20)
+    form.press('recipe.make')
+    form.says(ENGLISH['recipe.whole'])
+    form.go('memory')
+    form.press('memory.pick')
+    form.says('recipe = pick_zero(')
+
+def _trained(form, root):
+    "The launch, watched until its end."
+    form.go('launch')
+    form.fill('launch', name='cars')
+    form.press('launch.start')
+    waiter, = until(lambda: [*root.glob('runs/cars-*/waiter.json')], 'the launch')
+    form.says(re.compile(r'cars-\d+-\d+: running, step \d+ of 40'))
+    form.keep('training')
+    form.go('runs')
+    form.says(re.compile(r'cars-\d+-\d+: done, step 40 of 40'))
+    until(lambda: 'done' in form.control('runs.run').inner_text(), 'the list says so')
+    return attach(waiter.parent)
+
+def _answered(form):
+    "Checkpoints by answers, predictions before and after, scores and answers."
+    form.go('checkpoints')
+    form.fill('checkpoints', max_new_tokens=24)
+    form.press('checkpoints.score')
+    form.says('Best by json')
+    form.keep('checkpoints')
+    form.go('predict')
+    form.fill('predict', max_new_tokens=24)
+    for action in ('predict.before', 'predict.after'):
+        form.press(action)
+        form.at.locator('.qvl-shown', has_text=re.compile('20 rows')).nth(action == 'predict.after').wait_for()
+    form.go('score')
+    form.press('score.scores')
+    form.says('20 rows; with 95 % intervals')
+    form.press('score.compare')
+    form.says('McNemar')
+    form.press('score.show')
+    until(lambda: form.at.locator('img').evaluate_all('all => all.length && all.every(image => image.naturalWidth)'), 'the pictures')
+
+def test_from_a_spreadsheet_with_faults_to_a_score(lab, page):
+    open_notebook(page, lab, 'form.ipynb')
+    form = _run_all(page)
+    _prepared(form)
+    run = _trained(form, lab.root)
+    _answered(form)
+    form.keep('scores')
+    before, after = (float(n) for n in re.search(r'exact: (\d+) of 20 right before, (\d+) after', form.at.inner_text()).groups())
+    assert (before, run.recipe['max_steps']) == (0, 40) and after > before
+
+    # what is shown is what is in the notebook
+    shown, cells = form.state(), _cells(lab.root/'panel.ipynb')
+    for step in set(STEPS) - {'model'}: assert shown[step][1] == '\n'.join(text for id, text in cells.items() if id.startswith(f'{step}-')), step
+
+    # Tab reaches everything
+    for step in ('data', 'recipe', 'runs', 'score'):
+        form.go(step)
+        reached, there = form.reached()
+        assert reached == there > len(STEPS), step
+
+    # a kernel that was restarted, and a second page with a kernel of its own
+    menu(page, 'Kernel', 'Restart Kernel…')
+    page.locator('.jp-Dialog button.jp-mod-warn').click()
+    page.locator('.jp-Dialog').wait_for(state='detached')
+    page.reload()
+    page.locator('.jp-Notebook').wait_for()
+    idle(page)
+    again = _run_all(page)
+    until(lambda: 'McNemar' in again.at.inner_text() and again.at.locator('img').count(), 'the scores and the answers come back by themselves')
+    assert again.state() == shown
+    second = page.context.new_page()
+    second.set_default_timeout(PATIENCE*1000)
+    open_notebook(second, lab, 'second.ipynb')
+    other = _run_all(second)
+    assert other.state() == shown
+    again.go('launch')
+    again.fill('launch', name='other')
+    other.go('launch')
+    until(lambda: other.control('launch.name').input_value() == 'other', 'the second page shows what was typed in the first')
+
+    # dark, too
+    menu(page, 'Settings', 'Theme', 'JupyterLab Dark')
+    page.locator('body[data-jp-theme-light=false]').wait_for(state='attached')
+    assert min(map(contrast, again.at.locator('.qvl-help, .qvl-code pre, .widget-label').all())) > 4.5
+    again.keep('dark')
+
+    # the notebook runs from top to bottom
+    nb = nbformat.read(lab.root/'panel.ipynb', as_version=4)
+    NotebookClient(nb, timeout=None, resources={'metadata': {'path': str(lab.root)}}).execute()
+    assert len([*lab.root.glob('runs/cars-*/waiter.json')]) == 2, 'in a folder of its own'
+    texts = [json.dumps(c.outputs) for c in nb.cells if c.cell_type == 'code']
+    assert any('McNemar' in text for text in texts)
