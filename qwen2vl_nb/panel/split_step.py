@@ -30,7 +30,9 @@ def _adds(name, samples, media):
 def _register_code(given):
     name, media, test = given['name'], given['media'], given['test']
     registry = f"registry = {as_call('Registry', given.path('folder', new=True))}"
-    if not test: return '\n'.join([registry, _adds(name, 'samples', media), "print(f'{len(samples)} rows for training')"])
+    if not test:
+        told = "print(f'{len(samples)} rows for training')"
+        return '\n'.join([registry, _adds(name, 'samples', media), told])
     named = {k: given[k] for k in ('group', 'stratify') if given[k]}
     split = as_call('split_samples', ast.Name('samples'), test=test if test < 1 else int(test), **named)
     adds = [_adds(name, 'train', media), _adds(test_name(name), 'test', media)]

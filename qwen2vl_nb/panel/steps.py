@@ -24,7 +24,8 @@ STYLE = '''<style>
 .qvl-help {opacity:.75;line-height:1.35}
 .qvl-code {position:relative;border:1px solid var(--jp-border-color2,rgba(128,128,128,.35));border-radius:3px;
   background:var(--jp-cell-editor-background,rgba(128,128,128,.08))}
-.qvl-code pre {margin:0;padding:8px 70px 8px 10px;overflow-x:auto;line-height:1.4;color:var(--jp-content-font-color1,inherit);
+.qvl-code pre {margin:0;padding:8px 70px 8px 10px;overflow-x:auto;line-height:1.4;
+  color:var(--jp-content-font-color1,inherit);
   background:none;font-family:var(--jp-code-font-family,monospace);font-size:var(--jp-code-font-size,13px)}
 .qvl-code button {position:absolute;right:6px;top:6px;border:1px solid var(--jp-border-color1,#999);border-radius:3px;
   background:var(--jp-layout-color2,#eee);color:var(--jp-ui-font-color1,#111);cursor:pointer;padding:2px 8px}
@@ -74,7 +75,8 @@ def as_widget(
     html = kind and getattr(value, kind)()
     if html and len(html) <= _most_html:
         return HTML(f'<div class="jp-RenderedHTMLCommon qvl-shown">{html}</div>')
-    if hasattr(value, '_repr_png_'): return Image(value=value._repr_png_(), format='png', layout=Layout(max_width='100%'))
+    if hasattr(value, '_repr_png_'):
+        return Image(value=value._repr_png_(), format='png', layout=Layout(max_width='100%'))
     return HTML(as_html('qvl-shown qvl-said', repr(value)[:20_000]))
 
 # %% ../../nbs/panel/20_steps.ipynb #20steps0012
@@ -91,7 +93,8 @@ def explain(
     say, # The panel's `Texts`
 )->str:
     "What went wrong, in words."
-    if isinstance(error, NotYet): return say('panel.first', step=say(error.action.partition('.')[0]), action=say(error.action))
+    if isinstance(error, NotYet):
+        return say('panel.first', step=say(error.action.partition('.')[0]), action=say(error.action))
     if isinstance(error, Unfilled):
         step = say(error.control.partition('.')[0])
         return say('panel.fill', step=step, control=say(error.control))
