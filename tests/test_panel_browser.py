@@ -147,7 +147,7 @@ def _answered(form):
     form.fill('predict', max_new_tokens=24)
     for action in ('predict.before', 'predict.after'):
         form.press(action)
-        form.at.locator('.qvl-shown', has_text=re.compile('20 rows')).nth(action == 'predict.after').wait_for()
+        form.at.locator('.qvl-shown', has_text=re.compile('20 rows')).nth(int(action == 'predict.after')).wait_for()
     form.go('score')
     form.press('score.scores')
     form.says('20 rows; with 95 % intervals')
