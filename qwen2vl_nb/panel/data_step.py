@@ -124,6 +124,6 @@ class DataStep(Step):
     def show(self, action, value):
         if action == 'data.drop': return []
         if action == 'data.read': return [as_widget(value)]
-        if not len(value): return [HTML(as_html('qvl-said', self.say('clean', n=len(self.panel.session.names['samples']))))]
-        said = self.say('found', n=len(value), rows=value.row.nunique())
-        return [HTML(as_html('qvl-said', said)), as_widget(value)]
+        n, rows = len(value), value.row.nunique()
+        said = self.say('found', n=n, rows=rows) if n else self.say('clean', n=len(self.panel.session.names['samples']))
+        return [HTML(as_html('qvl-said', said)), *[as_widget(value)]*bool(n)]
