@@ -99,7 +99,9 @@ def _run_all(page):
 def _prepared(form):
     "From the spreadsheet to the recipe."
     form.go('data')
-    form.fill('data', source='labels.xlsx', image='picture', prompt='Fill in the item card.', response='card')
+    form.fill('data', source='labels.xlsx')
+    form.at.locator('datalist option[value=picture]').first.wait_for(state='attached')
+    form.fill('data', image='picture', prompt='Fill in the item card.', response='card')
     form.page.keyboard.press('Shift+Tab')
     form.page.keyboard.press('Enter')
     form.says('labels.xlsx: 120 rows')
