@@ -99,7 +99,9 @@ def _run_all(page):
 def _prepared(form):
     "From the spreadsheet to the recipe."
     form.go('data')
-    form.fill('data', source='labels.xlsx', image='picture', prompt='Fill in the item card.', response='card')
+    form.fill('data', source='labels.xlsx')
+    form.at.locator('datalist option[value=picture]').first.wait_for(state='attached')
+    form.fill('data', image='picture', prompt='Fill in the item card.', response='card')
     form.page.keyboard.press('Shift+Tab')
     form.page.keyboard.press('Enter')
     form.says('labels.xlsx: 120 rows')
@@ -147,7 +149,7 @@ def _answered(form):
     form.fill('predict', max_new_tokens=24)
     for action in ('predict.before', 'predict.after'):
         form.press(action)
-        form.at.locator('.qvl-shown', has_text=re.compile('20 rows')).nth(action == 'predict.after').wait_for()
+        form.at.locator('.qvl-shown', has_text=re.compile('20 rows')).nth(int(action == 'predict.after')).wait_for()
     form.go('score')
     form.press('score.scores')
     form.says('20 rows; with 95 % intervals')

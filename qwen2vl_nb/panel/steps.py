@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 from threading import Lock, Thread, Timer
 from fastcore.basics import patch
-from ipywidgets import HTML, Button, Combobox, DOMWidget, HBox, Image, Layout, VBox
+from ipywidgets import HTML, Button, DOMWidget, HBox, Image, Layout, VBox
 from ..names import is_refusal
 from .session import NotYet, Unfilled, keep_value, result_again, run_action, what_ran
 
@@ -30,7 +30,7 @@ STYLE = '''<style>
 .qvl-code button {position:absolute;right:6px;top:6px;border:1px solid var(--jp-border-color1,#999);border-radius:3px;
   background:var(--jp-layout-color2,#eee);color:var(--jp-ui-font-color1,#111);cursor:pointer;padding:2px 8px}
 .qvl-code .k,.qvl-code .kn,.qvl-code .kc,.qvl-code .ow {color:var(--jp-mirror-editor-keyword-color,inherit)}
-.qvl-code .s1,.qvl-code .s2,.qvl-code .sa {color:var(--jp-mirror-editor-string-color,inherit)}
+.qvl-code .s1,.qvl-code .s2,.qvl-code .si,.qvl-code .sa {color:var(--jp-mirror-editor-string-color,inherit)}
 .qvl-code .mi,.qvl-code .mf {color:var(--jp-mirror-editor-number-color,inherit)}
 .qvl-error {border:1px solid var(--jp-error-color1,#d64545);border-left-width:5px;border-radius:3px;padding:6px 10px;
   white-space:pre-wrap;overflow-wrap:anywhere}
@@ -287,8 +287,7 @@ def field(self:Step,
     label, help = self.say(name), f'{self.name}.{name}.help'
     control.description, control.style.description_width = label, '130px'
     control.layout.width, control.layout.flex = width, '0 1 auto'
-    # While a text is typed, a new list of options would put the old text back, unless each letter is sent
-    if hasattr(control, 'continuous_update'): control.continuous_update = isinstance(control, Combobox)
+    if hasattr(control, 'continuous_update'): control.continuous_update = False
     self.controls[name] = control
     self._put(name)
     control.observe(lambda change: self._changed(name), 'value')
