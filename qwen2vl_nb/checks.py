@@ -9,6 +9,7 @@ __all__ = ['half_findings', 'hub_findings', 'disk_findings', 'memory_findings', 
 # %% ../nbs/20_checks.ipynb #75130334
 import json, os, re, sys, tempfile
 from difflib import get_close_matches
+from itertools import count
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ from .findings import Finding, findings_table
 from .questions import arguments, ask, hub
 from .stack import GiB, gpus, installed_versions, version_findings
 from .checkpoint import checkpoints, is_whole_file
-from .recipe import argument_names, dataset_names, is_adapter, train_recipe
+from .recipe import argument_names, dataset_names, is_adapter, template_names, train_recipe
 from .zero import read_zero, zero_stage
 from .data.batches import batch_findings
 from .data.box_check import box_faults
@@ -335,13 +336,13 @@ def _unregistered_finding(name, names, path):
         f'{name!r} is not registered in {path}{hint}',
         f'Register it: `Registry(folder).add({name!r}, samples)`.')
 
-def _together_findings(trained, recipe, ranks):
+def _together_findings(trained, evaluated, recipe, ranks):
     "What concerns all rows of a training together: their batches, and what their preprocessing takes."
     if not trained or not recipe.get('do_train'): return []
     samples, tokens, sizes = zip(*trained)
     samples, tokens = sum(samples, []), sum(tokens, [])
     can_group = 'group_by_length' in argument_names()
-    return [*batch_findings(samples, tokens, recipe, ranks, can_group),
+    return [*batch_findings(samples, tokens, recipe, ranks, can_group, [rows for rows, *_ in evaluated]),
             *preprocessing_findings(sum(sizes), tokens, recipe)]
 
 def data_findings(
@@ -358,15 +359,16 @@ def data_findings(
             'or create that file with `Registry(folder).add(name, samples)`.')]
     try: names = list(reg)
     except (ValueError, OSError) as e: return [Finding('dataset_dir', str(e), 'Correct the file at that position.')]
-    found, trained = [], []
+    found, trained, evaluated = [], [], []
     for name in dataset_names(recipe):
         if name not in names:
             found.append(_unregistered_finding(name, names, reg.path))
             continue
         said, rows = _entry_findings(name, reg, recipe)
         found += said
-        if rows and name in dataset_names({'dataset': recipe.get('dataset')}): trained.append(rows)
-    return found + _together_findings(trained, recipe, ranks)
+        for key, known in (('dataset', trained), ('eval_dataset', evaluated)):
+            if rows and name in dataset_names({key: recipe.get(key)}): known.append(rows)
+    return found + _together_findings(trained, evaluated, recipe, ranks)
 
 # %% ../nbs/20_checks.ipynb #d2203f55
 def _no_zero_findings(recipe, nproc):
@@ -459,7 +461,15 @@ def _argument_findings(recipe):
             'Remove trust_remote_code.', 'note')
 
 # %% ../nbs/20_checks.ipynb #0c71f2d6
-def _family_findings(recipe):
+def _misspelt_template(template):
+    "That LLaMA-Factory has no template of that name; nothing if it has."
+    names = template_names()
+    if not template or not names or template in names: return []
+    near = get_close_matches(str(template), names, 1)
+    hint = f'; did you mean {near[0]!r}?' if near else '.'
+    return [Finding('template', f'LLaMA-Factory has no template {template!r}{hint}', 'Correct its name.')]
+
+def _family_findings(recipe, own):
     "Traps of the model's family: a template of another, and weights that are not trained."
     template = recipe.get('template')
     family, usual = _family(recipe), usual_template(recipe.get('model_name_or_path') or '')
@@ -467,6 +477,7 @@ def _family_findings(recipe):
         yield Finding('template', f'The template {template!r} needs the processor of another model; {family.name} was '
                                   f'trained with {usual}. LLaMA-Factory stops at the first batch.',
                       f'Set template: {usual}.')
+    elif own and (misspelt := _misspelt_template(template)): yield from misspelt
     elif template not in family.templates:
         yield Finding('template', f'The template is {template!r}; {family.name} was trained with {usual}.',
                       f'Set template: {usual}.', 'warning')
@@ -494,9 +505,11 @@ def _output_findings(recipe):
     if not out: return [Finding('output_dir', 'There is no output_dir.', 'Set output_dir to a folder for the run.')]
     goes_on = recipe.get('overwrite_output_dir') or recipe.get('resume_from_checkpoint')
     if goes_on or not recipe.get('do_train') or not _is_finished(Path(out)): return []
+    other = next(f'{out}-{n}' for n in count(2) if not os.path.lexists(f'{out}-{n}'))
     return [Finding('output_dir',
         f'{Path(out)} contains a finished run, and LLaMA-Factory does not overwrite it.',
-        'Choose another output_dir, or set overwrite_output_dir: true.')]
+        f"Keep it, and start beside it: launch(recipe | {{'output_dir': {other!r}}}). Or replace it: "
+        'overwrite_output_dir: true.')]
 
 # %% ../nbs/20_checks.ipynb #f56185f5
 def _model_path_findings(recipe):
@@ -511,9 +524,10 @@ def _model_path_findings(recipe):
 def recipe_findings(
     recipe:dict, # The recipe
     nproc:int=1, # Number of processes that will run it
+    own:bool=True, # Whether this environment will run it; the templates of others are not known
 )->list: # `Finding`s
     "All findings about a recipe, except its data, that are available immediately and without LLaMA-Factory."
-    return [*_model_path_findings(recipe), *_adapter_findings(recipe), *_family_findings(recipe),
+    return [*_model_path_findings(recipe), *_adapter_findings(recipe), *_family_findings(recipe, own),
             *_argument_findings(recipe), *_output_findings(recipe), *_zero_findings(recipe, nproc)]
 
 # %% ../nbs/20_checks.ipynb #473c86ab
@@ -554,7 +568,8 @@ def quick_findings(
     python=sys.executable, # Interpreter of the run
 )->list: # `Finding`s
     "Findings that take a fraction of a second; if the model is a name, its hub is also queried."
-    return [*recipe_findings(recipe, ranks), *half_findings(recipe),
+    own = Path(python).absolute() == Path(sys.executable).absolute()
+    return [*recipe_findings(recipe, ranks, own), *half_findings(recipe),
             *_version_findings(recipe, versions or installed_versions(python)), *hub_findings(recipe, env, python)]
 
 def slow_findings(

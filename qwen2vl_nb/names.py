@@ -153,8 +153,9 @@ class OneOutput:
         "Do nothing: every line is shown at once."
 
 def bar_file(): # A file
-    "Where a progress bar is drawn: in a notebook an output that is replaced, elsewhere the terminal."
-    return OneOutput() if in_notebook() else sys.stdout
+    "Where a progress bar is drawn: in a notebook an output that is replaced, unless its text goes elsewhere."
+    kernel = sys.modules.get('ipykernel.iostream')
+    return OneOutput() if kernel and isinstance(sys.stdout, kernel.OutStream) else sys.stdout
 
 # %% ../nbs/00_names.ipynb #namep31
 def progress(

@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlparse
 from ..names import progress
 from ..files import (Damaged, json_or, open_picture, open_regular, parse_json, read_bytes, read_json,
-                              read_text, video_endings, write_new)
+                              read_text, undone_on_error, video_endings, write_new)
 from ..model import box_frame, family_of, write_boxes
 from ..findings import first_few
 from .annotations import (Annotated, box_columns, coco_pictures, fitted, is_labelme, is_studio,
                                          labelme_picture, studio_pictures, table_pictures, voc_picture,
                                          yolo_boxes, yolo_names)
-from .objects import InMemory, in_memory, is_table
-from .samples import answer_keys, are_samples, at_place, history_turns, in_file, is_plain
-from .preferences import find_preferences, read_each
+from .objects import BadCells, InMemory, in_memory, is_hub_name, is_table
+from .samples import answer_keys, are_samples, at_place, history_turns, in_file, is_plain, name_row
+from .preferences import find_preferences
 if TYPE_CHECKING:
     import pandas as pd
     from datasets import Dataset
@@ -995,7 +995,10 @@ def read_rows(
     if is_yolo: source = _existing(source).parent
     if isinstance(source, InMemory):
         read = _arrow_rows if source.is_arrow else _plain_rows
-        rows, taken = read(source, source.batches, place), source.taken
+        try: rows, taken = read(source, source.batches, place), source.taken
+        except BadCells as e:
+            raise ValueError(f'{source} has {len(e.faults)} cell(s) or row(s) that cannot be read. '
+                             f'{"; ".join(first_few(e.faults))}.') from None
     elif isinstance(source, (list, tuple)): rows, taken = _read_vqa(source, place)
     elif Path(source).is_dir(): rows, taken = _read_folder(Path(source), place)
     else:
@@ -1031,6 +1034,15 @@ def _print_summary(source, samples, taken, place, how, media_dir):
     print(f'{name}: {len(samples)} rows of {taken}; {how}.', *more)
 
 # %% ../../nbs/data/20_sources.ipynb #579c6733
+def _read_each(path, rows, make):
+    "What a function makes of each row; the rows for which it raises `ValueError` are reported together."
+    made, bad = [], []
+    for i, row in enumerate(rows):
+        try: made.append(at_place(make(row), row))
+        except ValueError as e: bad.append(f'{name_row(i, row)}: {e}')
+    if bad: raise ValueError(f'{path} has {len(bad)} row(s) that cannot be read. {"; ".join(first_few(bad))}.')
+    return made
+
 def _table_boxes(path, rows, image, label):
     "`Annotated` pictures of a table with a row for each box; `None` for other tables."
     names = _names_in(rows)
@@ -1040,7 +1052,8 @@ def _table_boxes(path, rows, image, label):
     if missing: raise ValueError(f'{path} has no column {" and ".join(missing)}. Its columns: {", ".join(names)}.')
     if not columns['image']: raise ValueError(f'{path} has boxes and no column for the picture: image=… names it.')
     pictures, faults, remark = table_pictures(rows, columns)
-    _check_faults(path, faults)
+    _check_faults(path, [f'{name_row(i, rows[i])} {what}' for i, what in faults])
+    for picture in pictures: picture.more = at_place(picture.more, rows[picture.row])
     return pictures
 
 def _with_boxes(path, rows, place, family, limits, image, label):
@@ -1082,23 +1095,25 @@ def read_samples(
     first = source[0] if isinstance(source, (list, tuple)) else source
     path = first if isinstance(first, InMemory) else Path(first)
     place = _make_media_place(path, media_dir)
-    rows, taken = read_rows(source, place, encoding, boxes=True)
-    limits = {'image_max_pixels': image_max_pixels, 'image_min_pixels': image_min_pixels}
-    rows, boxed = _with_boxes(path, rows, place, family, limits, image, response)
-    if boxed: image = response = None
-    preferred, rows, said = find_preferences(path, rows, chosen, rejected, kto_tag, prompt, response)
-    shown = progress(rows, f'Reading {path.name}')
-    if _turns_key(rows) and not response:
-        columns, tags, name = _dialogue_form(path, rows, image, video)
-        columns |= preferred
-        samples = read_each(path, shown, lambda row: dialogue_sample(row, columns, tags, place))
-        how = f'dialogues ({name})'
-    else:
-        answers = preferred.get('chosen') or preferred.get('response') or response
-        columns, words = _table_columns(path, rows, image, video, prompt, answers)
-        columns |= preferred
-        samples = [at_place(question_sample(row, columns, place, words), row) for row in shown]
-        how = boxed or _describe_columns(columns, words)
+    with undone_on_error():
+        rows, taken = read_rows(source, place, encoding, boxes=True)
+        limits = {'image_max_pixels': image_max_pixels, 'image_min_pixels': image_min_pixels}
+        rows, boxed = _with_boxes(path, rows, place, family, limits, image, response)
+        if boxed: image = response = None
+        preferred, rows, convert, said = find_preferences(path, rows, chosen, rejected, kto_tag, prompt, response)
+        if preferred: rows = _read_each(path, rows, convert)
+        shown = progress(rows, f'Reading {path.name}')
+        if _turns_key(rows) and not response:
+            columns, tags, name = _dialogue_form(path, rows, image, video)
+            columns |= preferred
+            samples = _read_each(path, shown, lambda row: dialogue_sample(row, columns, tags, place))
+            how = f'dialogues ({name})'
+        else:
+            answers = preferred.get('chosen') or preferred.get('response') or response
+            columns, words = _table_columns(path, rows, image, video, prompt, answers)
+            columns |= preferred
+            samples = [at_place(question_sample(row, columns, place, words), row) for row in shown]
+            how = boxed or _describe_columns(columns, words)
     _print_summary(source, samples, taken, place, how + said, media_dir)
     return samples
 
@@ -1109,13 +1124,16 @@ def _needs_reading(samples):
     return not any('instruction' in s or 'messages' in s for s in samples) or not all(map(is_plain, samples))
 
 def given_samples(
-    samples, # Samples, or what `read_samples` reads from memory
+    samples, # Samples, or what `read_samples` reads from memory or from a hub
     media_dir:Path, # Folder to which pictures in the rows are written
     answered:bool=True, # Whether there must be a column with the answers
     check=lambda: None, # Called before rows are read and their pictures written; it may raise
 )->list: # Samples
-    "Return samples as they are, and read everything else that is in memory."
-    if not is_table(samples):
+    "Return samples as they are, and read everything else that is in memory or on a hub."
+    if isinstance(samples, (str, os.PathLike)) and not is_hub_name(samples):
+        raise ValueError(f'{str(samples)!r} is the path of a file or folder: give the samples that `read_samples` '
+                         'returns for it.')
+    if not is_table(samples) and not is_hub_name(samples):
         samples = list(samples)
         if not _needs_reading(samples): return samples
     check()

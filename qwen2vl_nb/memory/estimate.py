@@ -260,7 +260,7 @@ def _add_answer_peak(rank, recipe, tokens, layers):
 
 def _checkpoint_bytes(step, recipe, stage, half):
     "Bytes of a checkpoint, as seen in real ones; up to stage 2, DeepSpeed writes the weights a second time."
-    trained = sum(p[0] for p in step['parameters'] if len(p) == 3)
+    trained = sum(p[0] for p in step['parameters'] if len(p) == 3) if stage is not None else sum(step.learned.values())
     size = lambda p: 2 if half and stage is not None else p[1]
     saved = [p for p in step['parameters'] if len(p) == 3 or recipe.get('finetuning_type', 'lora') != 'lora']
     weights = sum(p[0]*size(p) for p in saved)

@@ -287,8 +287,10 @@ def _watch(self:Recorder, i, name, module):
 
 # %% ../../nbs/memory/00_simulate.ipynb #9b4c1952
 def _pixel_type(job):
-    "The dtype to which LLaMA-Factory's collator casts pictures: the recipe's, or the default of the machine."
+    """The dtype to which LLaMA-Factory's collator casts pictures: the recipe's, or the default of the machine.
+    The collators of preferences don't cast them."""
     from llamafactory.extras.misc import infer_optim_dtype
+    if job['recipe'].get('stage') in losses: return torch.float32
     if job['half']: return getattr(torch, job['half'])
     weights = getattr(torch, job['dtype'])
     return infer_optim_dtype(weights) if job['kernel'] == 'cpu' else weights
@@ -388,10 +390,9 @@ def _copied(batch):
     return {k: v.clone() if isinstance(v, torch.Tensor) and v.device.type == 'meta' else v
             for k,v in batch.items()} | {'attention_mask': own}
 
-def _log_probabilities(logits, labels, copies=False):
-    "The log-probability of each row's labels; on the CPU, autocast copies those of all tokens."
+def _log_probabilities(logits, labels):
+    "The log-probability of each row's labels."
     chances = logits[:, :-1].log_softmax(-1)
-    if copies: _copy = chances.detach().clone()
     chances = chances.gather(2, labels[:, 1:].clone().unsqueeze(2)).squeeze(2)
     return (chances*(labels[:, 1:] != 0)).sum(-1)
 
@@ -400,7 +401,7 @@ def _scored(model, batch, half, job, copies=True):
     batch = _copied(batch) if copies else dict(batch)
     labels = batch.pop('labels')
     logits = _forward(model, batch, half).logits.to(torch.float32)
-    return logits, _log_probabilities(logits, labels, bool(job['half'] and job['kernel'] == 'cpu'))
+    return logits, _log_probabilities(logits, labels)
 
 @contextmanager
 def _asking(model, reference):

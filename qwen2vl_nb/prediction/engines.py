@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from ..names import warn
 from ..boot import script
-from ..files import whole_file, whole_lines, write_json
+from ..files import undone_on_error, whole_file, whole_lines, write_json
 from ..model import model_config
 from ..findings import Finding, bulleted
 from ..stack import GiB
@@ -290,15 +290,16 @@ def predict(
     served, engine = (None, engine) if isinstance(engine, str) else (engine, 'hf')  # with the same answers as `hf`
     if not recipe.get('output_dir'): raise ValueError('The recipe names no folder for the answers: set output_dir.')
     folder, given = Path(recipe['output_dir']).absolute(), samples is not None
-    samples = _sound_samples(samples, folder) if given else _asked_samples(recipe)
-    if not samples: raise ValueError('There is nothing to predict: no samples.')
-    if given: recipe = recipe | {'eval_dataset': _passed_samples}
-    asked = [asked_row(i, s) for i, s in enumerate(samples)]
-    if engine != 'llamafactory': recipe, asked = treated_alike(recipe, asked)
-    rows = [json_line(row).decode() for row in asked]
-    wanted = question(recipe, rows, engine, options.get('model'))
-    if served: refuse_other(served, wanted)
-    ask_question(folder, wanted, rows)
+    with undone_on_error():
+        samples = _sound_samples(samples, folder) if given else _asked_samples(recipe)
+        if not samples: raise ValueError('There is nothing to predict: no samples.')
+        if given: recipe = recipe | {'eval_dataset': _passed_samples}
+        asked = [asked_row(i, s) for i, s in enumerate(samples)]
+        if engine != 'llamafactory': recipe, asked = treated_alike(recipe, asked)
+        rows = [json_line(row).decode() for row in asked]
+        wanted = question(recipe, rows, engine, options.get('model'))
+        if served: refuse_other(served, wanted)
+        ask_question(folder, wanted, rows)
     if engine != 'llamafactory' and not any(row['label'] for row in asked):
         recipe = {'skip_special_tokens': False} | recipe
     run, path = Run(folder), folder/ANSWERS

@@ -22,7 +22,8 @@ from ..recipe import load_recipe
 from ..data.boxes import box_pieces
 from ..data.describe import boxes_of_sample, draw_box
 from ..data.samples import without_tags
-from .boxes import box_ious, measure_boxes, pair_boxes, stated_boxes
+from .boxes import (box_ious, measure_boxes, measure_points, pair_boxes, point_side, stated_boxes,
+                                         stated_points)
 from .scores import checked_rows, is_right
 from ..run.folder import RECIPE
 
@@ -90,9 +91,13 @@ def _text_around_boxes(text):
     return ''.join(text[start:end] for start, end in zip(starts, ends)).split()
 
 def _has_same_boxes(row):
-    "Whether an answer has all boxes of its label at an IoU of 0.5 or more, no others, and the same text around them."
-    wanted, answered = stated_boxes(row['label']), stated_boxes(row['predict'])
-    if not wanted or measure_boxes(wanted, answered)[2] < 100: return False
+    """Whether an answer has all boxes of its label at an IoU of 0.5 or more, all points within 5 % of the picture's
+    longer side, no others, and the same text around them."""
+    label, answer = row['label'], row['predict']
+    boxes, points, side = stated_boxes(label), stated_points(label), point_side(label, row.get('box_frame'))
+    if not (boxes or points) or points and not side: return False
+    if measure_boxes(boxes, stated_boxes(answer))[2] < 100: return False
+    if measure_points(points, stated_points(answer), side or 1)[2] < 100: return False
     return _text_around_boxes(row['label']) == _text_around_boxes(row['predict'])
 
 def _kind(row):

@@ -84,6 +84,7 @@ class RunStart:
     learning_rates:dict=None # Module → learning rate, see `run.learning_rates`
     parts:list=None # For one with several models in turn: `folder`, `recipe` and `budget` of each, see `parts_of`
     preview:int=None # Rows that are answered at each evaluation
+    tells:bool=False # Whether it says what it is doing in `doing.json`, as starts of earlier versions did not
     weights:dict=None # For a model that is kept loaded: digests of the files of the model and of its adapter
 
 def write_start(
@@ -122,7 +123,8 @@ _checks = { # For each field of a file
         force=_flag, host=_text, gpus=_list(_object),
         versions=_dict(_or_none(_text)), unit=_text, before=_dict(is_count), stale=_dict(_time), engine=_text,
         workers=_list(_object), servers=_list(_object), options=_object, budget=is_count,
-        learning_rates=_object, parts=_list(_object), preview=is_count, weights=_object),
+        learning_rates=_object, parts=_list(_object), preview=is_count, tells=_flag,
+        weights=_object),
     SERVER: dict(port=is_count, key=_text, pid=is_count, created=is_count),
     WAITER: dict(pid=is_count, created=_or_none(is_count), started=_time, child=is_count,
                  child_created=_or_none(is_count)),
@@ -272,8 +274,7 @@ def files_of(
     "List the files in a folder whose names are those of files that such a start creates."
     if not about or not os.path.isdir(folder): return []
     logs = [s.get('log') for s in about.get('servers', [])]
-    doing = [DOING]*bool(state_or_empty(folder, DOING))  # runs of earlier versions have none: it could be another's
-    names = {*_always, *logs, *doing, *[RANKS]*(RANKS in about['command']), *[PREVIEW]*bool(about.get('preview')),
-             *[SERVER]*(about.get('engine') == SERVED)}
+    names = {*_always, *logs, *[DOING]*bool(about.get('tells')), *[RANKS]*(RANKS in about['command']),
+             *[PREVIEW]*bool(about.get('preview')), *[SERVER]*(about.get('engine') == SERVED)}
     found = sorted(name for name in os.listdir(folder) if name in names or _numbered.fullmatch(name))
     return [Path(folder)/name for name in found] + [Path(folder)/RUN]*os.path.lexists(Path(folder)/RUN)

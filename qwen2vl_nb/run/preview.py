@@ -53,16 +53,23 @@ def question_and_answer(
     start = next((i for i in range(end, 0, -1) if labels[i - 1] == _ignored), 0)
     return (ids[:start], labels[start:end]) if start else ([], [])
 
+_most_tried = 64 # Rows that are looked at to find one with a good answer
+
+def _feature(i, row):
+    "(index, what the collator needs, tokens of the answer) of a row; `None` if it has no good answer."
+    kind = 'chosen_' if 'chosen_input_ids' in row else ''
+    ids, answer = question_and_answer(row[f'{kind}input_ids'], row[f'{kind}labels'])
+    media = {key: row.get(key) for key in ('images', 'videos', 'audios')}
+    asked = {'input_ids': ids, 'attention_mask': [1]*len(ids), 'labels': ids}
+    return (i, asked | media, answer) if ids and row.get('kto_tags', True) else None
+
 def _features(data, n):
-    "(index, what the collator needs, tokens of the answer) of some rows of the evaluation data."
-    places, found = dict.fromkeys(i*len(data)//n for i in range(n)), []
-    for i in places:
-        row = data[i]
-        kind = 'chosen_' if 'chosen_input_ids' in row else ''
-        ids, answer = question_and_answer(row[f'{kind}input_ids'], row[f'{kind}labels'])
-        media = {key: row.get(key) for key in ('images', 'videos', 'audios')}
-        asked = {'input_ids': ids, 'attention_mask': [1]*len(ids), 'labels': ids}
-        if ids and row.get('kto_tags', True): found.append((i, asked | media, answer))
+    "What `_feature` gives for some rows of the evaluation data, at most one from each nth of it."
+    starts, found = [i*len(data)//n for i in range(n + 1)], []
+    for start, stop in zip(starts, starts[1:]):
+        tried = (_feature(i, data[i]) for i in range(start, min(stop, start + _most_tried)))
+        found += filter(None, [next(filter(None, tried), None)])
+    if not found: raise ValueError('no row of the evaluation data was found that has a question and a good answer')
     return found
 
 # %% ../../nbs/run/18_preview.ipynb #prev0031
@@ -222,7 +229,7 @@ def preview_callback(
             if self.rows is None: self.rows = _features(loader.dataset, n)
             speed = next((v for k, v in metrics.items() if k.endswith('_samples_per_second') and v), 1)
             left = self.budget.left(_least*args.world_size*len(self.rows)/speed)
-            if not left or not self.rows: return
+            if not left: return
             began = time.monotonic()
             answers = generate(model, loader.collate_fn, args, [row for _, row, _ in self.rows], left)
             took = time.monotonic() - began

@@ -6,7 +6,7 @@
 __all__ = ['Seen', 'Paced', 'RunView', 'watch_loss', 'finish']
 
 # %% ../../nbs/run/70_watch.ipynb #10bb2611
-import base64, os, time, uuid
+import base64, os, textwrap, time, uuid
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from html import escape
@@ -33,7 +33,7 @@ class Seen:
     name:str     # Name of its folder
     state:str    # Its `status`, or `'stopping'`
     now:Progress # How far it has got
-    ended:str='' # How long it took and when it ended, in words; empty until then
+    ended:str='' # How long it took and when it ended, in words; empty if it has not ended
 
 def _describe_end(run):
     "How long a run took and when it ended, in words; empty if that is not known."
@@ -49,13 +49,15 @@ def _look(run):
     if state == 'running' and asked: state = 'stopping'
     return Seen(run.output_dir.name, state, run.progress, '' if state in _at_work else _describe_end(run))
 
+# %% ../../nbs/run/70_watch.ipynb #333824fe
 def _headline(seen):
     "State, steps and the time left, in words."
     now, state = seen.now, seen.state
     begins = state == 'running' and (now.doing or not now.steps and now.unit != 'answer')
     if begins: said = ['starting', now.doing]
-    else: said = [f'{state} while {now.doing}' if now.doing else state]
-    return f'{seen.name}: ' + ', '.join(filter(None, [*said, now.place, now.remaining, seen.ended]))
+    else: said = [f'{state} while {now.doing}' if now.doing and state != 'resuming' else state]
+    ended = '' if state in _at_work else seen.ended
+    return f'{seen.name}: ' + ', '.join(filter(None, [*said, now.place, now.remaining, ended]))
 
 def _figures(logged):
     "What was logged, as `Log.summary` gives it, in words."
@@ -140,6 +142,8 @@ _shares = dict(words=.002, gpu=.002, curve=.011, health=.002, answers=.002) # Sh
 _patience = 10 # Seconds to wait until the end of a run is drawn
 _most_failures = 30 # Number of refreshes in a row that may fail before the view gives up
 
+
+# %% ../../nbs/run/70_watch.ipynb #9974d75b
 class RunView(VBox):
     "A run as a widget, which is kept up to date while the run is in progress."
     def __init__(self,
@@ -147,7 +151,7 @@ class RunView(VBox):
     ):
         self._run, self._log, self._drawn = run, Log(run), 0
         # What the picture shows, in words; rate and GPU; why the log can't be read
-        self._logged, self._rest, self._unread, self._has_curve = '', '', '', True
+        self._logged, self._rest, self._unread = '', '', ''
         self._doing, self._trouble = '', ''  # what a button has started; what went wrong
         self._lock, self._wake, self._thread, self._left = Lock(), Event(), None, 0
         # Whether the end has been drawn; name and content of the output that shows the view
@@ -242,7 +246,7 @@ def _refresh(self:RunView, now):
     elif at_work and self._logs_loss and not self._picture.value: self._show_picture(_empty_plot()._repr_png_())
     self._health(now=not at_work)
     if _when_changed(self._run) != self._previewed: self._answers(now=not at_work)
-    self._picture.layout.display = None if at_work and self._has_curve or self._drawn else 'none'
+    self._picture.layout.display = None if self._drawn or at_work and self._logs_loss else 'none'
     self._warn(self._trouble or self._unread or (_cause(self._run) if state in ('failed', 'damaged') else ''))
     if not at_work: self._ended.set()
     return at_work
@@ -255,11 +259,10 @@ def _update_text(self:RunView):
     seen.state = state = self._doing or seen.state
     self._stop.disabled = state != 'running'
     self._resume.disabled = state not in ('failed', 'stopped') or seen.now.unit != 'step'  # `predict` continues rows
-    self._logs_loss = seen.now.unit == 'step'
+    self._logs_loss = seen.now.unit == 'step'  # a prediction has no curve
     self._bar.max, self._bar.value = seen.now.steps or 1, seen.now.step
     self._bar.bar_style = _looks.get(state, 'info')
     self._head.value = _line(_headline(seen))
-    self._has_curve = seen.now.unit == 'step'  # a prediction has none
     self._rest = ' · '.join(filter(None, [seen.now.pace, self._gpu() if state in _at_work else '']))
     self._show_figures()
     return state
@@ -279,8 +282,13 @@ def _empty_plot():
 def _titled_plot(run, title):
     "The curve of a run with a line above it, as PNG."
     figure = plot_loss(run)
-    figure.set_figheight(figure.get_figheight() + .3)
-    figure.suptitle(title, x=.01, ha='left', fontsize=9.5, color=GREY).set_parse_math(False)
+    said = textwrap.fill(title, 90)
+    figure.set_figheight(figure.get_figheight() + .25*(1 + said.count('\n')))
+    if not figure.legends: shown = figure.suptitle(said, x=.01, ha='left')
+    else:
+        figure.legends[0].set(title=said, alignment='left')
+        shown = figure.legends[0].get_title()
+    shown.set(color=GREY, fontsize=10, parse_math=False)
     return figure._repr_png_()
 
 @patch

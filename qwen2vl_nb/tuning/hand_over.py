@@ -18,7 +18,7 @@ from ..files import Damaged, read_json, read_text
 from ..stack import GiB
 from ..checkpoint import file_fault
 from ..model import chat_template, model_config, model_type, processor_limits, recipe_limits, usual_template
-from ..recipe import dataset_names, find_adapter
+from ..recipe import adapters_of, dataset_names, find_adapter
 from ..data.registry import Registry, dataset_samples
 from ..data.samples import media_of
 from ..prediction.scores import score
@@ -125,6 +125,12 @@ def _factory_options(recipe, merged, name, adapter, base):
     template = recipe.get('template') or usual_template(recipe['model_name_or_path'])
     return [*model, '--template', template, *limits, *trust]
 
+def _refuse_several(adapter, name):
+    "Raise `ValueError` if an upload would contain the last of several adapters."
+    if name and adapter and ',' in adapter:
+        raise ValueError(f'The model consists of several adapters, one on top of the other: {adapter}. An upload has '
+                         'only the last one. Merge them with export(run, folder), and pass merged=folder.')
+
 def serving_lines(
     run:str|os.PathLike, # A training run, or its folder
     merged:str|Path=None, # Folder into which `export` has merged its adapter; `None`: the run's own weights
@@ -133,7 +139,8 @@ def serving_lines(
 )->dict: # Commands: `'api'` and `'chat'` for LLaMA-Factory; `'vllm'` for an export or an upload
     "The commands that serve the model of a run as it was trained."
     recipe, merged = Run(run).recipe, merged and Path(merged).absolute()
-    adapter = find_adapter(run) if _is_lora(recipe) and not merged else None
+    adapter = adapters_of(recipe, run) if _is_lora(recipe) and not merged else None
+    _refuse_several(adapter, name)
     factory = _factory_options(recipe, merged, name, adapter, base)
     lines = {'api': ['API_HOST=127.0.0.1', 'API_PORT=8000', 'llamafactory-cli', 'api', *factory],
              'chat': ['llamafactory-cli', 'chat', *factory]}
