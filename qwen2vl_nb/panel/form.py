@@ -58,8 +58,10 @@ class Panel(VBox):
     ):
         "Show a step."
         self.shown = name if isinstance(name, str) and name in self.steps else next(iter(self.steps))
-        if keep:
-            with self.session.project.edit() as state: state['open'] = self.shown
+        try:
+            if keep:
+                with self.session.project.edit() as state: state['open'] = self.shown
+        except Exception as e: self.complain(self.say('panel.refused', error=e))
         self._body.children = [self.steps[self.shown].view]
         self.refresh()
 
