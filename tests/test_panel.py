@@ -233,8 +233,8 @@ def test_columns_are_found_without_reading_the_file(folder):
     assert column_names('large.csv') == ['photo', 'text']
 
 def test_a_folder_that_cannot_be_written_is_told(folder):
+    panel = Panel(folder/'file')
     (folder/'file').write_text('mine')
-    panel = Panel(folder/'file'/'inside')
     fill(panel, 'model', model='Qwen/Qwen2-VL-7B-Instruct')
     panel.go('recipe', keep=True)
     assert 'could not be saved' in panel.complaint.value and (folder/'file').read_text() == 'mine'
