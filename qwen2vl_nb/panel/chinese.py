@@ -8,8 +8,8 @@ __all__ = ['CHINESE']
 # %% ../../nbs/panel/00_chinese.ipynb #zhpanel000
 # Key → (English, Chinese)
 CHINESE = {
-    'panel.folder': ('Folder: {folder}. The form is kept in {form}, and the code that ran in ',
-                     '目录：{folder}。表单内容保存在 {form}，运行过的代码保存在 '),
+    'panel.folder': ('Folder: {folder}. The form is kept in {form}, and the code that ran in {notebook}.',
+                     '目录：{folder}。表单内容保存在 {form}，运行过的代码保存在 {notebook}。'),
     'panel.code': ('The code that this step ran', '这一步运行的代码'),
     'panel.copy': ('Copy', '复制'),
     'panel.no_code': ('The code that this step runs will be shown here.', '这一步运行的代码会显示在这里。'),

@@ -10,7 +10,7 @@ from .chinese import CHINESE
 
 # %% ../../nbs/panel/00_texts.ipynb #00texts0004
 ENGLISH = {
-    'panel.folder': 'Folder: {folder}. The form is kept in {form}, and the code that ran in ',
+    'panel.folder': 'Folder: {folder}. The form is kept in {form}, and the code that ran in {notebook}.',
     'panel.code': 'The code that this step ran',
     'panel.copy': 'Copy',
     'panel.no_code': 'The code that this step runs will be shown here.',
