@@ -148,6 +148,7 @@ HOSTILE = [
     {'ran': {'data.read': {'given': {'source': 1, 'image': [], 'prompt': {}, 'response': None, 'media_dir': 2, 'boxes': 'x', 'model': 3}, 'when': 1e300, 'said': '<script>'}}},
     {'ran': {name: {'given': {}, 'when': -1e14, 'said': 'x'} for name in ('memory.pick', 'recipe.make', 'launch.start', 'runs.choose', 'predict.after', 'checkpoints.score', 'score.scores')}},
     {'ran': {'launch.start': {'given': {'run': '\0', 'folder': 'x', 'name': '', 'nproc': 0}, 'when': 1.0, 'said': ''}}},
+    {'ran': {'split.register': {'given': dict(test=float('inf'), group='', stratify='', name='x', folder='data', media='refer'), 'when': 1.0, 'said': ''}}},
     {'notebook': 3}, {'notebook': {'name': '../../x.ipynb', 'digest': 0}}, {'notebook': {'name': None}}, {'open': ['x']}, {'open': 'none'}, {'open': 7},
 ]
 
@@ -158,8 +159,7 @@ def test_a_panel_of_somebody_else_can_do_nothing_by_being_opened(folder, state):
     before = sorted(folder.rglob('*'))
     panel = Panel()
     for name in panel.steps: panel.go(name)
-    panel.steps['memory'].wait()
-    assert panel.session.names == {} and sorted(folder.rglob('*')) == before and (folder/PANEL).read_text() == written
+    assert not panel.steps['memory']._thread and panel.session.names == {} and sorted(folder.rglob('*')) == before and (folder/PANEL).read_text() == written
     assert '<script>' not in ''.join(b.line.value for step in panel.steps.values() for b in step.boxes.values())
 
 def test_values_cannot_become_code(folder):

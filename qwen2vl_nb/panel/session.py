@@ -236,7 +236,7 @@ class Session:
         action, ran = self.actions[name], what_ran(self.project).get(name)
         if ran is None: return ''
         try: return (again and action.again or action.code)(Given(ran.given, self.project.folder))
-        except (KeyError, TypeError, ValueError, AttributeError): return ''  # the file does not have what it needs
+        except Exception: return ''  # the file does not have what it needs
 
     def next_code(self,
         name:str, # Name of an action

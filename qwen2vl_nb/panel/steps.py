@@ -328,7 +328,7 @@ def _put(self:Step, name):
 @patch
 def _changed(self:Step, name):
     if self._restoring: return
-    value = self.controls[name].value
+    value, self.panel.touched = self.controls[name].value, True
     try: keep_value(self.panel.session.project, self.name, **{name: value})
     except Exception as e: self.panel.complain(self.panel.say('panel.refused', error=e))
     self.changed(name)

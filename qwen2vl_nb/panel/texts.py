@@ -240,6 +240,7 @@ ENGLISH |= {
     'memory.none_here': 'This machine has no GPU. For a run on another machine, say which GPUs it has; without, the '
                         'recipe is prepared for the CPU.',
     'memory.computing': 'Computing …',
+    'memory.later': 'The table is computed as soon as something is changed, or this step is chosen again.',
     'memory.chosen': 'Would be chosen: {name}',
     'memory.none_fits': 'None of them is certain to fit; "{pick}" says what would.',
     'memory.pick': 'Use the fastest that fits',
