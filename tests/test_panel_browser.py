@@ -86,7 +86,7 @@ class Form:
             self.go(step)
             until(self.is_ready, f'{step} is ready')
             values = self.at.locator('input, select').evaluate_all('all => all.map(e => e.type == "checkbox" ? e.checked : e.value)')
-            shown[step] = values, self.at.locator('.qvl-code pre').last.inner_text()
+            shown[step] = values, ''.join(self.at.locator('.qvl-code pre').all_inner_texts()[-1:]).strip()
         return shown
 
 def _cells(path): return {c.id: c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == 'code'}
@@ -106,7 +106,7 @@ def _prepared(form):
     form.page.keyboard.press('Enter')
     form.says('labels.xlsx: 120 rows')
     form.press('data.check')
-    form.says(re.compile('findings in 3 rows'))
+    form.says(ENGLISH['data.found'].format(n=4, rows=3))
     form.keep('faults')
     form.press('data.drop')
     form.says('Dropped 2 of 120')
@@ -116,7 +116,7 @@ def _prepared(form):
     form.says('cars_test')
     form.go('model')
     form.fill('model', model='model')
-    form.says('Qwen2-VL, in a folder')
+    form.says(ENGLISH['model.folder'].format(family='Qwen2-VL', template='qwen2_vl'))
     form.go('recipe')
     form.fill('recipe', learning_rate='3e-3', max_steps=40, per_device_train_batch_size=8, gradient_accumulation_steps=1, save_steps=20)
     form.press('recipe.make')

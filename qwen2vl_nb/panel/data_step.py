@@ -106,7 +106,7 @@ class DataStep(Step):
         media = Combobox(options=suggestions(folder))
         media_row = path_row(self.field('media_dir', media, '520px'), PathList(media, folder, say))
         columns = [self.field(name, Combobox(options=[])) for name in ('image', 'prompt', 'response')]
-        boxes = self.field('boxes', Checkbox(indent=True), 'auto')
+        boxes = self.field('boxes', Checkbox(indent=True))
         self._offer_columns()
         read = self.button('data.read', icon='folder-open')
         for name in ('source', 'image', 'prompt', 'response'): on_enter(self.controls[name], read.start)

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from ipywidgets import HTML, Layout, Select, Text, VBox
 from .chosen_run import live_view, near
 from .launch_step import attached, choose
-from .session import Action, Unfilled, as_call, what_ran
+from .session import Action, Unfilled, what_ran
 from .steps import ActionBox, Step, as_html
 from ..run.folder import RUN, state_or_empty
 

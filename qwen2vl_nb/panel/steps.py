@@ -36,6 +36,7 @@ STYLE = '''<style>
   white-space:pre-wrap;overflow-wrap:anywhere}
 .qvl-said {white-space:pre-wrap;overflow-wrap:anywhere;opacity:.85}
 .qvl .jp-RenderedHTMLCommon table {margin-left:0}
+.qvl-shown td:last-child {min-width:160px}
 .qvl-shown {overflow-x:auto;max-height:520px;overflow-y:auto}
 .qvl button:focus-visible,.qvl input:focus-visible,.qvl select:focus-visible,.qvl textarea:focus-visible
   {outline:2px solid var(--jp-brand-color1,#1976d2)!important;outline-offset:1px}
@@ -328,7 +329,7 @@ def _put(self:Step, name):
 @patch
 def _changed(self:Step, name):
     if self._restoring: return
-    value = self.controls[name].value
+    value, self.panel.touched = self.controls[name].value, True
     try: keep_value(self.panel.session.project, self.name, **{name: value})
     except Exception as e: self.panel.complain(self.panel.say('panel.refused', error=e))
     self.changed(name)
