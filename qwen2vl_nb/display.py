@@ -152,8 +152,9 @@ def picture_html(
 def _line_html(name, text, colour):
     "A line under a picture: its name in small letters, and the text exactly as in the data."
     name = f'<small style="opacity:.65">{html.escape(name)}</small>'
-    text = f'<span style="white-space:pre-wrap;overflow-wrap:anywhere">{html.escape(str(text))}</span>'
-    return div(f'margin-top:.3em;{f"color:{colour}" if colour else ""}', f'{name} {text}')
+    own = f'color:{colour};' if colour else ''
+    text = f'<span style="{own}white-space:pre-wrap;overflow-wrap:anywhere">{html.escape(str(text))}</span>'
+    return div('margin-top:.3em;', f'{name} {text}')
 
 def _side_by_side(lines):
     "Lines next to each other, each in a column of its own."
