@@ -36,7 +36,9 @@ class Beginning:
     def __init__(self,
         folder, # Folder of the run
         tells:bool=True, # Whether it is the process of this machine that tells it
-    ): self.folder, self.tells, self.last = folder, tells, 0
+    ):
+        self.folder, self.tells = folder, tells
+        self.bar, self.last = None, 0 # the bar that was told last, and when
 
     def tell(self,
         doing:str, # What is being done
@@ -67,8 +69,9 @@ class Beginning:
         display = tqdm.display
         def shown(bar, *args, **kwargs):
             said = describe_bar(bar)
-            if said and (time.monotonic() - self.last > _pause or bar.n >= bar.total):
-                self.last = time.monotonic()
+            is_due = bar is not self.bar or time.monotonic() - self.last > _pause
+            if said and (is_due or bar.n >= bar.total):
+                self.bar, self.last = bar, time.monotonic()
                 self.tell(*said)
             return display(bar, *args, **kwargs)
         tqdm.display = shown
