@@ -63,6 +63,11 @@ def test_a_paragraph_that_is_new_is_named_with_the_line_to_write(copies):
     digest = translations.Section('This is new.').digest
     assert found == f'README.md: “This is new. …” is new or has changed; translate it, and write below the translation:\n<!-- translates {digest} -->'
 
+def test_another_figure_in_a_table_of_the_readme_is_found(copies):
+    row = re.search(r'^\| .*?(\d+)', PAIRS['README.zh.md'][CHINESE].read_text(encoding='utf-8'), re.M)
+    found, = copies('README.zh.md', CHINESE, row[0], row[0].removesuffix(row[1]) + '12345')
+    assert found.endswith(f'figures: missing {row[1]}; not in the English 12345')
+
 def test_figures_of_a_table_are_compared_row_by_row():
     a = translations.Section('| a | 1 GiB |\n|---|---|\n| b | 2 GiB |')
     b = translations.Section('| 甲 | 2 GiB |\n|---|---|\n| 乙 | 1 GiB |')
@@ -86,3 +91,20 @@ def test_a_text_that_is_missing_superfluous_or_changed_is_named():
     chinese = {'panel.copy': ('Copy', '复制'), 'panel.done': ('Done', '已完成'), 'panel.old': ('Old', '旧')}
     assert translations.table_faults(english, chinese) == [
         "panel.new is missing: 'New'", 'panel.old is superfluous', "panel.done translates 'Done', and now reads 'done'"]
+
+def _shown(widget):
+    "The texts that a widget and those in it show."
+    yield from (text for name in ('description', 'value', 'placeholder', 'tooltip') if isinstance(text := getattr(widget, name, None), str) and text)
+    for child in getattr(widget, 'children', ()): yield from _shown(child)
+
+def test_the_panel_speaks_chinese(tmp_path):
+    "No step shows an English text of the table."
+    from qwen2vl_nb import Panel
+    from qwen2vl_nb.panel.chinese import CHINESE
+    panel = Panel(tmp_path, language='zh')
+    english = {text for text, _ in CHINESE.values() if ' ' in text}
+    for name in panel.steps:
+        panel.go(name)
+        shown = [*_shown(panel)]
+        assert any(CHINESE[f'{name}.about'][1] in text for text in shown)
+        assert not english & {re.sub(r'<.*?>', '', text).strip() for text in shown}

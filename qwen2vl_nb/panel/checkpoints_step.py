@@ -35,8 +35,12 @@ def _scored(given):
     call = as_call('score_checkpoints', ast.Name('run'), given['dataset'], **measure, **limits(given))
     return f'run.wait()\nfound = {call}\nfound'
 
-SCORE = Action('checkpoints.score', lambda form: dataset_given(form, 'checkpoints'), _scored, needs=('run',), gives=('found',),
-               keeps=lambda names: {'rows': sum(map(len, names['found'].predictions.values())), 'scored': [*names['found']]})
+def _kept(names):
+    found = names['found']
+    return {'rows': sum(map(len, found.predictions.values())), 'scored': [*found]}
+
+SCORE = Action('checkpoints.score', lambda form: dataset_given(form, 'checkpoints'), _scored, needs=('run',),
+               gives=('found',), keeps=_kept)
 
 # %% ../../nbs/panel/70_checkpoints_step.ipynb #70checkp0008
 _measures = 'json', 'exact', 'number', 'boxes.f1', 'rouge-l', 'bleu-4'
@@ -79,6 +83,7 @@ class DatasetStep(Step):
         "Whether its result may be shown again by running its code."
         return False
 
+# %% ../../nbs/panel/70_checkpoints_step.ipynb #eb7a20f4
 class CheckpointsStep(DatasetStep):
     "Score the checkpoints of the chosen run."
     name, done, actions = 'checkpoints', 'checkpoints.score', (SCORE,)

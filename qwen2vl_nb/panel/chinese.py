@@ -8,8 +8,8 @@ __all__ = ['CHINESE']
 # %% ../../nbs/panel/00_chinese.ipynb #zhpanel000
 # Key → (English, Chinese)
 CHINESE = {
-    'panel.folder': ('Folder: {folder}. The form is kept in {form}, and the code that ran in ',
-                     '目录：{folder}。表单内容保存在 {form}，运行过的代码保存在 '),
+    'panel.folder': ('Folder: {folder}. The form is kept in {form}, and the code that ran in {notebook}.',
+                     '目录：{folder}。表单内容保存在 {form}，运行过的代码保存在 {notebook}。'),
     'panel.code': ('The code that this step ran', '这一步运行的代码'),
     'panel.copy': ('Copy', '复制'),
     'panel.no_code': ('The code that this step runs will be shown here.', '这一步运行的代码会显示在这里。'),
@@ -32,7 +32,7 @@ CHINESE = {
     'panel.up': ('.. (one folder up)', '..（上一级目录）'),
     'panel.more': ('{n} more: type the beginning of a name to see fewer.',
                    '还有 {n} 项：输入名称的开头可以缩小范围。'),
-    'panel.nothing': ('Nothing here begins with this text.', '这里没有以此开头的名称。'),
+    'panel.nothing': ('There is nothing to choose here.', '这里没有可选的内容。'),
 }
 
 # %% ../../nbs/panel/00_chinese.ipynb #zhdata0000
@@ -72,7 +72,7 @@ CHINESE |= {
     'data.drop': ('Drop rows with errors', '丢弃有错误的行'),
     'data.drop.help': ('Leave out the rows in which an error is left', '去掉仍有错误的行'),
     'data.clean': ('Nothing found in {n} rows.', '{n} 行中没有发现问题。'),
-    'data.found': ('{n} findings in {rows} rows.', '{rows} 行中发现 {n} 个问题。'),
+    'data.found': ('Findings: {n}; rows concerned: {rows}.', '发现 {n} 个问题，涉及 {rows} 行。'),
 }
 
 # %% ../../nbs/panel/00_chinese.ipynb #zhmodel000
@@ -240,6 +240,9 @@ CHINESE |= {
     'split.copy': ('are copied into the folder', '复制到该目录'),
     'split.link': ('are linked into the folder', '链接到该目录'),
     'split.register': ('Split and register', '划分并注册'),
+    'split.plot': ('Plot', '画图'),
+    'split.plot.help': ('Lengths, picture sizes and answers of the rows for training',
+                        '训练数据的长度、图片尺寸和回答'),
     'split.load': ('Load with LLaMA-Factory', '用 LLaMA-Factory 加载'),
     'split.load.help': ('Ask LLaMA-Factory’s own loader whether it would load them; takes some seconds',
                         '用 LLaMA-Factory 自己的加载器确认能否加载；需要几秒钟'),

@@ -8,7 +8,9 @@ __all__ = ['table_endings', 'ACTIONS', 'column_names', 'check_arguments', 'DataS
 # %% ../../nbs/panel/32_data_step.ipynb #32datast0002
 import ast, csv, io, json, os
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
+from threading import Thread
 from ipywidgets import HTML, Checkbox, Combobox
 from ..files import open_regular
 from .paths import PathList, path_row, suggestions
@@ -97,12 +99,14 @@ class DataStep(Step):
 
     def build(self):
         folder, say = self.panel.session.project.folder, self.panel.say
+        # Columns should be offered before the next field is typed in: its text would be put back
+        Thread(target=import_module, args=['openpyxl'], daemon=True).start()
         source = Combobox(options=suggestions(folder, table_endings))
         row = path_row(self.field('source', source, '520px'), PathList(source, folder, say, table_endings))
         media = Combobox(options=suggestions(folder))
         media_row = path_row(self.field('media_dir', media, '520px'), PathList(media, folder, say))
         columns = [self.field(name, Combobox(options=[])) for name in ('image', 'prompt', 'response')]
-        boxes = self.field('boxes', Checkbox(indent=True), 'auto')
+        boxes = self.field('boxes', Checkbox(indent=True))
         self._offer_columns()
         read = self.button('data.read', icon='folder-open')
         for name in ('source', 'image', 'prompt', 'response'): on_enter(self.controls[name], read.start)
@@ -124,6 +128,6 @@ class DataStep(Step):
     def show(self, action, value):
         if action == 'data.drop': return []
         if action == 'data.read': return [as_widget(value)]
-        if not len(value): return [HTML(as_html('qvl-said', self.say('clean', n=len(self.panel.session.names['samples']))))]
-        said = self.say('found', n=len(value), rows=value.row.nunique())
-        return [HTML(as_html('qvl-said', said)), as_widget(value)]
+        n, rows = len(value), value.row.nunique()
+        said = self.say('found', n=n, rows=rows) if n else self.say('clean', n=len(self.panel.session.names['samples']))
+        return [HTML(as_html('qvl-said', said)), *[as_widget(value)]*bool(n)]

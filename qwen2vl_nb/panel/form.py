@@ -6,7 +6,6 @@
 __all__ = ['STEPS', 'Panel']
 
 # %% ../../nbs/panel/90_form.ipynb #90form0002
-from html import escape
 from threading import Thread
 from time import sleep
 from pathlib import Path
@@ -37,6 +36,7 @@ class Panel(VBox):
         language:str='en', # Language of the form
     ):
         self.say, project = Texts(language), Project(folder)
+        self.touched = False  # whether somebody has used it, so that it may compute by itself
         self.steps = {step.name: step(self) for step in STEPS}
         actions = [action for step in STEPS for action in step.actions]
         self.session = Session(project, actions, {step.name: step.defaults for step in STEPS})
@@ -58,8 +58,11 @@ class Panel(VBox):
     ):
         "Show a step."
         self.shown = name if isinstance(name, str) and name in self.steps else next(iter(self.steps))
-        if keep:
-            with self.session.project.edit() as state: state['open'] = self.shown
+        self.touched = self.touched or keep
+        try:
+            if keep:
+                with self.session.project.edit() as state: state['open'] = self.shown
+        except Exception as e: self.complain(self.say('panel.refused', error=e))
         self._body.children = [self.steps[self.shown].view]
         self.refresh()
 
@@ -84,8 +87,8 @@ class Panel(VBox):
         kept = project.state.get('notebook')
         name = kept.get('name') if isinstance(kept, dict) else None
         name = name if isinstance(name, str) else NOTEBOOK
-        said = self.say('panel.folder', folder=project.folder, form=PANEL)
-        self.where.value = f'<div class="qvl-help">{escape(said)}<b>{escape(name)}</b>.</div>'
+        said = self.say('panel.folder', folder=project.folder, form=PANEL, notebook=name)
+        self.where.value = as_html('qvl-help', said)
 
     def _repr_mimebundle_(self, **kwargs):
         if not self._thread:

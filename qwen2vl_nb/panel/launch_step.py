@@ -32,7 +32,8 @@ def attached(
 CHECK = Action('launch.check', lambda form: form('launch'),
                lambda given: as_call('check_recipe', ast.Name('recipe'), **_processes(given)), needs=('recipe',))
 LAUNCH = Action('launch.start', lambda form: form('launch') | {'folder': form('runs')['folder']}, _started,
-                needs=('recipe',), gives=('run',), again=attached, keeps=lambda names: {'run': str(names['run'].output_dir)})
+                needs=('recipe',), gives=('run',), again=attached,
+                keeps=lambda names: {'run': str(names['run'].output_dir)})
 
 # %% ../../nbs/panel/60_launch_step.ipynb #60launch0009
 def choose(
@@ -52,7 +53,8 @@ class LaunchStep(Step):
         self.live, self._watched = VBox(), None
         name = self.field('name', Text(placeholder='run'))
         return [name, self.field('nproc', BoundedIntText(min=0, max=1024), '220px'),
-                self.button('launch.check', icon='check', primary=False), self.button('launch.start', hears=False), self.live]
+                self.button('launch.check', icon='check', primary=False), self.button('launch.start', hears=False),
+                self.live]
 
     def show(self, action, value):
         if action != 'launch.start': return super().show(action, value)

@@ -6,24 +6,21 @@
 __all__ = ['ACTIONS', 'table_code', 'marked_table', 'describe_here', 'MemoryStep']
 
 # %% ../../nbs/panel/38_memory_step.ipynb #38memory0002
-import json
-from html import escape
+import ast
 from threading import Lock, Thread
 from time import sleep
+from fastcore.basics import patch
 from ipywidgets import HTML, BoundedFloatText, BoundedIntText
 from .session import Action, as_call, run_code
 from .steps import Step, as_html, code_html, explain
 from ..stack import GiB, gpus
 
 # %% ../../nbs/panel/38_memory_step.ipynb #38memory0004
-def _those(given): return {k: given[k] for k in ('gpus', 'gpu_gib') if given[k]}
-
 def table_code(
     given:dict, # The form of the step
 )->str:
     "The code that shows the table of a recipe."
-    gpus = {k: given[k] for k in ('gpus', 'gpu_gib') if given[k]}
-    return f"zero_table(recipe{as_call('', **gpus)[1:-1] and ', ' + as_call('', **gpus)[1:-1]})"
+    return as_call('zero_table', ast.Name('recipe'), **{k: given[k] for k in ('gpus', 'gpu_gib') if given[k]})
 
 def _pick_code(given):
     choose = table_code(given).replace('zero_table', 'pick_zero', 1)
@@ -41,7 +38,8 @@ def marked_table(
     chosen = next((row.name for row in table if row.fits == 'fits'), '')
     html = table._repr_html_()
     if not chosen: return as_html('qvl-error', say('memory.none_fits', pick=say('memory.pick'))) + html
-    return as_html('qvl-said', say('memory.chosen', name=chosen)) + html.replace(f'<b>{chosen}</b>', f'<b>➜ {chosen}</b>', 1)
+    html = html.replace(f'<b>{chosen}</b>', f'<b>➜ {chosen}</b>', 1)
+    return as_html('qvl-said', say('memory.chosen', name=chosen)) + html
 
 def describe_here(
     say, # Texts
@@ -51,6 +49,7 @@ def describe_here(
     if not found: return say('memory.none_here')
     return say('memory.here', gpus=', '.join(f'{g.name} ({g.total/GiB:.0f} GiB)' for g in found))
 
+# %% ../../nbs/panel/38_memory_step.ipynb #b5708b3d
 class MemoryStep(Step):
     "See what fits, and choose a ZeRO config."
     name, done, actions = 'memory', 'memory.pick', ACTIONS
@@ -67,7 +66,8 @@ class MemoryStep(Step):
 
     def refresh(self):
         super().refresh()
-        self.look()
+        if self.panel.touched: self.look()
+        elif not self.table.value: self.table.value = as_html('qvl-help', self.say('later'))
 
     def look(self):
         "Have the table computed if the form has changed."
@@ -96,8 +96,6 @@ class MemoryStep(Step):
                 return
 
 # %% ../../nbs/panel/38_memory_step.ipynb #38memory0008
-from fastcore.basics import patch
-
 @patch
 def _compute(self:MemoryStep):
     "Show the table for what is in the forms."
@@ -110,7 +108,8 @@ def _compute(self:MemoryStep):
         if not names: run_code('from qwen2vl_nb.all import *', names)
         run_code(code[0], names)
         shown = marked_table(run_code(code[1], names), say)
-        self.table.value = f'<div class="jp-RenderedHTMLCommon qvl-shown">{shown}</div>' + code_html(code[1], say('panel.copy'))
+        shown = f'<div class="jp-RenderedHTMLCommon qvl-shown">{shown}</div>'
+        self.table.value = shown + code_html(code[1], say('panel.copy'))
         self._of = code
     except Exception as e:
         self._of, self.table.value = None, as_html('qvl-said', explain(e, say))

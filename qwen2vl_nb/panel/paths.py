@@ -49,7 +49,8 @@ class PathList(VBox):
         endings:tuple=(), # As for `entries`
     ):
         self.field, self.folder, self.say, self.endings, self.at = field, folder, say, endings, None
-        self.button = Button(description=say('panel.browse'), icon='folder-open', layout=Layout(width='auto', flex='none'))
+        look = Layout(width='auto', flex='none')
+        self.button = Button(description=say('panel.browse'), icon='folder-open', layout=look)
         self.button.on_click(lambda _: self.toggle())
         self._list = VBox(layout=Layout(max_height='240px', overflow='hidden auto', display='none', width='420px',
                                         border='1px solid var(--jp-border-color2, #999)', max_width='100%'))
@@ -101,6 +102,7 @@ class PathList(VBox):
         self.field.value = str(path.relative_to(self.folder)) if is_inside else str(path)
         if self.at: self.look(path)
 
+# %% ../../nbs/panel/25_paths.ipynb #293af556
 def path_row(
     row, # What `Step.field` returned for the `Combobox`
     listed:PathList, # The list that belongs to it

@@ -25,16 +25,19 @@ def _asked(given, model, **named):
     asked = as_call('predict_recipe', model, given['dataset'], **named, **given['settings'], **limits(given))
     return asked, as_call('predict', ast.Name('asked'), **_engine(given))
 
+def _place(given, path): return Given({'place': path}, given.folder).path('place', new=True)
+
 def _before(given):
-    place = f'{given["folder"]}/before' if given['folder'] else f'saves/{Path(given["model"]).name}/predict/{given["dataset"]}'
-    place = Given({'place': place}, given.folder).path('place', new=True)
+    usual = f'saves/{Path(given["model"]).name}/predict/{given["dataset"]}'
+    place = _place(given, f'{given["folder"]}/before' if given['folder'] else usual)
     asked, call = _asked(given, given.path('model'), output_dir=place)
     return f'asked = {asked}\nbefore = {call}\nbefore'
 
 def _after(given):
-    place = {'output_dir': Given({'place': f'{given["folder"]}/after'}, given.folder).path('place', new=True)} if given['folder'] else {}
-    model, adapter = (given.path('model'), {'adapter': ast.Name('run')}) if given['is_adapter'] else (ast.Name('run.output_dir'), {})
-    asked, call = _asked(given, model, **place, **adapter)
+    named = {'output_dir': _place(given, f'{given["folder"]}/after')} if given['folder'] else {}
+    named |= {'adapter': ast.Name('run')} if given['is_adapter'] else {}
+    model = given.path('model') if given['is_adapter'] else ast.Name('run.output_dir')
+    asked, call = _asked(given, model, **named)
     return f'run.wait()\nasked = {asked}\nafter = {call}\nafter'
 
 def _again(name): return lambda given: f'{name} = {as_call("Predictions", given.path("answers", new=True))}'
@@ -42,14 +45,16 @@ def _keeps(name): return lambda names: {'answers': str(names[name].output_dir), 
 def _given(form): return dataset_given(form, 'predict')
 
 BEFORE = Action('predict.before', _given, _before, gives=('before',), again=_again('before'), keeps=_keeps('before'))
-AFTER = Action('predict.after', _given, _after, needs=('run',), gives=('after',), again=_again('after'), keeps=_keeps('after'))
+AFTER = Action('predict.after', _given, _after, needs=('run',), gives=('after',), again=_again('after'),
+               keeps=_keeps('after'))
 
 # %% ../../nbs/panel/75_predict_step.ipynb #75predic0008
 _engines = 'hf', 'vllm', 'openai', 'llamafactory'
 
 class PredictStep(DatasetStep):
     "Predict a data set before and after the training."
-    name, done, actions, places = 'predict', 'predict.after', (BEFORE, AFTER), ('saves/*/predict/*', '*/before', '*/after')
+    name, done, actions = 'predict', 'predict.after', (BEFORE, AFTER)
+    places = 'saves/*/predict/*', '*/before', '*/after'
     defaults = {'dataset': '', 'engine': 'hf', 'python': '', 'base_url': '', 'max_samples': 0, 'max_new_tokens': 128,
                 'folder': ''}
 
@@ -57,7 +62,8 @@ class PredictStep(DatasetStep):
         self.others = [self.field('python', Text()), self.field('base_url', Text())]
         return [self.dataset_field(), self.field('engine', Dropdown(options=_engines), '260px'), *self.others,
                 self.field('max_samples', BoundedIntText(max=10**9), '260px'),
-                self.field('max_new_tokens', BoundedIntText(min=1, max=10**6), '260px'), self.field('folder', Combobox()),
+                self.field('max_new_tokens', BoundedIntText(min=1, max=10**6), '260px'),
+                self.field('folder', Combobox()),
                 self.button('predict.before', icon='play', primary=False, hears=False),
                 self.button('predict.after', icon='play', hears=False), self.at_work()]
 

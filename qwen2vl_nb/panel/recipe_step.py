@@ -8,11 +8,11 @@ __all__ = ['USUAL', 'ACTIONS', 'find_arguments', 'as_value', 'dataset_choices', 
 # %% ../../nbs/panel/36_recipe_step.ipynb #36recipe0002
 import ast, math, re
 from html import escape
+from fastcore.basics import patch
 from ipywidgets import (HTML, BoundedFloatText, BoundedIntText, Box, Button, Checkbox, Combobox, Dropdown, HBox, Layout,
                         Text, VBox)
 from ..files import json_or
 from .session import Action, Unfilled, as_call, keep_value
-from .split_step import test_name
 from .steps import Step, as_html, as_widget
 from ..recipe import arguments_of_recipes
 
@@ -69,7 +69,8 @@ def _make_given(form):
     return {'model': model, 'dataset': dataset, 'folder': split['folder'], 'changes': _changes(values)}
 
 def _make_code(given):
-    changes = {str(k): v for k, v in given['changes'].items() if k not in ('model', 'dataset', 'dataset_dir', 'output_dir')}
+    own = ('model', 'dataset', 'dataset_dir', 'output_dir')
+    changes = {str(k): v for k, v in given['changes'].items() if k not in own}
     folder = given.path('folder', new=True)
     where = {'dataset_dir': folder} if folder != 'data' else {}
     return f"recipe = {as_call('train_recipe', given.path('model'), given['dataset'], **where, **changes)}\nrecipe"
@@ -107,16 +108,19 @@ def dataset_choices(
     "The data sets that are registered in a folder."
     return [name for name in json_or({}, folder/'dataset_info.json', 2**24)][:500]
 
+# %% ../../nbs/panel/36_recipe_step.ipynb #20d01011
 class RecipeStep(Step):
     "Choose the arguments of the run."
     name, done, actions = 'recipe', 'recipe.make', ACTIONS
     defaults = {'dataset': '', **USUAL, 'more': {}}
 
     def build(self):
-        grid = Layout(display='grid', grid_template_columns='repeat(auto-fit, minmax(min(100%, 420px), 1fr))', max_width='100%')
-        fields = [self.field('dataset', Combobox())]
-        fields += [self.field(name, _control(self.say, name, usual), '400px') for name, usual in USUAL.items()]
-        for name, usual in USUAL.items():
+        columns = 'repeat(auto-fit, minmax(min(100%, 420px), 1fr))'
+        grid = Layout(display='grid', grid_template_columns=columns, max_width='100%')
+        fields = [self.field('dataset', Combobox(), '400px', below=True)]
+        fields += [self.field(name, _control(self.say, name, usual), '400px', below=True)
+                   for name, usual in USUAL.items()]
+        for name in USUAL:
             about = arguments_of_recipes().get(name)
             if about: self.controls[name].tooltip = f'{name}: {about.help}'
         self._find = Text(description=self.say('find'), placeholder=self.say('find.hint'), continuous_update=True,
@@ -138,11 +142,11 @@ class RecipeStep(Step):
     def show(self, action, value):
         if action == 'recipe.check': return [as_widget(value)]
         lines = '\n'.join(f'{k}: {v}' for k, v in value.items())
-        return [HTML(f'<details class="qvl-said tex2jax_ignore mathjax_ignore"><summary>{escape(self.say("whole"))}</summary>{escape(lines)}</details>')]
+        summary = f'<summary>{escape(self.say("whole"))}</summary>'
+        whole = f'<details class="qvl-said tex2jax_ignore mathjax_ignore">{summary}{escape(lines)}</details>'
+        return [HTML(whole)]
 
 # %% ../../nbs/panel/36_recipe_step.ipynb #36recipe0016
-from fastcore.basics import patch
-
 @patch
 def _search(self:RecipeStep):
     "Show the arguments that are found."
@@ -155,8 +159,9 @@ def _offer(self:RecipeStep, name):
     about = arguments_of_recipes()[name]
     add = Button(description=self.say('add'), icon='plus', tooltip=name, layout=Layout(width='90px', flex='none'))
     add.on_click(lambda _: self._set(name, about.default))
-    said = f'<b>{escape(name)}</b> <span class="qvl-help">{escape(about.kind)} = {escape(about.default or "–")}. {escape(about.help)}</span>'
-    return HBox([add, HTML(said, layout=Layout(flex='1 1 260px'))], layout=Layout(align_items='baseline', max_width='100%'))
+    said = escape(f'{about.kind} = {about.default or "–"}. {about.help}')
+    text = HTML(f'<b>{escape(name)}</b> <span class="qvl-help">{said}</span>', layout=Layout(flex='1 1 260px'))
+    return HBox([add, text], layout=Layout(align_items='baseline', max_width='100%'))
 
 @patch
 def _set(self:RecipeStep, name, text):
@@ -166,6 +171,7 @@ def _set(self:RecipeStep, name, text):
     self._search()
     self._show_more()
 
+# %% ../../nbs/panel/36_recipe_step.ipynb #8fac47dc
 @patch
 def _remove(self:RecipeStep, name):
     keep_value(self.panel.session.project, 'recipe', more={k: v for k, v in self.values['more'].items() if k != name})
@@ -188,7 +194,8 @@ def _added(self:RecipeStep, name, value):
     control.observe(lambda change: self._set(name, change['new']), 'value')
     remove = Button(icon='times', tooltip=self.say('remove', name=name), layout=Layout(width='36px', flex='none'))
     remove.on_click(lambda _: self._remove(name))
-    help = HTML(as_html('qvl-help', about.help if about else self.say('unknown')), layout=Layout(flex='1 1 260px', margin='2px 8px'))
-    row = HBox([control, remove, help], layout=Layout(flex_flow='row wrap', align_items='center', max_width='100%'))
+    help = as_html('qvl-help', about.help if about else self.say('unknown'))
+    text = HTML(help, layout=Layout(flex='1 1 260px', margin='2px 8px'))
+    row = HBox([control, remove, text], layout=Layout(flex_flow='row wrap', align_items='center', max_width='100%'))
     row.value_of = (name, value)
     return row

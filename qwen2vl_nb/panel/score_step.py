@@ -21,7 +21,8 @@ def _compared(given):
 def _own(form): return form('score')
 
 ACTIONS = (
-    Action('score.scores', _own, lambda given: as_call('score', ast.Name('after'), **_tolerance(given)), needs=('after',)),
+    Action('score.scores', _own, lambda given: as_call('score', ast.Name('after'), **_tolerance(given)),
+           needs=('after',)),
     Action('score.compare', _own, _compared, needs=('before', 'after')),
     Action('score.show', _own, lambda given: as_call('show_predictions', ast.Name('after'), wrong=given['wrong'], n=4),
            needs=('after',)))
@@ -36,8 +37,9 @@ class ScoreStep(Step):
 
     def build(self):
         measures = 'exact', 'json', 'number', 'boxes.f1', 'rouge-l', 'bleu-4'
-        return [self.field('tolerance', BoundedFloatText(max=1, step=.01), '260px'), self.button('score.scores', icon='table'),
-                self.field('measure', Combobox(options=measures)), self.button('score.compare', icon='exchange', primary=False),
+        return [self.field('tolerance', BoundedFloatText(max=1, step=.01), '260px'),
+                self.button('score.scores', icon='table'), self.field('measure', Combobox(options=measures)),
+                self.button('score.compare', icon='exchange', primary=False),
                 self.field('wrong', Checkbox(indent=True), 'auto'), self.button('score.show', icon='image')]
 
     def refresh(self):

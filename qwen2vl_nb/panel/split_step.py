@@ -30,11 +30,14 @@ def _adds(name, samples, media):
 def _register_code(given):
     name, media, test = given['name'], given['media'], given['test']
     registry = f"registry = {as_call('Registry', given.path('folder', new=True))}"
-    if not test: return '\n'.join([registry, _adds(name, 'samples', media), 'describe_samples(samples)'])
+    if not test:
+        told = "print(f'{len(samples)} rows for training')"
+        return '\n'.join([registry, _adds(name, 'samples', media), told])
     named = {k: given[k] for k in ('group', 'stratify') if given[k]}
     split = as_call('split_samples', ast.Name('samples'), test=test if test < 1 else int(test), **named)
     adds = [_adds(name, 'train', media), _adds(test_name(name), 'test', media)]
-    return '\n'.join([f'train, test = {split}', registry, *adds, 'print(len(train), len(test))', 'describe_samples(train)'])
+    told = "print(f'{len(train)} rows for training, {len(test)} for the test')"
+    return '\n'.join([f'train, test = {split}', registry, *adds, told])
 
 def _load_given(form):
     split = _register_given(form)
@@ -42,9 +45,13 @@ def _load_given(form):
 
 def _load_code(given): return as_call('registry.check', given['names'])
 
+def _plot_code(given):
+    return f"describe_samples({as_call('dataset_samples', ast.Name('registry'), given['name'])})"
+
 ACTIONS = [
     Action('split.register', _register_given, _register_code, needs=('samples',), gives=('registry',),
            again=lambda given: f"registry = {as_call('Registry', given.path('folder', new=True))}"),
+    Action('split.plot', _register_given, _plot_code, needs=('registry',)),
     Action('split.load', _load_given, _load_code, needs=('registry',))]
 
 # %% ../../nbs/panel/34_split_step.ipynb #34splits0007
@@ -61,7 +68,9 @@ class SplitStep(Step):
         media = self.field('media', Dropdown(options=[(self.say(kind), kind) for kind in ('refer', 'copy', 'link')]))
         register = self.button('split.register', icon='save')
         for name in ('group', 'stratify', 'name', 'folder'): on_enter(self.controls[name], register.start)
-        return [test, *columns, *names, media, register, self.button('split.load', icon='search', primary=False)]
+        others = [self.button('split.plot', icon='bar-chart', primary=False),
+                  self.button('split.load', icon='search', primary=False)]
+        return [test, *columns, *names, media, register, *others]
 
     def _columns(self):
         "The keys of the first sample, if it has been read in this kernel."

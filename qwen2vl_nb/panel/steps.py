@@ -24,17 +24,19 @@ STYLE = '''<style>
 .qvl-help {opacity:.75;line-height:1.35}
 .qvl-code {position:relative;border:1px solid var(--jp-border-color2,rgba(128,128,128,.35));border-radius:3px;
   background:var(--jp-cell-editor-background,rgba(128,128,128,.08))}
-.qvl-code pre {margin:0;padding:8px 70px 8px 10px;overflow-x:auto;line-height:1.4;color:var(--jp-content-font-color1,inherit);
+.qvl-code pre {margin:0;padding:8px 70px 8px 10px;overflow-x:auto;line-height:1.4;
+  color:var(--jp-content-font-color1,inherit);
   background:none;font-family:var(--jp-code-font-family,monospace);font-size:var(--jp-code-font-size,13px)}
 .qvl-code button {position:absolute;right:6px;top:6px;border:1px solid var(--jp-border-color1,#999);border-radius:3px;
   background:var(--jp-layout-color2,#eee);color:var(--jp-ui-font-color1,#111);cursor:pointer;padding:2px 8px}
 .qvl-code .k,.qvl-code .kn,.qvl-code .kc,.qvl-code .ow {color:var(--jp-mirror-editor-keyword-color,inherit)}
-.qvl-code .s1,.qvl-code .s2,.qvl-code .sa {color:var(--jp-mirror-editor-string-color,inherit)}
+.qvl-code .s1,.qvl-code .s2,.qvl-code .si,.qvl-code .sa {color:var(--jp-mirror-editor-string-color,inherit)}
 .qvl-code .mi,.qvl-code .mf {color:var(--jp-mirror-editor-number-color,inherit)}
 .qvl-error {border:1px solid var(--jp-error-color1,#d64545);border-left-width:5px;border-radius:3px;padding:6px 10px;
   white-space:pre-wrap;overflow-wrap:anywhere}
 .qvl-said {white-space:pre-wrap;overflow-wrap:anywhere;opacity:.85}
 .qvl .jp-RenderedHTMLCommon table {margin-left:0}
+.qvl-shown td:last-child {min-width:160px}
 .qvl-shown {overflow-x:auto;max-height:520px;overflow-y:auto}
 .qvl button:focus-visible,.qvl input:focus-visible,.qvl select:focus-visible,.qvl textarea:focus-visible
   {outline:2px solid var(--jp-brand-color1,#1976d2)!important;outline-offset:1px}
@@ -70,10 +72,12 @@ def as_widget(
 ): # A widget; `None` for nothing
     "A value as a widget: whatever a notebook shows of it."
     if value is None or isinstance(value, DOMWidget): return value
-    html = value._repr_html_() if hasattr(value, '_repr_html_') else None
+    kind = next((kind for kind in ('_repr_html_', '_repr_svg_') if hasattr(value, kind)), None)
+    html = kind and getattr(value, kind)()
     if html and len(html) <= _most_html:
         return HTML(f'<div class="jp-RenderedHTMLCommon qvl-shown">{html}</div>')
-    if hasattr(value, '_repr_png_'): return Image(value=value._repr_png_(), format='png', layout=Layout(max_width='100%'))
+    if hasattr(value, '_repr_png_'):
+        return Image(value=value._repr_png_(), format='png', layout=Layout(max_width='100%'))
     return HTML(as_html('qvl-shown qvl-said', repr(value)[:20_000]))
 
 # %% ../../nbs/panel/20_steps.ipynb #20steps0012
@@ -90,7 +94,8 @@ def explain(
     say, # The panel's `Texts`
 )->str:
     "What went wrong, in words."
-    if isinstance(error, NotYet): return say('panel.first', step=say(error.action.partition('.')[0]), action=say(error.action))
+    if isinstance(error, NotYet):
+        return say('panel.first', step=say(error.action.partition('.')[0]), action=say(error.action))
     if isinstance(error, Unfilled):
         step = say(error.control.partition('.')[0])
         return say('panel.fill', step=step, control=say(error.control))
@@ -162,10 +167,11 @@ class ActionBox(VBox):
     def _work(self):
         again = True
         while again:
-            self._run()
-            with self._lock:
-                again, self._once_more = self._once_more, False
-                if not again: self._thread = None
+            try: self._run()
+            finally:
+                with self._lock:
+                    again, self._once_more = self._once_more, False
+                    if not again: self._thread = None
 
     def _run(self):
         self.button.disabled, self._due = True, 0
@@ -276,6 +282,7 @@ def field(self:Step,
     name:str, # Key of `defaults`
     control, # A widget with a `value` of the same type
     width:str='420px', # Of the control with its label
+    below:bool=False, # Whether the explanation is below the control, as in a grid
 ):
     "A control with its label and its explanation, whose value is kept in the files."
     label, help = self.say(name), f'{self.name}.{name}.help'
@@ -287,7 +294,9 @@ def field(self:Step,
     control.observe(lambda change: self._changed(name), 'value')
     if help not in self.panel.say: return control
     control.tooltip = self.panel.say(help)
-    text = HTML(as_html('qvl-help', self.panel.say(help)), layout=Layout(flex='1 1 260px', margin='2px 8px'))
+    explained = as_html('qvl-help', self.panel.say(help))
+    if below: return VBox([control, HTML(explained, layout=Layout(margin='0 4px 4px 138px'))])
+    text = HTML(explained, layout=Layout(flex='1 1 260px', margin='2px 8px'))
     return HBox([control, text], layout=Layout(flex_flow='row wrap', align_items='center', max_width='100%'))
 
 @patch
@@ -300,6 +309,7 @@ def button(self:Step,
     self.boxes[action] = ActionBox(self, found, **looks)
     return self.boxes[action]
 
+# %% ../../nbs/panel/20_steps.ipynb #3ab5a383
 @patch
 def changed(self:Step,
     name:str, # The control
@@ -319,7 +329,7 @@ def _put(self:Step, name):
 @patch
 def _changed(self:Step, name):
     if self._restoring: return
-    value = self.controls[name].value
+    value, self.panel.touched = self.controls[name].value, True
     try: keep_value(self.panel.session.project, self.name, **{name: value})
     except Exception as e: self.panel.complain(self.panel.say('panel.refused', error=e))
     self.changed(name)

@@ -10,7 +10,7 @@ from .chinese import CHINESE
 
 # %% ../../nbs/panel/00_texts.ipynb #00texts0004
 ENGLISH = {
-    'panel.folder': 'Folder: {folder}. The form is kept in {form}, and the code that ran in ',
+    'panel.folder': 'Folder: {folder}. The form is kept in {form}, and the code that ran in {notebook}.',
     'panel.code': 'The code that this step ran',
     'panel.copy': 'Copy',
     'panel.no_code': 'The code that this step runs will be shown here.',
@@ -28,7 +28,7 @@ ENGLISH = {
     'panel.browse': 'Browse',
     'panel.up': '.. (one folder up)',
     'panel.more': '{n} more: type the beginning of a name to see fewer.',
-    'panel.nothing': 'Nothing here begins with this text.',
+    'panel.nothing': 'There is nothing to choose here.',
 }
 
 # %% ../../nbs/panel/00_texts.ipynb #00texts0006
@@ -37,26 +37,29 @@ ENGLISH |= {
     'data.about': 'Read pictures with their questions and answers from a table, a folder or a data set, and find every '
                   'fault in them before training does.',
     'data.source': 'File or folder',
-    'data.source.help': 'A table (CSV, TSV, Excel, Parquet, JSON, JSON lines), a folder with one subfolder per class, or '
-                        'annotations such as COCO or YOLO.',
+    'data.source.help': 'A table (CSV, TSV, Excel, Parquet, JSON, JSON lines), a folder with one subfolder per class, '
+                        'or annotations such as COCO or YOLO.',
     'data.image': 'Pictures',
     'data.image.help': 'Column with the paths of the pictures. Empty: image or images.',
     'data.prompt': 'Question',
-    'data.prompt.help': 'Column with the questions, or one question for all rows. Empty: instruction, prompt or question.',
+    'data.prompt.help': 'Column with the questions, or one question for all rows. Empty: instruction, prompt or '
+                        'question.',
     'data.response': 'Answer',
     'data.response.help': 'Column with the answers. Empty: output, response or answer.',
     'data.media_dir': 'Picture folder',
     'data.media_dir.help': 'Where the pictures are, if not beside the file.',
-    'data.boxes': 'Answers are boxes, to be written in the form of the model chosen in the step "Model"',
+    'data.boxes': 'Answers are boxes',
+    'data.boxes.help': 'They are written in the form of the model that is chosen in the step "Model".',
     'data.read': 'Read',
     'data.check': 'Check',
-    'data.check.help': 'Decode every picture, count every token, and list what would stop training, drop a row or spoil it',
+    'data.check.help': 'Decode every picture, count every token, and list what would stop training, drop a row or '
+                       'spoil it',
     'data.mend': 'Mend',
     'data.mend.help': 'Repair in copies what can be repaired without guessing',
     'data.drop': 'Drop rows with errors',
     'data.drop.help': 'Leave out the rows in which an error is left',
     'data.clean': 'Nothing found in {n} rows.',
-    'data.found': '{n} findings in {rows} rows.',
+    'data.found': 'Findings: {n}; rows concerned: {rows}.',
 }
 ENGLISH |= {
     'model': 'Model',
@@ -66,8 +69,8 @@ ENGLISH |= {
     'model.model.help': 'Qwen2-VL, Qwen2.5-VL or Qwen3-VL.',
     'model.hint': 'Folder or name',
     'model.folder': '{family}, in a folder on this machine. Template: {template}.',
-    'model.unknown': 'There is no such folder, and the name does not say which family the model belongs to; it is taken '
-                     'for {family}. Template: {template}.',
+    'model.unknown': 'There is no such folder, and the name does not say which family the model belongs to; it is '
+                     'taken for {family}. Template: {template}.',
     'model.download': '{family}. It is downloaded when the run starts. Template: {template}.',
 }
 
@@ -167,6 +170,8 @@ ENGLISH |= {
     'split.copy': 'are copied into the folder',
     'split.link': 'are linked into the folder',
     'split.register': 'Split and register',
+    'split.plot': 'Plot',
+    'split.plot.help': 'Lengths, picture sizes and answers of the rows for training',
     'split.load': 'Load with LLaMA-Factory',
     'split.load.help': 'Ask LLaMA-Factory’s own loader whether it would load them; takes some seconds',
 }
@@ -235,9 +240,10 @@ ENGLISH |= {
     'memory.gpu_gib': 'GiB each',
     'memory.gpu_gib.help': 'Memory of each GPU. 0: as on this machine.',
     'memory.here': 'On this machine: {gpus}.',
-    'memory.none_here': 'This machine has no GPU. For a run on another machine, say which GPUs it has; without, the recipe '
-                        'is prepared for the CPU.',
+    'memory.none_here': 'This machine has no GPU. For a run on another machine, say which GPUs it has; without, the '
+                        'recipe is prepared for the CPU.',
     'memory.computing': 'Computing …',
+    'memory.later': 'The table is computed as soon as something is changed, or this step is chosen again.',
     'memory.chosen': 'Would be chosen: {name}',
     'memory.none_fits': 'None of them is certain to fit; "{pick}" says what would.',
     'memory.pick': 'Use the fastest that fits',
@@ -252,7 +258,7 @@ class Texts:
         language:str='en', # A key of `tables`
     ):
         if language not in tables:
-            raise ValueError(f'There is no table of texts for the language {language!r}; there are {", ".join(tables)}.')
+            raise ValueError(f'There are no texts for the language {language!r}; there are {", ".join(tables)}.')
         self.table = ENGLISH | tables[language]
 
     def __call__(self,

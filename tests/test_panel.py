@@ -1,0 +1,239 @@
+"The panel: what its files keep, what they can't do, and the notebook that it writes."
+import json, os, shutil, subprocess, sys, threading
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+from PIL import Image
+
+from qwen2vl_nb.execute import execute
+from qwen2vl_nb.panel.data_step import column_names
+from qwen2vl_nb.panel.form import Panel
+from qwen2vl_nb.panel.session import NOTEBOOK, PANEL, form_values, keep_value, what_ran
+
+COLOURS = ['red', 'green', 'blue', 'white']
+
+def fill(panel, step, **values):
+    "Put values into the controls of a step, as a browser does."
+    panel.steps[step].view
+    for name, value in values.items(): panel.steps[step].controls[name].value = value
+
+def press(panel, action):
+    "Run an action, and return its box."
+    step = panel.steps[action.partition('.')[0]]
+    step.view
+    box = step.boxes[action]
+    box.start()
+    box.wait()
+    return box
+
+def shown(box): return ' '.join([box.line.value, *(w.value for w in box.result.children if hasattr(w, 'value') and isinstance(w.value, str))])
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    "A folder with a spreadsheet, in which one picture is missing and one is cut off; the panel runs in it."
+    (tmp_path/'photos').mkdir()
+    for i in range(24): Image.new('RGB', (56, 56), (10*i, 90, 120)).save(tmp_path/'photos'/f'{i}.png')
+    cut = tmp_path/'photos'/'3.png'
+    cut.write_bytes(cut.read_bytes()[:60])
+    rows = pd.DataFrame({'photo': [f'photos/{i}.png' for i in range(25)], 'caption': [f'{COLOURS[i%4]} {i}' for i in range(25)]})
+    rows.to_excel(tmp_path/'labels.xlsx', index=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+@pytest.fixture
+def filled(folder, tiny):
+    "A panel that has gone from the spreadsheet to the recipe."
+    panel = Panel()
+    fill(panel, 'model', model=str(tiny))
+    fill(panel, 'data', source='labels.xlsx', image='photo', prompt='What colour is it?', response='caption')
+    fill(panel, 'split', name='colours', test=.25)
+    fill(panel, 'recipe', num_train_epochs=2., bf16=False)
+    fill(panel, 'memory', gpus=2, gpu_gib=80.)
+    for action in ('data.read', 'data.check', 'data.drop', 'split.register', 'recipe.make', 'memory.pick'):
+        box = press(panel, action)
+        assert 'qvl-error' not in shown(box), shown(box)
+    return panel
+
+def described(panel):
+    "What a panel shows: values, code, marks, and what was printed."
+    panel.refresh()
+    names = ['data', 'split', 'model', 'recipe', 'memory']
+    for name in names:
+        panel.steps[name].view
+        panel.steps[name].refresh()
+    steps = {name: panel.steps[name] for name in names}
+    return {name: [{k: c.value for k, c in step.controls.items()}, step.code.value, step.is_done, panel.tabs[name].icon] for name, step in steps.items()}
+
+def test_a_spreadsheet_with_faults_becomes_registered_data_and_a_recipe(filled, folder):
+    findings = filled.session.names['findings']
+    assert {3, 24} <= {*findings.row} and 'photos/24.png' in ' '.join(findings.what)
+    rows = json.loads((folder/'data'/'colours.json').read_text()) + json.loads((folder/'data'/'colours_test.json').read_text())
+    assert len(rows) == 23 and {*json.loads((folder/'data'/'dataset_info.json').read_text())} == {'colours', 'colours_test'}
+    recipe = filled.session.names['recipe']
+    assert recipe['dataset'] == 'colours' and recipe['num_train_epochs'] == 2 and 'bf16' not in recipe and recipe['deepspeed']
+
+def test_another_kernel_shows_the_same_and_runs_nothing(filled, folder):
+    here = described(filled)
+    code = f'''
+import json, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_panel import Panel, described
+panel = Panel()
+print(json.dumps([described(panel), list(panel.session.names)]))'''
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob('*')}
+    there, names = json.loads(subprocess.check_output([sys.executable, '-c', code], cwd=folder, text=True).splitlines()[-1])
+    assert there == json.loads(json.dumps(here)) and names == []
+    assert before == {p: p.stat().st_mtime_ns for p in folder.rglob('*')}
+
+def test_the_notebook_does_the_same_again_in_a_fresh_kernel(filled, folder, tmp_path_factory):
+    nb = nbformat.read(folder/NOTEBOOK, as_version=4)
+    nbformat.validate(nb)
+    ran = {c.id: c.source for c in nb.cells if c.cell_type == 'code'}
+    assert [*ran] == ['names', 'data-read', 'data-check', 'data-drop', 'split-register', 'recipe-make', 'memory-pick']
+    for action in what_ran(filled.session.project): assert ran[action.replace('.', '-')] == filled.session.code(action)
+    again = tmp_path_factory.mktemp('again')
+    shutil.copy(folder/'labels.xlsx', again)
+    shutil.copytree(folder/'photos', again/'photos')
+    nb.cells.append(nbformat.v4.new_code_cell('import json\nprint(json.dumps(recipe, sort_keys=True))'))
+    nbformat.write(nb, again/NOTEBOOK)
+    execute(again/NOTEBOOK)
+    done = nbformat.read(again/NOTEBOOK, as_version=4)
+    assert json.loads(done.cells[-1].outputs[0].text) == json.loads(json.dumps(filled.session.names['recipe']))
+    for name in ('colours.json', 'colours_test.json', 'dataset_info.json'):
+        same = [(where/'data'/name).read_text().replace(str(where), '') for where in (folder, again)]
+        assert same[0] == same[1]
+
+def test_other_data_make_what_came_from_the_old_ones_out_of_date(filled, folder):
+    (folder/'labels.xlsx').rename(folder/'other.xlsx')
+    fill(filled, 'data', source='other.xlsx')
+    press(filled, 'data.read')
+    assert {*what_ran(filled.session.project)} == {'data.read', 'recipe.make', 'memory.pick'}
+    assert (folder/'data'/'colours.json').exists()
+
+def test_names_are_made_again_when_they_are_needed(filled, folder):
+    fresh = Panel()
+    fill(fresh, 'split', name='twice')
+    assert '17 rows for training' in shown(press(fresh, 'split.register'))
+    assert len(json.loads((folder/'data'/'twice.json').read_text())) == 17  # without the rows that were dropped
+
+def test_wrong_columns_and_files_are_told_in_the_step(folder):
+    panel = Panel()
+    assert 'File or folder' in shown(press(panel, 'data.read'))
+    fill(panel, 'data', source='none.xlsx')
+    assert 'There is no file none.xlsx' in shown(press(panel, 'data.read'))
+    fill(panel, 'data', source='labels.xlsx', image='picture', response='label')
+    told = shown(press(panel, 'data.read'))
+    assert 'no column' in told and 'photo' in told and 'Traceback' not in told and 'read_samples' in told  # and the code that failed
+    (folder/'broken.xlsx').write_bytes(b'PK\3\4 no workbook')
+    fill(panel, 'data', source='broken.xlsx', image='', response='')
+    assert 'broken.xlsx' in shown(press(panel, 'data.read')) and not (folder/NOTEBOOK).exists()
+    assert 'step' in shown(press(panel, 'split.register')) and 'Data' in shown(press(panel, 'split.register'))
+    assert 'Model' in shown(press(panel, 'recipe.make'))
+
+def test_text_from_data_is_shown_literally(folder):
+    pd.DataFrame({'image': ['photos/0.png'], 'prompt': ['<script>alert(1)</script>'], 'answer': ['<img src=x onerror=alert(1)>']}).to_csv('<b>.csv', index=False)
+    panel = Panel()
+    fill(panel, 'data', source='<b>.csv')
+    told = shown(press(panel, 'data.read')) + panel.steps['data'].code.value
+    assert '&lt;script&gt;' in told and '<script>' not in told and '<img src=x' not in told and '<b>.csv' not in told
+
+HOSTILE = [
+    {'values': []}, {'values': {'data': 1, 'recipe': [], 'memory': None, 'split': {'test': 'x', 'name': {}, 'media': 'move'}}},
+    {'values': {'recipe': {'more': {'x': 1, 'trust_remote_code': True, '__import__("os")': 1}, 'lora_rank': 10**30, 'stage': '<b>', 'num_train_epochs': float('1e300')}}},
+    {'values': {'model': {'model': '\0'}, 'data': {'source': '\0', 'image': 'x'*100_000, 'media_dir': '/proc/self/fd/0'}}},
+    {'values': {'memory': {'gpus': -5, 'gpu_gib': -1.0}, 'split': {'folder': '/dev/stdin', 'test': -3.0}, 'runs': {'run': '\0', 'folder': '\0'}}},
+    {'ran': []}, {'ran': {'data.read': []}}, {'ran': {'data.read': {'given': {}, 'when': 0, 'said': ''}, 'none.such': {'given': {}, 'when': 1, 'said': 'x'}}},
+    {'ran': {'data.read': {'given': {'source': 1, 'image': [], 'prompt': {}, 'response': None, 'media_dir': 2, 'boxes': 'x', 'model': 3}, 'when': 1e300, 'said': '<script>'}}},
+    {'ran': {name: {'given': {}, 'when': -1e14, 'said': 'x'} for name in ('memory.pick', 'recipe.make', 'launch.start', 'runs.choose', 'predict.after', 'checkpoints.score', 'score.scores')}},
+    {'ran': {'launch.start': {'given': {'run': '\0', 'folder': 'x', 'name': '', 'nproc': 0}, 'when': 1.0, 'said': ''}}},
+    {'ran': {'split.register': {'given': dict(test=float('inf'), group='', stratify='', name='x', folder='data', media='refer'), 'when': 1.0, 'said': ''}}},
+    {'notebook': 3}, {'notebook': {'name': '../../x.ipynb', 'digest': 0}}, {'notebook': {'name': None}}, {'open': ['x']}, {'open': 'none'}, {'open': 7},
+]
+
+@pytest.mark.parametrize('state', HOSTILE, ids=range(len(HOSTILE)))
+def test_a_panel_of_somebody_else_can_do_nothing_by_being_opened(folder, state):
+    written = json.dumps(state | {'written_by': 'qwen2vl_nb.Panel'})
+    (folder/PANEL).write_text(written)
+    before = sorted(folder.rglob('*'))
+    panel = Panel()
+    for name in panel.steps: panel.go(name)
+    assert not panel.steps['memory']._thread and panel.session.names == {} and sorted(folder.rglob('*')) == before and (folder/PANEL).read_text() == written
+    assert '<script>' not in ''.join(b.line.value for step in panel.steps.values() for b in step.boxes.values())
+
+def test_values_cannot_become_code(folder):
+    evil = "x'); open('owned', 'w'); ('"
+    panel = Panel()
+    fill(panel, 'data', source=evil, image=evil, prompt=evil, response=evil, media_dir=evil)
+    fill(panel, 'model', model='Qwen/Qwen2-VL-7B-Instruct')
+    fill(panel, 'split', name=evil, group=evil, folder='data')
+    keep_value(panel.session.project, 'recipe', more={"a=1); open('owned', 'w'); (": 1, 'b': evil, 'model': evil, 'output_dir': evil})
+    for action in ('data.read', 'split.register', 'recipe.make'): press(panel, action)
+    assert panel.session.names['recipe']['b'] == evil and panel.session.names['recipe']["a=1); open('owned', 'w'); ("] == 1
+    assert not (folder/'owned').exists()
+
+@pytest.mark.parametrize('make', [lambda p: p.write_text('{"mine": 1}'), lambda p: p.write_text('[1]'), lambda p: p.write_text(''), os.mkfifo, os.mkdir,
+                                  lambda p: p.write_bytes(b'{"written_by": "qwen2vl_nb.Panel", "x": "' + b'x'*2**23 + b'"}')],
+                         ids=['foreign', 'list', 'empty', 'pipe', 'folder', 'huge'])
+def test_a_foreign_panel_json_is_left_alone(folder, make):
+    make(folder/PANEL)
+    before = os.lstat(folder/PANEL)
+    with pytest.raises((ValueError, OSError), match=PANEL): Panel()
+    assert os.lstat(folder/PANEL) == before
+
+@pytest.mark.parametrize('kind', ['foreign', 'link', 'folder', 'no notebook'])
+def test_a_foreign_notebook_is_left_alone(folder, kind):
+    path, target = folder/NOTEBOOK, folder/'target'
+    if kind == 'foreign': nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell('mine')]), path)
+    if kind == 'link': path.symlink_to(target)
+    if kind == 'folder': path.mkdir()
+    if kind == 'no notebook': path.write_text('mine')
+    before = os.lstat(path)
+    panel = Panel()
+    fill(panel, 'model', model='Qwen/Qwen2-VL-7B-Instruct')
+    for _ in range(2): press(panel, 'recipe.make')
+    assert os.lstat(path) == before and not target.exists()
+    assert sorted(p.name for p in folder.glob('*.ipynb')) == ['panel-2.ipynb', NOTEBOOK] and 'panel-2.ipynb' in panel.where.value
+
+def test_a_notebook_that_was_run_and_saved_keeps_its_outputs(filled, folder):
+    execute(folder/NOTEBOOK)
+    mine = (folder/NOTEBOOK).read_bytes()
+    fill(filled, 'recipe', lora_rank=16)
+    press(filled, 'recipe.make')
+    assert (folder/NOTEBOOK).read_bytes() == mine and 'lora_rank=16' in (folder/'panel-2.ipynb').read_text()
+
+def test_panels_that_write_at_once_lose_nothing(folder):
+    panels = [Panel() for _ in range(4)]
+    def write(i):
+        for n in range(25): keep_value(panels[i].session.project, f'step{i}', **{f'v{n}': n})
+    threads = [threading.Thread(target=write, args=[i]) for i in range(4)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    for i in range(4): assert form_values(Panel().session.project, f'step{i}', {f'v{n}': -1 for n in range(25)}) == {f'v{n}': n for n in range(25)}
+
+def test_a_hundred_thousand_rows_put_nothing_into_the_form(folder):
+    with open('many.csv', 'w') as f:
+        f.write('image,prompt,response\n')
+        f.writelines(f'photos/{i%20}.png,What is {i}?,{i}\n' for i in range(100_000))
+    panel = Panel()
+    fill(panel, 'data', source='many.csv')
+    assert panel.steps['data'].controls['image'].options == ('image', 'prompt', 'response')
+    assert '100000 rows' in shown(press(panel, 'data.read')).replace(',', '')
+    def size(widget): return len(repr(widget.get_state())) + sum(map(size, getattr(widget, 'children', ())))
+    for name in ('data', 'split'): panel.go(name)
+    assert sum(size(panel.steps[name].view) for name in ('data', 'split')) < 1_000_000
+    assert (folder/PANEL).stat().st_size < 20_000
+
+def test_columns_are_found_without_reading_the_file(folder):
+    with open('large.csv', 'wb') as f:
+        f.write(b'photo,text\n')
+        f.truncate(10**12)  # a terabyte, of which nothing is on the disk
+    assert column_names('large.csv') == ['photo', 'text']
+
+def test_a_folder_that_cannot_be_written_is_told(folder):
+    panel = Panel(folder/'file')
+    (folder/'file').write_text('mine')
+    fill(panel, 'model', model='Qwen/Qwen2-VL-7B-Instruct')
+    panel.go('recipe', keep=True)
+    assert 'could not be saved' in panel.complaint.value and (folder/'file').read_text() == 'mine'
