@@ -85,7 +85,7 @@ def site_cell(cell, path):
 def with_readme(text):
     "A page with the table of the README that it names in a comment, so that the table is written only once."
     readme = (ROOT/'README.md').read_text(encoding='utf-8')
-    table = lambda heading: re.search(rf'^## {re.escape(heading)}\n.*?((?:^\|.*\n)+)', readme, re.M | re.S)[1]
+    table = lambda heading: re.search(r'(?:^\|.*\n)+', readme.split(f'\n## {heading}\n')[1], re.M)[0]
     return re.sub('<!-- README: (.*?) -->', lambda found: table(found[1]), text)
 
 def page(path):

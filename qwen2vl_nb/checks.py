@@ -21,7 +21,8 @@ from .findings import Finding, findings_table
 from .questions import arguments, ask, hub
 from .stack import GiB, gpus, installed_versions, version_findings
 from .checkpoint import checkpoints, is_whole_file
-from .recipe import argument_names, dataset_names, is_adapter, template_names, train_recipe
+from .recipe import argument_names, dataset_names, is_adapter, load_recipe, template_names, train_recipe
+from .run.folder import RECIPE, RUN
 from .zero import read_zero, zero_stage
 from .data.batches import batch_findings
 from .data.box_check import box_faults
@@ -257,7 +258,7 @@ def _template_findings(name, samples, recipe):
         yield Finding(name, f'{len(shown)} row(s) have pictures or clips, and the template {template!r} is for text '
                             f'alone: LLaMA-Factory stops. The first is row {shown[0]}.', f'Set template: {usual}.')
     if clips and template_times.get(template, family.has_times) != family.has_times:
-        what = ('have no times: frames get wrong positions, and training stops at a clip of more than four'
+        what = ('have no times: frames get wrong positions, or training stops'
                 if family.has_times else 'get times that its processor cannot compute, and LLaMA-Factory stops')
         yield Finding(name, f'Under the template {template!r} the clips of {len(clips)} row(s) {what}. '
                             f'The first is row {clips[0]}.', f'Set template: {usual}, that of {family.name}.')
@@ -444,6 +445,31 @@ def _preference_findings(recipe):
         yield Finding('stage', f'LLaMA-Factory cannot resume a reward model from a checkpoint with {kind}.',
                       'Use LoRA if the run may be interrupted.', 'note')
 
+# %% ../nbs/20_checks.ipynb #prompt02
+# What prompts depend on, with LLaMA-Factory's default
+_of_prompts = {'template': None, 'default_system': None, 'tool_format': None, 'enable_thinking': True,
+               'preserve_thinking': False, 'add_tokens': None, 'add_special_tokens': None}
+
+def _trained_with(adapter):
+    "The recipe with which an adapter was trained; empty if it isn't known."
+    run = next((p for p in (adapter, adapter.parent) if (p/RUN).is_file()), None)
+    try: return load_recipe(run/RECIPE) if run else {}
+    except (OSError, ValueError): return {}
+
+def _prompt_findings(recipe):
+    "Whether a prediction asks in another way than an adapter was trained."
+    adapter = recipe.get('adapter_name_or_path')
+    trained = _trained_with(Path(adapter.split(',')[-1])) if adapter and not recipe.get('do_train') else {}
+    if not trained: return
+    asks = lambda r: {k: r.get(k, usual) for k, usual in _of_prompts.items()} | recipe_limits(r)
+    before, now = asks(trained), asks(recipe)
+    other = [k for k in before if before[k] != now[k]]
+    if other:
+        yield Finding(other[0], 'The adapter was trained with other prompts. In its run, '
+                      f"{', '.join(f'{k} was {before[k]!r}'[:120] for k in other)}.",
+                      'Set the same here, as `answering_recipe(run.recipe, run, …)` of `qwen2vl_nb.recipe` does.',
+                      'warning')
+
 # %% ../nbs/20_checks.ipynb #6513270e
 def _argument_findings(recipe):
     for key in (k for k in _numbers if isinstance(recipe.get(k), str)):
@@ -527,8 +553,9 @@ def recipe_findings(
     own:bool=True, # Whether this environment will run it; the templates of others are not known
 )->list: # `Finding`s
     "All findings about a recipe, except its data, that are available immediately and without LLaMA-Factory."
-    return [*_model_path_findings(recipe), *_adapter_findings(recipe), *_family_findings(recipe, own),
-            *_argument_findings(recipe), *_output_findings(recipe), *_zero_findings(recipe, nproc)]
+    return [*_model_path_findings(recipe), *_adapter_findings(recipe), *_prompt_findings(recipe),
+            *_family_findings(recipe, own), *_argument_findings(recipe), *_output_findings(recipe),
+            *_zero_findings(recipe, nproc)]
 
 # %% ../nbs/20_checks.ipynb #473c86ab
 def _without_auto(value):

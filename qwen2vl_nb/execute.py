@@ -23,15 +23,17 @@ class ShownClient(NotebookClient):
     ):
         super().__init__(nb, timeout=None, kernel_name='python3', store_widget_state=False, coalesce_streams=True,
                          extra_arguments=['--log-level=ERROR'], resources={'metadata': {'path': folder}})
-        self.left_out, self.began, self.is_open = _flags - set(flags), time.time(), False # a line that is not ended yet
+        self.left_out, self.began = _flags - set(flags), time.time()
+        self.shown = 0 # characters of a progress bar in the present line
 
     def process_message(self, msg, cell, cell_index):
         kind, content = msg['msg_type'], msg['content']
         is_replaced = (content.get('transient') or {}).get('display_id')
         if is_replaced and {*content['data']} == {'text/plain'}:  # a progress bar
-            print(f"\r{content['data']['text/plain']}", end='', flush=True)
-            self.is_open = True
-        elif self.is_open and kind in ('stream', 'execute_input', 'status'): self.is_open = print()
+            text = content['data']['text/plain']
+            print('\r' + text.ljust(self.shown), end='', flush=True)
+            self.shown = len(text)
+        elif self.shown and kind in ('stream', 'execute_input', 'status'): self.shown = print() or 0
         if kind == 'stream': print(content['text'], end='', flush=True)
         return super().process_message(msg, cell, cell_index)
 

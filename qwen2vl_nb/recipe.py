@@ -97,6 +97,7 @@ def _fields(path):
         if not (field.value and 'init=False' in ast.unparse(field.value) or field.target.id.startswith('_')):
             yield _argument(field)
 
+# %% ../nbs/10_recipe.ipynb #0d67b366
 @cache
 def arguments_of_recipes()->dict: # Name → `Argument`, sorted by name; empty without LLaMA-Factory
     "What LLaMA-Factory's own source says of the arguments that its recipes have; nothing of it is imported."

@@ -43,7 +43,7 @@ def test_the_cures_of_a_hang_work(on_two_ranks):
     evaluated = dict(eval_strategy='steps', eval_steps=1, eval_dataset='rows')
     cures = [on_two_ranks('pb'*6, 'z2'), on_two_ranks('pcctpt'*2, 'z3', per_device_eval_batch_size=1, **evaluated),
              on_two_ranks('pfpptfpf', 'z3', per_device_train_batch_size=2, per_device_eval_batch_size=2, **evaluated)]
-    assert not [f for recipe in cures for f in data_findings(recipe, 2)]
+    assert not [f for recipe in cures for f in data_findings(recipe, 2) if f.level != 'note']
     runs = [launch(recipe, nproc=2) for recipe in cures]
     for run, recipe in zip(runs, cures):
         run.wait()

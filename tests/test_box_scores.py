@@ -311,6 +311,7 @@ def test_points_by_hand(family, tmp_path):
     assert better.after == 100 and not better.worse
     page = show_predictions(rows, n=6)._repr_html_()
     assert page.count('✓ right') == 1 and page.count('✗ wrong') == 4, 'a point near enough is right'
+    assert 'IoU' not in page and 'IoU' in show_predictions([_row(0, [CAR], [BUS], images=[str(picture)], box_frame=[1000, 1000])])._repr_html_()
 
 def test_points_in_unknown_coordinates_are_not_scored():
     rows = [_row(0, [DOOR], [DOOR]), _row(1, [DOOR], [LAMP])]
@@ -351,7 +352,8 @@ def test_boxes_are_drawn_where_they_are(family, tmp_path):
     place = [float(rect.getAttribute(name)) for name in ('x', 'y', 'width', 'height')]
     assert place == pytest.approx([60, 40, 120, 80], abs=1) and rect.getAttribute('stroke-dasharray')
     assert svg.getElementsByTagName('text')[0].firstChild.data == 'a <b>bus</b> & car' and '<b>bus' not in page
-    assert 'centers of the boxes' in describe_samples([sample | {'box_frame': [*box_frame(*size, family)]}])._repr_svg_()
+    described = describe_samples([sample | {'box_frame': [*box_frame(*size, family)]}])._repr_svg_()
+    assert 'centers of the boxes' in described and '1.0 boxes per row' in described and ' answers' not in described
 
 def test_answers_are_drawn_with_their_iou_and_can_be_told_from_labels(tmp_path):
     Image.new('RGB', (100, 100)).save(picture := tmp_path/'a.png')

@@ -96,7 +96,8 @@ def test_the_tutorial_is_seen_to_train(lab, page):
     def kept():
         "What the notebook keeps of the view."
         page.keyboard.press('Control+s')
-        output, = json.loads((there/'car_item.ipynb').read_text())['cells'][0]['outputs']
+        cells = json.loads((there/'car_item.ipynb').read_text())['cells']
+        output, = next(cell for cell in cells if cell['cell_type'] == 'code')['outputs']
         return 'image/png' in output['data'] and ''.join(output['data']['text/plain'])
     assert until(kept, 'the finished curve is saved with the notebook').startswith('train: done, step 85 of 85')
     menu(page, 'Settings', 'Theme', 'JupyterLab Dark')

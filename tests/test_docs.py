@@ -93,6 +93,9 @@ def _rows(page):
 
 def test_every_row_of_the_comparison_has_its_sources():
     compared = next(t for t in _rows(ROOT/'README.md') if t[0][0] == 'Models')
+    page = (ROOT/'docs'/'comparison.md').read_text(encoding='utf-8')
+    added = {*generate.with_readme(page).splitlines()} - {*page.splitlines()}
+    assert len(added) == 15 and all(line.startswith('| ') for line in added)
     assert compared == _rows(ROOT/'docs'/'comparison.md')[-1] and len(compared) == 15 and {n for _, n in compared} == {6}
 
 BENCHMARKS = sorted((ROOT/'nbs'/'benchmarks').glob('*.ipynb'))

@@ -362,7 +362,7 @@ def test_ranks_that_call_the_vision_tower_a_different_number_of_times_end(tiny, 
     _proves(said, {line for line in said.now if line[0] in AFTERWARDS})
 
 def test_ranks_that_do_so_in_an_evaluation_end(tiny, tmp_path, said):
-    "The training has only pictures, and its first steps are done."
+    "The training has only pictures, and its steps up to the first evaluation are done."
     for name, kinds in (('rows', 'p'*8), ('checked', 'pb')): write_rows(tmp_path/'data', kinds, name)
     recipe = train_recipe(tiny, 'rows', tmp_path/'run', dataset_dir=str(tmp_path/'data'), deepspeed=zero_config('z3'), max_steps=8, logging_steps=1, bf16=None,
                           gradient_accumulation_steps=1, preprocessing_num_workers=None, plot_loss=None, save_strategy='no', eval_dataset='checked', eval_strategy='steps',
@@ -370,7 +370,7 @@ def test_ranks_that_do_so_in_an_evaluation_end(tiny, tmp_path, said):
     assert [(f.where, 'evaluation' in f.what, f.level) for f in data_findings(recipe, 2)] == [('deepspeed', True, 'error')]
     run = launch(recipe, nproc=2, force=True)
     with pytest.raises(RuntimeError, match='SIGABRT'): run.wait()
-    assert run.status == 'failed' and run.progress.step == 3
+    assert run.status == 'failed' and run.progress.step in (2, 3), 'the step before the evaluation may not be written down yet'
     assert 'op.preamble.length <= op.nbytes' in run.log(0) + run.log(1)
 
 # --- all of them

@@ -122,10 +122,14 @@ def _evaluates(recipe):
 
 def _eval_batch(recipe): return recipe.get('per_device_eval_batch_size') or 8
 
+def _filled(samples, rows):
+    "As many samples as a multiple of some rows, from the beginning again where there are no more."
+    return [*islice(cycle(samples), math.ceil(len(samples)/rows)*rows)]
+
 def _in_turn(samples, size, ranks):
-    "The probability that ranks agree on rows that they evaluate in order, the last batches filled with the first rows."
-    rounds = math.ceil(len(samples)/(size*ranks))
-    return chance_of_agreement([*islice(cycle(samples), rounds*size*ranks)], size, ranks, rounds, shuffled=False)
+    "The probability that ranks agree on rows that they evaluate in order."
+    samples = _filled(samples, size*ranks)
+    return chance_of_agreement(samples, size, ranks, len(samples)/(size*ranks), shuffled=False)
 
 def _eval_chance(samples, evaluated, recipe, ranks):
     "The probability that in an evaluation all ranks call the tower equally often."

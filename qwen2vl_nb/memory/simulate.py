@@ -462,7 +462,8 @@ def _step(model, reference, job, n, half, recorder):
 def simulate(
     job:dict, # As `qwen2vl_nb.memory.estimate` builds it
 )->dict: # `parameters` (number, bytes, optimizer group if trained), `modules`, `reference` in bytes, `events`, `work`
-    "The events of a step on the meta device with one and with two samples, and the work of the one with one."
+    """The events of a step on the meta device with one and with two samples, and the work of the one with one.
+    `unlearned`: the trained parameters that have no gradient, even if there are pictures."""
     from transformers import Trainer
     half, model, reference = _patch_libraries(job), build_model(job), build_reference(job)
     recorder = Recorder(model, LiveBytes('meta'))
@@ -473,7 +474,11 @@ def simulate(
     parameters = [[p.numel(), p.element_size(), *group(name, p)] for name,p in model.named_parameters()]
     copied = sum(t.numel()*t.element_size() for t in _held_by(reference))
     (one, work), (two, _) = (_step(model, reference, job, n, half, recorder) for n in (1, 2))
-    return {'parameters': parameters, 'modules': modules, 'reference': copied, 'events': [one, two], 'work': work}
+    reached = {number for kind, number, *_ in one if kind == 'gradient'}
+    unlearned = [recorder.numbers[p] for name,p in model.named_parameters()
+                 if p.requires_grad and recorder.numbers[p] not in reached and 'visual' not in name]
+    return {'parameters': parameters, 'modules': modules, 'unlearned': unlearned, 'reference': copied,
+            'events': [one, two], 'work': work}
 
 def main():
     "Read a job from standard input and write the result as JSON."

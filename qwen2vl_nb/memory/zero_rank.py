@@ -23,11 +23,6 @@ class Step(dict):
     "A result of `simulate`."
     __hash__ = object.__hash__
 
-    @cached_property
-    def learned(self):
-        "Parameters that have a gradient, each with its number of weights."
-        return {i: self['parameters'][i][0] for kind, i, *_ in self['events'][0] if kind == 'gradient'}
-
     @lru_cache(4) # noqa: B019, a step is kept as long as its estimate is cached
     def batch(self,
         n:int, # Number of samples
@@ -71,7 +66,7 @@ class Rank:
     @property
     def updated(self):
         "The parameters that the optimizer changes, and therefore keeps moments of."
-        return self.step_.learned
+        return {i: n for i,n in self.trained.items() if i not in self.step_.get('unlearned', ())}
 
     def see(self, work, when, **more):
         "Keep this moment if its sum is the largest so far; `more`: bytes that are alive only at this moment."
@@ -166,7 +161,7 @@ class Stage0(Rank):
 
     def reduce(self, first, last):
         if not last: return
-        self.held['gradients'] += sum(self.bytes_of(i) for i in self.trained.keys() - self.step_.learned.keys())
+        self.held['gradients'] += sum(map(self.bytes_of, self.step_.get('unlearned', ())))
         self.see(self.work, 'backward', communication=self.size*_largest_reduction(self.trained.values(), 5e8))
 
     def update(self):

@@ -78,9 +78,6 @@ def _model_of(predictions):
     model = recipe.get('model_name_or_path')
     return model if isinstance(model, str) else None, limits
 
-_legend = ' · '.join(f'<span style="border-bottom:2px {line} {colour}">{name}</span>' for line,colour,name in (
-    ('dashed', LABEL, 'label'), ('solid', ANSWER, 'answer, with its IoU')))
-
 # %% ../../nbs/prediction/60_show.ipynb #2edf6dbe
 _kind_labels = {'right': ('✓ right', '#2e9e5b'), 'wrong': ('✗ wrong', '#d64545'), 'failed': ('✗ failed', '#d64545'),
                 'no label': ('no label', 'inherit')}
@@ -142,6 +139,12 @@ def _text_html(name, text):
     return div('margin-top:.35em;line-height:1.4', f'<small style="opacity:.65">{html.escape(name)}</small>'
                 f'<div class="t" style="{style}">{text}</div>')
 
+def _legend(boxes):
+    "What the colours mean; points have no IoU."
+    answer = 'answer, with its IoU' if any(box.x1 != box.x2 for box in boxes) else 'answer'
+    return ' · '.join(f'<span style="border-bottom:2px {line} {colour}">{name}</span>'
+                      for line,colour,name in (('dashed', LABEL, 'label'), ('solid', ANSWER, answer)))
+
 def _card_html(row, boxes=()):
     "A row as HTML: its pictures with boxes, what became of it, and its texts."
     lines, (said, colour) = _lines(row), _kind_labels[_kind(row)]
@@ -150,7 +153,7 @@ def _card_html(row, boxes=()):
     if row.get('finish_reason') == 'length': shown['answer'] += ' <small style="opacity:.65">[cut off]</small>'
     small = '<small class="t" style="opacity:.65;overflow-wrap:anywhere">'
     head = f'<b style="color:{colour}">{said}</b> {small}{html.escape(str(row.get("id", "")))}</small>'
-    legend = [div('font-size:.75em;opacity:.65', _legend)]*bool(boxes)
+    legend = [div('font-size:.75em;opacity:.65', _legend(boxes))]*bool(boxes)
     return ''.join([*(_picture(path, boxes) for path in _media(row)), *legend, div('margin-top:.35em', head),
                     *(_text_html(name, text) for name,text in shown.items())])
 

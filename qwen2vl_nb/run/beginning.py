@@ -11,7 +11,7 @@ from functools import wraps
 from .folder import write_doing
 
 # %% ../../nbs/run/16_beginning.ipynb #beginning07
-# What the bars of libraries stand for: name → what is being done, what is counted
+# What the libraries' bars mean: name → what is being done, what is counted
 _bars = {'Converting format of dataset': ('reading the data', 'rows'),
          'Running tokenizer on dataset': ('tokenizing', 'rows'),
          'Loading checkpoint shards': ('loading the model', 'files')}

@@ -145,7 +145,7 @@ def _record(found, dataset):
 def score_checkpoints(
     run:str|os.PathLike, # A training run, or its folder
     dataset:str, # Registered data set to predict, with answers
-    measure:str=None, # Measure of `score` that decides; `None`: json, boxes.f1, number or exact, as the labels are
+    measure:str=None, # Measure of `score` that decides; `None`: json, boxes.f1, points.f1, number or exact
     tolerance:float=0, # As in `score`
     measures:dict=None, # Your own measures, as in `score`
     nproc:int=None, # Number of workers; `None`: one for each GPU on this machine, or one if there is no GPU

@@ -146,8 +146,9 @@ _settled = 'running', 'done', 'damaged' # States of runs that are not started
 def _is_over(trial):
     "Whether a run has ended; its folder does not say so while another process is starting it."
     if trial.run.is_running: return False
-    if trial.run.output_dir.is_dir():
-        with suppress(OSError, Timeout), start_lock(trial.run): pass
+    lock = start_lock(trial.run)
+    if os.path.exists(lock.lock_file):
+        with suppress(OSError, Timeout), lock: pass
     return not trial.run.is_running
 
 def _begin(trial, nproc, env):
