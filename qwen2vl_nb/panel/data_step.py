@@ -14,7 +14,7 @@ from threading import Thread
 from ipywidgets import HTML, Checkbox, Combobox
 from ..files import open_regular
 from .paths import PathList, path_row, suggestions
-from .session import Action, Unfilled, as_call
+from .session import Action, Unfilled, as_call, what_ran
 from .steps import Step, as_html, as_widget, on_enter
 
 # %% ../../nbs/panel/32_data_step.ipynb #32datast0005
@@ -85,10 +85,15 @@ def _mend_code(given):
 
 def _drop_code(given): return 'samples = drop_samples(samples, findings)\nlen(samples)'
 
+def _found(names):
+    "How many findings there are, and in how many rows."
+    findings = names['findings']
+    return {'samples': len(names['samples']), 'findings': len(findings), 'rows': int(findings.row.nunique())}
+
 ACTIONS = [
     Action('data.read', _read_given, _read_code, gives=('samples',)),
-    Action('data.check', _check_given, _check_code, needs=('samples',), gives=('findings',)),
-    Action('data.mend', _check_given, _mend_code, needs=('samples',), gives=('samples', 'findings')),
+    Action('data.check', _check_given, _check_code, needs=('samples',), gives=('findings',), keeps=_found),
+    Action('data.mend', _check_given, _mend_code, needs=('samples',), gives=('samples', 'findings'), keeps=_found),
     Action('data.drop', lambda form: {}, _drop_code, needs=('samples', 'findings'), gives=('samples',))]
 
 # %% ../../nbs/panel/32_data_step.ipynb #32datast0013
@@ -106,7 +111,7 @@ class DataStep(Step):
         media = Combobox(options=suggestions(folder))
         media_row = path_row(self.field('media_dir', media, '520px'), PathList(media, folder, say))
         columns = [self.field(name, Combobox(options=[])) for name in ('image', 'prompt', 'response')]
-        boxes = self.field('boxes', Checkbox(indent=True), 'auto')
+        boxes = self.field('boxes', Checkbox(indent=True))
         self._offer_columns()
         read = self.button('data.read', icon='folder-open')
         for name in ('source', 'image', 'prompt', 'response'): on_enter(self.controls[name], read.start)
@@ -128,6 +133,10 @@ class DataStep(Step):
     def show(self, action, value):
         if action == 'data.drop': return []
         if action == 'data.read': return [as_widget(value)]
-        n, rows = len(value), value.row.nunique()
-        said = self.say('found', n=n, rows=rows) if n else self.say('clean', n=len(self.panel.session.names['samples']))
-        return [HTML(as_html('qvl-said', said)), *[as_widget(value)]*bool(n)]
+        said = self.recall(action, what_ran(self.panel.session.project)[action].given)
+        return [HTML(as_html('qvl-said', said)), *[as_widget(value)]*bool(len(value))]
+
+    def recall(self, action, given):
+        if 'findings' not in given: return ''
+        if not given['findings']: return self.say('clean', n=given.get('samples'))
+        return self.say('found', n=given['findings'], rows=given.get('rows'))

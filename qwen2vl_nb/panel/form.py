@@ -37,6 +37,7 @@ class Panel(VBox):
         language:str='en', # Language of the form
     ):
         self.say, project = Texts(language), Project(folder)
+        self.touched = False  # whether somebody has used it, so that it may compute by itself
         self.steps = {step.name: step(self) for step in STEPS}
         actions = [action for step in STEPS for action in step.actions]
         self.session = Session(project, actions, {step.name: step.defaults for step in STEPS})
@@ -58,6 +59,7 @@ class Panel(VBox):
     ):
         "Show a step."
         self.shown = name if isinstance(name, str) and name in self.steps else next(iter(self.steps))
+        self.touched = self.touched or keep
         try:
             if keep:
                 with self.session.project.edit() as state: state['open'] = self.shown

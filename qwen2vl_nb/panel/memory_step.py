@@ -65,7 +65,8 @@ class MemoryStep(Step):
 
     def refresh(self):
         super().refresh()
-        self.look()
+        if self.panel.touched: self.look()
+        elif not self.table.value: self.table.value = as_html('qvl-help', self.say('later'))
 
     def look(self):
         "Have the table computed if the form has changed."

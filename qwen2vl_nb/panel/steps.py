@@ -34,8 +34,10 @@ STYLE = '''<style>
 .qvl-code .mi,.qvl-code .mf {color:var(--jp-mirror-editor-number-color,inherit)}
 .qvl-error {border:1px solid var(--jp-error-color1,#d64545);border-left-width:5px;border-radius:3px;padding:6px 10px;
   white-space:pre-wrap;overflow-wrap:anywhere}
+.qvl-list button {text-align:left}
 .qvl-said {white-space:pre-wrap;overflow-wrap:anywhere;opacity:.85}
 .qvl .jp-RenderedHTMLCommon table {margin-left:0}
+.qvl-shown td:last-child {min-width:160px}
 .qvl-shown {overflow-x:auto;max-height:520px;overflow-y:auto}
 .qvl button:focus-visible,.qvl input:focus-visible,.qvl select:focus-visible,.qvl textarea:focus-visible
   {outline:2px solid var(--jp-brand-color1,#1976d2)!important;outline-offset:1px}
@@ -142,7 +144,8 @@ class ActionBox(VBox):
         if self._thread or self.result.children and self._of == (ran and ran.when): return
         self.result.children = ()
         when = ran and time.strftime('%Y-%m-%d %H:%M', time.localtime(ran.when))
-        said = [self.step.panel.say('panel.ran', when=when), ran.said] if ran else []
+        name = self.action.name
+        said = [self.step.panel.say('panel.ran', when=when), ran.said, self.step.recall(name, ran.given)] if ran else []
         self.line.value = as_html('qvl-said', '\n'.join(filter(None, said)))
 
     def start(self):
@@ -266,6 +269,13 @@ class Step:
         "The widgets that show the result of an action."
         return [as_widget(value)]
 
+    def recall(self,
+        action:str, # Name of an action that ran
+        given:dict, # What is kept of it
+    )->str:
+        "What is said of a result that is not on the screen any more, beside what was printed."
+        return ''
+
     def refresh(self):
         "Bring what is shown up to date with the files."
         self.restore()
@@ -327,7 +337,7 @@ def _put(self:Step, name):
 @patch
 def _changed(self:Step, name):
     if self._restoring: return
-    value = self.controls[name].value
+    value, self.panel.touched = self.controls[name].value, True
     try: keep_value(self.panel.session.project, self.name, **{name: value})
     except Exception as e: self.panel.complain(self.panel.say('panel.refused', error=e))
     self.changed(name)

@@ -45,7 +45,8 @@ ENGLISH |= {
     'data.response.help': 'Column with the answers. Empty: output, response or answer.',
     'data.media_dir': 'Picture folder',
     'data.media_dir.help': 'Where the pictures are, if not beside the file.',
-    'data.boxes': 'Answers are boxes, to be written in the form of the model chosen in the step "Model"',
+    'data.boxes': 'Answers are boxes',
+    'data.boxes.help': 'They are written in the form of the model that is chosen in the step "Model".',
     'data.read': 'Read',
     'data.check': 'Check',
     'data.check.help': 'Decode every picture, count every token, and list what would stop training, drop a row or '
@@ -239,6 +240,7 @@ ENGLISH |= {
     'memory.none_here': 'This machine has no GPU. For a run on another machine, say which GPUs it has; without, the '
                         'recipe is prepared for the CPU.',
     'memory.computing': 'Computing …',
+    'memory.later': 'The table is computed as soon as something is changed, or this step is chosen again.',
     'memory.chosen': 'Would be chosen: {name}',
     'memory.none_fits': 'None of them is certain to fit; "{pick}" says what would.',
     'memory.pick': 'Use the fastest that fits',
