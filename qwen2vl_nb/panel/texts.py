@@ -5,9 +5,12 @@
 # %% auto #0
 __all__ = ['ENGLISH', 'tables', 'Texts']
 
+# %% ../../nbs/panel/00_texts.ipynb #00texts0013
+from .chinese import CHINESE
+
 # %% ../../nbs/panel/00_texts.ipynb #00texts0004
 ENGLISH = {
-    'panel.folder': 'Folder: {folder}. The form is kept in {form}, and the code that ran in ',
+    'panel.folder': 'Folder: {folder}. The form is kept in {form}, and the code that ran in {notebook}.',
     'panel.code': 'The code that this step ran',
     'panel.copy': 'Copy',
     'panel.no_code': 'The code that this step runs will be shown here.',
@@ -247,7 +250,7 @@ ENGLISH |= {
 }
 
 # %% ../../nbs/panel/00_texts.ipynb #00texts0008
-tables = {'en': ENGLISH}
+tables = {'en': ENGLISH, 'zh': {key: chinese for key, (_, chinese) in CHINESE.items()}}
 
 class Texts:
     "The texts in one language: called with a key, and with values for what is in braces."
