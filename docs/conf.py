@@ -31,7 +31,8 @@ html_title = ini['title']
 html_static_path = ['_static']
 html_css_files = ['site.css']
 html_copy_source = html_show_sourcelink = False
-html_sidebars = {page: [] for page in ('index', 'changelog', 'readme.zh', 'contributing', 'llamafactory', 'comparison', 'safety')}
+no_sidebar = 'index', 'changelog', 'readme.zh', 'contributing', 'llamafactory', 'comparison', 'safety'
+html_sidebars = {page: [] for page in no_sidebar}
 html_theme_options = {
     'show_prev_next': False, 'navigation_with_keys': False, 'secondary_sidebar_items': ['page-toc'],
     'footer_start': ['copyright'], 'footer_end': [], 'show_toc_level': 2, 'header_links_before_dropdown': 5,

@@ -59,8 +59,9 @@ CHINESE |= {
     'data.media_dir': ('Picture folder', '图片目录'),
     'data.media_dir.help': ('Where the pictures are, if not beside the file.',
                             '如果图片不在数据文件旁边，请填写图片所在的目录。'),
-    'data.boxes': ('Answers are boxes, to be written in the form of the model chosen in the step "Model"',
-                   '回答是边界框，按“模型”步骤中所选模型的格式书写'),
+    'data.boxes': ('Answers are boxes', '回答是边界框'),
+    'data.boxes.help': ('They are written in the form of the model that is chosen in the step "Model".',
+                        '按“模型”步骤中所选模型的格式书写。'),
     'data.read': ('Read', '读取'),
     'data.check': ('Check', '检查'),
     'data.check.help': ('Decode every picture, count every token, and list what would stop training, drop a row '
@@ -341,6 +342,8 @@ CHINESE |= {
                          '本机没有 GPU。如果要在别的机器上训练，请填写那台机器的 GPU；不填写，则按 CPU 生成训练配'
                          '置。'),
     'memory.computing': ('Computing …', '正在计算……'),
+    'memory.later': ('The table is computed as soon as something is changed, or this step is chosen again.',
+                     '表单有变动，或者再次打开这一步，就会计算这张表。'),
     'memory.chosen': ('Would be chosen: {name}', '将会选用：{name}'),
     'memory.none_fits': ('None of them is certain to fit; "{pick}" says what would.',
                          '没有一种配置确定放得下；点击“{pick}”可以查看怎样才能放得下。'),

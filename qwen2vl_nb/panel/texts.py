@@ -113,8 +113,8 @@ ENGLISH |= {
     'checkpoints.max_new_tokens': 'Answer length',
     'checkpoints.max_new_tokens.help': 'At most, in tokens.',
     'checkpoints.score': 'Score the checkpoints',
-    'checkpoints.score.help': 'Waits until the run has ended. If it is interrupted, it continues with the '
-                              'missing rows.',
+    'checkpoints.score.help': 'Waits until the run has ended. If it is interrupted, it continues with the missing '
+                              'rows.',
     'predict': 'Predict',
     'predict.about': 'Answers to a whole data set, written row by row. If a prediction is interrupted, it continues '
                      'with the missing rows.',
