@@ -8,13 +8,14 @@ __all__ = ['table_endings', 'ACTIONS', 'column_names', 'check_arguments', 'DataS
 # %% ../../nbs/panel/32_data_step.ipynb #32datast0002
 import ast, csv, io, json, os
 from contextlib import suppress
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from threading import Thread
 from ipywidgets import HTML, Checkbox, Combobox
 from ..files import open_regular
 from .paths import PathList, path_row, suggestions
-from .session import Action, Unfilled, as_call
+from .session import Action, Unfilled, as_call, what_ran
 from .steps import Step, as_html, as_widget, on_enter
 
 # %% ../../nbs/panel/32_data_step.ipynb #32datast0005
@@ -38,10 +39,9 @@ def _json_columns(file):
     first, _ = json.JSONDecoder().raw_decode(text[text.index('{'):])
     return [*first]
 
-def column_names(
-    path:str|Path, # A file of rows
-)->list: # Empty if they can't be found out quickly
-    "The names of a file's columns, from its beginning."
+@lru_cache(8)
+def _columns(path, stamp):
+    "The names of a file's columns; `stamp` changes with the file."
     ending, found = Path(path).suffix.lower(), []
     with suppress(Exception), open_regular(path) as file:  # whatever is wrong, `read_samples` says it
         if ending in ('.csv', '.tsv'):
@@ -55,6 +55,14 @@ def column_names(
             import pyarrow.parquet as pq
             found = pq.read_schema(file).names
     return [str(name) for name in found[:_most_columns]]
+
+def column_names(
+    path:str|Path, # A file of rows
+)->list: # Empty if they can't be found out quickly
+    "The names of a file's columns, from its beginning; an unchanged file is not looked at twice."
+    try: s = os.stat(path)
+    except (OSError, ValueError): return []
+    return _columns(Path(path).absolute(), (s.st_ino, s.st_size, s.st_mtime_ns))
 
 # %% ../../nbs/panel/32_data_step.ipynb #32datast0009
 def _read_given(form):
@@ -85,10 +93,15 @@ def _mend_code(given):
 
 def _drop_code(given): return 'samples = drop_samples(samples, findings)\nlen(samples)'
 
+def _found(names):
+    "How many findings there are, and in how many rows."
+    findings = names['findings']
+    return {'samples': len(names['samples']), 'findings': len(findings), 'rows': int(findings.row.nunique())}
+
 ACTIONS = [
     Action('data.read', _read_given, _read_code, gives=('samples',)),
-    Action('data.check', _check_given, _check_code, needs=('samples',), gives=('findings',)),
-    Action('data.mend', _check_given, _mend_code, needs=('samples',), gives=('samples', 'findings')),
+    Action('data.check', _check_given, _check_code, needs=('samples',), gives=('findings',), keeps=_found),
+    Action('data.mend', _check_given, _mend_code, needs=('samples',), gives=('samples', 'findings'), keeps=_found),
     Action('data.drop', lambda form: {}, _drop_code, needs=('samples', 'findings'), gives=('samples',))]
 
 # %% ../../nbs/panel/32_data_step.ipynb #32datast0013
@@ -128,6 +141,10 @@ class DataStep(Step):
     def show(self, action, value):
         if action == 'data.drop': return []
         if action == 'data.read': return [as_widget(value)]
-        n, rows = len(value), value.row.nunique()
-        said = self.say('found', n=n, rows=rows) if n else self.say('clean', n=len(self.panel.session.names['samples']))
-        return [HTML(as_html('qvl-said', said)), *[as_widget(value)]*bool(n)]
+        said = self.recall(action, what_ran(self.panel.session.project)[action].given)
+        return [HTML(as_html('qvl-said', said)), *[as_widget(value)]*bool(len(value))]
+
+    def recall(self, action, given):
+        if 'findings' not in given: return ''
+        if not given['findings']: return self.say('clean', n=given.get('samples'))
+        return self.say('found', n=given['findings'], rows=given.get('rows'))

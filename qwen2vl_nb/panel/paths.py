@@ -54,6 +54,7 @@ class PathList(VBox):
         self.button.on_click(lambda _: self.toggle())
         self._list = VBox(layout=Layout(max_height='240px', overflow='hidden auto', display='none', width='420px',
                                         border='1px solid var(--jp-border-color2, #999)', max_width='100%'))
+        self._list.add_class('qvl-list')
         super().__init__([self._list])
         field.observe(lambda _: self.at and self.look(self._place()), 'value')
 
@@ -77,7 +78,8 @@ class PathList(VBox):
     ):
         "Show a folder."
         self.at, self._list.layout.display = at, None
-        begin = Path(self.field.value).name if self.field.value and not (self.folder/self.field.value).is_dir() else ''
+        typed = self.folder/os.path.expanduser(self.field.value)
+        begin = '' if os.path.lexists(typed) else typed.name
         names = entries(at, self.endings, begin) or entries(at, self.endings)
         shown = [self._row(self.say('panel.up'), at.parent, 'arrow-up')] if at != at.parent else []
         shown += [self._row(n, at/n, 'folder' if n.endswith('/') else 'file') for n in names[:_most_shown]]
@@ -88,7 +90,7 @@ class PathList(VBox):
 
     def _row(self, name, path, icon):
         button = Button(description=name, icon=icon, layout=Layout(width='100%', min_height='26px', margin='0'))
-        button.style.button_color, button.style.text_align = 'transparent', 'left'
+        button.style.button_color = 'transparent'
         button.on_click(lambda _: self.choose(path))
         return button
 

@@ -34,6 +34,7 @@ STYLE = '''<style>
 .qvl-code .mi,.qvl-code .mf {color:var(--jp-mirror-editor-number-color,inherit)}
 .qvl-error {border:1px solid var(--jp-error-color1,#d64545);border-left-width:5px;border-radius:3px;padding:6px 10px;
   white-space:pre-wrap;overflow-wrap:anywhere}
+.qvl-list button {text-align:left}
 .qvl-said {white-space:pre-wrap;overflow-wrap:anywhere;opacity:.85}
 .qvl .jp-RenderedHTMLCommon table {margin-left:0}
 .qvl-shown td:last-child {min-width:160px}
@@ -143,7 +144,8 @@ class ActionBox(VBox):
         if self._thread or self.result.children and self._of == (ran and ran.when): return
         self.result.children = ()
         when = ran and time.strftime('%Y-%m-%d %H:%M', time.localtime(ran.when))
-        said = [self.step.panel.say('panel.ran', when=when), ran.said] if ran else []
+        name = self.action.name
+        said = [self.step.panel.say('panel.ran', when=when), ran.said, self.step.recall(name, ran.given)] if ran else []
         self.line.value = as_html('qvl-said', '\n'.join(filter(None, said)))
 
     def start(self):
@@ -266,6 +268,13 @@ class Step:
     )->list:
         "The widgets that show the result of an action."
         return [as_widget(value)]
+
+    def recall(self,
+        action:str, # Name of an action that ran
+        given:dict, # What is kept of it
+    )->str:
+        "What is said of a result that is not on the screen any more, beside what was printed."
+        return ''
 
     def refresh(self):
         "Bring what is shown up to date with the files."
