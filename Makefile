@@ -30,7 +30,7 @@ ready = lacks=; lack() { lacks=1; echo "Missing: $$*"; }; \
 	free=$$(df -Pk . | awk 'NR == 2 {print int($$4/1000000)}'); [ -e $2 ] || [ "$$free" -ge $1 ] || lack "disk space: $1 GB are needed here, and $$free GB are free."; \
 	[ -z "$$lacks" ] || exit 1
 
-.PHONY: help setup browser demo lab test test-vllm test-newest clean-check soak benchmarks tiny notebooks readme docs lock
+.PHONY: help setup browser demo lab test test-vllm test-newest clean-check soak benchmarks tiny notebooks readme translations docs lock
 
 help:
 	@sed -n '1,3s/^# //p' Makefile
@@ -118,6 +118,10 @@ notebooks: setup
 readme: setup
 	$(BIN)/jupyter nbconvert --to markdown --output-dir . --output README nbs/index.ipynb
 	sed -i -E "s,\]\((images|tutorials|benchmarks|data|memory|run|prediction|tuning|panel|[0-9][0-9]_),](nbs/\1,g; s,\]\(\.\./,](,g" README.md
+
+# Which paragraphs of the Chinese files, and which texts of the panel, are to be translated anew
+translations: setup
+	@PYTHONPATH=$(CURDIR) $(BIN)/python docs/translations.py
 
 # The tools of the site get an environment of their own, with the small packages that the modules import
 .venv-docs/.installed: requirements-docs.lock

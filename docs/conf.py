@@ -31,8 +31,15 @@ html_title = ini['title']
 html_static_path = ['_static']
 html_css_files = ['site.css']
 html_copy_source = html_show_sourcelink = False
-html_sidebars = {'index': [], 'changelog': []}
+no_sidebar = 'index', 'changelog', 'readme.zh', 'contributing', 'llamafactory', 'comparison', 'safety'
+html_sidebars = {page: [] for page in no_sidebar}
 html_theme_options = {
     'show_prev_next': False, 'navigation_with_keys': False, 'secondary_sidebar_items': ['page-toc'],
-    'footer_start': ['copyright'], 'footer_end': [], 'show_toc_level': 2, 'header_links_before_dropdown': 6,
+    'footer_start': ['copyright'], 'footer_end': [], 'show_toc_level': 2, 'header_links_before_dropdown': 5,
     'article_header_start': ['breadcrumbs'], 'navbar_align': 'left'}
+
+def chinese(app, page, template, context, tree):
+    "Chinese pages say that they are: browsers then choose the right form of each character."
+    if page.endswith('.zh'): context['language'] = 'zh-CN'
+
+def setup(app): app.connect('html-page-context', chinese)

@@ -24,6 +24,8 @@ PAGES = {
 # Folder of the repository → folder of the site; the first that fits counts
 FOLDERS = {'docs/': '', 'nbs/tutorials/': 'tutorials/', 'nbs/benchmarks/': 'benchmarks/', 'nbs/images/': 'images/',
            'nbs/': 'notebooks/'}
+# Pages at the root of the repository → their places on the site
+ROOT_PAGES = {'CHANGELOG.md': 'changelog.md', 'CONTRIBUTING.md': 'contributing.md', 'README.zh.md': 'readme.zh.md'}
 broken = []
 
 def home(name):
@@ -43,7 +45,7 @@ def in_site(path):
     "Where a file of the repository is on the site: a relative path, or None."
     for folder, there in FOLDERS.items():
         if path.startswith(folder): return there + path.removeprefix(folder)
-    return path.lower() if path in ('CHANGELOG.md', 'CONTRIBUTING.md') else None
+    return (ROOT_PAGES | {'README.md': 'index.md', 'LICENSE': 'LICENSE'}).get(path)
 
 def links(text):
     "The (whole, target, anchor) of each relative link in Markdown."
@@ -76,15 +78,22 @@ def site_cell(cell, path):
     if cell['cell_type'] == 'markdown': return cell | {'source': linked_names(relinked(source, path))}
     if re.match(r'#\| *(hide|default_exp)', source): return None
     shown = re.sub(r'^#\| *(export\w*|slow)\n', '', source, flags=re.M)
-    tags = ['hide-input'] if path.startswith('nbs/benchmarks/') else []
+    is_private = re.match(r'#\| *export', source) and not any(n[0] != '_' for n in defines(source))
+    tags = ['hide-input'] if path.startswith('nbs/benchmarks/') or is_private else []
     return cell | {'source': shown, 'metadata': {'tags': tags}}
+
+def with_readme(text):
+    "A page with the table of the README that it names in a comment, so that the table is written only once."
+    readme = (ROOT/'README.md').read_text(encoding='utf-8')
+    table = lambda heading: re.search(r'(?:^\|.*\n)+', readme.split(f'\n## {heading}\n')[1], re.M)[0]
+    return re.sub('<!-- README: (.*?) -->', lambda found: table(found[1]), text)
 
 def page(path):
     "Write a Markdown page or notebook of the repository to its place on the site."
     to = SOURCE/in_site(path)
     to.parent.mkdir(parents=True, exist_ok=True)
     text = (ROOT/path).read_text(encoding='utf-8')
-    if path.endswith('.md'): to.write_text(linked_names(relinked(text, path)), encoding='utf-8')
+    if path.endswith('.md'): to.write_text(linked_names(relinked(with_readme(text), path)), encoding='utf-8')
     else:
         nb = json.loads(text)
         nb['cells'] = [cell for c in nb['cells'] if (cell := site_cell(c, path))]
@@ -100,7 +109,8 @@ def write_notebook(to, cells, metadata):
 
 def fields(doc):
     "The sections that `as_public` adds to a docstring, as Markdown's field list."
-    text, _, rest = (doc or '').partition('\n\nParameters\n----------\n')
+    doc = (doc or '').partition('\n\nExamples\n--------\n')[0]  # the site shows cells of the notebook instead
+    text, _, rest = doc.partition('\n\nParameters\n----------\n')
     text, _, back = text.partition('\n\nReturns\n-------\n') if not rest else (text, _, '')
     rest, _, later = rest.partition('\n\nReturns\n-------\n')
     found = re.findall(r'^(\**\w+)(?: : .*)?(?:\n {4}(.*))?$', rest, flags=re.M)
@@ -190,9 +200,10 @@ def list_notebooks(books):
 def write_site():
     shutil.rmtree(SOURCE.parent, ignore_errors=True)
     shutil.copytree(ROOT/'nbs'/'images', SOURCE/'images')
+    shutil.copy(ROOT/'LICENSE', SOURCE)
     own = [p for p in (ROOT/'docs').rglob('*.md') if '_build' not in p.parts]
     books = [p for p in (ROOT/'nbs').rglob('*.ipynb') if p.name != 'index.ipynb' and '.' not in p.parent.name]
-    for path in [*own, *books, *(ROOT/'nbs'/'tutorials').glob('*.md'), ROOT/'CHANGELOG.md', ROOT/'CONTRIBUTING.md']:
+    for path in [*own, *books, *(ROOT/'nbs'/'tutorials').glob('*.md'), *(ROOT/name for name in ROOT_PAGES)]:
         page(str(path.relative_to(ROOT)))
     list_notebooks([p for p in books if in_site(str(p.relative_to(ROOT))).startswith('notebooks/')])
     pages = {name: names for name in PAGES if (names := names_of(name))}

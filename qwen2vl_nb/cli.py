@@ -25,10 +25,14 @@ def _tutorial_text(source):
     "A tutorial whose paths are those of a folder with `data`, `tutorials` and `runs`."
     return source.read_text(encoding='utf-8').replace('../../', '../')
 
+_first = {'en': 'car_item.ipynb', 'zh': 'car_item.zh.ipynb'} # The first tutorial, by its language
+
 def tutorial(
     folder:str|Path='qwen2vl_nb-tutorial', # Folder to write to: `data`, `tutorials`, and later `runs`
+    language:str='en', # Language of the tutorial that is returned: `'en'` or `'zh'`
 )->Path: # The first tutorial
     "Write the tutorials, their data and their model. Files that are already there stay as they are."
+    if language not in _first: raise ValueError(f"No tutorial in {language!r}, only in {' and '.join(_first)}.")
     folder = Path(folder)
     data, tutorials = _sources()
     shutil.copytree(data, folder/'data', copy_function=_copy_missing, dirs_exist_ok=True)
@@ -36,7 +40,7 @@ def tutorial(
     for source in tutorials.iterdir():
         target = folder/'tutorials'/source.name
         if not os.path.lexists(target): target.write_text(_tutorial_text(source), encoding='utf-8')
-    return folder/'tutorials'/'car_item.ipynb'
+    return folder/'tutorials'/_first[language]
 
 # %% ../nbs/87_cli.ipynb #87clip09
 def _runs_folder(notebook):
@@ -45,12 +49,13 @@ def _runs_folder(notebook):
 
 def demo(
     notebook:str|Path=None, # The tutorial; `None`: it is written into the current folder
+    language:str='en', # Language of that tutorial
 ):
     "Run the first tutorial, and print how many answers were right before fine-tuning and after."
     from qwen2vl_nb.execute import execute
     from qwen2vl_nb.prediction import Predictions, score
     from qwen2vl_nb.run.folder import ANSWERS
-    began, notebook = time.time(), Path(notebook or tutorial()).absolute()
+    began, notebook = time.time(), Path(notebook or tutorial(language=language)).absolute()
     folder = _runs_folder(notebook)/f"car_item-{time.strftime('%Y%m%d-%H%M%S')}"
     folder.mkdir(parents=True)
     os.environ['RUN_FOLDER'] = os.path.relpath(folder, notebook.parent)
@@ -69,6 +74,7 @@ Next: `jupyter lab {os.path.relpath(notebook)}` opens that notebook in JupyterLa
         sys.exit('This is not the expected result (at most 20 % before, at least 90 % after): please report it, with '
                  'the folder above.')
 
+# %% ../nbs/87_cli.ipynb #0c5c7fd0
 def check():
     "Print whether the installed packages work together, and which GPUs are visible. Exits with 1 if there is an error."
     from qwen2vl_nb.stack import check_stack, gpus
@@ -78,9 +84,11 @@ def check():
     if not found: print('The installed packages work together.')
     if any(f.level == 'error' for f in found): sys.exit(1)
 
-def lab():
+def lab(
+    language:str='en', # Language of the tutorial
+):
     "Open JupyterLab on the first tutorial."
-    os.execv(sys.executable, [sys.executable, '-m', 'jupyter', 'lab', str(tutorial())])
+    os.execv(sys.executable, [sys.executable, '-m', 'jupyter', 'lab', str(tutorial(language=language))])
 
 _words = {'demo': demo, 'check': check, 'lab': lab}
 
@@ -90,5 +98,7 @@ def main():
     words = parser.add_subparsers(dest='word', required=True)
     for name, function in _words.items(): words.add_parser(name, help=function.__doc__)
     words.choices['demo'].add_argument('notebook', nargs='?', help='The tutorial, if it is there already.')
+    for name in ('demo', 'lab'):
+        words.choices[name].add_argument('--language', choices=_first, default='en', help='Of the tutorial.')
     asked = vars(parser.parse_args())
     _words[asked.pop('word')](**asked)

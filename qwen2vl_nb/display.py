@@ -148,6 +148,7 @@ def picture_html(
     except Exception as e:
         return div('padding:2em 1em;border:1px dashed', html.escape(f'{path}: {type(e).__name__}'))
 
+# %% ../nbs/05_display.ipynb #f2a74de4
 def _line_html(name, text, colour):
     "A line under a picture: its name in small letters, and the text exactly as in the data."
     name = f'<small style="opacity:.65">{html.escape(name)}</small>'

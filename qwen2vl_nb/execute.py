@@ -24,20 +24,31 @@ class ShownClient(NotebookClient):
         super().__init__(nb, timeout=None, kernel_name='python3', store_widget_state=False, coalesce_streams=True,
                          extra_arguments=['--log-level=ERROR'], resources={'metadata': {'path': folder}})
         self.left_out, self.began = _flags - set(flags), time.time()
+        self.shown = 0 # characters of a progress bar in the present line
 
     def process_message(self, msg, cell, cell_index):
-        if msg['msg_type'] == 'stream': print(msg['content']['text'], end='', flush=True)
+        kind, content = msg['msg_type'], msg['content']
+        is_replaced = (content.get('transient') or {}).get('display_id')
+        if is_replaced and {*content['data']} == {'text/plain'}:  # a progress bar
+            text = content['data']['text/plain']
+            print('\r' + text.ljust(self.shown), end='', flush=True)
+            self.shown = len(text)
+        elif self.shown and kind in ('stream', 'execute_input', 'status'): self.shown = print() or 0
+        if kind == 'stream': print(content['text'], end='', flush=True)
         return super().process_message(msg, cell, cell_index)
 
     async def async_execute_cell(self, cell, cell_index, **kwargs):
         for heading in re.findall(r'^## (.*)', cell.source if cell.cell_type == 'markdown' else '', re.M):
             print(f'\n{time.time() - self.began:4.0f} s  {heading}', flush=True)
         if self.left_out & set(re.findall(r'^#\| *(\w+) *$', cell.source, re.M)): return cell
-        cell = await super().async_execute_cell(cell, cell_index, **kwargs)
-        if '#| hide' in cell.source and cell.cell_type == 'code': cell.outputs = []
-        for output in cell.get('outputs', []):
-            output.get('data', {}).pop('application/vnd.jupyter.widget-view+json', None)
-        return cell
+        return await super().async_execute_cell(cell, cell_index, **kwargs)
+
+# %% ../nbs/85_execute.ipynb #676b1b69
+def _clean(cell):
+    "Remove what a cell hides, and the views of widgets, which end with the kernel."
+    if cell.cell_type != 'code': return
+    if '#| hide' in cell.source: cell.outputs = []
+    for output in cell.outputs: output.get('data', {}).pop('application/vnd.jupyter.widget-view+json', None)
 
 def execute(
     path:str|Path, # Notebook to run, in its own folder
@@ -47,7 +58,9 @@ def execute(
     "Run a notebook. Raises `nbclient.exceptions.CellExecutionError` if a cell fails."
     nb = nbformat.read(path, as_version=4)
     try: ShownClient(nb, Path(path).parent, flags).execute()
-    finally: nbformat.write(nb, output or path)
+    finally:
+        for cell in nb.cells: _clean(cell)  # at the end, because a later cell may change what an earlier one shows
+        nbformat.write(nb, output or path)
 
 def main():
     "Run the notebooks named by the arguments: `python qwen2vl_nb/boot.py execute [--flags tiny] NOTEBOOK …`"

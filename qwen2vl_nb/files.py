@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['MOST', 'LINE', 'video_endings', 'whole_file', 'write_text', 'write_json', 'reserve', 'sweep', 'Damaged',
            'open_regular', 'read_bytes', 'read_text', 'read_tail', 'parse_json', 'read_json', 'json_or', 'lines_of',
-           'whole_lines', 'file_digest', 'other_name', 'write_new', 'may_replace', 'check_replaceable', 'own_file',
-           'write_own', 'open_picture', 'open_clip']
+           'whole_lines', 'file_digest', 'other_name', 'write_new', 'undone_on_error', 'may_replace',
+           'check_replaceable', 'own_file', 'write_own', 'open_picture', 'open_clip']
 
 # %% ../nbs/01_files.ipynb #2f3b0ec2
 import errno, hashlib, io, json, os, secrets, shutil, stat
 from contextlib import contextmanager, nullcontext, suppress
+from contextvars import ContextVar
 from pathlib import Path
 
 # %% ../nbs/01_files.ipynb #81bd5150
@@ -21,6 +22,15 @@ def _create_temporary(path, mode, private):
     beside = path.with_name(f'{_prefix}{os.getpid()}-{secrets.token_hex(8)}{_suffix}')
     fd = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600 if private else 0o666)
     return beside, open(fd, mode, encoding=None if 'b' in mode else 'utf-8')
+
+@contextmanager
+def _saying_full(path):
+    "Say which file a full disk has left unwritten."
+    try: yield
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT): raise
+        raise OSError(e.errno, f'The disk is full, and {path} could not be written. What was there is unchanged: make '
+                               'room, and try again') from None
 
 @contextmanager
 def whole_file(
@@ -37,7 +47,7 @@ def whole_file(
         path.parent.mkdir(parents=True, exist_ok=True)
     beside, file = _create_temporary(path, mode, private)
     try:
-        with file as f:
+        with _saying_full(path), file as f:
             yield f
             f.flush()
             if not state: os.fsync(f.fileno())
@@ -259,14 +269,32 @@ def write_new(
     raise FileExistsError(f'{path} and its alternative names are taken by other files.')
 
 def _write_at(path, data):
+    missing = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     beside, file = _create_temporary(path, 'wb', False)
     try:
         data.seek(0)
-        with file: shutil.copyfileobj(data, file)
+        with _saying_full(path), file: shutil.copyfileobj(data, file)
         _rename_if_free(beside, path)
     finally: beside.unlink(missing_ok=True)
+    _created.get([]).extend([*reversed(missing), path])
     return path
+
+# %% ../nbs/01_files.ipynb #01filesundo1
+_created = ContextVar('created') # Files and folders in the order in which they were made
+
+@contextmanager
+def undone_on_error():
+    "Remove the files that `write_new` creates in the block, and their folders, if the block raises an `Exception`."
+    outer, made = _created.get([]), []
+    token = _created.set(made)
+    try: yield
+    except Exception:
+        for path in reversed(made):
+            with suppress(OSError): path.rmdir() if path.is_dir() else path.unlink()
+        raise
+    finally: _created.reset(token)
+    outer.extend(made)
 
 # %% ../nbs/01_files.ipynb #0e2ba07b
 def _written_list_path():

@@ -405,6 +405,7 @@ def _published_config(name):
             'vision_config': _tower(kind, size[0], text['hidden_size']), 'vision_start_token_id': 151_652,
             'vision_end_token_id': 151_653, 'image_token_id': 151_655, 'video_token_id': 151_656}
 
+# %% ../nbs/03_model.ipynb #52e6b438
 def model_config(
     model:str|Path, # Model folder, or a name that contains the family and the size, such as Qwen3-VL-8B
 )->dict: # As in `config.json`

@@ -480,6 +480,7 @@ _more_text = { # What the text model of a family has besides
                     linear_num_value_heads=4)}
 _more_text['qwen3_5_moe'] = _more_text['qwen3_5'] | _experts | dict(shared_expert_intermediate_size=96)
 
+# %% ../nbs/80_tiny.ipynb #a6a3a450
 def _config(
     ids, # Function from a special token's name to its id
     family:str, # A key of `families`

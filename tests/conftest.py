@@ -1,10 +1,11 @@
 """The tests run on the package as it is installed from a built wheel, beside the same stack, not on the sources.
 
 The wheel is built once, before any test module imports the package; child processes get it through PYTHONPATH."""
-import os, shutil, socket, subprocess, sys, tempfile, time
+import json, os, shutil, socket, subprocess, sys, tempfile, time
 from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 
@@ -75,6 +76,30 @@ def free_ports(n):
     with ExitStack() as stack: return [stack.enter_context(socket.create_server(('127.0.0.1', 0))).getsockname()[1] for _ in range(n)]
 
 @contextmanager
+def serving(command, port, **options):
+    "A server that speaks OpenAI's protocol at a port, from when it lists its model until the end of the block; its output is dropped unless the options say otherwise."
+    import psutil
+    def is_up():
+        assert server.poll() is None, command
+        try: return urlopen(f'http://127.0.0.1:{port}/v1/models').status == 200
+        except OSError: return False
+    with subprocess.Popen(command, **dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) | options) as server:
+        try:
+            until(is_up, 'the server lists its model')
+            yield f'http://127.0.0.1:{port}/v1'
+        finally:
+            for process in (*psutil.Process(server.pid).children(recursive=True), server): process.terminate()
+
+def float32(folder):
+    "A model folder, with its weights in float32 from now on."
+    from safetensors.torch import load_file, save_file
+    weights = {name: w.float() for name, w in load_file(folder/'model.safetensors').items()}
+    save_file(weights, folder/'model.safetensors', {'format': 'pt'})
+    config = json.loads((folder/'config.json').read_text())
+    (folder/'config.json').write_text(json.dumps(config | {'dtype': 'float32'}))
+    return folder
+
+@contextmanager
 def small_disk(folder, size):
     "A disk of its own at a folder; what it gives makes it larger."
     def mount(options):
@@ -101,6 +126,9 @@ def tiny(): return ROOT/'data'/'tiny_qwen2vl'
 
 @pytest.fixture(scope='session')
 def data(): return ROOT/'data'
+
+@pytest.fixture
+def tiny_fp32(tiny, tmp_path): return float32(Path(shutil.copytree(tiny, tmp_path/'tiny fp32')))
 
 @pytest.fixture
 def few_steps(tiny, data, tmp_path):

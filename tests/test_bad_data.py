@@ -608,7 +608,7 @@ def test_whatever(tiny, tmp_path):
     rows = [_some_sample(rng, paths) for _ in range(300)]
     for how in (dict(), dict(media=False), dict(model=tiny), dict(model=tiny, media=False, cutoff_len=5), dict(against=rows[::2]), dict(workers=1)):
         table = check_samples(rows, **how)
-        assert list(table.columns) == ['row', 'field', 'what', 'cure', 'level'] and len(table) >= 200
+        assert list(table.columns) == ['row', 'source', 'field', 'what', 'cure', 'level'] and len(table) >= 200
         assert set(table.level) <= {'error', 'warning', 'note'} and table.cure.str.strip().all() and table.what.str.strip().all()
     mended, table = mend_samples(rows)
     assert len(mended) == len(rows) and 'mended' in set(table.level)

@@ -17,7 +17,8 @@ from pycocotools.cocoeval import COCOeval
 from qwen2vl_nb.data.boxes import Box, format_boxes
 from qwen2vl_nb.model import box_frame
 from qwen2vl_nb.data.describe import describe_samples, show_samples
-from qwen2vl_nb.prediction.boxes import average_precision, box_ious, box_measures, box_table, measure_boxes, pair_boxes, stated_boxes
+from qwen2vl_nb.prediction.boxes import (average_precision, box_ious, box_measures, box_table, measure_boxes, measure_points, pair_boxes, point_closeness,
+                                         point_measures, stated_boxes, stated_points)
 from qwen2vl_nb.prediction.scores import compare, score
 from qwen2vl_nb.prediction.show import show_predictions
 
@@ -263,6 +264,72 @@ def test_thousands_of_names_are_phrases_not_classes():
     table = box_table((stated_boxes(row['label']), stated_boxes(row['predict'])) for row in rows)
     assert len(table) == 2101 and table.ap.isna().all() and table.f1['(all)'] == 100
 
+# Points
+
+@st.composite
+def points(draw, most=5):
+    place = st.integers(0, 100)
+    return [Box(name, x, y) for name,x,y in draw(st.lists(st.tuples(st.sampled_from(NAMES[:2]), place, place), max_size=most))]
+
+@settings(max_examples=150, deadline=None)
+@given(points(4), points(4))
+def test_points_are_as_far_apart_as_measured_and_no_other_assignment_is_better(labels, answers):
+    close = point_closeness(labels, answers, 100)
+    for (i, a), (j, b) in itertools.product(enumerate(labels), enumerate(answers)):
+        assert close[i, j] == pytest.approx(max(0, 1 - math.dist(a.coordinates, b.coordinates)/100)*(a.label == b.label))
+    near = lambda pairs, bound: sum(math.dist(labels[i].coordinates, answers[j].coordinates) <= bound and labels[i].label == answers[j].label for i,j in pairs)
+    parsed, _, f1, f1_2 = measure_points(labels, answers, 100)
+    for value, bound in ((f1, 5), (f1_2, 2)):
+        most, n = max(near(pairs, bound) for pairs in _assignments(len(labels), len(answers))), len(labels) + len(answers)
+        assert value == pytest.approx(200*most/n if n else 100)
+
+@settings(max_examples=100, deadline=None)
+@given(points(), points(), st.floats(.01, 1000), st.randoms())
+def test_points_are_scored_alike_in_all_units_and_orders(labels, answers, unit, chance):
+    scaled = lambda found: [Box(p.label, p.x1*unit, p.y1*unit) for p in chance.sample(found, len(found))]
+    found = measure_points(labels, answers, 100)
+    assert measure_points(scaled(labels), scaled(answers), 100*unit) == pytest.approx(found)
+    assert all(0 <= value <= 100 + 1e-9 for value in found) and found[3] <= found[2] and measure_points(labels, labels, 100) == pytest.approx((100,)*4)
+
+DOOR, LAMP = Box('door', 200, 500), Box('lamp', 800, 500)
+
+@pytest.mark.parametrize('family', FORMS)
+def test_points_by_hand(family, tmp_path):
+    "In a picture of 1000 times 1000, which Qwen2.5-VL sees at another size."
+    Image.new('RGB', (1000, 1000)).save(picture := tmp_path/'a.png')
+    moved = lambda point, x: Box(point.label, point.x1 + x, point.y1)
+    rows = [_row(0, [DOOR, LAMP], [LAMP, moved(DOOR, 30)], family), _row(1, [DOOR], [moved(DOOR, 80)], family), _row(2, [LAMP], [], family),
+            _row(3, [LAMP], [Box('door', 800, 500)], family), _row(4, [DOOR], [DOOR, LAMP], family), _row(5, [DOOR], [DOOR], family) | {'predict': None, 'error': 'broken'}]
+    rows = [row | {'images': [str(picture)], 'box_frame': [*box_frame(1000, 1000, family)]} for row in rows]
+    found = score(rows)
+    assert found.rows['points.parsed'].tolist() == [100, 100, 100, 100, 100, 0]
+    assert found.rows['points.near'].tolist() == pytest.approx([98.5, 92, 0, 0, 100, 0], abs=.2)
+    assert found.rows['points.f1'].tolist() == pytest.approx([100, 0, 0, 0, 200/3, 0])
+    assert found.rows['points.f1_2'].tolist() == pytest.approx([50, 0, 0, 0, 200/3, 0])
+    assert not {*box_measures} & found.keys() and found.by('id').index[0] in (1, 2, 3, 5)
+    better = compare(rows, [row | {'predict': row['label']} for row in rows], 'points.f1')
+    assert better.after == 100 and not better.worse
+    page = show_predictions(rows, n=6)._repr_html_()
+    assert page.count('✓ right') == 1 and page.count('✗ wrong') == 4, 'a point near enough is right'
+    assert 'IoU' not in page and 'IoU' in show_predictions([_row(0, [CAR], [BUS], images=[str(picture)], box_frame=[1000, 1000])])._repr_html_()
+
+def test_points_in_unknown_coordinates_are_not_scored():
+    rows = [_row(0, [DOOR], [DOOR]), _row(1, [DOOR], [LAMP])]
+    found = score(rows)
+    assert not {*point_measures} & found.keys() and 'give the rows a column box_frame' in repr(found) and 'exact' in found
+    assert score([row | {'box_frame': [1000, 1000]} for row in rows])['points.f1'] == 50
+    assert score([_row(0, [DOOR], [DOOR], 'qwen2_vl')])['points.f1'] == 100, 'special tokens always mean 0 to 1000'
+    both = _row(2, [CAR, DOOR], [CAR, DOOR])
+    assert score([both])['boxes.f1'] == 100 and 'points.f1' not in score([both]) and '✓' in show_predictions([both])._repr_html_()
+    assert score([both | {'box_frame': [1000, 1000]}])['points.f1'] == 100
+
+@pytest.mark.parametrize('frame', [[0, 5], [-1, 5], [1000], '1000', {'a': 1}, [None, 5], ['a', 'b'], [float('nan'), 5], [10**400, 5], [[1], [2]], True])
+def test_odd_frames_and_odd_answers_never_raise(frame):
+    assert 'points.f1' not in score([_row(0, [DOOR], [DOOR], box_frame=frame)])
+    found = score([_row(i, [DOOR, LAMP], [], box_frame=[1000, 1000]) | {'predict': text} for i,text in enumerate(ODD)])
+    numbers = found.rows[[*point_measures]].to_numpy()
+    assert np.isfinite(numbers).all() and numbers.min() >= 0 and numbers.max() <= 100 and all(stated_points(text) is None or stated_boxes(text) is not None for text in ODD)
+
 # Seen
 
 def _drawn(page):
@@ -285,7 +352,8 @@ def test_boxes_are_drawn_where_they_are(family, tmp_path):
     place = [float(rect.getAttribute(name)) for name in ('x', 'y', 'width', 'height')]
     assert place == pytest.approx([60, 40, 120, 80], abs=1) and rect.getAttribute('stroke-dasharray')
     assert svg.getElementsByTagName('text')[0].firstChild.data == 'a <b>bus</b> & car' and '<b>bus' not in page
-    assert 'centers of the boxes' in describe_samples([sample | {'box_frame': [*box_frame(*size, family)]}])._repr_svg_()
+    described = describe_samples([sample | {'box_frame': [*box_frame(*size, family)]}])._repr_svg_()
+    assert 'centers of the boxes' in described and '1.0 boxes per row' in described and ' answers' not in described
 
 def test_answers_are_drawn_with_their_iou_and_can_be_told_from_labels(tmp_path):
     Image.new('RGB', (100, 100)).save(picture := tmp_path/'a.png')

@@ -1,7 +1,7 @@
 """The live view where it is looked at: JupyterLab in a browser, with a run at work.
 
 Pictures of what was to be seen are kept in `test-artefacts`."""
-import base64, json, os, signal, time
+import base64, json, os, re, signal, time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -67,6 +67,9 @@ def test_the_tutorial_is_seen_to_train(lab, page):
     folder = lab.root/'runs'/'browser'/'train'
     until((folder/'waiter.json').exists, 'the tutorial comes to its training')
     run = attach(folder)
+    _says(page, 'train: starting, ')
+    until(lambda: _picture(page), 'axes, on which nothing is drawn yet')
+    keep(page, 'tutorial-starting')
     shown = _changes(page, run, 4)
     keep(page, 'tutorial-training')
 
@@ -88,6 +91,19 @@ def test_the_tutorial_is_seen_to_train(lab, page):
     _says(page, 'train: done, step 85 of 85')
     until(lambda: _picture(page) == plot_loss(run)._repr_png_(), 'the whole curve, as it is drawn from the finished log')
     keep(page, 'tutorial-reattached')
+    page.locator('.widget-vbox', has_text=re.compile(r'done, step 85 of 85, epoch [\d.]+, took 0:\d\d:\d\d, ended 20')).first.wait_for()
+
+    def kept():
+        "What the notebook keeps of the view."
+        page.keyboard.press('Control+s')
+        cells = json.loads((there/'car_item.ipynb').read_text())['cells']
+        output, = next(cell for cell in cells if cell['cell_type'] == 'code')['outputs']
+        return 'image/png' in output['data'] and ''.join(output['data']['text/plain'])
+    assert until(kept, 'the finished curve is saved with the notebook').startswith('train: done, step 85 of 85')
+    menu(page, 'Settings', 'Theme', 'JupyterLab Dark')
+    page.locator('body[data-jp-theme-light=false]').wait_for(state='attached')
+    keep(page, 'tutorial-dark')
+    menu(page, 'Settings', 'Theme', 'JupyterLab Light')
 
     idle(page)
     reload_page(page, there/'car_item.ipynb')

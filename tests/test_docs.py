@@ -1,5 +1,5 @@
 "The pages of the documentation site, as far as they can be tested without the tools that build it."
-import ast, importlib.util, inspect, re, subprocess, sys
+import ast, importlib.util, inspect, json, re, subprocess, sys
 
 import pytest
 
@@ -44,6 +44,12 @@ def test_links_of_notebooks_lead_to_their_places_on_the_site():
     generate.relinked('[a](gone.ipynb)', 'nbs/data/15_boxes.ipynb')
     assert generate.broken.pop() == 'nbs/data/15_boxes.ipynb: (gone.ipynb)'
 
+def test_chinese_pages_are_on_the_site():
+    listed = [(ROOT/'docs'/name).read_text(encoding='utf-8') for name in ('index.md', 'tutorials/index.md')]
+    assert '<readme.zh>' in listed[0] and '](../README.zh.md)' in listed[0] and '\ncar_item.zh\n' in listed[1]
+    moved = generate.relinked('[a](nbs/tutorials/car_item.zh.ipynb) [b](README.md) [c](LICENSE)', 'README.zh.md')
+    assert moved == '[a](tutorials/car_item.zh.ipynb) [b](index.md) [c](LICENSE)'
+
 def test_examples_are_shown_with_their_outputs():
     for name in ('read_samples', 'split_samples', 'zero_table', 'score'):
         assert all(cell['outputs'] for cell in generate.examples(name)) and generate.examples(name)
@@ -69,3 +75,41 @@ def test_code_of_how_to_pages_runs(page, tmp_path):
     (tmp_path/'page.py').write_text('\n'.join(_code(page)), encoding='utf-8')
     done = subprocess.run([sys.executable, 'page.py'], cwd=tmp_path, capture_output=True, text=True)
     assert not done.returncode, done.stderr
+
+@pytest.mark.soak
+def test_tables_on_the_page_about_memory_are_what_the_code_prints(tmp_path):
+    page = (ROOT/'docs'/'howto'/'zero.md').read_text(encoding='utf-8')
+    shown = re.findall(r'^```python\n((?:[^`]*\n)?(zero_table|recipe = pick_zero)\(.*\))\n```\n[^`]*```text\n([^`]*)\n```', page, re.M)
+    assert len(shown) == 3
+    code = '\n'.join(re.sub(r'^(zero_table.*)$', r'print(\1)', code, flags=re.M) + "\nprint('=')" for code, _, _ in shown)
+    (tmp_path/'data').symlink_to(ROOT/'data')
+    printed = subprocess.check_output([sys.executable, '-c', code], cwd=tmp_path, text=True).split('=\n')
+    assert [text for *_, text in shown] == [text.rstrip('\n') for text in printed[:3]]
+
+def _rows(page):
+    "(first cell, number of bars) of each row of each table of a page."
+    table = re.findall(r'(?:^\|.*\n)+', page.read_text(encoding='utf-8'), re.M)
+    return [[(line.split('|')[1].strip(), line.count('|')) for line in t.splitlines()[2:]] for t in table]
+
+def test_every_row_of_the_comparison_has_its_sources():
+    compared = next(t for t in _rows(ROOT/'README.md') if t[0][0] == 'Models')
+    page = (ROOT/'docs'/'comparison.md').read_text(encoding='utf-8')
+    added = {*generate.with_readme(page).splitlines()} - {*page.splitlines()}
+    assert len(added) == 15 and all(line.startswith('| ') for line in added)
+    assert compared == _rows(ROOT/'docs'/'comparison.md')[-1] and len(compared) == 15 and {n for _, n in compared} == {6}
+
+BENCHMARKS = sorted((ROOT/'nbs'/'benchmarks').glob('*.ipynb'))
+
+def _numbers(text): return {n.replace(',', '').rstrip('.') for n in re.findall(r'\d[\d,]*(?:\.\d+)?', text)}
+
+@pytest.mark.parametrize('path', BENCHMARKS, ids=lambda p: p.stem)
+def test_a_benchmark_begins_with_results_that_its_outputs_have(path):
+    cells = json.loads(path.read_text(encoding='utf-8'))['cells']
+    results = ''.join(cells[1]['source'])
+    assert results.startswith('## Results\n') and all(c['cell_type'] == 'code' or 'Results' not in c['source'][0] for c in cells[2:])
+    said = [''.join(o.get('text', '') or o.get('data', {}).get('text/plain', '')) for c in cells for o in c.get('outputs', [])]
+    # Sizes that were chosen may be in the code or the text; what was measured is in the outputs
+    chosen = ' '.join(''.join(c['source']) for c in [cells[0], *cells[2:]]).replace('_', '')
+    found = _numbers(re.sub(r'\d+\.\d+\.\d+', '', results)) # without the versions of packages
+    assert {n for n in found if '.' in n} <= _numbers(' '.join(said))
+    assert found <= _numbers(' '.join(said) + chosen)

@@ -282,6 +282,7 @@ RECIPES = { # name → the changes of a recipe that runs
     'a model that this transformers does not know': lambda r: r.model(model_type='qwen9_vl'),
     **{f'the template {name}': lambda r, name=name: {'template': name} for name in other_templates},
     **{f'pictures under the template {name}': lambda r, name=name: {'template': name} for name in (None, *text_templates)},
+    'a template that is misspelt': lambda r: {'template': 'qwen2_v'},
     'no adapter': lambda r: {'adapter_name_or_path': str(r.folder/'adapter')},
     'an adapter for full fine-tuning': lambda r: r.adapter() | {'finetuning_type': 'full'},
     'a ZeRO config that is not there': lambda r: {'deepspeed': 'ds_z9.json', 'use_cpu': None},
@@ -360,6 +361,18 @@ def test_ranks_that_call_the_vision_tower_a_different_number_of_times_end(tiny, 
     assert 'op.preamble.length <= op.nbytes' in run.log(0) + run.log(1)
     _proves(said, {line for line in said.now if line[0] in AFTERWARDS})
 
+def test_ranks_that_do_so_in_an_evaluation_end(tiny, tmp_path, said):
+    "The training has only pictures, and its steps up to the first evaluation are done."
+    for name, kinds in (('rows', 'p'*8), ('checked', 'pb')): write_rows(tmp_path/'data', kinds, name)
+    recipe = train_recipe(tiny, 'rows', tmp_path/'run', dataset_dir=str(tmp_path/'data'), deepspeed=zero_config('z3'), max_steps=8, logging_steps=1, bf16=None,
+                          gradient_accumulation_steps=1, preprocessing_num_workers=None, plot_loss=None, save_strategy='no', eval_dataset='checked', eval_strategy='steps',
+                          eval_steps=3, per_device_eval_batch_size=1)
+    assert [(f.where, 'evaluation' in f.what, f.level) for f in data_findings(recipe, 2)] == [('deepspeed', True, 'error')]
+    run = launch(recipe, nproc=2, force=True)
+    with pytest.raises(RuntimeError, match='SIGABRT'): run.wait()
+    assert run.status == 'failed' and run.progress.step in (2, 3), 'the step before the evaluation may not be written down yet'
+    assert 'op.preamble.length <= op.nbytes' in run.log(0) + run.log(1)
+
 # --- all of them
 
 ELSEWHERE = { # function, or more of the line → the test in which it is proven, or why it is not
@@ -377,7 +390,7 @@ ELSEWHERE = { # function, or more of the line → the test in which it is proven
     'checks.half_findings': 'test_failures.py::bf16_on_the_cpu',
     'command.port_findings': 'test_failures.py::port_taken',
     'checks.disk_findings': 'test_failures.py::disk_full',
-    'plan.memory_findings': 'test_memory.py::test_real_runs',
+    'checks.memory_findings': 'test_memory.py::test_real_runs',
     'registry.entry_faults': 'test_registry.py::test_what_is_called_an_error_stops_the_loader_too',
     'registry._row_faults': 'test_registry.py::test_check_says_what_the_loader_says',
     'registry._check_row': 'test_registry.py::test_a_byte_order_mark_is_told_and_goes_with_the_next_write',

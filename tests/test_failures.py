@@ -14,10 +14,9 @@ from conftest import free_ports, small_disk, until
 from qwen2vl_nb.run import start as run_module
 from qwen2vl_nb.checkpoint import checkpoints, is_whole
 from qwen2vl_nb.run.folder import state_or_empty
-from qwen2vl_nb.run.failure import find_failure
 from qwen2vl_nb.stack import GiB
 from qwen2vl_nb.recipe import predict_recipe, save_recipe, train_recipe
-from qwen2vl_nb.run.start import attach, launch
+from qwen2vl_nb.run.start import Run, attach, launch
 from qwen2vl_nb.findings import Finding
 from qwen2vl_nb.zero import zero_config
 
@@ -462,7 +461,7 @@ def test_a_gpu_out_of_memory(tmp_path, data, now, gpus, gib, cure):
     for name, value in {'ended': {'returncode': 1, 'asked': False}, 'run': {'gpus': [{'total': gib*GiB}]*gpus}, 'failure-1': full_gpu}.items():
         (tmp_path/f'{name}.json').write_text(json.dumps(value))
     (tmp_path/'run.log').write_text('')
-    found = find_failure(tmp_path)
+    found = Run(tmp_path).failure
     assert found.where == 'rank 1, functional.py:2 in linear'
     assert found.what.startswith('A GPU ran out of memory. torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 1.04 GiB.')
     assert cure in found.cure and f'{gpus} GPUs of {gib} GiB' in found.cure and 'z3_offload ' in found.cure

@@ -146,7 +146,9 @@ def test_templates_of_other_families(small, family, clips, data, tmp_path):
     own, theirs, text = (spoilt_by(small, tmp_path/'data', rows, template) for template in (families[family].templates[0], other, 'qwen3'))
     assert own == {name: None for name in rows} and theirs['text'] is theirs['picture'] is text['text'] is None
     assert all('does not support' in text[name] for name in rows if name != 'text'), text
-    expected = {'short clip': 'wrong positions', 'clip': 'do not match'} if families[family].has_times else dict.fromkeys(['short clip', 'clip'], '_calculate_timestamps')
+    is_newer = Version(importlib.metadata.version('transformers')) >= Version('5')  # it stops at any such clip, before positions are wrong
+    lost = dict.fromkeys(['short clip', 'clip'], 'shape mismatch') if is_newer else {'short clip': 'wrong positions', 'clip': 'do not match'}
+    expected = lost if families[family].has_times else dict.fromkeys(['short clip', 'clip'], '_calculate_timestamps')
     assert all(words in theirs[name] for name, words in expected.items()), theirs
 
 def spoilt_by(model, folder, names, template):
@@ -219,8 +221,10 @@ def test_families_whose_memory_is_not_predicted(kind, factory, data, tmp_path):
     ids, _ = factory.prepare(data, 'car_item', model_name_or_path=str(model), template=recipe['template'], max_samples=8, cache_dir=str(tmp_path/'cache'), output_dir=str(tmp_path/'out'))
     assert list(count_tokens(dataset_samples(Registry(data), 'car_item', 8), model).total) == list(map(len, ids))
     asking = dict(adapter=run, dataset_dir=str(data), max_samples=4, max_new_tokens=6, use_cpu=True, preprocessing_num_workers=None)
-    own, theirs = (predict(predict_recipe(model, 'car_item_test', tmp_path/engine, **asking), engine=engine) for engine in ('hf', 'llamafactory'))
-    assert [row['predict'] for row in own] == [row['predict'] for row in theirs] and len(own) == 4 and not own.failed
+    own = predict(predict_recipe(model, 'car_item_test', tmp_path/'hf', skip_special_tokens=False, **asking))
+    theirs = predict(predict_recipe(model, 'car_item_test', tmp_path/'llamafactory', **asking), engine='llamafactory')
+    up_to_special = [row['predict'].partition('<|')[0] for row in own]  # where LLaMA-Factory ends an answer, and these models are hardly trained
+    assert up_to_special == [row['predict'] for row in theirs] and len(own) == 4 and not own.failed
 
 def test_clips_that_llamafactory_cannot_place(small, family, factory, clips, tmp_path):
     "Qwen3-VL's clips get their times by the number of the turn: what is called an error stops LLaMA-Factory, and nothing else does."

@@ -21,12 +21,13 @@ from qwen2vl_nb.run.watch import watch_loss
 from qwen2vl_nb.zero import zero_config
 
 ABOUT = dict(id='0'*32, python='/no/python', nproc=2, nnodes=1, node_rank=0, master=None, given={}, force=False, host=socket.gethostname(), versions={'torch': '2.8.0'},
-             gpus=[{'total': 80*2**30, 'device': '0'}], cwd='/no/folder', command=['python', 'agent.py', '--log-dir', 'ranks'], env={'A': 'b'}, inherited={})
+             gpus=[{'total': 80*2**30, 'device': '0'}], cwd='/no/folder', command=['python', 'agent.py', '--log-dir', 'ranks'], env={'A': 'b'}, inherited={}, tells=True)
 STATE = {
     'run.json': ABOUT,
     'waiter.json': dict(pid=2**22 + 1, created=1, started=1e9, child=2**22 + 2, child_created=1),
     'ended.json': dict(returncode=1, asked=False, time=1e9, killed_by_kernel=False),
     'progress.json': dict(step=3, steps=9, epoch=.5, time=1e9 + 10, began=1e9, from_step=0),
+    'doing.json': dict(doing='tokenizing', done=3, of=9, unit='rows', time=1e9),
     'failure-0.json': dict(rank=0, type='ValueError', message='No such thing.', file='a.py', line=1, function='f', traceback='…', time=1e9),
     'refused.json': [dict(where='data', what='Row 7 has no picture.', cure='Mend it.')],
 }

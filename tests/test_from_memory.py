@@ -179,6 +179,34 @@ def test_predict_takes_the_same(tiny, tmp_path):
     assert len({r['images'][0] for r in found}) == 3 and all(Path(r['images'][0]).is_relative_to(tmp_path/'answers') for r in found)
     assert list(predict(recipe, asked.to_pandas())) == list(found)
 
+def _snapshot(folder): return {p.relative_to(folder): p.read_bytes() if p.is_file() else None for p in folder.rglob('*') if p.name != '.asked.lock'}
+
+def test_another_question_leaves_nothing(tiny, tmp_path):
+    "What belongs to the first question stays, even a picture that is in both."
+    recipe = predict_recipe(tiny, output_dir=tmp_path/'answers', max_new_tokens=4)
+    first = [{'image': im, 'question': 'What is this?'} for im in _pictures()[:2]]
+    predict(recipe, first)
+    before = _snapshot(tmp_path/'answers')
+    for other in (_rows(_pictures()), [row | {'question': 'What else?'} for row in first], [{'image': Image.new('RGB', (60, 40)), 'question': 'What is this?'}]*2):
+        with pytest.raises(ValueError, match='another question'): predict(recipe, other)
+        assert _snapshot(tmp_path/'answers') == before
+
+def test_rows_that_are_refused_leave_nothing(tiny, tmp_path):
+    "Pictures of the rows before have been written by then."
+    talks = [*_talks(_pictures()), {'messages': [{'role': 'user', 'content': [{'type': 'sound', 'sound': 'x'}]}]}]
+    for rows, more in ((talks, {}), (_rows(_pictures()), {'response': 'anser'}), ([{'frage': 'q', 'bild': im} for im in _pictures()], {})):
+        with pytest.raises(ValueError): read_samples(rows, media_dir=tmp_path/'read', **more)
+        if not more:
+            with pytest.raises(ValueError): Registry(tmp_path/'data').add('x', rows)
+            with pytest.raises(ValueError): predict(predict_recipe(tiny, output_dir=tmp_path/'out'), rows)
+    assert not _snapshot(tmp_path)
+
+def test_refused_rows_take_no_picture_of_others_along(tmp_path):
+    "A picture that was there before stays, and so does what somebody else puts beside it."
+    kept = Path(read_samples(_rows(_pictures()[:1]), media_dir=tmp_path)[0]['images'][0])
+    with pytest.raises(ValueError): read_samples([{'frage': 'q', 'bild': im} for im in _pictures()], media_dir=tmp_path)
+    assert [*tmp_path.iterdir()] == [kept]
+
 # --- bad input
 
 def _cut(n=400):
@@ -230,7 +258,7 @@ BAD = { # name → source, other arguments, words
     'complex numbers': (lambda: pd.DataFrame({'question': ['q'], 'answer': ['a'], 'z': [1j]}), {}, "row 0, column 'z', holds an object of type complex"),
     'a list within itself': (lambda: [_row(meta=_circle())], {}, "row 0, column 'meta', is nested too deeply"),
     'rows that are none': (lambda: [_row(), 'x', None], {}, r'2 cell\(s\) or row\(s\) that cannot be read. row 1 is a str, not a dict; row 2 is a NoneType'),
-    'several faults': (lambda: [_row(a={1}, b=1j)]*400, {}, r"800 cell\(s\).*row 0, column 'a'.*row 0, column 'b'.*row 1, column 'a'.* …"),
+    'several faults': (lambda: [_row(a={1}, b=1j)]*400, {}, r"800 cell\(s\).*row 0, column 'a'.*row 0, column 'b'.*row 1, column 'a'.* and 795 more"),
     'columns of two levels': (_sides, {}, r"column names with 2 levels, such as \('asked', 'question'\).*frame.columns ="),
     'a column misnamed': (lambda: pd.DataFrame([_row(image='a')]), {'response': 'anser'}, "The DataFrame has no column 'anser' for the answer; did you mean 'answer'"),
     'a number that names no column': (lambda: pd.DataFrame([['q', 'a']]), {'prompt': 'q', 'response': 7}, "no column '7' for the answer.*Its columns: 0, 1"),
@@ -247,7 +275,7 @@ BAD = { # name → source, other arguments, words
     'a picture alone': (lambda: PHOTO, {}, 'this is an object of type Image'),
     'a NumPy array': (lambda: np.array([['q', 'a']]), {}, 'this is an object of type ndarray'),
     'a stream': (lambda: datasets.Dataset.from_list([_row()]).to_iterable_dataset(), {}, r'The IterableDataset is a stream.*take\(1000\)'),
-    'several splits': (_splits, {}, r"The DatasetDict has more than one split. Its splits: train \(2 rows\), test \(1 rows\). Say which to read, as in split='train'"),
+    'several splits': (_splits, {}, r"The DatasetDict has more than one split. Its splits: train \(2 rows\), test \(1 rows\). Say which to read, as in read_samples\(…, split='train'\)"),
     'a split that is not there': (_splits, {'split': 'dev'}, "no split 'dev'. Its splits: train"),
     'a split of a Dataset': (lambda: _splits()['train'], {'split': 'train'}, 'has no splits: leave out split='),
     'a split of a DataFrame': (lambda: pd.DataFrame([_row()]), {'split': 'train'}, "split='train' is for a DatasetDict"),
@@ -314,7 +342,9 @@ REFUSED = { # rows that `Registry.add` and `predict` are given → words
     'other names of columns': (lambda: pd.DataFrame([{'frage': 'q', 'antwort': 'a'}]), "The DataFrame has no column.*`read_samples` takes other names of columns"),
     'no rows': (lambda: pd.DataFrame(columns=['question', 'answer']), 'The DataFrame has no rows'),
     'an object': (lambda: [_row(x=object())], "row 0, column 'x', holds an object"),
-    'splits': (_splits, 'more than one split'),
+    'splits': (_splits, r'more than one split.*read_samples\(…, split='),
+    'a path': (lambda: 'labels.csv', "'labels.csv' is the path of a file or folder: give the samples that `read_samples` returns"),
+    'a folder': (lambda: Path('.'), "'.' is the path of a file or folder"),
 }
 
 @pytest.mark.parametrize('source,words', REFUSED.values(), ids=REFUSED.keys())
@@ -327,28 +357,29 @@ def test_bad_input_to_the_others(source, words, tiny, tmp_path):
 
 @pytest.fixture
 def hub(tmp_path):
-    "A hub with one data set, `me/cars`, that speaks as much as `datasets` asks for: the environment in which it is used."
+    "A hub with `me/cars`, and `me/alone` without its test split, that speaks as much as `datasets` asks for: the environment in which it is used."
     there = tmp_path/'hub'
     (there/'data').mkdir(parents=True)
     for split, rows in (('train', slice(0, 3)), ('test', slice(3, 4))):
         pd.DataFrame(_table([{'bytes': _png(im), 'path': None} for im in _pictures()])).iloc[rows].to_parquet(there/'data'/f'{split}-00000-of-00001.parquet')
     files = [p.relative_to(there).as_posix() for p in there.rglob('*.parquet')]
+    held = lambda name: [f for f in files if name == 'cars' or 'train' in f]
     entry = lambda f: {'type': 'file', 'path': f, 'size': (there/f).stat().st_size, 'oid': '0'*40}
     class Hub(HubHandler):
         def json(self, value): self.answer(200, json.dumps(value).encode(), Content_Type='application/json')
         def do_GET(self):
             posted = self.rfile.read(int(self.headers.get('Content-Length') or 0)).decode()
             match self.path.partition('?')[0].strip('/').split('/'):
-                case ['api', 'datasets', 'me', 'cars'] | ['api', 'datasets', 'me', 'cars', 'revision', _]:
-                    self.json({'id': 'me/cars', 'sha': COMMIT, 'private': False, 'gated': False, 'disabled': False, 'downloads': 0, 'likes': 0, 'tags': [], 'siblings': [{'rfilename': f} for f in files]})
-                case ['api', 'datasets', 'me', 'cars', 'tree', _, *folder]: self.json([entry(f) for f in files if f.startswith('/'.join(folder))])
-                case ['api', 'datasets', 'me', 'cars', 'paths-info', _]:
+                case ['api', 'datasets', 'me', 'cars' | 'alone' as name] | ['api', 'datasets', 'me', 'cars' | 'alone' as name, 'revision', _]:
+                    self.json({'id': f'me/{name}', 'sha': COMMIT, 'private': False, 'gated': False, 'disabled': False, 'downloads': 0, 'likes': 0, 'tags': [], 'siblings': [{'rfilename': f} for f in held(name)]})
+                case ['api', 'datasets', 'me', 'cars' | 'alone' as name, 'tree', _, *folder]: self.json([entry(f) for f in held(name) if f.startswith('/'.join(folder))])
+                case ['api', 'datasets', 'me', 'cars' | 'alone' as name, 'paths-info', _]:
                     asked = parse_qs(posted)['paths']
-                    self.json([entry(p) for p in asked if p in files] + [{'type': 'directory', 'path': p, 'oid': '0'*40} for p in asked if p == 'data'])
-                case ['datasets', 'me', 'cars', 'resolve', _, *path] if '/'.join(path) in files:
+                    self.json([entry(p) for p in asked if p in held(name)] + [{'type': 'directory', 'path': p, 'oid': '0'*40} for p in asked if p == 'data'])
+                case ['datasets', 'me', 'cars' | 'alone' as name, 'resolve', _, *path] if '/'.join(path) in held(name):
                     body = (there/'/'.join(path)).read_bytes()
                     self.answer(200, body, ETag=f'"{hashlib.sha256(body).hexdigest()}"')
-                case ['datasets', 'me', 'cars', *_]: self.answer(404, X_Error_Code='EntryNotFound')
+                case ['datasets', 'me', 'cars' | 'alone', *_]: self.answer(404, X_Error_Code='EntryNotFound')
                 case _: self.answer(404, X_Error_Code='RepoNotFound')
         do_HEAD = do_POST = do_GET
     server = ThreadingHTTPServer(('127.0.0.1', 0), Hub)
@@ -370,5 +401,8 @@ def test_a_data_set_on_a_hub(hub, tmp_path):
     assert _reading(hub | {'HF_HUB_OFFLINE': '1'}, tmp_path, "len(read_samples('me/cars', split='test', media_dir='cars'))") == 1, 'from the cache of datasets'
     said = _reading(hub, tmp_path, "read_samples('me/cars', media_dir='cars')")
     assert 'me/cars has more than one split. Its splits: train (3 rows), test (1 rows)' in said, said
+    assert "read_samples(…, split='train')" in _reading(hub, tmp_path, "Registry('data').add('cars', 'me/cars')") and not (tmp_path/'data').exists()
+    entry = _reading(hub, tmp_path, "Registry('data').add('one', 'me/alone')")
+    assert entry['file_name'] == 'one.json' and len(json.loads((tmp_path/'data'/'one.json').read_text())) == 3 and len([*(tmp_path/'data'/'one_media').iterdir()]) == 2
     said = _reading(hub, tmp_path, "read_samples('me/gone')")
     assert 'There is no file or folder me/gone here' in said and f"{hub['HF_ENDPOINT']} does not provide it" in said, said

@@ -5,14 +5,16 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
-from conftest import COMMIT, HubHandler, free_ports
+from conftest import COMMIT, HubHandler, free_ports, serving
 from qwen2vl_nb.data.registry import Registry, dataset_samples
 from qwen2vl_nb.model import chat_template
 from qwen2vl_nb.prediction.engines import predict
 from qwen2vl_nb.prediction.predictions import Predictions
-from qwen2vl_nb.recipe import load_recipe, predict_recipe, save_recipe, train_recipe
+from qwen2vl_nb.recipe import answering_recipe, load_recipe, predict_recipe, save_recipe, train_recipe
 from qwen2vl_nb.run.merge import export
 from qwen2vl_nb.run.start import launch
 from qwen2vl_nb.tuning.hand_over import model_card, push_to_hub, serving_lines
@@ -178,6 +180,25 @@ def test_an_export_arrives_and_a_name_that_is_taken_is_refused(hub, trained):
         assert_nothing_private(files, run)
     assert sum(path == '/api/models/me/cars/commit/main' for _, path, _ in hub.asked) == 2
 
+def test_an_adapter_on_another_one_is_exported_and_served_with_it(tiny_fp32, few_steps, tmp_path):
+    "As before DPO: the first adapter is merged, and a second one is trained, which means nothing without the first. The first also has tokens that were added."
+    kept = dict(model_name_or_path=str(tiny_fp32), learning_rate=1e-2, plot_loss=None, add_tokens='<car>', save_strategy='no')
+    first = launch(few_steps(output_dir=tmp_path/'first', max_steps=2, **kept)).wait()
+    again = few_steps(output_dir=tmp_path/'second', max_steps=2, adapter_name_or_path=str(first.output_dir), create_new_adapter=True, seed=7, **kept)
+    second = launch(again).wait()
+    both = f'{first.output_dir},{second.output_dir}'
+    assert both in serving_lines(second)['api'] and answering_recipe(second.recipe, second)['adapter_name_or_path'] == both
+    with pytest.raises(ValueError, match='several adapters.*pass merged=folder'): push_to_hub(second, 'me/cars', dry_run=True)
+    merged, name = load_file(export(second, tmp_path/'merged')/'model.safetensors'), 'layers.0.mlp.up_proj'
+    def change(run):
+        weights = load_file(run.output_dir/'adapter_model.safetensors')
+        a, b = (next(v for k, v in weights.items() if k.endswith(f'{name}.lora_{side}.weight')).float() for side in 'AB')
+        return 2*(b @ a)  # lora_alpha is twice the rank
+    base = load_file(tiny_fp32/'model.safetensors')[f'model.{name}.weight']
+    assert push_to_hub(second, 'me/cars', merged=tmp_path/'merged', dry_run=True).files['model.safetensors']
+    made, both = (merged[f'model.{name}.weight'].float() - base), change(first) + change(second)
+    assert torch.allclose(made, both, atol=float(both.abs().max())/20) and not torch.allclose(made, change(second), atol=float(both.abs().max())/20)
+
 def test_refusals_in_plain_words(hub, trained):
     run, *_ = trained
     (_, why), (said, url) = push(hub.url, run, {}, {'dry_run': True}, token=None)
@@ -205,23 +226,12 @@ def test_the_lines_that_load_the_model_do(trained):
 @pytest.mark.soak
 def test_llamafactory_serves_with_the_line_of_the_run(trained, data):
     "The export and the adapter give the answers that were predicted."
-    import psutil
-    from conftest import until
-    from urllib.request import urlopen
     run, merged, answers = trained
     asked = dataset_samples(Registry(data), 'car_item_test')[:12]
     for line in (serving_lines(run, merged)['api'], serving_lines(run)['api']):
         port, = free_ports(1)
         line = line.replace('API_PORT=8000', f'API_PORT={port}').replace('llamafactory-cli', f'{sys.executable} -m llamafactory.cli')
-        with subprocess.Popen(line, shell=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
-            def is_up():
-                assert server.poll() is None, line
-                try: return urlopen(f'http://127.0.0.1:{port}/v1/models').status == 200
-                except OSError: return False
-            try:
-                until(is_up)
-                recipe = predict_recipe(run.recipe['model_name_or_path'], None, run.output_dir.parent/f'served-{port}', max_new_tokens=16)
-                served = predict(recipe, asked, engine='openai', base_url=f'http://127.0.0.1:{port}/v1')
-                assert [row['predict'] for row in served] == [row['predict'] for row in answers]
-            finally:
-                for process in (*psutil.Process(server.pid).children(recursive=True), server): process.terminate()
+        with serving(line, port, shell=True) as url:
+            recipe = predict_recipe(run.recipe['model_name_or_path'], None, run.output_dir.parent/f'served-{port}', max_new_tokens=16)
+            served = predict(recipe, asked, engine='openai', base_url=url)
+            assert [row['predict'] for row in served] == [row['predict'] for row in answers]

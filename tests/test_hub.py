@@ -1,5 +1,5 @@
 """A model that is a name: from a hub on this machine that `huggingface_hub` really downloads from, from its cache, and where nobody listens."""
-import hashlib, json
+import hashlib, json, os, subprocess, sys
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from threading import Event, Thread
@@ -46,7 +46,7 @@ def test_a_model_is_trained_from_the_hub_and_later_from_its_cache(hub, few_steps
     sent.clear()
     recipe = few_steps(model_name_or_path='me/tiny', max_steps=1, save_strategy='no')
     run = launch(recipe, env=env)
-    until(lambda: 'model.safetensors: 0 %' in str(run.progress) or not run.is_running)
+    until(lambda: 'starting, downloading model.safetensors: 0 of ' in str(run.progress) or not run.is_running)
     assert run.is_running, run.failure
     sent.set()
     assert run.wait().status == 'done'
@@ -69,6 +69,13 @@ def test_llamafactory_fails_of_a_hub_that_cannot_be_reached(few_steps, tmp_path)
     "After a minute and a half of trying again."
     env = {'HF_ENDPOINT': 'http://127.0.0.1:9', 'HF_HOME': str(tmp_path/'hf'), 'HF_HUB_OFFLINE': '0'}
     with pytest.raises(RuntimeError), pytest.warns(UserWarning): launch(few_steps(model_name_or_path='me/tiny'), env=env, force=True).wait()
+
+def test_a_data_set_on_a_hub_that_refuses_connections_is_told_at_the_first_attempt(tmp_path):
+    "In a process of its own: `datasets` reads the address when it is imported. It alone would try six times, and say so."
+    code = "from qwen2vl_nb.data.sources import read_samples; read_samples('me/cars')"
+    env = os.environ | {'HF_ENDPOINT': 'http://127.0.0.1:9', 'HF_HOME': str(tmp_path/'hf'), 'HF_HUB_OFFLINE': '0'}
+    done = subprocess.run([sys.executable, '-c', code], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
+    assert 'FileNotFoundError: There is no file or folder me/cars here' in done.stderr and 'at the first attempt' in done.stderr and 'Retrying' not in done.stderr
 
 def test_a_name_that_the_hub_does_not_have_is_said_before_the_start(hub, few_steps, tmp_path):
     env, asked, *_ = hub

@@ -170,7 +170,7 @@ def test_a_long_log(long):
     table = read_log(long)
     figure = plot_loss(long, lr=True, throughput=True, log=True)
     assert len(table) == 100_000 and table.current_steps.iloc[-1] == 100_000
-    raw, smoothed = drawn(figure)['as logged'], drawn(figure)['training']
+    raw, smoothed = drawn(figure)['as logged'], drawn(figure)['smoothed']
     assert max(len(raw.get_xdata()), len(smoothed.get_xdata()), len(drawn(figure)['not a number'].get_xdata())) < 10_000
     assert pd.Series(raw.get_ydata()).max() == 99 and raw.get_xdata()[pd.Series(raw.get_ydata()).argmax()] == 70_000
     assert pd.Series(raw.get_ydata()).isna().any() and not pd.Series(smoothed.get_ydata()).isna().any()
@@ -181,7 +181,7 @@ def test_a_long_log(long):
 def test_smoothing_is_that_of_llamafactory(tmp_path, n):
     from llamafactory.extras.ploting import smooth
     rows = [row(i) for i in range(1, n + 1)]
-    line = drawn(plot_loss(run_with(tmp_path, text(rows))))['training']
+    line = drawn(plot_loss(run_with(tmp_path, text(rows))))['smoothed']
     assert list(line.get_xdata()) == [r['current_steps'] for r in rows]
     assert max(abs(a - b) for a,b in zip(line.get_ydata(), smooth([r['loss'] for r in rows]), strict=True)) < 1e-12
 
@@ -190,7 +190,7 @@ def test_a_weight_of_ones_own(tmp_path):
     losses = [r['loss'] for r in ROWS if 'loss' in r]
     assert list(drawn(plot_loss(run, smooth=0))['training'].get_ydata()) == losses
     assert 'as logged' not in drawn(plot_loss(run, smooth=0)) and list(drawn(plot_loss(run))['as logged'].get_ydata()) == losses
-    ours, expected = drawn(plot_loss(run, smooth=.75))['training'].get_ydata(), losses[:1]
+    ours, expected = drawn(plot_loss(run, smooth=.75))['smoothed'].get_ydata(), losses[:1]
     for v in losses[1:]: expected.append(.75*expected[-1] + .25*v)
     assert ours == pytest.approx(expected, abs=1e-12)
     for weight in (1, -.1, math.nan):
@@ -202,7 +202,7 @@ def test_what_is_no_number_is_marked_and_spoils_nothing(tmp_path):
     run_with(spoilt, text(r | bad.get(r['current_steps'], {}) for r in ROWS if 'eval_loss' not in r or r['current_steps'] != 100))
     assert 'NaN' in (spoilt/'trainer_log.jsonl').read_text() and math.isnan(read_log(spoilt).loss[11 + 1])
     ours, without = plot_loss(spoilt), plot_loss(clean)
-    assert list(drawn(ours)['training'].get_ydata()) == list(drawn(without)['training'].get_ydata())
+    assert list(drawn(ours)['smoothed'].get_ydata()) == list(drawn(without)['smoothed'].get_ydata())
     assert list(drawn(ours)['not a number'].get_xdata()) == [60, 65, 100] and 'not a number' not in drawn(without)
     assert sum(map(math.isnan, drawn(ours)['as logged'].get_ydata())) == 3
     assert ours.axes[0].get_ylim() == pytest.approx(without.axes[0].get_ylim())
@@ -288,7 +288,7 @@ def test_a_log_is_drawn_as_it_grows(tmp_path):
     log = Log(run_with(tmp_path, text(ROWS[:10])))
     whole, sizes = sum('loss' in r for r in ROWS), []
     def live():
-        while whole not in sizes: sizes.append(len(drawn(plot_loss(log))['training'].get_xdata()))
+        while whole not in sizes: sizes.append(len(drawn(plot_loss(log))['smoothed'].get_xdata()))
     thread = threading.Thread(target=live)
     thread.start()
     until(lambda: sizes)

@@ -41,12 +41,14 @@ MORE = {'lora clip': clip, 'full plain clip': full | plain | clip, 'lora tower':
 KINDS = {'lora': {}, 'lora bf16 z3': bf16 | dict(zero='z3'), 'lora plain pairs': plain | pairs, 'full': full, 'full bf16 plain by four': full | bf16 | plain | by_four, 'full z0': full | dict(zero='z0'),
          'full bf16 z2': full | bf16 | dict(zero='z2'), 'full z3': full | dict(zero='z3'), 'lora pairs twice z3': pairs | twice | dict(zero='z3'), 'lora tower': tower, 'answers': dict(asks=True), 'lora clip': clip, 'full plain clip': full | plain | clip}
 FAMILIES = {f'{family} {name}': changes | dict(model=family) for family in ('qwen2_5_vl', 'qwen3_vl') for name, changes in KINDS.items()}
-FEW = [f'{family} {name}' for family in ('qwen2_5_vl', 'qwen3_vl') for name in ('lora plain pairs', 'full bf16 z2')] + ['dpo lora', 'kto full']
-# Preferences: two of them here, the rest in `make soak`
+FEW = [f'{family} {name}' for family in ('qwen2_5_vl', 'qwen3_vl') for name in ('lora plain pairs', 'full bf16 z2')] + ['dpo lora', 'kto full', 'rm full bf16']
+# Preferences: three of them here, the rest in `make soak`
 dpo, kto, rm = (dict(stage=stage) for stage in ('dpo', 'kto', 'rm'))
 PREFERENCES = {'dpo lora': dpo, 'kto full': kto | full, 'dpo full': dpo | full, 'rm lora': rm, 'orpo lora plain': dpo | plain | dict(pref_loss='orpo'),
-               'dpo full bf16 by four': dpo | full | bf16 | by_four, 'kto lora bf16 by four': kto | bf16 | by_four, 'simpo full': dpo | full | dict(pref_loss='simpo'), 'qwen3_vl dpo lora': dpo | dict(model='qwen3_vl'),
-               'dpo lora bf16 z2': dpo | bf16 | dict(zero='z2'), 'dpo lora z3': dpo | dict(zero='z3')}
+               'dpo full bf16 by four': dpo | full | bf16 | by_four, 'kto lora bf16 by four': kto | bf16 | by_four, 'simpo full': dpo | full | dict(pref_loss='simpo'), 'rm full bf16': rm | full | bf16, 'rm full plain': rm | full | plain, 'rm lora bf16 by four': rm | bf16 | by_four,
+               'qwen3_vl dpo lora': dpo | dict(model='qwen3_vl'),
+               'dpo lora bf16 z2': dpo | bf16 | dict(zero='z2'), 'kto full bf16 z2': kto | full | bf16 | dict(zero='z2'), 'rm full z0': rm | full | dict(zero='z0'), 'rm full bf16 z0': rm | full | bf16 | dict(zero='z0'),
+               'rm full bf16 z2': rm | full | bf16 | dict(zero='z2'), 'rm full z3': rm | full | dict(zero='z3'), 'dpo lora z3': dpo | dict(zero='z3')}
 CASES = ALONE | RANKS | MORE | FAMILIES | PREFERENCES
 
 TOWERS = {'qwen2_vl': dict(embed_dim=160, hidden_size=256), 'qwen2_5_vl': dict(hidden_size=160, intermediate_size=320, out_hidden_size=256, fullatt_block_indexes=[2, 5]),

@@ -1,5 +1,5 @@
 "Batch prediction: the tokens are LLaMA-Factory's, and no row is lost or doubled, whoever is killed when."
-import json, random, shutil, signal, subprocess, sys, time
+import errno, json, random, shutil, signal, subprocess, sys, time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -284,6 +284,12 @@ def test_a_full_disk_loses_nothing(ask, many, uninterrupted, tmp_path):
         p = predict(recipe, many)
         assert _answers(p) == _answers(uninterrupted) and all(p[row['row']] == row for row in before)
         del p  # it keeps its file open
+
+def test_a_disk_that_is_full_before_the_start_is_told(ask, many, tmp_path):
+    with small_disk(tmp_path/'disk', '64k'):
+        with pytest.raises(OSError): (tmp_path/'disk'/'full').write_bytes(bytes(2**20))
+        with pytest.raises(OSError, match=r'The disk is full, and \S+asked.jsonl could not be written. What was there is unchanged') as told: predict(ask(tmp_path/'disk'/'out'), many)
+        assert told.value.errno == errno.ENOSPC and not [*(tmp_path/'disk'/'out').iterdir()]
 
 @pytest.mark.soak
 def test_sampled_answers_are_the_same_after_an_interruption(ask, many, tmp_path):

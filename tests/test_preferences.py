@@ -165,7 +165,7 @@ UNREADABLE = { # name → rows or what makes the file, arguments, words
     'a mark below zero': ([QUESTION | {'output': 'b', 'kto_tag': -1}], {}, 'row 0: kto_tag is -1, not'),
     'a mark of no length': ([QUESTION | {'output': 'b', 'kto_tag': ''}], {}, "row 0: kto_tag is '', not"),
     'a mark that is no number': ([QUESTION | {'output': 'b', 'kto_tag': float('nan')}], {}, 'row 0: kto_tag is nan, not'),
-    'many bad rows at once': ([{'chosen': f'{i}', 'rejected': 'x'} for i in range(9)], {}, r'has 9 row\(s\) that cannot be read. row 0: .* row 4: .* …'),
+    'many bad rows at once': ([{'chosen': f'{i}', 'rejected': 'x'} for i in range(9)], {}, r'has 9 row\(s\) that cannot be read. row 0: .* row 4: .*; and 4 more'),
 }
 
 @pytest.mark.parametrize('rows,how,words', UNREADABLE.values(), ids=UNREADABLE.keys())
@@ -316,10 +316,15 @@ PANELS = {'dpo': ['loss', 'reward', 'accuracy'], 'rm': ['loss', 'accuracy'], 'kt
 @pytest.mark.parametrize('stage', ['dpo', *(pytest.param(stage, marks=pytest.mark.soak) for stage in ('rm', 'kto'))])
 def test_a_run_logs_its_rewards_and_they_are_drawn(stage, tiny, tmp_path):
     from qwen2vl_nb.run.loss import plot_loss, read_log
+    from qwen2vl_nb.run.preview import read_previews, show_previews
     from qwen2vl_nb.run.start import launch
     rows = [STAGES[stage](i) for i in range(12)]
     recipe = _recipe(tiny, tmp_path, stage, rows, max_steps=4, logging_steps=2, val_size=4, eval_strategy='steps', eval_steps=2, per_device_train_batch_size=4, gradient_accumulation_steps=1)
-    run = launch(recipe).wait()
+    run = launch(recipe, preview=2, env={'QWEN2VL_NB_PREVIEW': '1'}).wait()
     assert run.status == 'done', run.failure
     assert SHOWN[stage] <= {*read_log(run)}
     assert [ax.get_ylabel() for ax in plot_loss(run).axes] == PANELS[stage]
+    if stage == 'rm': assert [line['note'] for line in read_previews(run)] == ['At stage rm, there are no answers to show.'] and 'At stage rm' in str(show_previews(run))
+    else:
+        answered = [line for line in read_previews(run) if 'rows' in line]
+        assert answered and all(row['label'] == GOOD and row['predict'] and row['prompt'].startswith('What is') for row in answered[-1]['rows']), read_previews(run)

@@ -66,3 +66,20 @@ def test_tab_offers_the_arguments_that_the_parser_knows():
     from qwen2vl_nb.recipe import argument_names
     kinds = [getattr(hparams, f'{kind}Arguments') for kind in ('Model', 'Data', 'Training', 'Finetuning', 'Generating')]
     assert {*argument_names()} == {f.name for kind in kinds for f in fields(kind) if f.init}
+
+# Arguments that say what is trained, on what and how fast, or that belong to other engines: an answer does not depend on them
+NOT_FOR_ANSWERS = '''
+    model_name_or_path adapter_name_or_path adapter_folder low_cpu_mem_usage shift_attn mixture_of_depths use_unsloth use_unsloth_gc enable_liger_kernel moe_aux_loss_coef
+    disable_gradient_checkpointing use_reentrant_gc upcast_layernorm upcast_lmhead_output train_from_scratch infer_backend offload_folder use_v1_kernels print_param_status
+    dataset eval_dataset train_on_prompt mask_history streaming buffer_size mix_strategy interleave_probs overwrite_cache preprocessing_batch_size max_samples eval_num_beams
+    ignore_pad_token_for_loss val_size eval_on_each_dataset packing neat_packing tokenized_path data_shared_file_system max_length
+'''.split()
+
+def test_each_argument_of_llamafactory_is_known_to_matter_for_answers_or_not():
+    "A version with another argument is noticed here."
+    from dataclasses import fields
+    from llamafactory.hparams import DataArguments, GeneratingArguments, model_args
+    from qwen2vl_nb.recipe import answer_arguments
+    kinds = model_args.BaseModelArguments, model_args.QuantizationArguments, model_args.ProcessorArguments, DataArguments, GeneratingArguments
+    names = {f.name for kind in kinds for f in fields(kind) if f.init}
+    assert names - {*answer_arguments(dict.fromkeys(names))} == {*NOT_FOR_ANSWERS}

@@ -39,7 +39,7 @@ REFUSED = {  # Cell → a part of the message
     'read_samples(folder + "/labels.xlsx")': 'labels.xlsx',
     'write_samples([{"instruction": "?", "output": "!"}], folder + "/cars.json")': 'overwrite=True',
     'split_samples([], test=2)': 'test=2',
-    'pick_zero(recipe)': 'No GPU is visible',
+    'pick_zero(recipe, gpu_gib=80)': 'No GPU is visible',
     'zero_table(recipe)': 'No GPU is visible',
     'zero_table({}, gpus=2, gpu_gib=80)': 'names no model',
     'predict({})': 'names no folder',

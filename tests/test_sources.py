@@ -4,9 +4,10 @@ import base64, json, os, shutil
 import pytest
 from PIL import Image
 
-from qwen2vl_nb.data.check import check_samples
+from qwen2vl_nb.data.check import check_samples, drop_samples, mend_samples
 from qwen2vl_nb.data.samples import as_list, is_dialogue
 from qwen2vl_nb.data.sources import read_samples
+from qwen2vl_nb.data.split import split_samples
 from qwen2vl_nb.data.tokens import count_tokens
 from qwen2vl_nb.data.registry import Registry
 from qwen2vl_nb.prediction.question import asked_row
@@ -217,3 +218,62 @@ def test_both_forms_in_one_data_set(factory, tmp_path):
     talk = {'images': [], 'messages': [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello'}]}
     Registry(tmp_path).add('x', [question, talk])
     _same(factory.load(tmp_path, 'x'), [question, talk])
+
+def _workbook(folder, rows):
+    "A workbook with cells at the given row numbers, as Excel counts them."
+    import openpyxl
+    book = openpyxl.Workbook()
+    for number, cells in rows.items():
+        for column, value in enumerate(cells, 1): book.active.cell(number, column, value)
+    book.save(folder/'labels.xlsx')
+    return folder/'labels.xlsx'
+
+ROWS = {2: ('photo', 'caption'), 3: ('a.png', 'a car'), 6: ('b.png', 'a bus'), 9: ('c.png', None)}
+FILES = {
+    'labels.csv': ('\nphoto,caption\na.png,a car\n\n,\nb.png,a bus\n\n\nc.png,\n', 'row', [3, 6, 9]),
+    'cells.csv': ('photo,caption\r\na.png,"a car,\r\nred"\r\nb.png,a bus\r\nc.png,a van\r\n', 'row', [2, 3, 4]),
+    'excel.csv': ('sep=;\nphoto;caption\na.png;a car\n\nb.png;a bus\nc.png;a van\n', 'row', [2, 4, 5]),
+    'labels.tsv': ('photo\tcaption\na.png\ta car\nb.png\ta bus\nc.png\ta van\n', 'row', [2, 3, 4]),
+    'rows.jsonl': ('\n'.join(['', '{"photo": "a.png", "caption": "a car"}', '', '{"photo": "b.png", "caption": "a bus"}',
+                              '{"photo": "c.png", "caption": "a van"}']), 'line', [2, 4, 5]),
+    'lines.json': ('{"photo": "a.png", "caption": "a car"}\n{"photo": "b.png", "caption": ""}\n{"photo": "c.png", "caption": ""}', 'line', [1, 2, 3]),
+}
+
+@pytest.mark.parametrize('name', [*FILES, 'labels.xlsx'])
+def test_samples_know_their_row_as_the_spreadsheet_counts(name, tmp_path):
+    if name == 'labels.xlsx': path, unit, numbers = _workbook(tmp_path, ROWS), 'row', [3, 6, 9]
+    else:
+        path, (text, unit, numbers) = tmp_path/name, FILES[name]
+        path.write_bytes(text.encode())
+    samples = read_samples(path, image='photo', prompt='What is this?', response='caption')
+    places = [f'{unit} {n} of {name}' for n in numbers]
+    assert list(check_samples(samples).query("field == 'images'").source) == places
+    train, test = split_samples(samples, test=1)
+    mended, _ = mend_samples(train)
+    assert sorted([*check_samples(mended).query("field == 'images'").source, *check_samples(test).query("field == 'images'").source]) == places
+
+def test_the_place_of_a_row_is_not_written(tmp_path):
+    path = _workbook(tmp_path, ROWS)
+    samples = read_samples(path, image='photo', prompt='What is this?', response='caption')
+    plain = [dict(s) for s in samples]
+    assert samples == plain
+    registry = Registry(tmp_path/'data')
+    assert registry.add('rows', samples)['columns'] == registry.add('plain', plain)['columns']
+    assert (tmp_path/'data'/'rows.json').read_bytes() == (tmp_path/'data'/'plain.json').read_bytes()
+
+def test_messages_about_rows_name_their_place(tmp_path):
+    (tmp_path/'twice.csv').write_text('photo,caption,id\na.png,a car,1\nb.png,a bus,2\nb.png,a bus,2\n')
+    samples = read_samples(tmp_path/'twice.csv', image='photo', prompt='What is this?', response='caption')
+    said = ' '.join(check_samples(samples).what)
+    assert 'also that of row 1 (row 3 of twice.csv)' in said and 'same content as row 1 (row 3 of twice.csv)' in said
+    (tmp_path/'boxes.csv').write_text('photo,label,xmin,ymin,xmax,ymax\na.png,car,1,2,3,4\na.png,car,x,2,3,4\n')
+    with pytest.raises(ValueError, match=r'row 1 \(row 3 of boxes.csv\) has something that is not a number'):
+        read_samples(tmp_path/'boxes.csv', image='photo', family='qwen2_vl')
+
+def test_findings_of_other_samples_are_refused_before_anything_is_dropped(tmp_path, capsys):
+    samples = read_samples(_workbook(tmp_path, ROWS), image='photo', prompt='What is this?', response='caption')
+    findings = check_samples(samples)
+    assert drop_samples(samples, findings) == [] and '- row 1 (row 6 of labels.xlsx): There is no file b.png.' in capsys.readouterr().out
+    with pytest.raises(ValueError, match='about 3 samples, and these are 2'): drop_samples(samples[1:], findings)
+    part = findings[findings.row == 2]
+    assert drop_samples(samples, part) == samples[:2]

@@ -5,10 +5,13 @@ import psutil
 import pytest
 
 from conftest import ROOT, until
-from qwen2vl_nb.recipe import argument_names, save_recipe
+from qwen2vl_nb.prediction.engines import predict
+from qwen2vl_nb.prediction.predictions import Predictions
+from qwen2vl_nb.recipe import argument_names, predict_recipe, save_recipe
 from qwen2vl_nb.run.folder import RUN, state_or_empty
 from qwen2vl_nb.run.loss import plot_loss, read_log
 from qwen2vl_nb.run.start import attach, launch
+from qwen2vl_nb.tuning.checkpoints import score_checkpoints
 from qwen2vl_nb.tuning.sweeps import combinations, gpu_groups, sweep
 
 EVALUATED = dict(val_size=.25, eval_strategy='steps', eval_steps=2)
@@ -63,6 +66,43 @@ def test_killed_with_its_run_and_continued(few_steps, tmp_path):
     before = {p: p.stat().st_mtime_ns for p in (tmp_path/'run').rglob('*') if p.name in ('run.json', 'predictions.jsonl')}
     assert len(before) == 6 and sweep(base, 'car_item_test', asking=ASKING, learning_rate=[1e-5, 3e-3]).table.equals(table)
     assert {p: p.stat().st_mtime_ns for p in before} == before  # nothing was trained or asked again
+
+_other_kernel = '''
+import sys
+from qwen2vl_nb.all import *
+sweep(load_recipe(sys.argv[1]), at_once=1, max_steps=[40, 2])
+'''
+
+def test_two_sweeps_share_the_work(few_steps, tmp_path):
+    "The first trains one run at a time; while it waits for that, another one trains the second run, which is not trained again."
+    base = few_steps(**EVALUATED, plot_loss=None)
+    save_recipe(base, tmp_path/'recipe.yaml')
+    kernel = subprocess.Popen([sys.executable, '-c', _other_kernel, tmp_path/'recipe.yaml'], stdout=subprocess.DEVNULL)
+    first, second = (trial.run for trial in combinations(base, dict(max_steps=[40, 2])))
+    until(lambda: (first.output_dir/'waiter.json').exists() or kernel.poll() is not None)
+    held = [psutil.Process(state_or_empty(first, 'waiter.json')['child'])]
+    for p in held: p.suspend()
+    assert sweep(base, only=1, max_steps=[40, 2]).trials[1].state == 'done' and first.is_running
+    started = state_or_empty(second, RUN)['id']
+    for p in held: p.resume()
+    assert not kernel.wait()
+    found = sweep(base, max_steps=[40, 2])
+    assert list(found.table.state) == ['done', 'done'] and not any(found.table.why)
+    assert state_or_empty(second, RUN)['id'] == started
+
+def test_a_model_with_added_tokens_is_asked_as_it_was_trained(few_steps, tiny_fp32, data, tmp_path):
+    "Added tokens change the size of the embeddings; without them, its adapter does not fit the base. A sweep and score_checkpoints ask the same."
+    base = few_steps(model_name_or_path=str(tiny_fp32), add_special_tokens='<car>,<bus>', default_system='<car><bus>', image_max_pixels=3136, plot_loss=None, max_steps=2)
+    found = sweep(base, 'car_item_test', asking=ASKING, learning_rate=[1e-3])
+    assert found.table.why.tolist() == [''] and found.trials[0].scores['rows'] == 6 and not found.trials[0].scores['failed']
+    run = found.runs[0]
+    asked = attach(run.output_dir/'predict-car_item_test').recipe
+    scored = score_checkpoints(run, 'car_item_test', **ASKING)
+    assert asked['default_system'] == '<car><bus>' and asked['image_max_pixels'] == 3136
+    answers = [[row['predict'] for row in rows] for rows in (Predictions(run.output_dir/'predict-car_item_test'), *scored.predictions.values())]
+    assert len(answers) == 2 and answers[0] == answers[1]
+    alone = predict_recipe(tiny_fp32, 'car_item_test', tmp_path/'alone', adapter=run, dataset_dir=str(data), use_cpu=True, **ASKING)
+    with pytest.raises(RuntimeError): predict(alone)
 
 def test_what_is_wrong_is_said_before_the_start(few_steps, data, tmp_path):
     base = few_steps()

@@ -1,18 +1,22 @@
 "vLLM in an environment of its own: the answers are those of transformers. `VLLM_PYTHON` names its interpreter."
-import json, os, random, shutil
+import base64, os, random, shlex, shutil
 from pathlib import Path
 
+import httpx
 import pytest
 from PIL import Image
 
+from conftest import PATIENCE, float32, free_ports, serving
 from qwen2vl_nb.model import family_of
 from qwen2vl_nb.prediction.engines import predict
 from qwen2vl_nb.recipe import predict_recipe
 from qwen2vl_nb.data.registry import Registry, dataset_samples
 from qwen2vl_nb.processes import marked
 from qwen2vl_nb.run.folder import state_or_empty
+from qwen2vl_nb.run.merge import export
 from qwen2vl_nb.run.start import launch
 from qwen2vl_nb.tiny import tiny_model
+from qwen2vl_nb.tuning.hand_over import serving_lines
 from boxes import draw_boxes, teach_boxes
 
 __test__ = 'VLLM_PYTHON' in os.environ  # without the other environment there is nothing to collect
@@ -60,17 +64,22 @@ def test_boxes_come_back_with_their_marks(ask, tiny, tmp_path):
     assert _told(ours) == _told(predict(recipe | {'output_dir': str(tmp_path/'hf')}, boxes))
     assert sum(row['predict'] == row['label'] for row in ours) >= 36
 
-def float32(folder):
-    "A model folder, with its weights in float32 from now on."
-    from safetensors.torch import load_file, save_file
-    weights = {name: w.float() for name, w in load_file(folder/'model.safetensors').items()}
-    save_file(weights, folder/'model.safetensors', {'format': 'pt'})
-    config = json.loads((folder/'config.json').read_text())
-    (folder/'config.json').write_text(json.dumps(config | {'dtype': 'float32'}))
-    return folder
-
-@pytest.fixture
-def tiny_fp32(tiny, tmp_path): return float32(Path(shutil.copytree(tiny, tmp_path/'tiny fp32')))
+def test_an_export_is_served_by_the_line_of_its_run(ask, samples, train, tmp_path):
+    "What `serving_lines` says, with the interpreter of vLLM's environment and a free port; a question by plain HTTP, and rows."
+    run = train(lora_rank=32)
+    merged, (port,) = export(run, tmp_path/'export'), free_ports(1)
+    program, verb, model, *options = shlex.split(serving_lines(run, merged)['vllm'])
+    assert (program, verb, model) == ('vllm', 'serve', str(merged))
+    command = [os.environ['VLLM_PYTHON'], '-m', 'vllm.entrypoints.openai.api_server', '--model', model, *options, '--port', str(port), '--enforce-eager']
+    with open(tmp_path/'log', 'w') as log, serving(command, port, stderr=log, env=os.environ | {'VLLM_CPU_KVCACHE_SPACE': '1', 'PYTHONPATH': ''}) as url:
+        picture = base64.b64encode(Path(samples[0]['images'][0]).read_bytes()).decode()
+        parts = [{'type': 'image_url', 'image_url': {'url': f'data:image/png;base64,{picture}'}}, {'type': 'text', 'text': samples[0]['instruction'].removeprefix('<image>')}]
+        body = {'model': model, 'messages': [{'role': 'user', 'content': parts}], 'temperature': 0, 'max_tokens': 24}
+        said = httpx.post(f'{url}/chat/completions', json=body, timeout=PATIENCE).json()
+        served = predict(ask(tmp_path/'served', merged), samples, engine='openai', base_url=url)
+    theirs = predict(ask(tmp_path/'hf', merged), samples)
+    assert said['choices'][0]['message']['content'] == theirs[0]['predict']
+    assert _told(served) == _told(theirs) and sum(row['predict'] == row['label'] for row in served) >= 90
 
 def _of_all_kinds(samples, folder):
     "Rows with several pictures and none, of sizes that are scaled, with a system prompt, with several turns."

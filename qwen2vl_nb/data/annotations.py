@@ -21,6 +21,7 @@ class Annotated:
     size:tuple=None # (width, height) in pixels according to the file; `None` if the file doesn't say
     frame:tuple=None # (width, height) of the picture in the coordinates of the boxes; `None`: they are pixels
     more:dict=field(default_factory=dict) # Other columns of the sample
+    row:int=None # Index of the first row about it, if it is from a table
 
 # %% ../../nbs/data/05_annotations.ipynb #83f29726
 _only = 'only upright boxes and points are read. Export boxes, or save the box around it.'
@@ -319,16 +320,17 @@ def _are_fractions(pictures):
 def table_pictures(
     rows:list, # Rows of a table
     columns:dict, # As from `box_columns`
-)->tuple: # (`Annotated` pictures, descriptions of the faults, a remark)
+)->tuple: # (`Annotated` pictures, the (index of a row, its fault) of each that cannot be read, a remark)
     "The pictures and boxes of a table; columns that have the same value in all rows of a picture are kept."
     pictures, faults = {}, []
     for i, row in enumerate(rows):
         try: path, box, more = _table_box(row, columns)
         except ValueError as e:
-            faults.append(f'row {i} {e}')
+            faults.append((i, str(e)))
             continue
         size = _cells(row, columns['size']) or ()
-        picture = pictures.setdefault(path, Annotated(path, size=_size(*size) if len(size) == 2 else None, more=more))
+        new = Annotated(path, size=_size(*size) if len(size) == 2 else None, more=more, row=i)
+        picture = pictures.setdefault(path, new)
         picture.more = {k: v for k, v in picture.more.items() if more.get(k) == v}
         if box: picture.boxes.append(box)
     fractions = _are_fractions(pictures.values())

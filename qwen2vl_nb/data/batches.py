@@ -8,6 +8,7 @@ __all__ = ['random_order', 'grouped_order', 'padding_share', 'packed_rows', 'pac
 
 # %% ../../nbs/data/45_batches.ipynb #databatc03
 import bisect, math
+from itertools import cycle, islice
 from typing import TYPE_CHECKING
 from ..findings import Finding
 from ..zero import zero_stage
@@ -46,7 +47,7 @@ def padding_share(
 
 # %% ../../nbs/data/45_batches.ipynb #databatc10
 def _packed(lengths, room):
-    "How many packed rows a list of lengths makes, always taking the longest row that still fits."
+    "How many packed rows are filled by rows of these lengths, always taking the longest row that still fits."
     left, n = sorted(lengths), 0
     while left:
         n, free = n + 1, room
@@ -58,7 +59,7 @@ def packed_rows(
     cutoff_len:int, # As in the recipe
     at_once:int=1000, # Rows that are packed together: `preprocessing_batch_size`
 )->int:
-    "The number of rows that packing makes of some rows; rows that are too long are dropped."
+    "The number of packed rows that some rows fill; rows that are too long are dropped."
     fit = lengths[lengths < cutoff_len]
     return sum(_packed(fit[i:i + at_once].tolist(), cutoff_len - 1) for i in range(0, len(fit), at_once))
 
@@ -115,21 +116,56 @@ def _stage_3(recipe):
     try: return zero_stage(recipe.get('deepspeed')) == 3
     except (OSError, ValueError): return False  # another check reports it
 
-def _hang_findings(samples, recipe, ranks):
-    "Whether ranks would call the vision tower a different number of times under ZeRO-3."
-    if ranks < 2 or not _stage_3(recipe): return
-    size, shuffled = _micro_batch(recipe), not recipe.get('disable_shuffling')
-    chance = chance_of_agreement(samples, size, ranks, _rounds(recipe, len(samples), ranks), shuffled)
-    if chance > 1 - 1e-6: return
+def _evaluates(recipe):
+    "Whether a training is interrupted or followed by evaluations."
+    return recipe.get('do_eval') or recipe.get('eval_strategy') not in (None, 'no', False)
+
+def _eval_batch(recipe): return recipe.get('per_device_eval_batch_size') or 8
+
+def _filled(samples, rows):
+    "As many samples as a multiple of some rows, from the beginning again where there are no more."
+    return [*islice(cycle(samples), math.ceil(len(samples)/rows)*rows)]
+
+def _in_turn(samples, size, ranks):
+    "The probability that ranks agree on rows that they evaluate in order."
+    samples = _filled(samples, size*ranks)
+    return chance_of_agreement(samples, size, ranks, len(samples)/(size*ranks), shuffled=False)
+
+def _eval_chance(samples, evaluated, recipe, ranks):
+    "The probability that in an evaluation all ranks call the tower equally often."
+    size, share = _eval_batch(recipe), recipe.get('val_size') or 0
+    if share:  # rows of the training set, drawn at random
+        rows = share if share >= 1 else share*len(samples)
+        return chance_of_agreement(samples, size, ranks, math.ceil(rows/(size*ranks)))
+    together = evaluated if recipe.get('eval_on_each_dataset') else [sum(evaluated, [])]
+    return math.prod(_in_turn(rows, size, ranks) for rows in together if rows)
+
+# %% ../../nbs/data/45_batches.ipynb #61790134
+def _hang_finding(samples, chance, key, size, certain):
+    "What is said of rows whose micro batches call the vision tower once or twice."
     pictures, clips = _shows(samples)
     counts = [(pictures & clips).sum(), (pictures & ~clips).sum(), (clips & ~pictures).sum()]
-    alone = '' if (pictures & clips).any() else ', or per_device_train_batch_size: 1'
-    certain = chance < 1e-6 and not recipe.get('group_by_length')
+    alone = '' if (pictures & clips).any() or size == 1 else f', or {key}: 1'
+    certain = certain and chance < 1e-6
     mixed = '{} row(s) have both pictures and clips, {} only pictures, {} only clips.'.format(*counts)
-    yield Finding('deepspeed', f'{mixed} If a micro batch has both, its rank calls the vision tower twice; under '
-                  f'ZeRO-3 the other ranks then wait for it, and the run {"hangs" if certain else "may hang"}.',
-                  f"Use zero_config('z2'){alone}, or give the frames of the clips as pictures.",
-                  'error' if certain else 'warning')
+    return Finding('deepspeed', f'{mixed} If a micro batch {"of an evaluation " if "eval" in key else ""}has both, its '
+                   'rank calls the vision tower twice; under ZeRO-3 the other ranks then wait for it, and the run '
+                   f'{"hangs" if certain else "may hang"}.',
+                   f"Use zero_config('z2'){alone}, or give the frames of the clips as pictures.",
+                   'error' if certain else 'warning')
+
+def _hang_findings(samples, evaluated, recipe, ranks):
+    "Whether ranks would call the vision tower a different number of times under ZeRO-3."
+    if ranks < 2 or not _stage_3(recipe): return
+    size, key, in_order = _micro_batch(recipe), 'per_device_train_batch_size', not recipe.get('group_by_length')
+    shuffled = not recipe.get('disable_shuffling')
+    chance = chance_of_agreement(samples, size, ranks, _rounds(recipe, len(samples), ranks), shuffled)
+    if chance <= 1 - 1e-6: yield _hang_finding(samples, chance, key, size, in_order)
+    if not _evaluates(recipe): return
+    chance = _eval_chance(samples, evaluated, recipe, ranks)
+    rows = samples if recipe.get('val_size') else sum(evaluated, [])
+    if chance <= 1 - 1e-6:
+        yield _hang_finding(rows, chance, 'per_device_eval_batch_size', _eval_batch(recipe), in_order)
 
 # %% ../../nbs/data/45_batches.ipynb #databatc19
 def _neat_findings(samples, recipe):
@@ -167,12 +203,13 @@ def batch_findings(
     lengths:list, # Tokens of the samples, as far as they are known
     recipe:dict, # The recipe
     ranks:int=1, # Number of processes
-    can_group:bool=True, # Whether the installed transformers have `group_by_length`
+    can_group:bool=True, # Whether the installed transformers has `group_by_length`
+    evaluated:list=(), # For each data set that is evaluated meanwhile, its samples
 )->list: # `Finding`s
-    "What is wrong with the batches that a training would make of its rows, and what they waste."
+    "What is wrong with the batches that training would form from its rows, and what they waste."
     import numpy as np
     if not samples or not recipe.get('do_train') or recipe.get('stage') == 'pt': return []
-    found = list(_hang_findings(samples, recipe, ranks))
+    found = list(_hang_findings(samples, [*evaluated], recipe, ranks))
     if (recipe.get('stage') or 'sft') != 'sft': return found
     lengths = np.array(lengths, int).clip(max=recipe.get('cutoff_len', 2048))
     return found + [*_neat_findings(samples, recipe), *_padding_findings(lengths, recipe, can_group)]

@@ -11,9 +11,9 @@ import json, re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+from ..files import open_picture
 from ..model import box_frame, box_keys, box_marks, corner_pairs, family_of, write_boxes
 from .annotations import turn_numbers, turned_size
-from .media import glance_at_picture
 from .samples import is_dialogue, media_of, sample_turns
 
 # %% ../../nbs/data/15_boxes.ipynb #2b7571df
@@ -150,15 +150,19 @@ def _with_texts(sample, change):
     if is_dialogue(sample): kept['messages'] = [t | {'content': new(t['content'])} for t in sample['messages']]
     return kept
 
+def _stored_size(path):
+    try:
+        with open_picture(path) as im: return im.size
+    except Exception:
+        raise ValueError(f'The boxes belong to a picture that cannot be read: {path}. `check_samples` says '
+                         'why.') from None
+
 def picture_size(
     sample:dict, # A sample with one picture, or with several of the same size
 )->tuple: # (width, height) in pixels
     "The size of the picture that a sample's boxes belong to. Raises `ValueError` if it cannot be determined."
     paths = [path for path in media_of(sample, 'images') if isinstance(path, str)]
-    looks = {path: glance_at_picture(path) for path in paths}
-    faults = [fault.what for look in looks.values() for fault in look.faults]
-    sizes = {look.size for look in looks.values()}
-    if faults: raise ValueError(f'The boxes belong to a picture that cannot be read: {faults[0]}')
+    sizes = {_stored_size(path) for path in paths}
     if len(sizes) == 1: return sizes.pop()
     raise ValueError(f'The sample has boxes and {len(paths)} pictures: it is not known which one they belong to.'
                      if sizes else 'The sample has boxes and no picture.')

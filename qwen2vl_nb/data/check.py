@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from ..model import special_tokens
 from ..names import progress
-from ..findings import findings_table, first_few, show_value
+from ..findings import bulleted, findings_table, show_value
 from .boxes import box_pieces, known_frame, turn_sample
 from .box_check import box_faults, class_faults
 from .media import Fault, look_at_picture, look_at_video, mend_picture, near_duplicates
 from .objects import is_table
 from .preference_faults import preference_faults, preference_faults_between
-from .samples import (as_list, is_dialogue, is_ranking, media_key, media_of, map_media, media_paths,
-                                     media_tags, sample_kind, sample_turns, without_tags)
+from .samples import (as_list, is_dialogue, is_ranking, map_media, media_key, media_of, media_paths,
+                                     media_tags, name_row, place_of, sample_kind, sample_turns, without_tags)
 from .tokens import clip_sampling, known_limits, look_at_samples, media_tokens, text_tokens
 if TYPE_CHECKING: import pandas as pd
 
@@ -252,8 +252,8 @@ def _late_column_faults(rows):
 def _id_faults(rows):
     first = {}
     for i, s in rows:
-        if isinstance(s.get('id'), (str, int)) and first.setdefault(s['id'], i) != i:
-            yield i, 'id', Fault(f"The id {show_value(s['id'])} is also that of row {first[s['id']]}.",
+        if isinstance(s.get('id'), (str, int)) and first.setdefault(s['id'], (i, s))[0] != i:
+            yield i, 'id', Fault(f"The id {show_value(s['id'])} is also that of {name_row(*first[s['id']])}.",
                                  'Give each row its own id.', 'warning')
 
 # %% ../../nbs/data/40_check.ipynb #680ab9a9
@@ -268,8 +268,8 @@ def _duplicate_row_faults(rows):
     for i, s in rows:
         if (said := _content_of(s)) is None: continue
         what = hash(said)
-        if first.setdefault(what, i) != i:
-            yield i, '', Fault(f'The row has the same content as row {first[what]}.',
+        if first.setdefault(what, (i, s))[0] != i:
+            yield i, '', Fault(f'The row has the same content as {name_row(*first[what])}.',
                                'Drop one of them, unless it should have twice the weight.', 'note')
 
 _imbalance_ratio = 10  # an imbalance is noted if the most frequent answer is this many times as frequent as the rarest
@@ -305,7 +305,8 @@ def _leaks(looks, others, against, key):
     found |= near_duplicates(looks, {p: others[p] for p in rows if p in others})
     for path, (other, equal) in found.items():
         how = 'the same file as' if equal else 'nearly the same as'
-        yield path, Fault(f'It is {how} {os.path.basename(other)} in row {rows[other]} of the other split.',
+        row = name_row(rows[other], against[rows[other]])
+        yield path, Fault(f'It is {how} {os.path.basename(other)} in {row} of the other split.',
                           'Keep them in one split: `split_samples(…, group=…)`.', 'warning')
 
 # %% ../../nbs/data/40_check.ipynb #579decbe
@@ -425,10 +426,10 @@ def _inspect_media(samples, against, fix, workers, limits):
 def _leaked_text_rows(rows, against):
     "Rows without pictures that the other split also contains."
     key = lambda s: _content_of(s) if isinstance(s, dict) and not media_paths(s) else None
-    others = {said: i for i, s in enumerate(against) if (said := key(s))}
+    others = {said: name_row(i, s) for i, s in enumerate(against) if (said := key(s))}
     for i, s in rows if others else []:
         if (said := key(s)) in others:
-            yield i, '', Fault(f'The row has the same content as row {others[said]} of the other split.',
+            yield i, '', Fault(f'The row has the same content as {others[said]} of the other split.',
                                'Keep them in one split: `split_samples` does.', 'warning')
 
 def _between_rows(rows, told):
@@ -437,9 +438,9 @@ def _between_rows(rows, told):
             *_balance_faults(rows), *class_faults(rows), *preference_faults_between(rows)]
 
 def _rows_table(found, samples):
-    columns = ('row', 'field', 'what', 'cure', 'level')
+    columns = ('row', 'source', 'field', 'what', 'cure', 'level')
     found = sorted(found, key=lambda each: each[0])
-    rows = [dict(zip(columns, (row, field, *fault[:3]))) for row, field, fault in found]
+    rows = [dict(zip(columns, (row, place_of(samples[row]), field, *fault[:3]))) for row, field, fault in found]
     table = findings_table(rows, columns)
     table.attrs['samples'] = len(samples)
     return table
@@ -478,7 +479,7 @@ def check_samples(
     media:bool=True, # Also look at pictures and clips; `False`: ignore them and their tokens
     workers:int=None, # Number of threads that look at pictures; `None`: one per core
     **limits, # `image_max_pixels`, `image_min_pixels`, `video_fps`, `video_maxlen`, …, as in the recipe
-)->'pd.DataFrame': # Columns row, field, what, cure, level
+)->'pd.DataFrame': # Columns row, source (such as `row 6 of labels.xlsx`), field, what, cure, level
     "Find every fault in the samples before training runs into it; never raises on bad data. See `mend_samples`."
     samples = _given(samples)
     return _rows_table(_check(samples, False, against, model, cutoff_len, media, workers, **limits)[0], samples)
@@ -513,5 +514,7 @@ def drop_samples(
     bad = findings[findings.level.isin(levels)]
     why = {row: ' '.join(found.what) for row, found in bad.groupby('row')}
     if not why: print(f'Nothing to drop: {n:,} samples.')
-    else: print('\n- '.join([f'Dropped {len(why):,} of {n:,} samples:', *first_few([f'row {i}: {w}' for i, w in why.items()])]))
+    else:
+        said = bulleted([f'{name_row(i, samples[i])}: {what}' for i, what in why.items()])
+        print(f'Dropped {len(why):,} of {n:,} samples:\n{said}')
     return [s for i, s in enumerate(samples) if i not in why]

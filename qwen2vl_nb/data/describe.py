@@ -9,7 +9,7 @@ __all__ = ['boxes_of_sample', 'draw_box', 'show_samples', 'Plots', 'describe_sam
 import warnings
 from collections import Counter
 from pathlib import Path
-from ..display import BLUE, DrawnBox, GREY, ORANGE, PictureGrid, RED, plain_axes
+from ..display import BLUE, GREY, ORANGE, RED, DrawnBox, PictureGrid, plain_axes
 from ..model import box_frame
 from .boxes import sample_boxes
 from .samples import is_ranking, media_of, sample_turns, with_each_answer, without_tags
@@ -101,7 +101,7 @@ def _draw_answers(ax, answers):
     ax.set_yticks(range(len(counts)), [_short(answer) for answer, _ in counts], parse_math=False, fontsize=8)
     different = len(set(answers))
     some = ', the 10 most frequent' if different > 10 else ''
-    ax.set_title(f'{different:,} answers{some}', color=GREY, fontsize=9)
+    ax.set_title(f'{different:,} answers{some}', loc='right', color=GREY, fontsize=9)
 
 # %% ../../nbs/data/70_describe.ipynb #a29d4955
 def _draw_names(ax, boxes):
@@ -112,7 +112,14 @@ def _draw_names(ax, boxes):
     ax.set_yticks(range(len(counts)), [_short(name) or '(no name)' for name, _ in counts], parse_math=False, fontsize=8)
     different = len({box.label for box in boxes})
     ax.set_title(f'{len(boxes):,} boxes, {different:,} names{", the first 10" if different > 10 else ""}',
-                 color=GREY, fontsize=9)
+                 loc='right', color=GREY, fontsize=9)
+
+def _draw_numbers(ax, numbers):
+    "How many boxes the rows have."
+    ax.hist(numbers, [n - .5 for n in range(max(numbers) + 2)] if max(numbers) < 30 else 30, color=BLUE, alpha=.7)
+    for axis in (ax.xaxis, ax.yaxis): axis.get_major_locator().set_params(integer=True)
+    ax.set_title(f'{sum(numbers)/len(numbers):.1f} boxes per row', color=GREY, fontsize=9)
+    plain_axes(ax, 'boxes', 'rows')
 
 def _draw_areas(ax, boxes):
     shares = [min(max(abs(b.x2 - b.x1)*abs(b.y2 - b.y1), 1e-4), 1) for b in boxes if b.x2 is not None]
@@ -157,14 +164,16 @@ def describe_samples(
     samples = [s for s in samples if isinstance(s, dict)]
     looks = glance_at_samples(samples, known_limits(limits))
     pixels = {key: value for key, value in limits.items() if key.startswith('image_')}
-    boxes = [box for s in samples for box in boxes_of_sample(s, model, **pixels)]
+    found = [boxes_of_sample(s, model, **pixels) for s in samples]
+    boxes = [box for each in found for box in each]
     figure = Figure(figsize=(8.8, 5.6 if boxes else 2.8), layout='constrained')
     axes = figure.subplots(1 + bool(boxes), 3, width_ratios=(3, 3, 2), squeeze=False)
     lengths, sizes, answers = axes[0]
     _draw_lengths(lengths, count_tokens(samples, model, looks, **limits), cutoff_len)
     _draw_sizes(sizes, looks[0], known_limits(limits)['image_max_pixels'])
     turns = [sample_turns(with_each_answer(s)[0]) for s in samples]  # of a ranking with the chosen answer
-    _draw_answers(answers, [str(each[-1][2]) for each in turns if each])
+    if sum(map(bool, found)) > len(samples)/2: _draw_numbers(answers, list(map(len, found)))
+    else: _draw_answers(answers, [str(each[-1][2]) for each in turns if each])
     if boxes:
         for draw, ax in zip((_draw_areas, _draw_places, _draw_names), axes[1]): draw(ax, boxes)
     return Plots(figure)

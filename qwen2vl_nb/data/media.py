@@ -102,7 +102,7 @@ def _unreadable(path, data, error):
                      'Save the picture as PNG.', 'warning' if shutil.which('gs') else 'error')
     kind, why = _true_kind(data), str(error) or type(error).__name__
     if kind: why = f'it is {kind}'
-    elif 'cannot identify' in why: why = 'Pillow does not recognise it as a picture'
+    elif 'cannot identify' in why: why = 'Pillow does not recognize it as a picture'
     return Fault(f'{path} cannot be read: {why}.', 'Save the picture again, or drop the row.')
 
 # %% ../../nbs/data/10_media.ipynb #9ea2debe

@@ -9,8 +9,8 @@ __all__ = ['preference_faults', 'preference_faults_between']
 from collections import Counter
 from ..findings import show_value
 from .media import Fault
-from .samples import (answer_keys, is_dialogue, is_ranking, media_paths, sample_kind, sample_turns,
-                                     with_each_answer)
+from .samples import (answer_keys, is_dialogue, is_ranking, media_paths, name_row, sample_kind,
+                                     sample_turns, with_each_answer)
 
 # %% ../../nbs/data/37_preference_faults.ipynb #35preferencefaults05
 def _answer_faults(key, answer):
@@ -83,9 +83,10 @@ def _contradictions(rows):
     for i, s in rows:
         if sample_kind(s) == 'answers': continue
         said, opposite = _opposite(s)
-        first.setdefault(said, i)
+        first.setdefault(said, (i, s))
         if opposite in first and said != opposite:
-            yield i, '', Fault(f'The row says the opposite of row {first[opposite]}.', 'Drop one of them.', 'warning')
+            yield i, '', Fault(f'The row says the opposite of {name_row(*first[opposite])}.',
+                               'Drop one of them.', 'warning')
 
 def preference_faults_between(
     rows:list, # (number, sample) of each row

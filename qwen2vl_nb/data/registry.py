@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from fastcore.basics import patch
 from filelock import FileLock
 from ..boot import child_env
-from ..files import read_bytes, sweep, write_text
+from ..files import read_bytes, sweep, undone_on_error, write_text
 from ..findings import Finding, findings_class
 from ..questions import ask, loaded
 from .samples import answer_keys, in_one_form, is_ranking, media_key, sample_turns, with_each_answer
@@ -435,15 +435,16 @@ def add(self:Registry,
     _check_free(name, file_name, self._read()[0])  # before pictures are written
     file = self.dataset_dir/file_name
     check = partial(check_target, file, media, overwrite)
-    samples = in_one_form(given_samples(samples, file.with_name(f'{file.stem}_media'), check=check))
-    if not samples: raise ValueError(f'{name}: there are no samples to add.')
-    entry = sample_entry(samples, file_name)
-    with self._lock(file.parent):
-        _check_free(name, file_name, self._read()[0])
-        write_samples(samples, file, media_dir=self.dataset_dir, media=media, overwrite=overwrite)
-        with self._edit_entries() as entries:
-            _check_free(name, file_name, entries)
-            entries[name] = entry
+    with undone_on_error():
+        samples = in_one_form(given_samples(samples, file.with_name(f'{file.stem}_media'), check=check))
+        if not samples: raise ValueError(f'{name}: there are no samples to add.')
+        entry = sample_entry(samples, file_name)
+        with self._lock(file.parent):
+            _check_free(name, file_name, self._read()[0])
+            write_samples(samples, file, media_dir=self.dataset_dir, media=media, overwrite=overwrite)
+            with self._edit_entries() as entries:
+                _check_free(name, file_name, entries)
+                entries[name] = entry
     return entry
 
 # %% ../../nbs/data/80_registry.ipynb #d6357f92

@@ -17,14 +17,15 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlparse
 from ..names import progress
 from ..files import (Damaged, json_or, open_picture, open_regular, parse_json, read_bytes, read_json,
-                              read_text, video_endings, write_new)
+                              read_text, undone_on_error, video_endings, write_new)
 from ..model import box_frame, family_of, write_boxes
+from ..findings import first_few
 from .annotations import (Annotated, box_columns, coco_pictures, fitted, is_labelme, is_studio,
                                          labelme_picture, studio_pictures, table_pictures, voc_picture,
                                          yolo_boxes, yolo_names)
-from .objects import InMemory, in_memory, is_table
-from .samples import answer_keys, are_samples, history_turns, is_plain
-from .preferences import find_preferences, read_each
+from .objects import BadCells, InMemory, in_memory, is_hub_name, is_table
+from .samples import answer_keys, are_samples, at_place, history_turns, in_file, is_plain, name_row
+from .preferences import find_preferences
 if TYPE_CHECKING:
     import pandas as pd
     from datasets import Dataset
@@ -157,13 +158,14 @@ def _read_text(path, encoding=None):
 # %% ../../nbs/data/20_sources.ipynb #4872fa7c
 def _read_jsonl(path, place, encoding):
     text, encoding = _read_text(path, encoding)
-    rows, bad = [], []
+    rows, bad, file = [], [], ('line', path.name)
     for i, line in enumerate(text.split('\n'), 1):
         if not line.strip(): continue
-        try: rows.append(json.loads(line))
+        try: row = json.loads(line)
         except json.JSONDecodeError as e: bad.append(f'line {i}: {e.msg} at character {e.pos+1}')
         except (ValueError, RecursionError) as e: bad.append(f'line {i}: {e}')
-    if bad: raise ValueError(f'{path} has {len(bad)} line(s) that are not JSON. ' + '; '.join(bad[:10]))
+        else: rows.append(in_file(row, i, file) if isinstance(row, dict) else row)
+    if bad: raise ValueError(f'{path} has {len(bad)} line(s) that are not JSON. {"; ".join(first_few(bad))}.')
     return rows, f'JSON lines in {encoding}'
 
 def _read_json(path, place, encoding):
@@ -188,13 +190,13 @@ def _open_quote(lines, between, first):
     return first + len(re.findall(r'\r\n?|\n', text[:at]))
 
 def _csv_rows(path, text, between):
-    "(number of its first line, cells) for each row that is not blank."
+    "(number of its first line, number of the row, cells) for each row that has cells."
     lines = io.StringIO(text, newline='').readlines()
     limit = csv.field_size_limit(max(131_072, len(text)))
     rows, line = csv.reader(lines, delimiter=between, strict=True), 1
     try:
-        for cells in rows:
-            if cells: yield line, cells
+        for number, cells in enumerate(rows, 1):
+            if cells: yield line, number, cells
             line = rows.line_num + 1
     except csv.Error:
         raise ValueError(f'{path}: the quote that opens a cell in line {_open_quote(lines, between, line)} is not '
@@ -205,7 +207,7 @@ def _csv_rows(path, text, between):
 # %% ../../nbs/data/20_sources.ipynb #da772aba
 def _swallowed_rows_note(rows, width, between):
     "A note about multi-line cells that may have swallowed rows."
-    lines = [line + sum(before.count('\n') for before in cells[:i]) for line, cells in rows
+    lines = [line + sum(before.count('\n') for before in cells[:i]) for line, _, cells in rows
              for i, cell in enumerate(cells)
              if '\n' in cell and any(part.count(between) >= width-1 for part in cell.split('\n')[1:])]
     if not lines or width < 2: return ''
@@ -216,28 +218,30 @@ def _read_table(path, place, encoding):
     text, encoding = _read_text(path, encoding)
     if hint := re.match(r'sep=([,;\t|])\r?\n', text): text = '\n' + text[hint.end():]  # a line that only Excel reads
     between = hint[1] if hint else _separator(path, text)
-    header, *rows = list(_csv_rows(path, text, between)) or [(1, [])]
-    if not any(name.strip() for name in header[1]): raise ValueError(f'{path} is not a CSV file: it has no header.')
-    width, filled = len(header[1]), lambda cells: max((i for i, cell in enumerate(cells, 1) if cell), default=0)
-    wide = [f'line {line} has {len(cells)}' for line, cells in rows if filled(cells) > width]
+    (*_, header), *rows = list(_csv_rows(path, text, between)) or [(1, 1, [])]
+    if not any(name.strip() for name in header): raise ValueError(f'{path} is not a CSV file: it has no header.')
+    width, filled = len(header), lambda cells: max((i for i, cell in enumerate(cells, 1) if cell), default=0)
+    wide = [f'line {line} has {len(cells)}' for line, _, cells in rows if filled(cells) > width]
     if wide:
         raise ValueError(f'{path} is not a CSV file, because some rows have more cells than its header ({width}): '
-                         f'{_first_few(wide)}.')
+                         f'{", ".join(first_few(wide))}.')
     named = {',': 'commas', ';': 'semicolons', '|': 'vertical bars'}.get(between, 'tabs')
-    samples, blank = _nonblank_rows(header[1], [cells for _, cells in rows])
+    # the line with the separator is not a row of the spreadsheet
+    numbered = [(number - bool(hint), cells) for _, number, cells in rows]
+    samples, blank = _nonblank_rows(header, numbered, ('row', path.name))
     return samples, f'a table in {encoding} with {named}{blank}{_swallowed_rows_note(rows, width, between)}'
 
-def _nonblank_rows(header, rows):
-    """The rows of a table that are not blank, as dicts, and a note about those that were left out. A column that has
-    neither a name nor any cells is left out, too."""
+def _nonblank_rows(header, rows, file):
+    """The rows of a table, given as (number, cells), that are not blank, as dicts, and a note about those that were
+    left out. A column that has neither a name nor any cells is left out, too."""
     names, seen = [], Counter()
     for i, name in enumerate(map(str.strip, header)):
         name = name or f'Unnamed: {i}'
         names.append(f'{name}.{seen[name]}' if seen[name] else name)
         seen[name] += 1
-    kept = [row for row in rows if any(cell.strip() for cell in row)]
-    used = [i for i, name in enumerate(header) if name.strip() or any(len(row) > i and row[i] for row in kept)]
-    full = [{names[i]: row[i] if i < len(row) else '' for i in used} for row in kept]
+    kept = [(n, row) for n, row in rows if any(cell.strip() for cell in row)]
+    used = [i for i, name in enumerate(header) if name.strip() or any(len(row) > i and row[i] for _, row in kept)]
+    full = [in_file({names[i]: row[i] if i < len(row) else '' for i in used}, n, file) for n, row in kept]
     return full, f' ({len(rows) - len(kept)} blank rows left out)' if len(kept) < len(rows) else ''
 
 # %% ../../nbs/data/20_sources.ipynb #a45098e4
@@ -260,16 +264,17 @@ def _cell_text(cell):
     return text.zfill(len(cell.number_format)) if is_padded else text
 
 def _sheet_rows(path, sheet, errors):
-    "The rows of a sheet that have cells, as text; the positions of cells with an error are appended to `errors`."
+    """The rows of a sheet that have cells, as (number, texts); the positions of cells with an error are appended to
+    `errors`."""
     sheet.reset_dimensions()  # the dimensions in the file may be wrong
     rows, n = [], 0
-    for row in sheet.rows:
+    for number, row in enumerate(sheet.rows, 1):
         cells = [_cell_text(cell) for cell in row]
         while cells and not cells[-1]: cells.pop()
         n += len(cells)
         if n > _max_cells:
             raise ValueError(f'{path}: the sheet {sheet.title!r} has more than {_max_cells:,} cells. Save it as CSV.')
-        if cells: rows.append(cells)
+        if cells: rows.append((number, cells))
         errors += [f'{cell.value} in {cell.coordinate}' for cell in row if cell.data_type == 'e'
                    and cell.value is not None]
     return rows
@@ -284,8 +289,8 @@ def _first_sheet(path, book):
         if len(rows) > 1: hidden.append(sheet.title)
         empty = empty or (sheet.title, rows, errors)
     if hidden:
-        raise ValueError(f'{path}: only hidden sheets have rows ({_first_few(hidden)}). Unhide the one to be read, '
-                         'or save it as CSV.')
+        raise ValueError(f'{path}: only hidden sheets have rows ({", ".join(first_few(hidden))}). Unhide the one to '
+                         'be read, or save it as CSV.')
     return empty or ('', [], [])
 
 def _read_excel(path, place, encoding):
@@ -300,14 +305,14 @@ def _read_excel(path, place, encoding):
         if str(e).startswith(str(path)): raise
         raise ValueError(f'{path} is not an Excel workbook, or cannot be read ({e}). '
                          'Save it as .xlsx or as CSV UTF-8.') from None
-    width = max(map(len, rows), default=0)
+    width = max((len(cells) for _, cells in rows), default=0)
     if width*len(rows) > _max_cells:
         raise ValueError(f'{path}: the sheet {name!r} has {len(rows):,} rows of {width:,} cells. Save what is needed '
                          'as CSV.')
     of_several = f' ({len(book.sheetnames)} sheets)' if len(book.sheetnames) > 1 else ''
-    wrong = f' ({len(errors)} cell(s) show an error: {_first_few(errors)})' if errors else ''
-    header, *rows = rows or [[]]
-    samples, blank = _nonblank_rows(header + ['']*(width - len(header)), rows)
+    wrong = f' ({len(errors)} cell(s) show an error: {", ".join(first_few(errors))})' if errors else ''
+    (_, header), *rows = rows or [(1, [])]
+    samples, blank = _nonblank_rows(header + ['']*(width - len(header)), rows, ('row', path.name))
     return samples, f'the sheet {name!r} of an Excel workbook{of_several}{blank}{wrong}'
 
 # %% ../../nbs/data/20_sources.ipynb #7c372d7d
@@ -446,7 +451,7 @@ def _read_class_folder(folder):
                          f'read each by itself, as in read_samples({str(folder/next(iter(classes)))!r}, …).')
     key = lambda f: 'videos' if f.suffix.lower() in video_endings else 'images'
     rows = [{key(f): [str(f.resolve())], 'output': f.relative_to(folder).parts[0]} for f in files]
-    passed = f' ({len(others)} other file(s) skipped: {_first_few(others)})' if others else ''
+    passed = f' ({len(others)} other file(s) skipped: {", ".join(first_few(others))})' if others else ''
     return rows, f'a folder of {len(classes)} classes{passed}'
 
 def _read_saved(folder, place):
@@ -697,13 +702,12 @@ def _tagged_turns(turns, images, videos):
             for i,t in enumerate(turns)]
 
 # %% ../../nbs/data/20_sources.ipynb #8d983c2a
-def _first_few(items): return ', '.join(map(str, items[:5])) + (' …' if len(items) > 5 else '')
-
 def _check_items(path, name, items, *keys):
     "Check that every item is an object that has these keys."
     has_keys = lambda item: all(isinstance(item.get(k), (str, int)) for k in keys)
     bad = [i for i, item in enumerate(items) if not (isinstance(item, dict) and has_keys(item))]
-    if bad: raise ValueError(f'{path}: {len(bad)} of its {name} lack {" or ".join(keys)}: number {_first_few(bad)}.')
+    if bad: raise ValueError(f'{path}: {len(bad)} of its {name} lack {" or ".join(keys)}: '
+                         f'number {", ".join(first_few(bad))}.')
 
 def _listed(path, data, name):
     if isinstance(data.get(name), list): return data[name]
@@ -719,7 +723,7 @@ def _coco_rows(path, data):
     lost = [a.get('id') for a in captions if a['image_id'] not in files]
     if lost:
         raise ValueError(f'{path}: the pictures of {len(lost)} annotation(s) are not among its images: '
-                         f'annotation {_first_few(lost)}.')
+                         f'annotation {", ".join(first_few(lost))}.')
     return [{'image': files[a['image_id']], 'output': a['caption'],
              'id': a.get('id'), 'image_id': a['image_id']} for a in captions]
 
@@ -736,7 +740,8 @@ def _vqa_rows(paths, questions, annotations, place):
     _check_items(paths[1], 'annotations', answered, 'question_id', 'multiple_choice_answer')
     answers = {a['question_id']: a for a in answered}
     lost = [q['question_id'] for q in asked if q['question_id'] not in answers]
-    if lost: raise ValueError(f'{paths[1]} has no annotation for {len(lost)} question(s): {_first_few(lost)}.')
+    if lost: raise ValueError(f'{paths[1]} has no annotation for {len(lost)} question(s): '
+                              f'{", ".join(first_few(lost))}.')
     kept = lambda q: {k: v for k,v in answers[q['question_id']].items()
                       if k in ('question_type', 'answer_type')}
     return [{'image': _vqa_picture(q, questions.get('data_subtype'), place), 'instruction': q['question'],
@@ -746,7 +751,7 @@ def _vqa_rows(paths, questions, annotations, place):
 def _read_vqa(paths, place):
     "Rows of a pair of files: questions, and annotations, in either order."
     if len(paths) != 2:
-        raise ValueError(f'{_first_few(paths)}: VQA v2 is a pair of files, (questions, annotations); '
+        raise ValueError(f'{", ".join(first_few(paths))}: VQA v2 is a pair of files, (questions, annotations); '
                          'for a table, give a single file.')
     files = [(p, _read_file(p, place)[0]) for p in map(_existing, paths)]
     by_key = {key: (p, f) for p, f in files if isinstance(f, dict)
@@ -781,8 +786,8 @@ def _boxed_row(picture, place, family, limits):
 # %% ../../nbs/data/20_sources.ipynb #0695b099
 def _check_faults(path, faults):
     if not faults: return
-    raise ValueError(f'{path} has {len(faults)} box(es) or picture(s) that cannot be read. {"; ".join(faults[:5])}'
-                     f'{" …" if len(faults) > 5 else ""}.')
+    raise ValueError(f'{path} has {len(faults)} box(es) or picture(s) that cannot be read. '
+                     f'{"; ".join(first_few(faults))}.')
 
 def _boxed_rows(path, pictures, place, family, limits):
     "Rows of pictures with boxes in a family's form, and what is to be said about them."
@@ -990,7 +995,10 @@ def read_rows(
     if is_yolo: source = _existing(source).parent
     if isinstance(source, InMemory):
         read = _arrow_rows if source.is_arrow else _plain_rows
-        rows, taken = read(source, source.batches, place), source.taken
+        try: rows, taken = read(source, source.batches, place), source.taken
+        except BadCells as e:
+            raise ValueError(f'{source} has {len(e.faults)} cell(s) or row(s) that cannot be read. '
+                             f'{"; ".join(first_few(e.faults))}.') from None
     elif isinstance(source, (list, tuple)): rows, taken = _read_vqa(source, place)
     elif Path(source).is_dir(): rows, taken = _read_folder(Path(source), place)
     else:
@@ -1026,6 +1034,15 @@ def _print_summary(source, samples, taken, place, how, media_dir):
     print(f'{name}: {len(samples)} rows of {taken}; {how}.', *more)
 
 # %% ../../nbs/data/20_sources.ipynb #579c6733
+def _read_each(path, rows, make):
+    "What a function makes of each row; the rows for which it raises `ValueError` are reported together."
+    made, bad = [], []
+    for i, row in enumerate(rows):
+        try: made.append(at_place(make(row), row))
+        except ValueError as e: bad.append(f'{name_row(i, row)}: {e}')
+    if bad: raise ValueError(f'{path} has {len(bad)} row(s) that cannot be read. {"; ".join(first_few(bad))}.')
+    return made
+
 def _table_boxes(path, rows, image, label):
     "`Annotated` pictures of a table with a row for each box; `None` for other tables."
     names = _names_in(rows)
@@ -1035,7 +1052,8 @@ def _table_boxes(path, rows, image, label):
     if missing: raise ValueError(f'{path} has no column {" and ".join(missing)}. Its columns: {", ".join(names)}.')
     if not columns['image']: raise ValueError(f'{path} has boxes and no column for the picture: image=… names it.')
     pictures, faults, remark = table_pictures(rows, columns)
-    _check_faults(path, faults)
+    _check_faults(path, [f'{name_row(i, rows[i])} {what}' for i, what in faults])
+    for picture in pictures: picture.more = at_place(picture.more, rows[picture.row])
     return pictures
 
 def _with_boxes(path, rows, place, family, limits, image, label):
@@ -1077,23 +1095,25 @@ def read_samples(
     first = source[0] if isinstance(source, (list, tuple)) else source
     path = first if isinstance(first, InMemory) else Path(first)
     place = _make_media_place(path, media_dir)
-    rows, taken = read_rows(source, place, encoding, boxes=True)
-    limits = {'image_max_pixels': image_max_pixels, 'image_min_pixels': image_min_pixels}
-    rows, boxed = _with_boxes(path, rows, place, family, limits, image, response)
-    if boxed: image = response = None
-    preferred, rows, said = find_preferences(path, rows, chosen, rejected, kto_tag, prompt, response)
-    shown = progress(rows, f'Reading {path.name}')
-    if _turns_key(rows) and not response:
-        columns, tags, name = _dialogue_form(path, rows, image, video)
-        columns |= preferred
-        samples = read_each(path, shown, lambda row: dialogue_sample(row, columns, tags, place))
-        how = f'dialogues ({name})'
-    else:
-        answers = preferred.get('chosen') or preferred.get('response') or response
-        columns, words = _table_columns(path, rows, image, video, prompt, answers)
-        columns |= preferred
-        samples = [question_sample(row, columns, place, words) for row in shown]
-        how = boxed or _describe_columns(columns, words)
+    with undone_on_error():
+        rows, taken = read_rows(source, place, encoding, boxes=True)
+        limits = {'image_max_pixels': image_max_pixels, 'image_min_pixels': image_min_pixels}
+        rows, boxed = _with_boxes(path, rows, place, family, limits, image, response)
+        if boxed: image = response = None
+        preferred, rows, convert, said = find_preferences(path, rows, chosen, rejected, kto_tag, prompt, response)
+        if preferred: rows = _read_each(path, rows, convert)
+        shown = progress(rows, f'Reading {path.name}')
+        if _turns_key(rows) and not response:
+            columns, tags, name = _dialogue_form(path, rows, image, video)
+            columns |= preferred
+            samples = _read_each(path, shown, lambda row: dialogue_sample(row, columns, tags, place))
+            how = f'dialogues ({name})'
+        else:
+            answers = preferred.get('chosen') or preferred.get('response') or response
+            columns, words = _table_columns(path, rows, image, video, prompt, answers)
+            columns |= preferred
+            samples = [at_place(question_sample(row, columns, place, words), row) for row in shown]
+            how = boxed or _describe_columns(columns, words)
     _print_summary(source, samples, taken, place, how + said, media_dir)
     return samples
 
@@ -1104,13 +1124,16 @@ def _needs_reading(samples):
     return not any('instruction' in s or 'messages' in s for s in samples) or not all(map(is_plain, samples))
 
 def given_samples(
-    samples, # Samples, or what `read_samples` reads from memory
+    samples, # Samples, or what `read_samples` reads from memory or from a hub
     media_dir:Path, # Folder to which pictures in the rows are written
     answered:bool=True, # Whether there must be a column with the answers
     check=lambda: None, # Called before rows are read and their pictures written; it may raise
 )->list: # Samples
-    "Return samples as they are, and read everything else that is in memory."
-    if not is_table(samples):
+    "Return samples as they are, and read everything else that is in memory or on a hub."
+    if isinstance(samples, (str, os.PathLike)) and not is_hub_name(samples):
+        raise ValueError(f'{str(samples)!r} is the path of a file or folder: give the samples that `read_samples` '
+                         'returns for it.')
+    if not is_table(samples) and not is_hub_name(samples):
         samples = list(samples)
         if not _needs_reading(samples): return samples
     check()

@@ -39,6 +39,15 @@ def _groups(ties):
     for i in range(len(ties)): groups.setdefault(lead(i), []).append(i)
     return list(groups.values())
 
+# %% ../../nbs/data/50_split.ipynb #0e0d90ce
+def _groups_too_large_error(groups, ties, want):
+    "The error if no group fits into the test split; it names what ties the most rows together."
+    tie, n = Counter(tie for row in ties for tie in set(row)).most_common(1)[0]
+    name = os.path.basename(tie) if isinstance(tie, str) else ' '.join(map(str, tie))
+    return ValueError(f'The smallest group of rows that belong together has {min(map(len, groups))} rows, '
+                      f'but the test split has room for only {want}: splitting a group would leak. '
+                      f'{n} rows share {show_value(name)}. Ask for a larger test split.')
+
 # %% ../../nbs/data/50_split.ipynb #1dcf62a2
 def _in_strata(groups, strata, random):
     "The groups in random order, with those of each stratum spread evenly."
@@ -83,12 +92,3 @@ def split_samples(
     if len(held) < want:
         print(f'The test split has {len(held)} rows, not {want}: rows that belong together stay together.')
     return [s for i, s in enumerate(samples) if i not in held], [s for i, s in enumerate(samples) if i in held]
-
-# %% ../../nbs/data/50_split.ipynb #0e0d90ce
-def _groups_too_large_error(groups, ties, want):
-    "The error if no group fits into the test split; it names what ties the most rows together."
-    tie, n = Counter(tie for row in ties for tie in set(row)).most_common(1)[0]
-    name = os.path.basename(tie) if isinstance(tie, str) else ' '.join(map(str, tie))
-    return ValueError(f'The smallest group of rows that belong together has {min(map(len, groups))} rows, '
-                      f'but the test split has room for only {want}: splitting a group would leak. '
-                      f'{n} rows share {show_value(name)}. Ask for a larger test split.')

@@ -57,6 +57,7 @@ def _load_tokenizer(model):
                                 'text tokens are counted with the tokenizer of the model folder.')
     return Tokenizer.from_file(str(file))
 
+# %% ../../nbs/data/30_tokens.ipynb #d23f0824
 def text_tokens(
     samples:list, # Samples
     model, # Model folder, whose tokenizer is used

@@ -106,7 +106,8 @@ def _job(recipe, config, stage, sample, gpu, env):
     return {'config': model, 'recipe': kept, 'dtype': dtype,
             'cast': half or ('float32' if stage == 3 else None) if engine else None, 'autocast': None
             if engine else half,
-            'half': half, 'copy': 'float32' if engine and not half else None, 'zero_3': engine and stage == 3,
+            'half': half, 'copy': (half or 'float32') if engine and ('stage' in kept or not half) else None,
+            'zero_3': engine and stage == 3,
             'pairs': kept.get('stage') in ('dpo', 'rm'), 'reference': compares,
             'labels': train, 'backward': train, 'spares_tower': is_spared('transformers', recipe, stage, env),
             'kernel': 'fa2' if recipe.get('flash_attn') == 'fa2' else 'cuda' if gpu else 'cpu',
@@ -223,6 +224,7 @@ def _unpredicted_reasons(recipe, config, stage):
         (any(d not in ('cpu', 'none') for d in offloaded), 'Offloading is predicted only to the host (device: cpu).')]
     return [text for holds, text in rules if holds] + [f'{k} is not predicted.' for k in _others if recipe.get(k)]
 
+# %% ../../nbs/memory/20_estimate.ipynb #1818e811
 def _faults(recipe, stage, ranks):
     "Why a recipe can't run."
     train, kind, bits = recipe.get('do_train'), recipe.get('finetuning_type', 'lora'), recipe.get('quantization_bit')
@@ -259,7 +261,8 @@ def _add_answer_peak(rank, recipe, tokens, layers):
 
 def _checkpoint_bytes(step, recipe, stage, half):
     "Bytes of a checkpoint, as seen in real ones; up to stage 2, DeepSpeed writes the weights a second time."
-    trained = sum(p[0] for p in step['parameters'] if len(p) == 3)
+    without = step['unlearned'] if stage is None else ()
+    trained = sum(p[0] for i,p in enumerate(step['parameters']) if len(p) == 3 and i not in without)
     size = lambda p: 2 if half and stage is not None else p[1]
     saved = [p for p in step['parameters'] if len(p) == 3 or recipe.get('finetuning_type', 'lora') != 'lora']
     weights = sum(p[0]*size(p) for p in saved)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['speed_of', 'ZeroRow', 'describe_gpus', 'ZeroTable', 'gpu_count_and_memory', 'zero_table', 'possible_configs',
-           'what_would_fit', 'pick_zero', 'memory_findings']
+           'what_would_fit', 'pick_zero', 'what_fits_instead']
 
 # %% ../../nbs/memory/30_plan.ipynb #3f0ce446
 import html
@@ -12,9 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from ..model import recipe_limits
-from ..findings import Finding, as_text, text_table
+from ..findings import as_text, text_table
 from ..stack import GiB, gpus as gpus_here
-from ..zero import zero_config
+from ..recipe import zero_file_name
+from ..zero import read_zero, zero_config
 from .estimate import MemoryEstimate, NotPredicted, longest_sample, predict_memory
 if TYPE_CHECKING: import pandas as pd
 
@@ -260,20 +261,20 @@ def pick_zero(
                      ('What would fit:\n- ' + '\n- '.join(would) if would
                       else 'Even fewer pixels, a shorter cutoff_len, QLoRA or 64 times the GPUs would not be enough.'))
 
-# %% ../../nbs/memory/30_plan.ipynb #66036dea
-def memory_findings(
-    recipe:dict, # The recipe
-    gpus:list, # The `Gpu`s that it will run on, one rank on each
-    env:dict=None, # Environment variables of the run in addition to those of this process
-)->list: # At most one `Finding`
-    "Whether a recipe fits into the free memory of its GPUs."
-    if not gpus: return []
-    try: estimate = predict_memory(recipe, None, len(gpus), env=env)
-    except ValueError: return []
-    least = min(gpus, key=lambda g: g.free)
-    fits = estimate.fits(least.free/GiB)
-    if fits == 'fits': return []
-    can, level = ('cannot fit', 'error') if fits == 'does not fit' else ('might not fit', 'warning')
-    what = (f'The run {can}: it needs {estimate.low/GiB:.1f} to {estimate.high/GiB:.1f} GiB of each GPU, '
-            f'and {least.free/GiB:.1f} of {least.total/GiB:.1f} GiB are free on GPU {least.index}.')
-    return [Finding('GPU memory', what, 'See `zero_table(recipe)` and `pick_zero(recipe)` for what does fit.', level)]
+# %% ../../nbs/memory/30_plan.ipynb #d1e5c0ab
+def what_fits_instead(
+    recipe:dict, # Recipe of a run whose GPU ran out of memory
+    gpus:int, # Number of its GPUs
+    gpu_gib:float, # Memory of each in GiB
+)->str: # Empty if nothing is predicted
+    "The next config that is predicted to fit, and the table, in words."
+    if not gpus or not recipe.get('do_train'): return ''
+    table = zero_table(recipe, gpus, gpu_gib)
+    if not any(row.estimate for row in table): return ''
+    now = zero_file_name(read_zero(recipe.get('deepspeed'))).removeprefix('ds_').removesuffix('_config.json')
+    names = [row.name for row in table]
+    less = names.index(now) + 1 if now in names else 0
+    fits = next((row.name for row in table.rows[less:] if row.fits == 'fits'), None)
+    if fits: return f'As predicted, {fits} fits:\n{table}'
+    other = f'`what_would_fit(run.recipe, {gpus}, {gpu_gib:g})` lists other changes.'
+    return f'No config that needs less memory fits without other changes; {other}\n{table}'

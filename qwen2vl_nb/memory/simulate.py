@@ -287,8 +287,10 @@ def _watch(self:Recorder, i, name, module):
 
 # %% ../../nbs/memory/00_simulate.ipynb #9b4c1952
 def _pixel_type(job):
-    "The dtype to which LLaMA-Factory's collator casts pictures: the recipe's, or the default of the machine."
+    """The dtype to which LLaMA-Factory's collator casts pictures: the recipe's, or the default of the machine.
+    The collators of preferences don't cast them."""
     from llamafactory.extras.misc import infer_optim_dtype
+    if job['recipe'].get('stage') in losses: return torch.float32
     if job['half']: return getattr(torch, job['half'])
     weights = getattr(torch, job['dtype'])
     return infer_optim_dtype(weights) if job['kernel'] == 'cpu' else weights
@@ -318,6 +320,7 @@ def _batch(job, n, vision):
     patches = empty(sum(h*w for _,h,w in grids), width, dtype=_pixel_type(job))
     return batch | {'pixel_values': patches, 'image_grid_thw': torch.tensor(grids)}, long(n, tokens)
 
+# %% ../../nbs/memory/00_simulate.ipynb #892f902b
 class _LengthsOnCpu(TorchFunctionMode):
     "Keeps lists of lengths on the CPU, where the vision tower of Qwen2.5-VL can read them."
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -387,10 +390,9 @@ def _copied(batch):
     return {k: v.clone() if isinstance(v, torch.Tensor) and v.device.type == 'meta' else v
             for k,v in batch.items()} | {'attention_mask': own}
 
-def _log_probabilities(logits, labels, copies=False):
-    "The log-probability of each row's labels; on the CPU, autocast copies those of all tokens."
+def _log_probabilities(logits, labels):
+    "The log-probability of each row's labels."
     chances = logits[:, :-1].log_softmax(-1)
-    if copies: _copy = chances.detach().clone()
     chances = chances.gather(2, labels[:, 1:].clone().unsqueeze(2)).squeeze(2)
     return (chances*(labels[:, 1:] != 0)).sum(-1)
 
@@ -399,7 +401,7 @@ def _scored(model, batch, half, job, copies=True):
     batch = _copied(batch) if copies else dict(batch)
     labels = batch.pop('labels')
     logits = _forward(model, batch, half).logits.to(torch.float32)
-    return logits, _log_probabilities(logits, labels, bool(job['half'] and job['kernel'] == 'cpu'))
+    return logits, _log_probabilities(logits, labels)
 
 @contextmanager
 def _asking(model, reference):
@@ -460,7 +462,8 @@ def _step(model, reference, job, n, half, recorder):
 def simulate(
     job:dict, # As `qwen2vl_nb.memory.estimate` builds it
 )->dict: # `parameters` (number, bytes, optimizer group if trained), `modules`, `reference` in bytes, `events`, `work`
-    "The events of a step on the meta device with one and with two samples, and the work of the one with one."
+    """The events of a step on the meta device with one and with two samples, and the work of the one with one.
+    `unlearned`: the trained parameters that have no gradient, even if there are pictures."""
     from transformers import Trainer
     half, model, reference = _patch_libraries(job), build_model(job), build_reference(job)
     recorder = Recorder(model, LiveBytes('meta'))
@@ -471,7 +474,11 @@ def simulate(
     parameters = [[p.numel(), p.element_size(), *group(name, p)] for name,p in model.named_parameters()]
     copied = sum(t.numel()*t.element_size() for t in _held_by(reference))
     (one, work), (two, _) = (_step(model, reference, job, n, half, recorder) for n in (1, 2))
-    return {'parameters': parameters, 'modules': modules, 'reference': copied, 'events': [one, two], 'work': work}
+    reached = {number for kind, number, *_ in one if kind == 'gradient'}
+    unlearned = [recorder.numbers[p] for name,p in model.named_parameters()
+                 if p.requires_grad and recorder.numbers[p] not in reached and 'visual' not in name]
+    return {'parameters': parameters, 'modules': modules, 'unlearned': unlearned, 'reference': copied,
+            'events': [one, two], 'work': work}
 
 def main():
     "Read a job from standard input and write the result as JSON."

@@ -63,6 +63,11 @@ class Rank:
         group = lambda bare: {i: n for i,n in self.trained.items() if self.step_['parameters'][i][2] == bare}
         return [g for g in (group(False), group(True)) if g]
 
+    @property
+    def updated(self):
+        "The parameters that the optimizer changes, and therefore keeps moments of."
+        return {i: n for i,n in self.trained.items() if i not in self.step_.get('unlearned', ())}
+
     def see(self, work, when, **more):
         "Keep this moment if its sum is the largest so far; `more`: bytes that are alive only at this moment."
         total = sum(self.held.values()) + sum(work) + sum(more.values())
@@ -74,7 +79,7 @@ class Rank:
         "What is held between steps, from the second step on."
         self.held['weights'] += sum(map(self.bytes_of, self.frozen))
         self.held[self.own] += sum(map(self.bytes_of, self.trained))
-        self.held['optimizer'] += 8*sum(self.trained.values())
+        self.held['optimizer'] += 8*sum(self.updated.values())
         if self.ranks > 1 and not self.zero: self.held['communication'] += sum(map(self.bytes_of, self.trained))
 
     def begin(self, first): "A micro batch begins; `first`: whether it is the first of its step."
@@ -92,8 +97,8 @@ def reduce(self:Rank, first, last): "A backward pass is complete."
 
 @patch
 def update(self:Rank):
-    "The optimizer's step; unless AdamW is fused, it takes one more fp32 number for each trained weight."
-    if self.recipe.get('optim') == 'adamw_torch': self.see(self.work, 'step', optimizer=4*sum(self.trained.values()))
+    "The optimizer's step; unless AdamW is fused, it takes one more fp32 number for each weight with a gradient."
+    if self.recipe.get('optim') == 'adamw_torch': self.see(self.work, 'step', optimizer=4*sum(self.updated.values()))
 
 @patch
 def run(self:Rank):
@@ -151,8 +156,13 @@ class Stage0(Rank):
         super().setup()
         if self.size == 2: self.held['optimizer'] += 4*sum(self.trained.values())
 
+    @property
+    def updated(self): return self.trained
+
     def reduce(self, first, last):
-        if last: self.see(self.work, 'backward', communication=self.size*_largest_reduction(self.trained.values(), 5e8))
+        if not last: return
+        self.held['gradients'] += sum(map(self.bytes_of, self.step_.get('unlearned', ())))
+        self.see(self.work, 'backward', communication=self.size*_largest_reduction(self.trained.values(), 5e8))
 
     def update(self):
         if self.size == 2: self.see(self.work, 'step', gradients=4*sum(self.trained.values()))

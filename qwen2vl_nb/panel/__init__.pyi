@@ -1,1 +1,2 @@
+# Panel('my-cars')
 from .form import Panel as Panel

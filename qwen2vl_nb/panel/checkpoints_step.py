@@ -83,6 +83,7 @@ class DatasetStep(Step):
         "Whether its result may be shown again by running its code."
         return False
 
+# %% ../../nbs/panel/70_checkpoints_step.ipynb #eb7a20f4
 class CheckpointsStep(DatasetStep):
     "Score the checkpoints of the chosen run."
     name, done, actions = 'checkpoints', 'checkpoints.score', (SCORE,)

@@ -8,6 +8,7 @@ __all__ = ['table_endings', 'ACTIONS', 'column_names', 'check_arguments', 'DataS
 # %% ../../nbs/panel/32_data_step.ipynb #32datast0002
 import ast, csv, io, json, os
 from contextlib import suppress
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from threading import Thread
@@ -38,10 +39,9 @@ def _json_columns(file):
     first, _ = json.JSONDecoder().raw_decode(text[text.index('{'):])
     return [*first]
 
-def column_names(
-    path:str|Path, # A file of rows
-)->list: # Empty if they can't be found out quickly
-    "The names of a file's columns, from its beginning."
+@lru_cache(8)
+def _columns(path, stamp):
+    "The names of a file's columns; `stamp` changes with the file."
     ending, found = Path(path).suffix.lower(), []
     with suppress(Exception), open_regular(path) as file:  # whatever is wrong, `read_samples` says it
         if ending in ('.csv', '.tsv'):
@@ -55,6 +55,14 @@ def column_names(
             import pyarrow.parquet as pq
             found = pq.read_schema(file).names
     return [str(name) for name in found[:_most_columns]]
+
+def column_names(
+    path:str|Path, # A file of rows
+)->list: # Empty if they can't be found out quickly
+    "The names of a file's columns, from its beginning; an unchanged file is not looked at twice."
+    try: s = os.stat(path)
+    except (OSError, ValueError): return []
+    return _columns(Path(path).absolute(), (s.st_ino, s.st_size, s.st_mtime_ns))
 
 # %% ../../nbs/panel/32_data_step.ipynb #32datast0009
 def _read_given(form):

@@ -6,7 +6,6 @@
 __all__ = ['STEPS', 'Panel']
 
 # %% ../../nbs/panel/90_form.ipynb #90form0002
-from html import escape
 from threading import Thread
 from time import sleep
 from pathlib import Path
@@ -88,8 +87,8 @@ class Panel(VBox):
         kept = project.state.get('notebook')
         name = kept.get('name') if isinstance(kept, dict) else None
         name = name if isinstance(name, str) else NOTEBOOK
-        said = self.say('panel.folder', folder=project.folder, form=PANEL)
-        self.where.value = f'<div class="qvl-help">{escape(said)}<b>{escape(name)}</b>.</div>'
+        said = self.say('panel.folder', folder=project.folder, form=PANEL, notebook=name)
+        self.where.value = as_html('qvl-help', said)
 
     def _repr_mimebundle_(self, **kwargs):
         if not self._thread:

@@ -49,6 +49,7 @@ def describe_here(
     if not found: return say('memory.none_here')
     return say('memory.here', gpus=', '.join(f'{g.name} ({g.total/GiB:.0f} GiB)' for g in found))
 
+# %% ../../nbs/panel/38_memory_step.ipynb #b5708b3d
 class MemoryStep(Step):
     "See what fits, and choose a ZeRO config."
     name, done, actions = 'memory', 'memory.pick', ACTIONS

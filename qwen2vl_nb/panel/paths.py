@@ -104,6 +104,7 @@ class PathList(VBox):
         self.field.value = str(path.relative_to(self.folder)) if is_inside else str(path)
         if self.at: self.look(path)
 
+# %% ../../nbs/panel/25_paths.ipynb #293af556
 def path_row(
     row, # What `Step.field` returned for the `Combobox`
     listed:PathList, # The list that belongs to it

@@ -108,6 +108,7 @@ def dataset_choices(
     "The data sets that are registered in a folder."
     return [name for name in json_or({}, folder/'dataset_info.json', 2**24)][:500]
 
+# %% ../../nbs/panel/36_recipe_step.ipynb #20d01011
 class RecipeStep(Step):
     "Choose the arguments of the run."
     name, done, actions = 'recipe', 'recipe.make', ACTIONS
@@ -170,6 +171,7 @@ def _set(self:RecipeStep, name, text):
     self._search()
     self._show_more()
 
+# %% ../../nbs/panel/36_recipe_step.ipynb #8fac47dc
 @patch
 def _remove(self:RecipeStep, name):
     keep_value(self.panel.session.project, 'recipe', more={k: v for k, v in self.values['more'].items() if k != name})

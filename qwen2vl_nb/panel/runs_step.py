@@ -23,13 +23,13 @@ _most_listed = 100
 def is_training(
     run:Path, # Folder of a run
 )->bool:
-    "Whether a run is a training, and not a prediction or a model that is kept loaded."
+    "Whether a run trains, and is not a prediction or a model that is kept loaded."
     return state_or_empty(run, RUN).get('unit', 'step') == 'step'
 
 def list_runs(
     folder:Path, # Folder to search
 )->list: # A dict for each run, as in the table of `runs`, the newest first
-    "The trainings below a folder."
+    "The training runs below a folder."
     from qwen2vl_nb.run import runs  # imported late: the panel is made without what a run needs
     rows = runs(folder).to_dict('records') if folder.is_dir() else []
     rows = [row for row in rows if is_training(folder/row['run'])]
@@ -123,7 +123,7 @@ def take_selected(self:RunsStep)->bool: # Whether its code has to run: not for t
 
 @patch
 def _show_list(self:RunsStep):
-    "Show the runs that fit the filter."
+    "Show the runs that match the filter."
     if self.rows is None: self.count.value = as_html('qvl-help', self.say('listing'))
     if self.rows is None: return
     folder, word = self.values['folder'], self.values['filter'].lower()

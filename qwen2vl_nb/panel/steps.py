@@ -318,6 +318,7 @@ def button(self:Step,
     self.boxes[action] = ActionBox(self, found, **looks)
     return self.boxes[action]
 
+# %% ../../nbs/panel/20_steps.ipynb #3ab5a383
 @patch
 def changed(self:Step,
     name:str, # The control

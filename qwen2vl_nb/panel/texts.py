@@ -5,9 +5,12 @@
 # %% auto #0
 __all__ = ['ENGLISH', 'tables', 'Texts']
 
+# %% ../../nbs/panel/00_texts.ipynb #00texts0013
+from .chinese import CHINESE
+
 # %% ../../nbs/panel/00_texts.ipynb #00texts0004
 ENGLISH = {
-    'panel.folder': 'Folder: {folder}. The form is kept in {form}, and the code that ran in ',
+    'panel.folder': 'Folder: {folder}. The form is kept in {form}, and the code that ran in {notebook}.',
     'panel.code': 'The code that this step ran',
     'panel.copy': 'Copy',
     'panel.no_code': 'The code that this step runs will be shown here.',
@@ -80,12 +83,13 @@ ENGLISH |= {
     'launch.nproc': 'Processes',
     'launch.nproc.help': 'On this machine; 0: one for each GPU, or one if there is none.',
     'launch.check': 'Check the recipe',
-    'launch.check.help': 'Ask LLaMA-Factory and DeepSpeed whether the recipe can run. The launch makes the same checks.',
+    'launch.check.help': 'Ask LLaMA-Factory and DeepSpeed whether the recipe can run. The launch makes the same '
+                         'checks.',
     'launch.start': 'Launch',
     'launch.start.help': 'Start the recipe in a new folder.',
     'runs': 'Runs',
-    'runs.about': 'All runs in the folder. The steps after this one are about the run that is chosen here: the one that '
-                  'was launched last, unless you choose another.',
+    'runs.about': 'All runs in the folder. The steps after this one are about the run that is chosen here: the one '
+                  'that was launched last, unless you choose another.',
     'runs.folder': 'Folder',
     'runs.folder.help': 'Where new runs are put and runs are looked for, with its subfolders.',
     'runs.filter': 'Filter',
@@ -98,8 +102,8 @@ ENGLISH |= {
     'runs.listing': 'Reading the folders of the runs …',
     'runs.none': 'none yet',
     'checkpoints': 'Checkpoints',
-    'checkpoints.about': 'Let each checkpoint of the run answer a data set, and score the answers. The best checkpoint is '
-                         'used from then on.',
+    'checkpoints.about': 'Let each checkpoint of the run answer a data set, and score the answers. The best checkpoint '
+                         'is used from then on.',
     'checkpoints.dataset': 'Data set',
     'checkpoints.dataset.help': 'A registered data set with answers that was not used for training.',
     'checkpoints.measure': 'Measure',
@@ -109,10 +113,11 @@ ENGLISH |= {
     'checkpoints.max_new_tokens': 'Answer length',
     'checkpoints.max_new_tokens.help': 'At most, in tokens.',
     'checkpoints.score': 'Score the checkpoints',
-    'checkpoints.score.help': 'Waits until the run has ended. If it is interrupted, it continues with the missing rows.',
+    'checkpoints.score.help': 'Waits until the run has ended. If it is interrupted, it continues with the missing '
+                              'rows.',
     'predict': 'Predict',
-    'predict.about': 'Answers to a whole data set, written row by row. If a prediction is interrupted, it continues with '
-                     'the missing rows.',
+    'predict.about': 'Answers to a whole data set, written row by row. If a prediction is interrupted, it continues '
+                     'with the missing rows.',
     'predict.dataset': 'Data set',
     'predict.dataset.help': 'A registered data set; with answers, it can be scored.',
     'predict.engine': 'Engine',
@@ -127,7 +132,8 @@ ENGLISH |= {
     'predict.max_new_tokens': 'Answer length',
     'predict.max_new_tokens.help': 'At most, in tokens.',
     'predict.folder': 'Folder',
-    'predict.folder.help': 'For the answers; empty: beside the model. Other settings or other rows need another folder.',
+    'predict.folder.help': 'For the answers; empty: beside the model. Other settings or other rows need another '
+                           'folder.',
     'predict.before': 'Predict before training',
     'predict.before.help': 'With the model as it was, to compare.',
     'predict.after': 'Predict after training',
@@ -247,7 +253,7 @@ ENGLISH |= {
 }
 
 # %% ../../nbs/panel/00_texts.ipynb #00texts0008
-tables = {'en': ENGLISH}
+tables = {'en': ENGLISH, 'zh': {key: chinese for key, (_, chinese) in CHINESE.items()}}
 
 class Texts:
     "The texts in one language: called with a key, and with values for what is in braces."

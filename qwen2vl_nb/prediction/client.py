@@ -12,7 +12,7 @@ from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from ..files import Damaged, parse_json
 from ..processes import is_alive
-from ..run.folder import SERVER, state_or_empty
+from ..run.folder import SERVER, state_or_empty, write_doing
 from ..run.rank import main as run_worker
 
 # %% ../../nbs/prediction/23_client.ipynb #23client05
@@ -62,6 +62,7 @@ def work(
     served:str, # Folder of the model that is kept loaded
 ):
     "Have the missing rows of a prediction answered."
+    write_doing(folder, 'waiting for the first answers')
     with request(served, ROWS, {'folder': str(folder)}) as answer: answer.read()
 
 def main():

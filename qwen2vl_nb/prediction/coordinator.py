@@ -13,8 +13,8 @@ from ..files import read_json, whole_lines, write_json
 from ..processes import end_children
 from .rows import Asked, Index, missing, put_in_order, rows_digest
 from .servers import ServerFailed, Servers
-from ..run.folder import (ANSWERS, ASKED, MISSING, QUESTION, RUN, STOP, STOPPING, parts_of, write_failure,
-                                   write_progress)
+from ..run.folder import (ANSWERS, ASKED, MISSING, QUESTION, RUN, STOP, STOPPING, end_doing, parts_of,
+                                   write_doing, write_failure, write_progress)
 
 # %% ../../nbs/prediction/10_coordinator.ipynb #6fc2eb11
 class Count:
@@ -37,6 +37,7 @@ def _report_progress(folder, counts, n, began):
     "Write the number of rows that are done, of `n` for each part, to `progress.json`."
     done, before = sum(count.look() for count in counts), sum(count.before for count in counts)
     write_progress(folder, done, n*len(counts), began, before)
+    if done > before: end_doing(folder)
 
 def _is_stopped(folder):
     "Whether the run was asked to stop since the last check."
@@ -90,6 +91,7 @@ def _look_after(folder):
     n, began = len(Asked(parts[0]/ASKED)), time.time()
     counts = [Count(part/ANSWERS, n) for part in parts]
     servers, workers = Servers(folder, run.get('servers', [])), []
+    if run.get('servers'): write_doing(folder, 'starting the servers, which load the model')
     try:
         servers.start()
         while not servers.are_ready():

@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 from ..names import warn
 from ..boot import script
-from ..files import whole_file, whole_lines, write_json
+from ..files import undone_on_error, whole_file, whole_lines, write_json
 from ..model import model_config
-from ..findings import Finding
+from ..findings import Finding, bulleted
 from ..stack import GiB
 from ..checks import quick_findings
 from ..recipe import absolute_recipe
@@ -26,7 +26,7 @@ from ..data.sources import given_samples
 from ..memory.estimate import NotPredicted, predict_memory
 from .client import server_of
 from .openai import server_options
-from .predictions import Predictions, list_damaged, parse_generated, without_end
+from .predictions import Predictions, parse_generated, without_end
 from .question import (ask_question, asked_row, question, read_question, special_token_findings,
                                             treated_alike)
 from .rows import (Index, json_line, load_line, missing, parse_row, put_in_order,
@@ -37,7 +37,7 @@ from ..run.start import Run, describe_start, keep_earlier, launch, raise_errors,
 
 # %% ../../nbs/prediction/45_engines.ipynb #6a8b2104
 def _weights(recipe):
-    """Bytes of the weights on a GPU: the size of the files, or an estimate if the weights are quantised or not on
+    """Bytes of the weights on a GPU: the size of the files, or an estimate if the weights are quantized or not on
     this machine yet; for a family whose memory is not predicted, always the size of the files."""
     size = sum(p.stat().st_size for p in Path(recipe['model_name_or_path']).glob('*.safetensors'))
     if size and not recipe.get('quantization_bit'): return size
@@ -57,7 +57,7 @@ def fit_findings(
     size, memory = _sizes(recipe, gpus)
     if not memory or size < .8*memory: return []
     return [Finding('model_name_or_path', f'The weights take {size/GiB:.1f} GiB, and a GPU has {memory/GiB:.1f} GiB.',
-                    'Quantise the model, or use a server that spreads it over several GPUs.')]
+                    'Quantize the model, or use a server that spreads it over several GPUs.')]
 
 def batch_budget(
     recipe:dict, # A prediction recipe
@@ -238,7 +238,7 @@ def _set_aside(path, rows):
     wrong = set_damaged_aside(path, _checked_against(rows))
     if wrong:
         warn(f'{len(wrong)} line(s) of {path} contain no answer to a row of this question, and were moved to '
-             f'{path.name}.damaged:\n{list_damaged(wrong)}\nRows that have no other answer are asked again.')
+             f'{path.name}.damaged:\n{bulleted(wrong)}\nRows that have no other answer are asked again.')
 
 # %% ../../nbs/prediction/45_engines.ipynb #4862a3a2
 def _describe_progress(folders, n, caller):
@@ -255,10 +255,9 @@ def _wait(run, n, folders=(), caller='predict'):
 def _warn_of_failed(predictions, caller='predict'):
     failed = predictions.failed
     if not failed: return
-    said = '\n'.join(f"- row {row['row']} (id {row['id']!r}): {row.get('error')}" for row in failed[:5])
-    more = f'\n- and {len(failed) - 5} more, see .failed' if failed[5:] else ''
+    said = bulleted([f"row {row['row']} (id {row['id']!r}): {row.get('error')}" for row in failed])
     warn(f'{len(failed)} of {len(predictions)} rows have no answer; calling {caller} again asks them again.'
-         f'\n{said}{more}')
+         f'\n{said}')
 
 # %% ../../nbs/prediction/45_engines.ipynb #6b59010e
 def _check_engine(engine, options, started):
@@ -291,15 +290,16 @@ def predict(
     served, engine = (None, engine) if isinstance(engine, str) else (engine, 'hf')  # with the same answers as `hf`
     if not recipe.get('output_dir'): raise ValueError('The recipe names no folder for the answers: set output_dir.')
     folder, given = Path(recipe['output_dir']).absolute(), samples is not None
-    samples = _sound_samples(samples, folder) if given else _asked_samples(recipe)
-    if not samples: raise ValueError('There is nothing to predict: no samples.')
-    if given: recipe = recipe | {'eval_dataset': _passed_samples}
-    asked = [asked_row(i, s) for i, s in enumerate(samples)]
-    if engine != 'llamafactory': recipe, asked = treated_alike(recipe, asked)
-    rows = [json_line(row).decode() for row in asked]
-    wanted = question(recipe, rows, engine, options.get('model'))
-    if served: refuse_other(served, wanted)
-    ask_question(folder, wanted, rows)
+    with undone_on_error():
+        samples = _sound_samples(samples, folder) if given else _asked_samples(recipe)
+        if not samples: raise ValueError('There is nothing to predict: no samples.')
+        if given: recipe = recipe | {'eval_dataset': _passed_samples}
+        asked = [asked_row(i, s) for i, s in enumerate(samples)]
+        if engine != 'llamafactory': recipe, asked = treated_alike(recipe, asked)
+        rows = [json_line(row).decode() for row in asked]
+        wanted = question(recipe, rows, engine, options.get('model'))
+        if served: refuse_other(served, wanted)
+        ask_question(folder, wanted, rows)
     if engine != 'llamafactory' and not any(row['label'] for row in asked):
         recipe = {'skip_special_tokens': False} | recipe
     run, path = Run(folder), folder/ANSWERS
@@ -342,6 +342,7 @@ def _answer_in_turn(recipes, folder, n, caller, **workers):
         if not run.is_running: raise  # another call has started it in the meantime
     _wait(run, n, folders, caller)
 
+# %% ../../nbs/prediction/45_engines.ipynb #5d9dc9f8
 def predict_in_turn(
     recipes:dict, # Name of a folder → prediction recipe; all ask the same rows, of different models or adapters
     output_dir:str|Path, # Folder that contains these folders

@@ -16,6 +16,7 @@ from .. import hidden
 from ..files import read_json, read_text
 from ..model import head_size, mlp_size, recipe_limits, tower_size
 from .rows import Answers, Asked, without_question
+from ..run.beginning import Beginning
 from ..run.folder import ANSWERS, ASKED, MISSING, RECIPE, RUN, parts_of
 from ..run.rank import main as run_worker, show_downloads
 
@@ -384,6 +385,8 @@ def work(
     workers:int, # Number of workers
 ):
     "Answer this worker's share of the missing rows of each part."
+    beginning = Beginning(folder, worker == 0)
+    beginning.tell('loading the libraries')
     gc.disable()
     import yaml
     run = read_json(folder/RUN)
@@ -394,6 +397,8 @@ def work(
     prompts, args, tokenizer = load_prompts(recipe | parts[0][1], Asked(parts[0][0]/ASKED))
     gc.freeze()
     gc.enable()
+    beginning.tell('loading the model')
+    beginning.follow_bars()
     models = Models(tokenizer, args, swaps=len(parts) > 1)
     for part, changes, budget in parts:
         todo = set(read_json(part/MISSING, list))

@@ -19,7 +19,7 @@ from ..model import (pixel_limits, recipe_limits, systems, thinking_templates,
                               without_thoughts)
 from ..run import rank as worker
 from .rows import Answers, Asked, without_question
-from ..run.folder import ANSWERS, ASKED, MISSING, RECIPE, RUN
+from ..run.folder import ANSWERS, ASKED, MISSING, RECIPE, RUN, write_doing
 
 # %% ../../nbs/prediction/25_openai.ipynb #e0df0b5f
 def server_options(
@@ -498,6 +498,7 @@ def work(
         write = lambda came: file.add([row | engine for row in came])
         await Asking(rows, todo, body, servers, options, write).run()
 
+    write_doing(folder, 'waiting for the first answers')
     try: asyncio.run(ask())
     except asyncio.CancelledError: signal.raise_signal(signal.SIGTERM)
     file.close()

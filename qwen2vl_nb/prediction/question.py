@@ -17,7 +17,7 @@ from ..findings import Finding
 from ..recipe import absolute_recipe
 from ..data.samples import media_key, media_of, sample_turns, trained_turns
 from .rows import json_line, rows_digest
-from ..run.folder import ANSWERS, ASKED, QUESTION
+from ..run.folder import ANSWERS, ASKED, ASKED_LOCK, QUESTION
 
 # %% ../../nbs/prediction/35_question.ipynb #3259dbb1
 _consumed = {True: {'messages', 'system', 'tools'}, # of a dialogue
@@ -191,7 +191,7 @@ def ask_question(
 ):
     "Write the question and its rows to the folder if it has none yet; raise `ValueError` for a different question."
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder/'.asked.lock', timeout=120):
+    with FileLock(folder/ASKED_LOCK, timeout=120):
         before = read_question(folder)
         changes = _changes(folder, before, asked, rows)
         if changes:

@@ -15,9 +15,10 @@ from decimal import Context, Decimal
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 from fastcore.basics import patch
-from ..findings import as_text, findings_table, text_table
+from ..findings import as_text, findings_table, first_few, text_table
 from ..run.answers import AnswerFaults, answer_findings
-from .boxes import box_measures, box_table, measure_boxes, stated_boxes
+from .boxes import (box_measures, box_table, measure_boxes, measure_points, point_measures,
+                                         point_side, stated_boxes, stated_points)
 if TYPE_CHECKING: import pandas as pd
 
 # %% ../../nbs/prediction/50_scores.ipynb #faeaf9a1
@@ -220,6 +221,9 @@ def _lost_tokens(marked, token):
             "The engine 'llamafactory' ends answers at them, and a server removes them unless it is told to keep them: "
             "predict with engine 'hf', or see skip_special_tokens.")
 
+_unknown_side = ('Points are not scored, because the size of the picture in their coordinates is not known: give the '
+                 'rows a column box_frame, such as [1000, 1000] for Qwen3-VL; `read_samples` and `to_boxes` write it.')
+
 def _column_of(dicts, key):
     "The value of a key in each dict, and the keys of all dicts."
     values, there = [], {}
@@ -237,12 +241,12 @@ class Scores(dict):
         rows, # A `DataFrame`: `id` and measures of each row with a label; its index is the position in `given`
         failed:int, # How many of these rows failed
         judged=None, # For labels that are JSON objects: distinct outcomes, whether each is malformed, number of rows
-        note:str='', # A sentence that is shown below the figures
+        notes:list=(), # Sentences that are shown below the figures
         findings:list=(), # `Finding`s about the answers
     ):
         self.rows, self._given, self._judged = text_table(rows), given, judged
         self.findings = findings_table(findings) # A `DataFrame`: answers that look wrong, such as empty ones
-        self._notes = [note]*bool(note) + list(map(str, findings))
+        self._notes = [*notes, *map(str, findings)]
         # Shares the memory of `rows`, unlike a slice
         self._measures = type(rows)({name: rows[name] for name in rows.columns[1:]}, copy=False)
         super().__init__({'rows': len(rows), 'failed': failed} | self._measures.mean().to_dict())
@@ -275,7 +279,7 @@ def usual_measure(
     names, # Names of the measures that there are
 )->str: # One of them
     "The measure that says most about answers of their form."
-    return next(name for name in ('json', 'boxes.f1', 'number', 'exact') if name in names)
+    return next(name for name in ('json', 'boxes.f1', 'points.f1', 'number', 'exact') if name in names)
 
 # %% ../../nbs/prediction/50_scores.ipynb #65a3f6fc
 @patch
@@ -330,35 +334,26 @@ def _repr_html_(self:Scores):
 _alike = 'bleu-4', 'rouge-1', 'rouge-2', 'rouge-l'
 
 # %% ../../nbs/prediction/50_scores.ipynb #44cf8501
-_pair_measures = 'exact', *_alike, 'number', 'outcome', *box_measures # Results for a label and an answer, as numbers
+# Results for a label and an answer, as numbers
+_pair_measures = 'exact', *_alike, 'number', 'outcome', *box_measures, *point_measures
 _block = 2**16 # Rows
 
 class _Measured:
     "The measures of rows that are added one by one; none of the rows is kept."
     def __init__(self, tolerance, measures):
         # `known`: the number assigned to each distinct outcome
-        self.tolerance, self.measures, self.known, self.has_boxes = tolerance, measures, {}, False
+        self.tolerance, self.measures, self.known = tolerance, measures, {}
+        self.has_boxes, self.has_points = False, False
         self.compared = lru_cache(2**14)(self._compared)
         self.places, self.ids, self.failed, self.block, self.blocks = array('q'), [], 0, [], []
         self.own, self.faults = {name: array('d') for name in measures}, AnswerFaults()
         # Answered rows whose labels have special tokens; the first token; whether any answer has one
         self.marked, self.token, self.are_kept = 0, '', False
 
-    def _compared(self, label, predict):
-        "The numbers of `_shared`; -1 where the label is not a number, not a JSON object, or not boxes, respectively."
-        likeness, wanted, answer = _likeness(label, predict), _parsed(label), _parsed(predict or '')
-        number, outcome, is_bad, found_boxes = -1, -1, not isinstance(answer, dict), [-1]*len(box_measures)
-        if (boxes := stated_boxes(label)) is not None: found_boxes = measure_boxes(boxes, stated_boxes(predict))
-        self.has_boxes = self.has_boxes or bool(boxes)
-        if isinstance(wanted, Decimal): number = 100*_same(wanted, answer, self.tolerance)
-        if isinstance(wanted, dict):
-            found = tuple(_outcomes(wanted, None if is_bad else answer, self.tolerance).items()), is_bad
-            outcome = self.known.setdefault(found, len(self.known))
-        return 100*is_right({'label': label, 'predict': predict}), *likeness.values(), number, outcome, *found_boxes
-
     def add(self, i, row):
         "Add the row at a position. Raises `ValueError` if a user's measure fails."
-        self.block.append(self.compared(row['label'], row['predict']))
+        side = point_side(row['label'], row.get('box_frame'))
+        self.block.append(self.compared(row['label'], row['predict'], side))
         self.places.append(i)
         self.ids.append(row.get('id', i))
         if '<|' in row['label'] and row['predict'] is not None and (token := _special.search(row['label'])):
@@ -370,6 +365,33 @@ class _Measured:
             row = row | {'id': self.ids[-1], 'predict': row['predict'] or ''}
             for name,values in self.own.items(): values.append(_own(name, self.measures[name], row))
         if len(self.block) == _block: self._pack()
+
+# %% ../../nbs/prediction/50_scores.ipynb #50scorespt3
+@patch
+def _located(self:_Measured, label, predict, side):
+    "The measures of boxes and points; -1 where the label has none, or where the size of the picture is not known."
+    boxes, points = stated_boxes(label), stated_points(label)
+    self.has_boxes, self.has_points = self.has_boxes or bool(boxes), self.has_points or bool(points)
+    if boxes is None: return -1, *[-1]*(len(box_measures) + len(point_measures) - 1)
+    is_known = side or not points
+    near = measure_points(points, stated_points(predict), side or 1) if is_known else [-1]*len(point_measures)
+    return *measure_boxes(boxes, stated_boxes(predict)), *near
+
+@patch
+def _compared(self:_Measured, label, predict, side):
+    "The numbers of `_pair_measures`; -1 where the label is not a number, a JSON object, boxes or points."
+    likeness, wanted, answer = _likeness(label, predict), _parsed(label), _parsed(predict or '')
+    number, outcome, is_bad = -1, -1, not isinstance(answer, dict)
+    if isinstance(wanted, Decimal): number = 100*_same(wanted, answer, self.tolerance)
+    if isinstance(wanted, dict):
+        found = tuple(_outcomes(wanted, None if is_bad else answer, self.tolerance).items()), is_bad
+        outcome = self.known.setdefault(found, len(self.known))
+    is_same = is_right({'label': label, 'predict': predict})
+    return 100*is_same, *likeness.values(), number, outcome, *self._located(label, predict, side)
+
+@patch
+def _all_have(self:_Measured, name):
+    return all(results[:, _pair_measures.index(name)].min() >= 0 for results,_ in self.blocks if len(results))
 
 # %% ../../nbs/prediction/50_scores.ipynb #0a4cc9e5
 @patch
@@ -383,14 +405,10 @@ def _pack(self:_Measured):
 
 @patch
 def _column(self:_Measured, name):
-    "The values of one of `_shared`, one number for each row."
+    "The values of one of `_pair_measures`, one number for each row."
     import numpy as np
     k = _pair_measures.index(name)
     return np.concatenate([results[each, k] for results,each in self.blocks])
-
-@patch
-def _all_have(self:_Measured, name):
-    return all(results[:, _pair_measures.index(name)].min() >= 0 for results,_ in self.blocks if len(results))
 
 @patch
 def scores(self:_Measured, given):
@@ -406,13 +424,17 @@ def scores(self:_Measured, given):
         columns |= {name: np.array(values)[outcome] for name,values in _field_columns(outcomes, malformed).items()}
     if self.has_boxes and self._all_have('boxes.parsed'):
         columns |= {name: self._column(name) for name in box_measures}
+    if self.has_points and self._all_have('points.parsed'):
+        columns |= {name: self._column(name) for name in point_measures}
     if self._all_have('number'): columns['number'] = self._column('number')
     columns |= {name: self._column(name) for name in _alike}
     _check_names(self.measures, ['id', *columns])
     columns |= {name: np.asarray(values) for name,values in self.own.items()}
     index = pd.RangeIndex(len(ids)) if self.places[-1] == len(ids) - 1 else pd.Index(self.places)
-    note = _lost_tokens(self.marked, self.token) if self.marked and not self.are_kept else ''
-    return Scores(given, pd.DataFrame({'id': ids} | columns, index, copy=False), self.failed, judged, note,
+    notes = [_lost_tokens(self.marked, self.token)]*bool(self.marked and not self.are_kept)
+    if self.has_points and self._all_have('boxes.parsed') and not self._all_have('points.parsed'):
+        notes.append(_unknown_side)
+    return Scores(given, pd.DataFrame({'id': ids} | columns, index, copy=False), self.failed, judged, notes,
                   answer_findings(self.faults))
 
 # %% ../../nbs/prediction/50_scores.ipynb #c40118d9
@@ -440,8 +462,6 @@ def _key_of(first, second):
         if all(None not in ids and len(set(ids)) == len(ids) for ids in known): return key, *known
     raise ValueError('Neither `id` nor `row` tells the rows apart in both: give each row an `id` of its own.')
 
-def _listed(ids): return ', '.join(map(str, ids[:5])) + ', …'*(len(ids) > 5)
-
 class _Reordered(Sequence):
     "Rows in another order; each is read when it is accessed."
     def __init__(self, rows, places): self.rows, self.places = rows, array('q', places)
@@ -455,13 +475,14 @@ def _matched(first, second):
     gone, new = [k for k in asked if k not in place], [k for k in known if k not in wanted]
     if gone or new:
         raise ValueError(f'The two do not have the same rows. By `{key}`, {len(gone)} of the first are not in '
-                         f'the second ({_listed(gone)}), and {len(new)} the other way round ({_listed(new)}). '
+                         f'the second ({", ".join(first_few(gone))}), and {len(new)} the other way round '
+                         f'({", ".join(first_few(new))}). '
                          'Compare only the rows that both have.')
     found = _Reordered(second, map(place.get, asked))
     text = lambda row: (row.get('label') or '').strip()
     other = [k for k,row,match in zip(asked, first, found) if text(row) != text(match)]
     if other:
-        raise ValueError(f'{len(other)} row(s) have another label in the second ({_listed(other)}): '
+        raise ValueError(f'{len(other)} row(s) have another label in the second ({", ".join(first_few(other))}): '
                          'was the data changed in between?')
     return found
 

@@ -6,7 +6,7 @@
 __all__ = ['message', 'Answer', 'stream', 'Served', 'serve', 'ChatView']
 
 # %% ../../nbs/prediction/55_serve.ipynb #55serve02
-import base64, io, os, re, sys, time
+import base64, io, os, re, time
 from contextlib import closing
 from html import escape
 from pathlib import Path
@@ -17,8 +17,8 @@ from ..boot import script
 from ..checks import quick_findings
 from ..display import RED, data_uri, picture_html
 from ..files import open_regular, parse_json, video_endings
-from ..model import pixel_limits
-from ..recipe import predict_recipe
+from ..names import bar_file
+from ..recipe import answering_recipe, predict_recipe
 from ..data.objects import picture_bytes
 from .client import CHAT, NotAnswered, ServerGone, request, server_of
 from .engines import answer_settings, batch_budget, fit_findings, refuse_other, until_ready
@@ -56,7 +56,7 @@ def message(
     media, # A picture or a clip, several as a list, or `None`
     prompt:str, # What is asked
 )->dict:
-    "A user's message in OpenAI's form. Raises `FileNotFoundError`, and `ValueError` for what is no picture."
+    "A user's message in OpenAI's form. Raises `FileNotFoundError`, and `ValueError` for anything but a picture."
     media = [] if media is None else [*media] if isinstance(media, (list, tuple)) else [media]
     parts = list(map(_medium, media))
     if not _tag.search(prompt): return {'role': 'user', 'content': [*parts, {'type': 'text', 'text': prompt}]}
@@ -111,6 +111,36 @@ def stream(
     answer.tokens, answer.prompt_tokens = said['usage']['completion_tokens'], said['usage']['prompt_tokens']
     return answer
 
+# %% ../../nbs/prediction/55_serve.ipynb #55serve12
+def _recipe(model, changes):
+    "The recipe of a model, or of what a run has trained."
+    if not Path(model, RUN).is_file(): return predict_recipe(model, **changes)
+    # Where it runs is decided anew, so that a prediction can be asked with a recipe that says nothing about it
+    return answering_recipe(Run(model).recipe, Path(model).absolute(), **{'use_cpu': None} | changes)
+
+def _folder(recipe):
+    "Where a model is served unless the user names a folder."
+    adapter = recipe.get('adapter_name_or_path')
+    return f'{adapter}-served' if adapter else f"saves/{Path(recipe['model_name_or_path']).name}/served"
+
+def _begin(recipe, idle, env, python):
+    "Start the process that holds a model."
+    about = describe_start(1, env=env, python=python)
+    found = quick_findings(recipe, 1, about['versions'], about['given'], about['python'])
+    raise_errors(found + fit_findings(recipe, about['gpus']), force=False)
+    known = question(recipe, [], 'hf')
+    about |= {'engine': SERVED, 'unit': 'answer', 'options': {'idle': idle}, 'cwd': recipe['output_dir'],
+              'budget': batch_budget(recipe, about['gpus']),
+              'weights': {part: known[part] for part in ('model', 'adapter')}}
+    start(recipe, about, keep_earlier, [about['python'], *script('prediction.warm')])
+
+def _wait(served):
+    "Wait until a model is loaded, and show how long that takes."
+    from tqdm import tqdm
+    form = '{desc} [{elapsed}{postfix}]'
+    with tqdm(desc=f'{served.output_dir.name}: loading', file=bar_file(), bar_format=form) as bar:
+        until_ready(served, lambda: bar.set_postfix_str(served.progress.doing))
+
 # %% ../../nbs/prediction/55_serve.ipynb #55serve10
 class Served(Run):
     "A model that is kept loaded, seen through its folder."
@@ -153,42 +183,6 @@ class Served(Run):
     def watch(self):
         "The same as `chat`."
         return self.chat()
-
-# %% ../../nbs/prediction/55_serve.ipynb #55serve12
-_of_training = ('template', 'cutoff_len', 'trust_remote_code', 'default_system', 'tool_format', 'enable_thinking',
-                'preserve_thinking', 'add_tokens', 'add_special_tokens', 'resize_vocab', 'rope_scaling', 'flash_attn',
-                'quantization_bit', 'quantization_method', 'quantization_type', 'double_quantization', *pixel_limits)
-
-def _recipe(model, changes):
-    "The recipe of a model, or of what a run has trained."
-    if not Path(model, RUN).is_file(): return predict_recipe(model, **changes)
-    trained = Run(model).recipe
-    changes = {k: trained[k] for k in _of_training if k in trained} | changes
-    if trained.get('finetuning_type', 'lora') != 'lora': return predict_recipe(Path(model).absolute(), **changes)
-    return predict_recipe(trained['model_name_or_path'], **{'adapter': model} | changes)
-
-def _folder(recipe):
-    "Where a model is served unless the user names a folder."
-    adapter = recipe.get('adapter_name_or_path')
-    return f'{adapter}-served' if adapter else f"saves/{Path(recipe['model_name_or_path']).name}/served"
-
-def _begin(recipe, idle, env, python):
-    "Start the process that holds a model."
-    about = describe_start(1, env=env, python=python)
-    found = quick_findings(recipe, 1, about['versions'], about['given'], about['python'])
-    raise_errors(found + fit_findings(recipe, about['gpus']), force=False)
-    known = question(recipe, [], 'hf')
-    about |= {'engine': SERVED, 'unit': 'answer', 'options': {'idle': idle}, 'cwd': recipe['output_dir'],
-              'budget': batch_budget(recipe, about['gpus']),
-              'weights': {part: known[part] for part in ('model', 'adapter')}}
-    start(recipe, about, keep_earlier, [about['python'], *script('prediction.warm')])
-
-def _wait(served):
-    "Wait until a model is loaded, and show how long that takes."
-    from tqdm import tqdm
-    form = '{desc} [{elapsed}{postfix}]'
-    with tqdm(desc=f'{served.output_dir.name}: loading', file=sys.stdout, bar_format=form) as bar:
-        until_ready(served, lambda: bar.set_postfix_str(served.progress.doing))
 
 # %% ../../nbs/prediction/55_serve.ipynb #55serve13
 def serve(

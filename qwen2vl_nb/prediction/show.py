@@ -13,7 +13,7 @@ from difflib import SequenceMatcher
 from functools import cached_property, lru_cache
 from pathlib import Path
 from fastcore.basics import patch
-from ipywidgets import BoundedIntText, Button, Dropdown, HBox, HTML, Layout, Text, VBox
+from ipywidgets import HTML, BoundedIntText, Button, Dropdown, HBox, Layout, Text, VBox
 from ..files import whole_file
 from ..findings import as_text
 from ..display import ANSWER, LABEL, card_text, div, picture_html
@@ -22,7 +22,8 @@ from ..recipe import load_recipe
 from ..data.boxes import box_pieces
 from ..data.describe import boxes_of_sample, draw_box
 from ..data.samples import without_tags
-from .boxes import box_ious, measure_boxes, pair_boxes, stated_boxes
+from .boxes import (box_ious, measure_boxes, measure_points, pair_boxes, point_side, stated_boxes,
+                                         stated_points)
 from .scores import checked_rows, is_right
 from ..run.folder import RECIPE
 
@@ -77,9 +78,6 @@ def _model_of(predictions):
     model = recipe.get('model_name_or_path')
     return model if isinstance(model, str) else None, limits
 
-_legend = ' · '.join(f'<span style="border-bottom:2px {line} {colour}">{name}</span>' for line,colour,name in (
-    ('dashed', LABEL, 'label'), ('solid', ANSWER, 'answer, with its IoU')))
-
 # %% ../../nbs/prediction/60_show.ipynb #2edf6dbe
 _kind_labels = {'right': ('✓ right', '#2e9e5b'), 'wrong': ('✗ wrong', '#d64545'), 'failed': ('✗ failed', '#d64545'),
                 'no label': ('no label', 'inherit')}
@@ -90,9 +88,13 @@ def _text_around_boxes(text):
     return ''.join(text[start:end] for start, end in zip(starts, ends)).split()
 
 def _has_same_boxes(row):
-    "Whether an answer has all boxes of its label at an IoU of 0.5 or more, no others, and the same text around them."
-    wanted, answered = stated_boxes(row['label']), stated_boxes(row['predict'])
-    if not wanted or measure_boxes(wanted, answered)[2] < 100: return False
+    """Whether an answer has all boxes of its label at an IoU of 0.5 or more, all points within 5 % of the picture's
+    longer side, no others, and the same text around them."""
+    label, answer = row['label'], row['predict']
+    boxes, points, side = stated_boxes(label), stated_points(label), point_side(label, row.get('box_frame'))
+    if not (boxes or points) or points and not side: return False
+    if measure_boxes(boxes, stated_boxes(answer))[2] < 100: return False
+    if measure_points(points, stated_points(answer), side or 1)[2] < 100: return False
     return _text_around_boxes(row['label']) == _text_around_boxes(row['predict'])
 
 def _kind(row):
@@ -137,6 +139,12 @@ def _text_html(name, text):
     return div('margin-top:.35em;line-height:1.4', f'<small style="opacity:.65">{html.escape(name)}</small>'
                 f'<div class="t" style="{style}">{text}</div>')
 
+def _legend(boxes):
+    "What the colours mean; points have no IoU."
+    answer = 'answer, with its IoU' if any(box.x1 != box.x2 for box in boxes) else 'answer'
+    return ' · '.join(f'<span style="border-bottom:2px {line} {colour}">{name}</span>'
+                      for line,colour,name in (('dashed', LABEL, 'label'), ('solid', ANSWER, answer)))
+
 def _card_html(row, boxes=()):
     "A row as HTML: its pictures with boxes, what became of it, and its texts."
     lines, (said, colour) = _lines(row), _kind_labels[_kind(row)]
@@ -145,7 +153,7 @@ def _card_html(row, boxes=()):
     if row.get('finish_reason') == 'length': shown['answer'] += ' <small style="opacity:.65">[cut off]</small>'
     small = '<small class="t" style="opacity:.65;overflow-wrap:anywhere">'
     head = f'<b style="color:{colour}">{said}</b> {small}{html.escape(str(row.get("id", "")))}</small>'
-    legend = [div('font-size:.75em;opacity:.65', _legend)]*bool(boxes)
+    legend = [div('font-size:.75em;opacity:.65', _legend(boxes))]*bool(boxes)
     return ''.join([*(_picture(path, boxes) for path in _media(row)), *legend, div('margin-top:.35em', head),
                     *(_text_html(name, text) for name,text in shown.items())])
 

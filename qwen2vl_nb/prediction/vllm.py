@@ -135,7 +135,7 @@ _template = 'chat_template.jinja' # in the run's folder, in which the servers ar
 def _check(recipe):
     "Raise `ValueError` for settings that vLLM would handle differently or not at all."
     if recipe.get('quantization_bit'):
-        raise ValueError('vLLM does not quantise as LLaMA-Factory does: '
+        raise ValueError('vLLM does not quantize as LLaMA-Factory does: '
                          "remove quantization_bit, or use engine 'hf'.")
     if ',' in (recipe.get('adapter_name_or_path') or ''):
         raise ValueError('vLLM serves one adapter at a time: `export` merges the first into a model.')
@@ -168,7 +168,7 @@ def vllm_command(
             *(adapter_options(adapter) if adapter else [])]
 
 # %% ../../nbs/prediction/30_vllm.ipynb #b84033d0
-# The last variable: vLLM's all-reduce can't share memory that lies in expandable segments (vLLM's issue 42609), which
+# The last variable: vLLM's all-reduce can't share memory in expandable segments (vLLM's issue 42609), which
 # a run with several ranks requests
 _server_env = {'HF_HUB_OFFLINE': '1', 'VLLM_NO_USAGE_STATS': '1', 'DO_NOT_TRACK': '1', 'VLLM_API_KEY': '',
                'PYTORCH_CUDA_ALLOC_CONF': 'expandable_segments:False'}

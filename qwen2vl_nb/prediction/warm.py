@@ -25,7 +25,8 @@ from .client import CHAT, MODELS, MOST_BYTES, ROWS
 from .hf import (Halving, answer_settings, answerer, check_gpus, is_fatal, load_answering,
                                       load_prompts, readers, wanted_batches)
 from .rows import Answers, Asked
-from ..run.folder import ANSWERS, ASKED, MISSING, RECIPE, RUN, SERVER
+from ..run.beginning import Beginning
+from ..run.folder import ANSWERS, ASKED, MISSING, RECIPE, RUN, SERVER, end_doing
 from ..run.rank import describe_failure, main as run_worker, show_downloads
 
 # %% ../../nbs/prediction/24_warm.ipynb #24warm05
@@ -176,14 +177,14 @@ class Warm:
 
     @contextmanager
     def at_work(self):
-        "Count as busy, and not as idle until some time after."
+        "Count as busy during the block, and as not idle for some time after it."
         with self.lock: self.busy += 1
         try: yield
         finally:
             with self.lock: self.busy, self.last = self.busy - 1, time.monotonic()
 
     def is_idle(self,
-        seconds:float, # How long nobody must have asked
+        seconds:float, # Seconds without a question after which it is idle
     )->bool:
         "Whether nobody has asked anything for some time."
         with self.lock: return not self.busy and time.monotonic() - self.last > seconds
@@ -291,7 +292,7 @@ class Handler(BaseHTTPRequestHandler):
 
 # %% ../../nbs/prediction/24_warm.ipynb #24warm29
 class Checked(Handler):
-    "Lets in only whoever has the key, and requests that are in order."
+    "Admits only well-formed requests that have the key."
     has_body = False # Whether the body of the request was read
 
     def _check_key(self):
@@ -392,16 +393,21 @@ def work(
     folder:Path, # Folder of the model that is kept loaded
 ):
     "Load the model of a folder, and answer questions until nobody has asked one for a while."
+    beginning = Beginning(folder)
+    beginning.tell('loading the libraries')
     gc.disable()
     import torch # noqa: F401, imported without the collector
     run, recipe = read_json(folder/RUN), _load_yaml(folder/RECIPE) | hidden.given('recipe')
     check_gpus(run)
     show_downloads()
+    beginning.before('qwen2vl_nb.prediction.warm', 'load_answering', 'loading the model')
+    beginning.follow_bars()
     warm = Warm({'eval_dataset': 'any'} | recipe, run['budget'])  # LLaMA-Factory requires a data set
     gc.freeze()
     gc.enable()
     server = Server(warm, secrets.token_urlsafe(32), Path(recipe['model_name_or_path']).name)
     write_json(folder/SERVER, server.about(), private=True, state=True)
+    end_doing(folder)
     while not warm.is_idle(run['options']['idle']) and not warm.broken: server.handle_request()
     warm.thread.shutdown(wait=False, cancel_futures=True)
     if warm.broken: raise warm.broken

@@ -59,6 +59,7 @@ def with_rates(
         return optimizer
     return create_with_rates
 
+# %% ../../nbs/run/17_learning_rates.ipynb #9531985d
 def _untrained(module): return f'The recipe trains no weights of the module {module!r}.'
 
 def _value_faults(rates):
@@ -158,6 +159,6 @@ def rate_findings(
         raise TypeError(f"learning_rates={rates!r}: give a dict such as {{'vision': 1e-6, 'projector': 1e-5}}.")
     if not recipe.get('do_train'): return [Finding('learning_rates', 'This recipe does not train.', 'Leave them out.')]
     found = [*_value_faults(rates), *_untrained_faults(recipe, rates, python)]
-    found += [(f'With {key}, learning rates by module would not have their effect.', 'Remove one of the two.')
+    found += [(f'With {key}, learning rates by module would not work as intended.', 'Remove one of the two.')
               for key in _ignored(recipe, env or {})]
     return [Finding('learning_rates', *fault) for fault in found]

@@ -6,7 +6,8 @@
 __all__ = ['Rows', 'Log', 'read_log', 'best_evaluation', 'plot_loss']
 
 # %% ../../nbs/run/50_loss.ipynb #66e7f46e
-import io, math, os, re, reprlib, textwrap
+import ctypes, io, math, os, re, reprlib, textwrap
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -274,16 +275,22 @@ class Log:
         return False
 
 # %% ../../nbs/run/50_loss.ipynb #8f52eb87
+def _release_memory():
+    "Return memory that is no longer used to the system; glibc would keep some 60 MiB of it."
+    with suppress(AttributeError): ctypes.CDLL(None).malloc_trim(0)  # other C libraries have no such function
+
 @patch
 def _read_on(self:Log, file):
     "Read up to the current end of the file; returns whether a line was added."
-    before, size, more = self.offset, os.fstat(file.fileno()).st_size, True
+    before, size, more, quickly = self.offset, os.fstat(file.fileno()).st_size, True, False
     while more and self.offset < size:
         file.seek(self.offset)
         block = file.read(_block)
         block = block[:block.rfind(b'\n') + 1]
-        if len(block) > _block//256 and self.rows.add_block(block): self.offset += len(block)
+        if len(block) > _block//256 and self.rows.add_block(block):
+            quickly, self.offset = True, self.offset + len(block)
         else: more = self._read_lines(file, len(block))
+    if quickly: _release_memory()
     file.seek(max(0, self.offset - 200))
     self._last = file.read(self.offset - file.tell())
     return self.offset > before
@@ -433,6 +440,11 @@ def _look(i, alone=False):
     mark = '' if alone else _marks[i % len(_marks)]
     return dict(color=_colours[i % len(_colours)], marker=mark, markersize=4.5, markevery=(.03*(i % 5), .15))
 
+def _lighter(colour):
+    "A colour mixed with white, but not so much that it can't be seen on white."
+    from matplotlib.colors import to_rgb
+    return tuple(.7*part + .3 for part in to_rgb(colour))
+
 def _draw(ax, values, look, **style):
     if len(values): ax.plot(_thin(values), **look | style)
 
@@ -446,8 +458,8 @@ def _draw_loss(ax, rows, i, smooth, alone):
     "Draw the loss of run `i`: as logged, smoothed, at evaluations, and where it is not a number."
     train, evals = _series(rows, 'loss'), _series(rows, 'eval_loss')
     look, other = _look(i, alone), _look(1 if alone else i)  # a single run's evaluation has its own colour
-    if smooth != 0: _draw(ax, train, look, alpha=.5 if alone else .3, linewidth=1, marker='', label='as logged')
-    _draw(ax, _smoothed(train, smooth), look, linewidth=1.8, label='training')
+    if smooth != 0: _draw(ax, train, look, color=_lighter(look['color']), linewidth=.9, marker='', label='as logged')
+    _draw(ax, _smoothed(train, smooth), look, linewidth=2, label='smoothed' if smooth != 0 else 'training')
     _draw(ax, evals.dropna(), other, linewidth=1.4, linestyle='--', label='evaluation',
           markevery=max(1, len(evals)//20), markerfacecolor=None if alone else 'none')
     none = [*train.index[train.isna()], *evals.index[evals.isna()]]
@@ -471,7 +483,7 @@ def _add_legends(figure, ax, names):
     kinds = {line.get_label(): line for line in ax.lines}
     if len(names) == 1: return _legend(figure, dict(_with_lowest(kinds)), 'left', 4) if kinds else None
     runs = {textwrap.fill(name, 50): Line2D([], [], **_look(i)) for i,name in enumerate(names)}
-    plain = {k: Line2D([], [], color=GREY, alpha=line.get_alpha(), linestyle=line.get_linestyle(),
+    plain = {k: Line2D([], [], color=GREY, linewidth=line.get_linewidth(), linestyle=line.get_linestyle(),
                        marker='x' if k == 'not a number' else '') for k,line in kinds.items()}
     columns = 2 if len(runs) > 3 and max(map(len, runs)) < 24 else 1
     _legend(figure, runs, 'left', columns)
@@ -510,6 +522,7 @@ def _draw_rewards(ax, rows, i, smooth, alone):
 
 _accuracies = ('accuracy',), ('eval_rewards/accuracies', 'eval_accuracy') # In training and in evaluations
 
+# %% ../../nbs/run/50_loss.ipynb #099950d8
 def _draw_accuracy(ax, rows, i, smooth, alone):
     "Draw the share of pairs in which the chosen answer has the higher reward."
     train, evals = (_column(rows, names) for names in _accuracies)

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..boot import child_env
 from ..files import write_text
 from ..model import chat_template, model_config
-from ..recipe import find_adapter, save_recipe
+from ..recipe import adapters_of, save_recipe
 from .start import Run
 
 # %% ../../nbs/run/80_merge.ipynb #ddb23b37
@@ -19,6 +19,10 @@ def _precision(model):
     "The data type of a model's weights, according to its config."
     config = model_config(model)
     return config.get('dtype') or config.get('torch_dtype') or 'bfloat16'
+
+# %% ../../nbs/run/80_merge.ipynb #a8501e2c
+_taken = ('model_name_or_path', 'model_revision', 'cache_dir', 'template', 'trust_remote_code', 'add_tokens',
+          'add_special_tokens', 'new_special_tokens_config', 'init_special_tokens', 'resize_vocab')
 
 def export(
     run:str|os.PathLike, # A LoRA run, or its folder
@@ -29,10 +33,9 @@ def export(
     if os.path.lexists(path): raise FileExistsError(f'{path} already exists: choose a new folder.')
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f'.{path.name}-') as folder:
-        merging = {k: recipe[k] for k in ('model_name_or_path', 'template', 'trust_remote_code') if k in recipe} | {
-            'adapter_name_or_path': str(find_adapter(run)), 'finetuning_type': 'lora', 'export_dir': f'{folder}/model',
-            'export_device': 'cpu',
-            'infer_dtype': _precision(recipe['model_name_or_path'])}
+        merging = {k: recipe[k] for k in _taken if k in recipe} | {
+            'adapter_name_or_path': adapters_of(recipe, run), 'finetuning_type': 'lora', 'export_device': 'cpu',
+            'export_dir': f'{folder}/model', 'infer_dtype': _precision(recipe['model_name_or_path'])}
         done = subprocess.run([sys.executable, '-m', 'llamafactory.cli', 'export',
                                save_recipe(merging, f'{folder}/export.yaml')],
                               env=child_env(), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

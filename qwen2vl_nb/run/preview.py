@@ -53,16 +53,23 @@ def question_and_answer(
     start = next((i for i in range(end, 0, -1) if labels[i - 1] == _ignored), 0)
     return (ids[:start], labels[start:end]) if start else ([], [])
 
+_most_tried = 64 # Rows that are looked at to find one with a good answer
+
+def _feature(i, row):
+    "(index, what the collator needs, tokens of the answer) of a row; `None` if it has no good answer."
+    kind = 'chosen_' if 'chosen_input_ids' in row else ''
+    ids, answer = question_and_answer(row[f'{kind}input_ids'], row[f'{kind}labels'])
+    media = {key: row.get(key) for key in ('images', 'videos', 'audios')}
+    asked = {'input_ids': ids, 'attention_mask': [1]*len(ids), 'labels': ids}
+    return (i, asked | media, answer) if ids and row.get('kto_tags', True) else None
+
 def _features(data, n):
-    "(index, what the collator needs, tokens of the answer) of some rows of the evaluation data."
-    places, found = dict.fromkeys(i*len(data)//n for i in range(n)), []
-    for i in places:
-        row = data[i]
-        kind = 'chosen_' if 'chosen_input_ids' in row else ''
-        ids, answer = question_and_answer(row[f'{kind}input_ids'], row[f'{kind}labels'])
-        media = {key: row.get(key) for key in ('images', 'videos', 'audios')}
-        asked = {'input_ids': ids, 'attention_mask': [1]*len(ids), 'labels': ids}
-        if ids and row.get('kto_tags', True): found.append((i, asked | media, answer))
+    "What `_feature` gives for some rows of the evaluation data, at most one from each nth of it."
+    starts, found = [i*len(data)//n for i in range(n + 1)], []
+    for start, stop in zip(starts, starts[1:]):
+        tried = (_feature(i, data[i]) for i in range(start, min(stop, start + _most_tried)))
+        found += filter(None, [next(filter(None, tried), None)])
+    if not found: raise ValueError('no row of the evaluation data was found that has a question and a good answer')
     return found
 
 # %% ../../nbs/run/18_preview.ipynb #prev0031
@@ -110,6 +117,7 @@ def _end_tokens(model, collator):
     own = own if isinstance(own, list) else [own]
     return sorted({*collator.template.get_stop_token_ids(collator.tokenizer), *own} - {None})
 
+# %% ../../nbs/run/18_preview.ipynb #0ed90475
 def generate(
     model, # The model that is being trained
     collator, # The trainer's data collator
@@ -147,7 +155,7 @@ _usual_share = '.015'
 _least = 4 # How much longer than an evaluation of the same rows generating is expected to take at first
 
 class Budget:
-    "How much time a share of the training has left for something else."
+    "Keeps something else within a share of the training time."
     def __init__(self,
         share:float=None, # Of the time since it began; `None`: that of the environment variable, or the usual one
     ):
@@ -221,7 +229,7 @@ def preview_callback(
             if self.rows is None: self.rows = _features(loader.dataset, n)
             speed = next((v for k, v in metrics.items() if k.endswith('_samples_per_second') and v), 1)
             left = self.budget.left(_least*args.world_size*len(self.rows)/speed)
-            if not left or not self.rows: return
+            if not left: return
             began = time.monotonic()
             answers = generate(model, loader.collate_fn, args, [row for _, row, _ in self.rows], left)
             took = time.monotonic() - began
@@ -239,6 +247,7 @@ def preview_callback(
 
     return PreviewCallback()
 
+# %% ../../nbs/run/18_preview.ipynb #e8e25d94
 def describe_rows(
     rows:list, # (index, features, tokens of the answer) of each row
     answers:list, # (answer, why it ended) of each
@@ -259,7 +268,7 @@ _texts = 'prompt', 'label', 'predict', 'finish_reason'
 def _clean(value): return value.encode(errors='replace').decode()[:_most_text] if isinstance(value, str) else ''
 
 def _row_of(row):
-    "A row with only what is known, and as text that can be shown."
+    "The known fields of a row, as text that can be shown."
     images = row['images'] if isinstance(row.get('images'), list) else []
     return {'row': row['row'], 'images': _paths(images)[:4]} | {k: _clean(row.get(k)) for k in _texts}
 
@@ -285,6 +294,7 @@ def read_previews(
 _shown_steps = 3 # Evaluations whose answers are shown
 _right = '#2e9e5b' # Readable on white and on black
 
+# %% ../../nbs/run/18_preview.ipynb #81e74ef5
 def _answer_line(step, row):
     cut = ' …' if row['finish_reason'] != 'stop' else ''
     return f'step {step:,}', row['predict'] + cut, _right if row['predict'] == row['label'] else ''

@@ -15,7 +15,9 @@ from ..files import json_or, reserve
 from ..checkpoint import newest_complete
 from ..frozen import spare_frozen
 from .agent import listen_locally
-from .folder import PROGRESS, RUN, STOP, STOPPING, failure_file, write_failure, write_progress
+from .beginning import Beginning, follow_training
+from .folder import (PROGRESS, RUN, STOP, STOPPING, end_doing, failure_file, write_doing, write_failure,
+                                   write_progress)
 from .learning_rates import use_rates
 from .preview import preview_callback
 from .tokenized import reuse_tokens
@@ -41,7 +43,7 @@ def follow_schedule(
 
 # %% ../../nbs/run/20_rank.ipynb #98377b89
 def step_callback(
-    folder:Path, # Folder of the run, for `stop`, `stopping` and `progress.json`
+    folder:Path, # Folder of the run, for `stop`, `stopping`, `doing.json` and `progress.json`
 ): # A callback for the trainer
     """Return a callback that stops training at a step on which all ranks agree, and writes its progress at most
     twice a second."""
@@ -58,6 +60,7 @@ def step_callback(
             self.began, self.from_step = time.time(), state.global_step
             if kwargs.get('lr_scheduler') and kwargs.get('optimizer'):
                 follow_schedule(kwargs['optimizer'], kwargs['lr_scheduler'])
+            if is_first: write_doing(folder, 'computing the first step')
             self.told(state)
 
         def on_step_end(self, args, state, control, **kwargs):
@@ -69,8 +72,10 @@ def step_callback(
                     # If there is no `stop` here, the request was seen on another machine
                     os.replace(asked, folder/STOPPING) if asked.exists() else (folder/STOPPING).touch()
                 control.should_log = control.should_save = control.should_training_stop = True
+            began = is_first and state.global_step == self.from_step + 1
+            if began: end_doing(folder)
             self.on_epoch_end(args, state, control)
-            if control.should_training_stop or is_first and time.time() - self.last >= .5: self.told(state)
+            if control.should_training_stop or is_first and (began or time.time() - self.last >= .5): self.told(state)
 
         def on_epoch_end(self, args, state, control, **kwargs):
             "Make a checkpoint that is about to be overwritten count as incomplete until its last file is written."
@@ -289,6 +294,8 @@ def work(
     folder:Path, # Folder of the run
 ):
     "Train or predict as specified by the recipe that is named on the command line."
+    beginning = Beginning(folder, os.environ.get('LOCAL_RANK', '0') == '0')
+    beginning.tell('loading the libraries')
     gc.disable()
     import torch
     from llamafactory.hparams.parser import read_args
@@ -310,6 +317,7 @@ def work(
     spared = spare_frozen(recipe)
     if spared and os.environ.get('RANK', '0') == '0': print(f'{spared}.', flush=True)
     log_more()
+    follow_training(beginning, bool(recipe.get('deepspeed')))
     about = json_or({}, folder/RUN)
     if rates := about.get('learning_rates'): use_rates(rates)
     n = about.get('preview')

@@ -272,6 +272,7 @@ def _keep(root, about, again, made, began):
         return 'The data was changed during the preprocessing: its result is not kept.'
     return keep_tokens(root, about, DatasetDict(_as_parts(made)), began)
 
+# %% ../../nbs/run/19_tokenized.ipynb #36f675cc
 def reusing(
     get_dataset, # LLaMA-Factory's function of that name
 ): # The same function, but it tokenizes the same data only once

@@ -18,7 +18,7 @@ from ..files import Damaged, read_json, read_text
 from ..stack import GiB
 from ..checkpoint import file_fault
 from ..model import chat_template, model_config, model_type, processor_limits, recipe_limits, usual_template
-from ..recipe import dataset_names, find_adapter
+from ..recipe import adapters_of, dataset_names, find_adapter
 from ..data.registry import Registry, dataset_samples
 from ..data.samples import media_of
 from ..prediction.scores import score
@@ -107,13 +107,14 @@ def _vllm_options(recipe):
             '--chat-template-content-format', 'openai', '--generation-config', 'vllm', '--host', '127.0.0.1']
 
 def _vllm_line(recipe, merged, name, adapter, base):
-    "How vLLM serves a complete model, or an adapter that lies on a hub."
+    "How vLLM serves a complete model, or an adapter on a hub."
     if merged or not _is_lora(recipe): return ['vllm', 'serve', name or str(merged), *_vllm_options(recipe)]
     lora = adapter_options(adapter)
     lora[lora.index('--lora-modules') + 1] = json.dumps({'name': 'adapter', 'path': name})
     return ['vllm', 'serve', _base_or_place(recipe, base), *_vllm_options(recipe),
             '--chat-template', 'chat_template.jinja', *lora]
 
+# %% ../../nbs/tuning/40_hand_over.ipynb #6b0d549b
 def _factory_options(recipe, merged, name, adapter, base):
     base = _base_or_place(recipe, base) if name else recipe['model_name_or_path']
     whole = name or (str(merged) if merged else recipe['output_dir'])
@@ -124,6 +125,12 @@ def _factory_options(recipe, merged, name, adapter, base):
     template = recipe.get('template') or usual_template(recipe['model_name_or_path'])
     return [*model, '--template', template, *limits, *trust]
 
+def _refuse_several(adapter, name):
+    "Raise `ValueError` if an upload would contain the last of several adapters."
+    if name and adapter and ',' in adapter:
+        raise ValueError(f'The model consists of several adapters, one on top of the other: {adapter}. An upload has '
+                         'only the last one. Merge them with export(run, folder), and pass merged=folder.')
+
 def serving_lines(
     run:str|os.PathLike, # A training run, or its folder
     merged:str|Path=None, # Folder into which `export` has merged its adapter; `None`: the run's own weights
@@ -132,7 +139,8 @@ def serving_lines(
 )->dict: # Commands: `'api'` and `'chat'` for LLaMA-Factory; `'vllm'` for an export or an upload
     "The commands that serve the model of a run as it was trained."
     recipe, merged = Run(run).recipe, merged and Path(merged).absolute()
-    adapter = find_adapter(run) if _is_lora(recipe) and not merged else None
+    adapter = adapters_of(recipe, run) if _is_lora(recipe) and not merged else None
+    _refuse_several(adapter, name)
     factory = _factory_options(recipe, merged, name, adapter, base)
     lines = {'api': ['API_HOST=127.0.0.1', 'API_PORT=8000', 'llamafactory-cli', 'api', *factory],
              'chat': ['llamafactory-cli', 'chat', *factory]}
@@ -170,7 +178,7 @@ def _training_section(run, recipe):
 _metric_types = {'exact': 'exact_match', 'bleu-4': 'bleu', 'rouge-1': 'rouge', 'rouge-2': 'rouge', 'rouge-l': 'rouge'}
 
 def _asked_by(predictions):
-    "The recipe of predictions that lie in a folder; empty for other rows."
+    "The recipe of predictions that are kept in a folder; empty for other rows."
     folder = getattr(predictions, 'output_dir', None)
     return Run(folder).recipe if folder and (folder/RECIPE).is_file() else {}
 
@@ -313,7 +321,7 @@ class Upload:
     "What was uploaded, or would be."
     name:str      # On the hub
     files:dict    # Name → size in bytes
-    left_out:list # Names of what lies next to them and is not uploaded
+    left_out:list # Names of files next to them that are not uploaded
     private:bool  # Whether only its owner sees a new upload
     card:str=field(repr=False) # Text of the model card
     url:str=None  # Of the commit; `None`: not uploaded
@@ -386,7 +394,7 @@ def push_to_hub(
     overwrite:bool=False, # Add a commit to a model that has files already
     dry_run:bool=False, # Show what would be uploaded, and connect to nobody
 )->Upload: # What was uploaded: names, sizes and the address
-    """Upload the adapter of a run, or a complete model, with its card, and nothing else that lies in the folder.
+    """Upload the adapter of a run, or a complete model, with its card, and nothing else from the folder.
     Raises an exception in words before anything is sent if there is no token, or if the name is taken."""
     from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
     run = Run(run)

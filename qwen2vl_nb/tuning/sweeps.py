@@ -6,24 +6,27 @@
 __all__ = ['Trial', 'combinations', 'clash', 'gpu_groups', 'train_all', 'asking_recipe', 'Sweep', 'sweep']
 
 # %% ../../nbs/tuning/20_sweep.ipynb #sweep003
-import hashlib, itertools, json, math, os, re, sys, time
+import hashlib, itertools, json, math, os, re, time
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
+from filelock import Timeout
 from ..checkpoint import newest_complete
 from ..data.registry import Registry
 from ..findings import text_table
 from ..hidden import apart
+from ..names import bar_file
 from ..prediction.engines import predict
 from ..prediction.predictions import Predictions
 from ..prediction.scores import score, usual_measure
-from ..recipe import absolute_recipe, argument_names, predict_recipe
+from ..recipe import absolute_recipe, answering_recipe, argument_names, without_time
 from ..run.command import gpus_for
 from ..run.folder import RUN, TRAINER_LOG, state_or_empty
 from ..run.loss import best_evaluation
 from ..run.owner import refuse_stranger
-from ..run.start import Run, launch
+from ..run.start import Run, launch, start_lock
 from ..zero import read_zero
 
 # %% ../../nbs/tuning/20_sweep.ipynb #sweep006
@@ -56,11 +59,11 @@ def combinations(
     values:dict, # Argument → values to try
 )->list: # `Trial`s; the values of the last argument change fastest
     "Every combination of some values."
-    found = []
+    found, folder = [], without_time(recipe['output_dir'])
     for some in itertools.product(*values.values()):
         chosen = {k: v.item() if hasattr(v, 'item') else v for k, v in zip(values, some)}  # numpy's numbers, too
         name = '-'.join(f'{k}-{_in_words(v)}' for k, v in chosen.items())
-        merged = recipe | chosen | {'output_dir': str(Path(recipe['output_dir'], name))}
+        merged = recipe | chosen | {'output_dir': str(Path(folder, name))}
         found.append(Trial(chosen, {k: v for k, v in merged.items() if v is not None}))
     return found
 
@@ -108,7 +111,7 @@ def _comparable(recipe):
 def clash(
     trial:Trial, # A combination of values
 )->str: # Empty if there is none
-    "The difference between a recipe and that of the run which is in its folder already, in words."
+    "The difference between a recipe and that of the run that is already in its folder, in words."
     if trial.state == 'not started': return ''
     try: there, wanted = _comparable(trial.run.recipe), _comparable(trial.recipe)
     except (OSError, ValueError) as e: return f'{trial.run.output_dir}: {e}'
@@ -138,11 +141,23 @@ def _continued(trial, nproc):
     refuse_stranger(trial.run, about, recipe)
     return recipe | {'overwrite_output_dir': False, 'resume_from_checkpoint': str(last)}
 
+_settled = 'running', 'done', 'damaged' # States of runs that are not started
+
+def _is_over(trial):
+    "Whether a run has ended; its folder does not say so while another process is starting it."
+    if trial.run.is_running: return False
+    lock = start_lock(trial.run)
+    if os.path.exists(lock.lock_file):
+        with suppress(OSError, Timeout), lock: pass
+    return not trial.run.is_running
+
 def _begin(trial, nproc, env):
-    "Start or continue a run; what prevents that is written down."
+    "Start or continue a run, unless another sweep has; whatever prevents it is recorded."
+    if trial.state in _settled: return
+    before = state_or_empty(trial.run, RUN).get('id')
     try: launch(_continued(trial, nproc), nproc, env=env)
     except (ValueError, RuntimeError, OSError) as e:
-        if not trial.run.is_running: trial.why = str(e)  # otherwise another sweep has just started it
+        if _is_over(trial) and state_or_empty(trial.run, RUN).get('id') == before: trial.why = str(e)
 
 def _free(trial, envs):
     "Take the GPUs of a run that is already running from those that are free."
@@ -162,14 +177,14 @@ def train_all(
     "Train all runs that are not done, and wait; interrupting does not stop the runs that are being trained."
     from tqdm import tqdm
     running = {i: _free(t, envs) for i, t in enumerate(trials) if t.state == 'running'}
-    waiting = [i for i, t in enumerate(trials) if t.state not in ('running', 'done', 'damaged')]
+    waiting = [i for i, t in enumerate(trials) if t.state not in _settled]
     try:
-        with tqdm(total=len(running) + len(waiting), desc='sweep', file=sys.stdout, bar_format=_bar) as bar:
+        with tqdm(total=len(running) + len(waiting), desc='sweep', file=bar_file(), bar_format=_bar) as bar:
             while running or waiting:
                 while waiting and envs:
                     i, running[i] = waiting[0], envs[0]
                     _begin(trials[waiting.pop(0)], nproc, envs.pop(0))
-                for i in [i for i in running if not trials[i].run.is_running]:
+                for i in [i for i in running if _is_over(trials[i])]:
                     env = running.pop(i)
                     if env is not None: envs.append(env)
                     bar.update()
@@ -179,21 +194,14 @@ def train_all(
         raise
 
 # %% ../../nbs/tuning/20_sweep.ipynb #sweep023
-_carried = re.compile('(image|video|audio)_|(dataset|media|cache)_dir$|template$|cutoff_len$|enable_thinking$|use_cpu$'
-                      '|quantization_|preprocessing_num_workers$|flash_attn$|model_revision$|hf_hub_token$')
-
 def asking_recipe(
     trial:Trial, # A combination of values
     score_on:str, # Registered data set
     asking:dict, # Changes to the recipe
 )->dict: # A recipe for prediction
     "A recipe that asks a run's model about a data set."
-    recipe, folder = trial.recipe, trial.run.output_dir
-    is_whole = recipe.get('finetuning_type', 'lora') in ('full', 'freeze')
-    model = {'model': folder} if is_whole else {'model': recipe['model_name_or_path'], 'adapter': trial.run}
-    kept = {k: v for k, v in recipe.items() if _carried.match(k)}
-    answers = folder/f'predict-{_in_words(score_on)}'
-    return predict_recipe(dataset=score_on, output_dir=answers, **model, **kept | asking)
+    answers = trial.run.output_dir/f'predict-{_in_words(score_on)}'
+    return answering_recipe(trial.recipe, trial.run, score_on, answers, **asking)
 
 def _score_answers(trial, score_on, asking, ask):
     "Score a run's answers; if `ask`, those that are missing are predicted first."
