@@ -36,7 +36,7 @@ os.environ['CUDA_VISIBLE_DEVICES'] = ''  # the same on a machine with GPUs
 os.environ['XDG_DATA_HOME'] = str(WORK/os.environ.get('PYTEST_XDIST_WORKER', 'data'))  # where the files that were written and the runs that were started are noted
 os.environ['QWEN2VL_NB_TOKENIZED'] = str(WORK/os.environ.get('PYTEST_XDIST_WORKER', 'data')/'tokenized')
 
-PATIENCE = int(os.environ.get("DEVP", 900)) # Seconds. It ends a test that hangs; a machine that has other work to do is never so slow
+PATIENCE = 900 # Seconds. It ends a test that hangs; a machine that has other work to do is never so slow
 
 def until(condition, what='what was waited for'):
     "Wait until something is so, and return it. How long it takes is no part of any test."
