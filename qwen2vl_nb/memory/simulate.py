@@ -459,6 +459,7 @@ def _step(model, reference, job, n, half, recorder):
         recorder.note('end')
     return recorder.events, {'flops': work.flops, 'kernels': work.kernels}
 
+# %% ../../nbs/memory/00_simulate.ipynb #c8065964
 def simulate(
     job:dict, # As `qwen2vl_nb.memory.estimate` builds it
 )->dict: # `parameters` (number, bytes, optimizer group if trained), `modules`, `reference` in bytes, `events`, `work`

@@ -9,6 +9,7 @@ __all__ = ['STEPS', 'Panel']
 from threading import Thread
 from time import sleep
 from pathlib import Path
+from fastcore.basics import patch
 from ipywidgets import HTML, Box, Button, Layout, VBox
 from .checkpoints_step import CheckpointsStep
 from .data_step import DataStep
@@ -52,54 +53,60 @@ class Panel(VBox):
         tab.on_click(lambda _: self.go(name, keep=True))
         return tab
 
-    def go(self,
-        name:str, # Of the step; the first if there is none of this name
-        keep:bool=False, # Whether another panel on the folder opens at this step
-    ):
-        "Show a step."
-        self.shown = name if isinstance(name, str) and name in self.steps else next(iter(self.steps))
-        self.touched = self.touched or keep
-        try:
-            if keep:
-                with self.session.project.edit() as state: state['open'] = self.shown
-        except Exception as e: self.complain(self.say('panel.refused', error=e))
-        self._body.children = [self.steps[self.shown].view]
-        self.refresh()
-
-    def complain(self,
-        text:str, # Message; empty to remove the last one
-    ):
-        "Show what is wrong with the files of the panel."
-        self.complaint.value = as_html('qvl-error', text)
-
-    def refresh(self):
-        "Bring what is shown up to date with the files."
-        for n, (name, tab) in enumerate(self.tabs.items(), 1):
-            is_done, title = self.steps[name].is_done, self.say(name)
-            tab.description, tab.icon = f'{n} {title}', 'check' if is_done else ''
-            tab.button_style = 'info' if name == self.shown else ''
-            tab.tooltip = f'{title}: {self.say("panel.done")}' if is_done else title
-        self.steps[self.shown].refresh()
-        self._show_folder()
-
-    def _show_folder(self):
-        project = self.session.project
-        kept = project.state.get('notebook')
-        name = kept.get('name') if isinstance(kept, dict) else None
-        name = name if isinstance(name, str) else NOTEBOOK
-        said = self.say('panel.folder', folder=project.folder, form=PANEL, notebook=name)
-        self.where.value = as_html('qvl-help', said)
-
     def _repr_mimebundle_(self, **kwargs):
         if not self._thread:
             self._thread = Thread(target=self._follow, daemon=True, name='panel')
             self._thread.start()
         return super()._repr_mimebundle_(**kwargs)
 
-    def _follow(self):
-        "Show what other panels on the folder write, until this one is closed."
-        while self.comm is not None:
-            sleep(1)
-            try:
-                if self.session.project.read(): self.refresh()
-            except Exception as e: self.complain(str(e))
+# %% ../../nbs/panel/90_form.ipynb #form0007b
+@patch
+def go(self:Panel,
+    name:str, # Of the step; the first if there is none of this name
+    keep:bool=False, # Whether another panel on the folder opens at this step
+):
+    "Show a step."
+    self.shown = name if isinstance(name, str) and name in self.steps else next(iter(self.steps))
+    self.touched = self.touched or keep
+    try:
+        if keep:
+            with self.session.project.edit() as state: state['open'] = self.shown
+    except Exception as e: self.complain(self.say('panel.refused', error=e))
+    self._body.children = [self.steps[self.shown].view]
+    self.refresh()
+
+@patch
+def complain(self:Panel,
+    text:str, # Message; empty to remove the last one
+):
+    "Show what is wrong with the files of the panel."
+    self.complaint.value = as_html('qvl-error', text)
+
+@patch
+def refresh(self:Panel):
+    "Bring what is shown up to date with the files."
+    for n, (name, tab) in enumerate(self.tabs.items(), 1):
+        is_done, title = self.steps[name].is_done, self.say(name)
+        tab.description, tab.icon = f'{n} {title}', 'check' if is_done else ''
+        tab.button_style = 'info' if name == self.shown else ''
+        tab.tooltip = f'{title}: {self.say("panel.done")}' if is_done else title
+    self.steps[self.shown].refresh()
+    self._show_folder()
+
+@patch
+def _show_folder(self:Panel):
+    project = self.session.project
+    kept = project.state.get('notebook')
+    name = kept.get('name') if isinstance(kept, dict) else None
+    name = name if isinstance(name, str) else NOTEBOOK
+    said = self.say('panel.folder', folder=project.folder, form=PANEL, notebook=name)
+    self.where.value = as_html('qvl-help', said)
+
+@patch
+def _follow(self:Panel):
+    "Show what other panels on the folder write, until this one is closed."
+    while self.comm is not None:
+        sleep(1)
+        try:
+            if self.session.project.read(): self.refresh()
+        except Exception as e: self.complain(str(e))

@@ -9,6 +9,7 @@ __all__ = ['entries', 'suggestions', 'PathList', 'path_row']
 import os
 from itertools import islice
 from pathlib import Path
+from fastcore.basics import patch
 from ipywidgets import HTML, Button, HBox, Layout, VBox
 from .steps import as_html
 
@@ -73,36 +74,40 @@ class PathList(VBox):
         "Close the list."
         self.at, self._list.layout.display = None, 'none'
 
-    def look(self,
-        at:Path, # A folder
-    ):
-        "Show a folder."
-        self.at, self._list.layout.display = at, None
-        typed = self.folder/os.path.expanduser(self.field.value)
-        begin = '' if os.path.lexists(typed) else typed.name
-        names = entries(at, self.endings, begin) or entries(at, self.endings)
-        shown = [self._row(self.say('panel.up'), at.parent, 'arrow-up')] if at != at.parent else []
-        shown += [self._row(n, at/n, 'folder' if n.endswith('/') else 'file') for n in names[:_most_shown]]
-        if not names: shown.append(HTML(as_html('qvl-help', self.say('panel.nothing'))))
-        if len(names) > _most_shown:
-            shown.append(HTML(as_html('qvl-help', self.say('panel.more', n=len(names) - _most_shown))))
-        self._list.children = shown
+# %% ../../nbs/panel/25_paths.ipynb #path0007b
+@patch
+def look(self:PathList,
+    at:Path, # A folder
+):
+    "Show a folder."
+    self.at, self._list.layout.display = at, None
+    typed = self.folder/os.path.expanduser(self.field.value)
+    begin = '' if os.path.lexists(typed) else typed.name
+    names = entries(at, self.endings, begin) or entries(at, self.endings)
+    shown = [self._row(self.say('panel.up'), at.parent, 'arrow-up')] if at != at.parent else []
+    shown += [self._row(n, at/n, 'folder' if n.endswith('/') else 'file') for n in names[:_most_shown]]
+    if not names: shown.append(HTML(as_html('qvl-help', self.say('panel.nothing'))))
+    if len(names) > _most_shown:
+        shown.append(HTML(as_html('qvl-help', self.say('panel.more', n=len(names) - _most_shown))))
+    self._list.children = shown
 
-    def _row(self, name, path, icon):
-        button = Button(description=name, icon=icon, layout=Layout(width='100%', min_height='26px', margin='0'))
-        button.style.button_color = 'transparent'
-        button.on_click(lambda _: self.choose(path))
-        return button
+@patch
+def _row(self:PathList, name, path, icon):
+    button = Button(description=name, icon=icon, layout=Layout(width='100%', min_height='26px', margin='0'))
+    button.style.button_color = 'transparent'
+    button.on_click(lambda _: self.choose(path))
+    return button
 
-    def choose(self,
-        path:Path, # A folder or a file
-    ):
-        "Put a path into the field; a file ends the choice."
-        path = Path(os.path.normpath(path))
-        is_inside = path.is_relative_to(self.folder) and path != self.folder
-        if path.is_file(): self.close_list()
-        self.field.value = str(path.relative_to(self.folder)) if is_inside else str(path)
-        if self.at: self.look(path)
+@patch
+def choose(self:PathList,
+    path:Path, # A folder or a file
+):
+    "Put a path into the field; a file ends the choice."
+    path = Path(os.path.normpath(path))
+    is_inside = path.is_relative_to(self.folder) and path != self.folder
+    if path.is_file(): self.close_list()
+    self.field.value = str(path.relative_to(self.folder)) if is_inside else str(path)
+    if self.at: self.look(path)
 
 # %% ../../nbs/panel/25_paths.ipynb #293af556
 def path_row(

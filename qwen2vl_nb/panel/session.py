@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock, RLock, get_ident
+from fastcore.basics import patch
 from filelock import FileLock
 from ..files import Damaged, file_digest, read_json, whole_file, write_json
 
@@ -106,6 +107,7 @@ def last_lines(
     lines = [line.rstrip('\r').rpartition('\r')[2] for line in text.split('\n')]
     return '\n'.join(re.sub(r'^<panel>:\d+: \w+: ', '', line.rstrip()) for line in lines).strip()
 
+# %% ../../nbs/panel/10_session.ipynb #sess0012b
 _bar = re.compile(r'^.*\d+%\|.*\|.*\[.*\]$', re.M)
 
 def without_bars(
@@ -138,6 +140,7 @@ def _like(value, default):
     if isinstance(default, (int, float)): return isinstance(value, (int, float)) and abs(value) < 1e15
     return type(value) is type(default)
 
+# %% ../../nbs/panel/10_session.ipynb #sess0016b
 class Project:
     "The files of a panel's folder: what is in the forms, and what ran."
     def __init__(self,
@@ -245,25 +248,28 @@ class Session:
         given = self.actions[name].given(self.form)
         return given, self.actions[name].code(Given(given, self.project.folder))
 
-    def depends(self,
-        name:str, # Name of an action
-    )->list: # Names of later actions
-        "The actions that use what this one gives, directly or through others."
-        _, *later = [*self.actions.values()][[*self.actions].index(name):]
-        given, found = {*self.actions[name].gives}, []
-        for action in later:
-            if given.isdisjoint(action.needs): continue
-            given.update(action.gives)
-            found.append(action.name)
-        return found
+# %% ../../nbs/panel/10_session.ipynb #sess0023b
+@patch
+def depends(self:Session,
+    name:str, # Name of an action
+)->list: # Names of later actions
+    "The actions that use what this one gives, directly or through others."
+    _, *later = [*self.actions.values()][[*self.actions].index(name):]
+    given, found = {*self.actions[name].gives}, []
+    for action in later:
+        if given.isdisjoint(action.needs): continue
+        given.update(action.gives)
+        found.append(action.name)
+    return found
 
-    def replaces(self,
-        name:str, # Name of an action
-    )->list: # Names of actions
-        "The other actions for the same purpose: they give the same names, and neither uses them."
-        one, given = self.actions[name], {*self.actions[name].gives}
-        is_other = lambda a: a is not one and {*a.gives} == given and given.isdisjoint(a.needs + one.needs)
-        return [a.name for a in self.actions.values() if given and is_other(a)]
+@patch
+def replaces(self:Session,
+    name:str, # Name of an action
+)->list: # Names of actions
+    "The other actions for the same purpose: they give the same names, and neither uses them."
+    one, given = self.actions[name], {*self.actions[name].gives}
+    is_other = lambda a: a is not one and {*a.gives} == given and given.isdisjoint(a.needs + one.needs)
+    return [a.name for a in self.actions.values() if given and is_other(a)]
 
 # %% ../../nbs/panel/10_session.ipynb #10sessio0026
 def earlier(

@@ -43,6 +43,7 @@ STYLE = '''<style>
   {outline:2px solid var(--jp-brand-color1,#1976d2)!important;outline-offset:1px}
 </style>'''
 
+# %% ../../nbs/panel/20_steps.ipynb #step0005b
 def as_html(
     style:str, # Class of the element
     text:str, # Text that is shown literally
@@ -148,78 +149,89 @@ class ActionBox(VBox):
         said = [self.step.panel.say('panel.ran', when=when), ran.said, self.step.recall(name, ran.given)] if ran else []
         self.line.value = as_html('qvl-said', '\n'.join(filter(None, said)))
 
-    def start(self):
-        "Run the action in a thread; if it is at work, run it once more afterwards."
-        with self._lock:
-            self._once_more = self._thread is not None
-            if self._thread: return
-            self._thread = Thread(target=self._work, daemon=True, name=self.action.name)
-            self._thread.shows_progress = True
-            self._thread.start()
-
     @property
     def is_busy(self):
         "Whether the action is at work."
         return self._thread is not None
 
-    def wait(self):
-        "Wait until the action has ended."
-        while thread := self._thread: thread.join()
+# %% ../../nbs/panel/20_steps.ipynb #step0018b
+@patch
+def start(self:ActionBox):
+    "Run the action in a thread; if it is at work, run it once more afterwards."
+    with self._lock:
+        self._once_more = self._thread is not None
+        if self._thread: return
+        self._thread = Thread(target=self._work, daemon=True, name=self.action.name)
+        self._thread.shows_progress = True
+        self._thread.start()
 
-    def _work(self):
-        again = True
-        while again:
-            try: self._run()
-            finally:
-                with self._lock:
-                    again, self._once_more = self._once_more, False
-                    if not again: self._thread = None
+@patch
+def wait(self:ActionBox):
+    "Wait until the action has ended."
+    while thread := self._thread: thread.join()
 
-    def _run(self):
-        self.button.disabled, self._due = True, 0
-        self.line.value = as_html('qvl-said', self.step.panel.say('panel.running'))
-        try:
-            value = run_action(self.step.panel.session, self.action.name, self._hear)
-            said = self._ran().said
-            shown = self.step.show(self.action.name, value)
-        except Exception as e: said, shown = '', self._failed(e)
-        self._end(said, shown)
-        self.step.panel.refresh()
+@patch
+def _work(self:ActionBox):
+    again = True
+    while again:
+        try: self._run()
+        finally:
+            with self._lock:
+                again, self._once_more = self._once_more, False
+                if not again: self._thread = None
 
-    def _end(self, said, shown):
-        self._of = (ran := self._ran()) and ran.when
-        self.line.value, self.result.children = as_html('qvl-said', said), tuple(filter(None, shown))
-        self.button.disabled = False
+@patch
+def _run(self:ActionBox):
+    self.button.disabled, self._due = True, 0
+    self.line.value = as_html('qvl-said', self.step.panel.say('panel.running'))
+    try:
+        value = run_action(self.step.panel.session, self.action.name, self._hear)
+        said = self._ran().said
+        shown = self.step.show(self.action.name, value)
+    except Exception as e: said, shown = '', self._failed(e)
+    self._end(said, shown)
+    self.step.panel.refresh()
 
-    def show_again(self):
-        "Show the result of an action that ran before, if it is not on the screen; only for what is cheap."
-        with self._lock:
-            if self._thread or self.result.children or not self._ran(): return
-            self._thread = Thread(target=self._again, daemon=True, name=self.action.name)
-            self._thread.start()
+@patch
+def _end(self:ActionBox, said, shown):
+    self._of = (ran := self._ran()) and ran.when
+    self.line.value, self.result.children = as_html('qvl-said', said), tuple(filter(None, shown))
+    self.button.disabled = False
 
-    def _again(self):
-        session, name = self.step.panel.session, self.action.name
-        self.button.disabled = True
-        try: shown = self.step.show(name, result_again(session, name))
-        except Exception as e: shown = [HTML(as_html('qvl-error', explain(e, self.step.panel.say)))]
-        ran = self._ran()
-        self._end(ran.said if ran else '', shown)
-        with self._lock: again, self._once_more, self._thread = self._once_more, False, None
-        if again: self.start()
+# %% ../../nbs/panel/20_steps.ipynb #step0018c
+@patch
+def show_again(self:ActionBox):
+    "Show the result of an action that ran before, if it is not on the screen; only for what is cheap."
+    with self._lock:
+        if self._thread or self.result.children or not self._ran(): return
+        self._thread = Thread(target=self._again, daemon=True, name=self.action.name)
+        self._thread.start()
 
-    def _failed(self, error):
-        "What is shown of an error, with the code that led to it."
-        say, shown = self.step.panel.say, []
-        with suppress(Exception):  # the code could not even be built
-            shown = [HTML(code_html(self.step.panel.session.next_code(self.action.name)[1], say('panel.copy')))]
-        return [HTML(as_html('qvl-error', explain(error, say))), *shown]
+@patch
+def _again(self:ActionBox):
+    session, name = self.step.panel.session, self.action.name
+    self.button.disabled = True
+    try: shown = self.step.show(name, result_again(session, name))
+    except Exception as e: shown = [HTML(as_html('qvl-error', explain(e, self.step.panel.say)))]
+    ran = self._ran()
+    self._end(ran.said if ran else '', shown)
+    with self._lock: again, self._once_more, self._thread = self._once_more, False, None
+    if again: self.start()
 
-    def _hear(self, text):
-        "Show the last line that the code has printed, a few times a second."
-        if not self.hears or time.monotonic() < self._due: return
-        self._due = time.monotonic() + .2
-        self.line.value = as_html('qvl-said', text.rpartition('\n')[2] or self.step.panel.say('panel.running'))
+@patch
+def _failed(self:ActionBox, error):
+    "What is shown of an error, with the code that led to it."
+    say, shown = self.step.panel.say, []
+    with suppress(Exception):  # the code could not even be built
+        shown = [HTML(code_html(self.step.panel.session.next_code(self.action.name)[1], say('panel.copy')))]
+    return [HTML(as_html('qvl-error', explain(error, say))), *shown]
+
+@patch
+def _hear(self:ActionBox, text):
+    "Show the last line that the code has printed, a few times a second."
+    if not self.hears or time.monotonic() < self._due: return
+    self._due = time.monotonic() + .2
+    self.line.value = as_html('qvl-said', text.rpartition('\n')[2] or self.step.panel.say('panel.running'))
 
 # %% ../../nbs/panel/20_steps.ipynb #20steps0020
 class Step:
@@ -258,32 +270,37 @@ class Step:
             self._view = VBox([about, *self.build(), self.code], layout=Layout(max_width='100%'))
         return self._view
 
-    def build(self)->list:
-        "The widgets of the form, from top to bottom."
-        return [self.button(action.name) for action in self.actions]
+# %% ../../nbs/panel/20_steps.ipynb #step0020b
+@patch
+def build(self:Step)->list:
+    "The widgets of the form, from top to bottom."
+    return [self.button(action.name) for action in self.actions]
 
-    def show(self,
-        action:str, # Name of the action that ran
-        value, # What its last line returned
-    )->list:
-        "The widgets that show the result of an action."
-        return [as_widget(value)]
+@patch
+def show(self:Step,
+    action:str, # Name of the action that ran
+    value, # What its last line returned
+)->list:
+    "The widgets that show the result of an action."
+    return [as_widget(value)]
 
-    def recall(self,
-        action:str, # Name of an action that ran
-        given:dict, # What is kept of it
-    )->str:
-        "What is said of a result that is not on the screen any more, beside what was printed."
-        return ''
+@patch
+def recall(self:Step,
+    action:str, # Name of an action that ran
+    given:dict, # What is kept of it
+)->str:
+    "What is said of a result that is not on the screen any more, beside what was printed."
+    return ''
 
-    def refresh(self):
-        "Bring what is shown up to date with the files."
-        self.restore()
-        codes = [self.panel.session.code(a.name) for a in self.actions]
-        text = '\n'.join(filter(None, codes))
-        title = as_html('qvl-help', self.panel.say('panel.code' if text else 'panel.no_code'))
-        self.code.value = title + (code_html(text, self.panel.say('panel.copy')) if text else '')
-        for box in self.boxes.values(): box.restore()
+@patch
+def refresh(self:Step):
+    "Bring what is shown up to date with the files."
+    self.restore()
+    codes = [self.panel.session.code(a.name) for a in self.actions]
+    text = '\n'.join(filter(None, codes))
+    title = as_html('qvl-help', self.panel.say('panel.code' if text else 'panel.no_code'))
+    self.code.value = title + (code_html(text, self.panel.say('panel.copy')) if text else '')
+    for box in self.boxes.values(): box.restore()
 
 # %% ../../nbs/panel/20_steps.ipynb #20steps0021
 @patch
