@@ -24,7 +24,7 @@ def describe_bar(
     if not name or not bar.total: return None
     again = bar.initial if bar.initial >= bar.total else 0  # `datasets` counts rows that it will make again as done
     done, of = min(bar.n - again, bar.total), bar.total
-    if bar.unit == 'B': return f'downloading {name}', int(done/1e6), max(1, int(of/1e6)), 'MB'
+    if bar.unit == 'B': return f'downloading {name.rpartition("/")[2]}', int(done/1e6), max(1, int(of/1e6)), 'MB'
     doing, unit = _bars.get(name, (name[:1].lower() + name[1:], ''))
     return doing, int(done), int(of), unit
 
