@@ -103,7 +103,7 @@ def _compute(self:MemoryStep):
     try:
         code = [session.next_code('recipe.make')[1], table_code(self.values)]
         if code == self._of: return
-        self.table.value = as_html('qvl-help', say('memory.computing')) + self.table.value
+        self.table.value = as_html('qvl-help', say('memory.computing')) + (self.table.value if self._of else '')
         names = dict(session.names)
         if not names: run_code('from qwen2vl_nb.all import *', names)
         run_code(code[0], names)
