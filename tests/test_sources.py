@@ -270,6 +270,14 @@ def test_messages_about_rows_name_their_place(tmp_path):
     with pytest.raises(ValueError, match=r'row 1 \(row 3 of boxes.csv\) has something that is not a number'):
         read_samples(tmp_path/'boxes.csv', image='photo', family='qwen2_vl')
 
+def test_a_path_that_leads_nowhere_among_others_is_not_blamed_on_the_folder(tmp_path, capsys):
+    for name in ('a.png', 'c.png'): Image.new('RGB', (56, 56)).save(tmp_path/name)
+    read_samples(_workbook(tmp_path, ROWS), image='photo', prompt='What is this?', response='caption')
+    assert '1 of 3 path(s) lead nowhere; the first is b.png: `check_samples` names the rows.' in capsys.readouterr().out
+    for path in tmp_path.glob('*.png'): path.unlink()
+    read_samples(tmp_path/'labels.xlsx', image='photo', prompt='What is this?', response='caption')
+    assert '3 of 3 path(s) lead nowhere; the first is a.png: pass the folder of the pictures as media_dir.' in capsys.readouterr().out
+
 def test_findings_of_other_samples_are_refused_before_anything_is_dropped(tmp_path, capsys):
     samples = read_samples(_workbook(tmp_path, ROWS), image='photo', prompt='What is this?', response='caption')
     findings = check_samples(samples)

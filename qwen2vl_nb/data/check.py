@@ -501,20 +501,24 @@ def mend_samples(
     return mended, _rows_table([(i, field, noted(f)) for i, field, f in found], samples)
 
 # %% ../../nbs/data/40_check.ipynb #drop0002
+def _name_rows(samples, findings):
+    "A line for each row that there are findings about."
+    return bulleted([f'{name_row(i, samples[i])}: {" ".join(found.what)}' for i, found in findings.groupby('row')])
+
 def drop_samples(
     samples:list, # Samples
     findings:'pd.DataFrame', # What `check_samples` or `mend_samples` found in them, or a part of it
     levels:tuple=('error',), # A row with a finding of one of these levels is dropped
 )->list: # The samples that are left, in the same order
-    "Drop the samples that have errors, and print which were dropped and why."
+    "Drop the samples that have errors, and print which and why; rows with only warnings are kept, and printed, too."
     n = findings.attrs.get('samples', len(samples))
     if n != len(samples):
         raise ValueError(f'The findings are about {n:,} samples, and these are {len(samples):,}: '
                          'check_samples(samples) finds what is wrong with these.')
     bad = findings[findings.level.isin(levels)]
-    why = {row: ' '.join(found.what) for row, found in bad.groupby('row')}
-    if not why: print(f'Nothing to drop: {n:,} samples.')
-    else:
-        said = bulleted([f'{name_row(i, samples[i])}: {what}' for i, what in why.items()])
-        print(f'Dropped {len(why):,} of {n:,} samples:\n{said}')
-    return [s for i, s in enumerate(samples) if i not in why]
+    dropped = set(bad.row)
+    doubtful = findings[(findings.level == 'warning') & ~findings.row.isin(dropped)]
+    if dropped: print(f'Dropped {len(dropped):,} of {n:,} samples:\n{_name_rows(samples, bad)}')
+    else: print(f'Nothing to drop: {n:,} samples.')
+    if len(doubtful): print(f'Kept with warnings, {doubtful.row.nunique():,}:\n{_name_rows(samples, doubtful)}')
+    return [s for i, s in enumerate(samples) if i not in dropped]

@@ -44,6 +44,7 @@ class MediaPlace:
     roots:list
     out:Path # `None` if no folder is known
     written:int=0
+    found:int=0
     lost:int=0
     first_lost:str=''
     beside_calls:int=0
@@ -56,7 +57,8 @@ class MediaPlace:
     def located(self, path):
         "The path of the file if it exists; otherwise the path as given, which is counted as lost."
         found = self.find(path)
-        if not found: self.lost, self.first_lost = self.lost + 1, self.first_lost or path
+        if found: self.found += 1
+        else: self.lost, self.first_lost = self.lost + 1, self.first_lost or path
         return found or path
 
 class NoFolder(FileNotFoundError):
@@ -1023,8 +1025,11 @@ def _print_summary(source, samples, taken, place, how, media_dir):
     else: name = ' + '.join(Path(p).name for p in (source if isinstance(source, (list, tuple)) else [source]))
     more = [f'{place.written} file(s) written to {place.out.name}/.'] if place.written else []
     if place.lost:
-        cure = f'there is no such file in {media_dir}' if media_dir else 'pass the folder of the pictures as media_dir'
-        more.append(f'{place.lost} path(s) lead nowhere; the first is {place.first_lost}: {cure}.')
+        if place.found: cure = '`check_samples` names the rows'
+        elif media_dir: cure = f'there is no such file in {media_dir}'
+        else: cure = 'pass the folder of the pictures as media_dir'
+        many = f'{place.lost} of {place.found + place.lost} path(s)'
+        more.append(f'{many} lead nowhere; the first is {place.first_lost}: {cure}.')
     if place.weights:
         more.append(f'{place.weights} turn(s) have a loss_weight that LLaMA-Factory does not read in this form; '
                     '`check_samples` names them.')
