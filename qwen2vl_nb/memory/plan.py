@@ -228,16 +228,16 @@ def _explain_choice(table, chosen):
 
 def _for_the_cpu(recipe):
     "A recipe for one process on the CPU."
-    print('No GPU is visible here: the recipe is for the CPU (use_cpu: true), which is enough to try out a small '
-          'model. For a run on GPUs, say which: pick_zero(recipe, gpus=8, gpu_gib=80).')
-    return {k: v for k,v in recipe.items() if k != 'deepspeed'} | {'use_cpu': True}
+    print('No GPU is visible here: the recipe is for the CPU (use_cpu: true; without bf16, which is slow there). That '
+          'is enough to try out a small model. For a run on GPUs, say which: pick_zero(recipe, gpus=8, gpu_gib=80).')
+    return {k: v for k,v in recipe.items() if k not in ('deepspeed', 'bf16')} | {'use_cpu': True}
 
 def pick_zero(
     recipe:dict, # A training recipe
     gpus:int=None, # Number of GPUs; `None`: those of this machine
     gpu_gib:float=None, # Memory of each in GiB; `None`: as on this machine
     sample:dict=None, # The longest sample; `None`: from the data or the recipe
-)->dict: # The recipe with `deepspeed` set; on a machine without a GPU, unless GPUs are given, with `use_cpu`
+)->dict: # The recipe with `deepspeed` set; without a GPU, unless GPUs are given, with `use_cpu` and no bf16
     """The recipe with the fastest ZeRO config that fits; unchanged if nothing is predicted. If none fits, raises
     `ValueError` with the changes that would make it fit."""
     if not recipe.get('do_train'):

@@ -446,6 +446,7 @@ def _lighter(colour):
     return tuple(.7*part + .3 for part in to_rgb(colour))
 
 def _draw(ax, values, look, **style):
+    if len(values) == 1: style |= dict(marker='o', markersize=4.5, markevery=None)  # a line has two ends
     if len(values): ax.plot(_thin(values), **look | style)
 
 def _draw_not_numbers(ax, steps, colour):
@@ -562,6 +563,11 @@ def _axes(figure, panels):
     return dict(zip(panels, drawn))
 
 # %% ../../nbs/run/50_loss.ipynb #7c204a09
+def _widen(ax):
+    "Show the steps beside a single one, too: the axis has whole numbers only."
+    first, last = ax.dataLim.intervalx
+    if first == last: ax.set_xlim(first - 1, last + 1)
+
 def _image_format(path):
     "The image format of a file, from its name."
     kind = Path(path).suffix.lower()
@@ -630,6 +636,7 @@ def plot_loss(
     for panel,table in measures.items(): _draw_score(axes[panel], table)
     if throughput: _from_zero(axes[unit])
     if log: _log_scale(axes['loss'])
+    _widen(axes['loss'])
     _add_legends(figure, axes['loss'], _names(runs))
     if path:
         with whole_file(path, 'wb') as f: figure.savefig(f, format=kind, dpi=300)
