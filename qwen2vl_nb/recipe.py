@@ -54,7 +54,7 @@ def train_recipe(
     model:str|Path, # Model folder, or a name that LLaMA-Factory can download
     dataset:str, # Registered data set, or several separated by commas
     output_dir:str|Path=None, # Folder for the run; `None`: `saves/<model>/<finetuning_type>/<dataset>-<time>`
-    **changes, # Other arguments of LLaMA-Factory (Tab completes their names); `None` removes a default
+    **changes, # LLaMA-Factory's others: Tab completes, `llamafactory-cli train -h` explains; `None` removes a default
 )->dict: # The recipe
     "A recipe for fine-tuning a Qwen-VL model, with LoRA unless `finetuning_type` says otherwise."
     model, kind, stage = os.fspath(model), changes.get('finetuning_type', 'lora'), changes.get('stage', 'sft')
@@ -197,7 +197,7 @@ def predict_recipe(
     dataset:str=None, # Registered data set to predict; `None`: samples are given later
     output_dir:str|Path=None, # Folder for the predictions; `None`: next to the adapter, or under `saves/<model>`
     adapter:str|os.PathLike=None, # A training run, its folder, or an adapter's folder; `None`: the model as it is
-    **changes, # Other arguments of LLaMA-Factory (Tab completes their names); `None` removes a default
+    **changes, # LLaMA-Factory's others: Tab completes, `llamafactory-cli train -h` explains; `None` removes a default
 )->dict: # The recipe
     "A recipe for batch prediction on a data set."
     adapter = adapter and find_adapter(adapter)
