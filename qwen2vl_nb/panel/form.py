@@ -48,6 +48,8 @@ class Panel(VBox):
         self.add_class('qvl')
         self.go(project.state.get('open'))
 
+    def __repr__(self): return f'Panel; the code that it ran is in panel.ipynb, in {self.session.project.folder}'
+
     def _tab(self, name):
         tab = Button(layout=Layout(width='auto', flex='none'))
         tab.on_click(lambda _: self.go(name, keep=True))

@@ -568,6 +568,12 @@ def _widen(ax):
     first, last = ax.dataLim.intervalx
     if first == last: ax.set_xlim(first - 1, last + 1)
 
+def _say_empty(ax):
+    "Say so in the middle if nothing was drawn: a short run can end before its first logging step."
+    if ax.lines: return
+    ax.set_yticks([])
+    ax.text(.5, .5, 'no loss has been logged', transform=ax.transAxes, ha='center', color=GREY)
+
 def _image_format(path):
     "The image format of a file, from its name."
     kind = Path(path).suffix.lower()
@@ -637,6 +643,7 @@ def plot_loss(
     if throughput: _from_zero(axes[unit])
     if log: _log_scale(axes['loss'])
     _widen(axes['loss'])
+    _say_empty(axes['loss'])
     _add_legends(figure, axes['loss'], _names(runs))
     if path:
         with whole_file(path, 'wb') as f: figure.savefig(f, format=kind, dpi=300)

@@ -273,10 +273,7 @@ def _empty_plot():
     "The axes of a curve of which nothing has been logged yet."
     import pandas as pd
     figure = plot_loss(pd.DataFrame())
-    ax = figure.axes[0]
-    ax.set_xticks([])
-    ax.set_yticks([])
-    ax.text(.5, .5, 'no loss has been logged yet', transform=ax.transAxes, ha='center', color=GREY)
+    figure.axes[0].set_xticks([])
     return figure
 
 def _titled_plot(run, title):
