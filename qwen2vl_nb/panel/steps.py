@@ -37,7 +37,7 @@ STYLE = '''<style>
 .qvl-list button {text-align:left}
 .qvl-said {white-space:pre-wrap;overflow-wrap:anywhere;opacity:.85}
 .qvl .jp-RenderedHTMLCommon table {margin-left:0}
-.qvl-shown td:last-child {min-width:160px}
+.qvl-shown tr:has(td>div) td:last-child {min-width:160px}
 .qvl-shown {overflow-x:auto;max-height:520px;overflow-y:auto}
 .qvl button:focus-visible,.qvl input:focus-visible,.qvl select:focus-visible,.qvl textarea:focus-visible
   {outline:2px solid var(--jp-brand-color1,#1976d2)!important;outline-offset:1px}
