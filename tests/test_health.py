@@ -107,7 +107,8 @@ def test_healthy_runs_have_no_findings(trained, name):
 
 def test_a_fault_is_said_wherever_a_run_is_looked_at(few_steps):
     run = launch(few_steps(learning_rate=1e30, max_steps=6)).wait()
-    assert runs(run.output_dir.parent).set_index('run').health['run'] == 'NaN loss'
+    row = runs(run.output_dir.parent).set_index('run').loc['run']
+    assert row.health == 'NaN loss' and row.cure == next(f.cure for f in health_findings(run))
     with redirect_stdout(StringIO()) as text: watch_loss(run)
     assert 'NaN loss: Since step ' in text.getvalue()
     view = RunView(run)

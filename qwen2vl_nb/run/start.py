@@ -294,10 +294,11 @@ def resume(self:Run,
 def _row(run):
     "A run as a row of the table of runs."
     log = Log(run)
-    lowest = best_evaluation(log)
+    lowest, found = best_evaluation(log), health_findings(log)
     now, started = run.progress, state_or_empty(run, WAITER).get('started')
     return {'state': run.status, 'started': started, 'step': now.step, 'of': now.steps, 'loss': now.loss,
-            'best eval_loss': lowest, 'health': ', '.join(f.where for f in health_findings(log))}
+            'best eval_loss': lowest, 'health': ', '.join(f.where for f in found),
+            'cure': ' '.join(f.cure for f in found)}
 
 _known_rows = {} # Folder → what its files were, and the row, of runs that have ended
 _of_row = RUN, WAITER, ENDED, PROGRESS, REFUSED, RECIPE, TRAINER_LOG, ANSWERS # Files that a row is made from
@@ -319,7 +320,7 @@ def _known_row(run):
 
 def runs(
     folder:str|Path, # Folder to search, including its subfolders
-)->'pd.DataFrame': # A row for each run: run (its path in the folder), state, started, step, of, loss, …, health
+)->'pd.DataFrame': # A row for each run: run (its path in the folder), state, started, step, of, loss, …, health, cure
     "List all runs in a folder and its subfolders."
     import pandas as pd
     folder = Path(folder).absolute()
@@ -328,7 +329,8 @@ def runs(
     first = [run for run in found if not state_or_empty(run, RUN).get('node_rank')]
     rows = [{'run': str(run.output_dir.relative_to(folder))} | _known_row(run) for run in first]
     table = pd.DataFrame(rows,
-                         columns=['run', 'state', 'started', 'step', 'of', 'loss', 'best eval_loss', 'health'])
+                         columns=['run', 'state', 'started', 'step', 'of', 'loss', 'best eval_loss', 'health',
+                                  'cure'])
     table['started'] = pd.to_datetime(table.started, unit='s').dt.floor('s')
     return text_table(table)
 
