@@ -43,6 +43,11 @@ def tutorial(
     return folder/'tutorials'/_first[language]
 
 # %% ../nbs/87_cli.ipynb #87clip09
+def _jupyter():
+    "The command of JupyterLab: with its path if it is in an environment below this folder, which may not be active."
+    own = Path(sys.executable).with_name('jupyter')
+    return os.path.relpath(own) if own.is_relative_to(Path.cwd()) else 'jupyter'
+
 def _runs_folder(notebook):
     "The folder for the runs of a tutorial: beside its data."
     return next(folder for folder in notebook.parents if (folder/'data'/'tiny_qwen2vl').is_dir())/'runs'
@@ -69,7 +74,7 @@ Done in {time.time() - began:.0f} s. Item cards that are exactly right, for pict
 The notebook with its pictures   {folder/notebook.name}
 The loss curve                   {folder/'training_loss.png'}
 The answers                      {folder/'after'/ANSWERS}
-Next: `jupyter lab {os.path.relpath(notebook)}` opens that notebook in JupyterLab.''')
+Next: `{_jupyter()} lab {os.path.relpath(notebook)}` opens that notebook in JupyterLab.''')
     if not (before <= 20 and after >= 90):
         sys.exit('This is not the expected result (at most 20 % before, at least 90 % after): please report it, with '
                  'the folder above.')
