@@ -98,7 +98,7 @@ OTHERS = {
     'a model of unknown size': (lambda t: zero_table(train_recipe('my_model', 'd'), gpus=1, gpu_gib=80), 'none of the sizes of Qwen2-VL: 2B, 7B, 72B'),
     'a prediction with ZeRO': (lambda t: pick_zero(predict_recipe('model_7b', 'd', t/'out'), gpus=1, gpu_gib=8), 'Only training needs'),
     'nothing to score': (lambda t: score([]), 'no predictions'),
-    'a file to register': (lambda t: Registry(t).add('x', 'labels.csv'), 'are not samples'),
+    'a file to register': (lambda t: Registry(t).add('x', 'labels.csv'), 'give the samples that .read_samples. returns'),
     'a row that JSON has no words for': (lambda t: Registry(t).add('x', [{'images': [], 'instruction': 'a', 'output': 'b', 'n': float('nan')}]), 'Row 0 cannot be written'),
     'a file to check': (lambda t: check_samples('labels.csv'), 'Samples are checked, not files'),
     'nothing to split': (lambda t: split_samples([{'images': ['a']}]), 'both splits need some'),

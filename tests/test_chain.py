@@ -48,7 +48,7 @@ def test_it_learnt(chain):
 
 def test_the_curve_is_drawn(chain, tmp_path):
     figure = plot_loss(chain['run'])
-    assert [line.get_label() for line in figure.axes[0].lines][1:] == ['training', 'evaluation']
+    assert [line.get_label() for line in figure.axes[0].lines][1:] == ['smoothed', 'evaluation']
     figure.savefig(tmp_path/'loss.png')
     assert (chain['run'].output_dir/'training_loss.png').stat().st_size > 5000, "LLaMA-Factory's own"
 

@@ -158,7 +158,7 @@ def test_incomplete_checkpoints_are_left_out_and_named(trained, tmp_path):
     os.truncate(folder/'checkpoint-80'/'adapter_model.safetensors', 1000)
     with pytest.raises(ValueError) as e: score_checkpoints(folder, 'car_item_test')
     assert 'checkpoint-40: it is incomplete' in str(e.value) and 'checkpoint-80: its adapter' in str(e.value)
-    with pytest.raises(ValueError, match='it is no training'): score_checkpoints(trained.lora.output_dir/'scores'/'car_item_test', 'car_item_test')
+    with pytest.raises(ValueError, match='it is not a training run'): score_checkpoints(trained.lora.output_dir/'scores'/'car_item_test', 'car_item_test')
 
 def test_a_hostile_record_of_the_best_names_no_other_folder(trained, tmp_path):
     run = tmp_path/'run'
