@@ -6,19 +6,17 @@
 __all__ = ['near', 'about_run', 'registered_names', 'test_set', 'live_view', 'folders_at_work', 'AtWork']
 
 # %% ../../nbs/panel/55_chosen_run.ipynb #55chosen0002
-import os, time
+import os, re, time
 from pathlib import Path
 from threading import Thread
 from ipywidgets import HTML, Layout, VBox
 from ..files import json_or
-from ..recipe import load_recipe, predict_recipe
+from ..recipe import answer_arguments, load_recipe, predict_recipe
 from ..run.folder import RECIPE, RUN, SCORES
 from .steps import as_html
 
 # %% ../../nbs/panel/55_chosen_run.ipynb #55chosen0004
-_taken_over = ('template', 'cutoff_len', 'image_max_pixels', 'image_min_pixels', 'video_fps', 'video_maxlen',
-               'video_max_pixels', 'video_min_pixels', 'default_system', 'enable_thinking', 'trust_remote_code',
-               'quantization_bit', 'quantization_method', 'use_cpu')
+_elsewhere = re.compile('dataset_dir|max_new_tokens|.*_token') # In the form, or a secret of the environment
 _registry = 'dataset_info.json'
 
 def near(
@@ -35,10 +33,11 @@ def about_run(
     "What a prediction takes over from a training. Raises `ValueError` or `OSError` if its recipe can't be read."
     recipe = load_recipe(run/RECIPE)
     model, place = (str(recipe.get(key) or '') for key in ('model_name_or_path', 'dataset_dir'))
-    usual = predict_recipe(model)
+    usual, asked = predict_recipe(model), answer_arguments(recipe)
     return {'model': near(model, folder), 'is_adapter': recipe.get('finetuning_type', 'lora') in ('lora', 'oft'),
             'dataset_dir': near(place, folder),
-            'settings': {key: recipe[key] for key in _taken_over if key in recipe and recipe[key] != usual.get(key)}}
+            'settings': {key: value for key, value in asked.items()
+                         if value != usual.get(key) and not _elsewhere.fullmatch(key)}}
 
 def registered_names(
     folder:Path, # Folder of a registry
