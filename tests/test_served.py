@@ -212,9 +212,9 @@ def test_whatever_a_server_does_every_row_has_its_answer_or_its_error(loopback, 
 def test_a_server_that_says_nothing_is_not_waited_for(loopback, tmp_path):
     "Every other row is answered when it is asked again."
     server = loopback(lambda handler, asked, n: (n == 1 or int(_said(asked)) % 2) and (_silent(handler) or True))
-    assert _run(tmp_path/'run', [_row(i, f'{i}') for i in range(8)], server.url, timeout=2, tries=3) == 0
+    assert _run(tmp_path/'run', [_row(i, f'{i}') for i in range(8)], server.url, timeout=4, tries=3) == 0
     for row in _rows(tmp_path/'run', 8):
-        if row['row'] % 2: assert row['predict'] is None and re.search(r'No answer within 2 s.*\(asked 3 times\)$', row['error']), row
+        if row['row'] % 2: assert row['predict'] is None and re.search(r'No answer within 4 s.*\(asked 3 times\)$', row['error']), row
         else: assert 'error' not in row and row['predict']
 
 def test_a_server_that_fails_all_the_time_takes_no_row_from_one_that_does_not(loopback, tmp_path):
@@ -468,14 +468,14 @@ RUBBISH = {
     'packed as brotli': _json(GOOD, Content_Encoding='br'), 'packed by nobody knows what': _json(GOOD, Content_Encoding='車, \xff'), 'not packed': _json(GOOD, Content_Encoding='gzip'),
     'packed and cut': _json(gzip.compress(GOOD)[:20], Content_Encoding='gzip'), 'a bomb of 1.5 GB': _json(_zeros(1500), Content_Encoding='gzip'), 'a bomb as an error': _json(_zeros(1500), 500, Content_Encoding='gzip'),
     'an answer of 17 MB': _json(b'"' + b'a'*17_000_000 + b'"'), 'chunks without end': _without_end(CHUNKED, b'10000\r\n' + b' '*2**16 + b'\r\n'), 'content without end': _without_end(OK + b'\r\n', b' '*2**16),
-    'headers without end': _without_end(OK, b'X-More: yes\r\n'), 'a header without end': _without_end(OK + b'X-More: ', b'x'*2**16), 'continue without end': _without_end(b'', b'HTTP/1.1 100 Continue\r\n\r\n'),
+    'headers without end': _without_end(OK, b'X-More: yes\r\n'), 'a header without end': _without_end(OK + b'X-More: ', b'x'*2**16),
     'a wrong chunk': _raw(CHUNKED + b'zz\r\nabc\r\n'), 'a chunk too short': _raw(CHUNKED + b'ffff\r\nabc'), 'longer than it says': _json(GOOD, Content_Length='10'), 'shorter than it says': _raw(OK + b'Content-Length: 9999\r\n\r\n' + GOOD),
     'a length that is none': _raw(OK + b'Content-Length: many\r\n\r\n' + GOOD), 'a length below 0': _raw(OK + b'Content-Length: -1\r\n\r\n' + GOOD), 'two lengths': _raw(OK + LENGTH + b'Content-Length: 7\r\n\r\n' + GOOD),
     'a header that is none': _raw(OK + b'no colon\r\n\r\n' + GOOD), 'a header with NUL': _raw(OK + b'X: a\0b\r\n\r\n' + GOOD), 'no HTTP': _raw(b'\x16\x03\x01\x02\x00\x01'), 'another protocol': _raw(b'SSH-2.0-OpenSSH_9\r\n'),
     'HTTP/0.9': _raw(GOOD), 'a status that is none': _raw(b'HTTP/1.1 abc OK\r\n\r\n'), 'status 999': _raw(b'HTTP/1.1 999 \xff\xfe\r\nContent-Length: 0\r\n\r\n'),
     'status 101': _raw(b'HTTP/1.1 101 Switching\r\nUpgrade: h2c\r\nConnection: Upgrade\r\n\r\n'), 'status 204': _json(b'', 204), 'status 206': _json(GOOD, 206), 'status 300': _json(GOOD, 300),
     'a loop': _json(b'', 303, Location='/v1/chat/completions'), 'to a file': _json(b'', 303, Location='file:///etc/passwd'), 'to nowhere': _json(b'', 303, Location='http://[::1'), 'to a strange port': _json(b'', 303, Location='http://a:99999999/'),
-    'busy for ever': _json(b'', 429, Retry_After='nan'), 'busy until a date': _json(b'', 503, Retry_After='Tue, 24 Nov 2099 00:00:00 GMT'), 'busy below 0': _json(b'', 429, Retry_After='-inf'), 'closed': _raw(b''), 'late': _silent,
+    'busy for ever': _json(b'', 429, Retry_After='nan'), 'busy until a date': _json(b'', 503, Retry_After='Tue, 24 Nov 2099 00:00:00 GMT'), 'busy below 0': _json(b'', 429, Retry_After='-inf'), 'closed': _raw(b''),
 }
 ODD = { # What is an answer all the same
     'a charset that is no text': _json(GOOD, Content_Type='application/json; charset=hex'), 'an unknown charset': _json(GOOD, Content_Type='application/json; charset=klingon'),
@@ -496,15 +496,28 @@ def test_whatever_an_answer_is_it_is_that_of_one_row(loopback, tmp_path):
         return True
     server, run = loopback(behave), tmp_path/'run'
     server.folder = run
-    _run(run, [_row(i, f'{i}: {kind}') for i, kind in enumerate(kinds)], server.url, concurrency=16, timeout=5, tries=2)
+    _run(run, [_row(i, f'{i}: {kind}') for i, kind in enumerate(kinds)], server.url, concurrency=16, timeout=PATIENCE, tries=2)
     rows = _rows(run, len(kinds))
     told = {kind: row for kind, row in zip(kinds, rows)}
     assert not (run/'failure-0.json').exists()
-    assert not [row for kind, row in zip(kinds, rows) if kind == 'good' and row['predict'] is None]
+    assert not [(row['row'], row['error']) for kind, row in zip(kinds, rows) if kind == 'good' and row['predict'] is None]
     assert not [kind for kind in RUBBISH if told[kind]['predict'] is not None or not told[kind]['error'].isprintable() or len(told[kind]['error']) > 500]
     assert not [(kind, told[kind]) for kind in ODD if told[kind]['predict'] is None or not told[kind]['predict'].startswith('fine')]
     assert all(type(told[kind][key]) in (int, type(None)) for kind in ODD for key in ('prompt_tokens', 'tokens'))
     (run/'predictions.jsonl').read_bytes().decode()
+
+def test_what_follows_an_answer_is_not_that_of_the_next_row(loopback, tmp_path):
+    server = loopback(lambda handler, asked, n: handler.reply(200, GOOD + OK + LENGTH + b'\r\n' + GOOD.replace(b'fine', b'evil'), Content_Length=str(len(GOOD))) or True)
+    assert _run(tmp_path/'run', [_row(i, f'{i}') for i in range(20)], server.url, concurrency=4, tries=2) == 0
+    assert {(row['predict'], row.get('error')) for row in _rows(tmp_path/'run', 20)} == {('fine', None)} and len(server.asked) == 20
+
+def test_what_only_time_ends_takes_no_row_from_those_after_it(loopback, tmp_path):
+    kinds = {'late': _silent, 'continue without end': _without_end(b'', b'HTTP/1.1 100 Continue\r\n\r\n')}
+    server = loopback(lambda handler, asked, n: _said(asked) in kinds and (kinds[_said(asked)](handler) or True))
+    assert _run(tmp_path/'run', [_row(i, kind) for i, kind in enumerate([*kinds, *'abcd'])], server.url, concurrency=2, timeout=8, tries=1) == 0
+    *late, a, b, c, d = _rows(tmp_path/'run', 6)
+    assert all(row['predict'] is None and 'No answer within 8 s' in row['error'] for row in late), late
+    assert all(row['predict'] for row in (a, b, c, d))
 
 MEASURED = 'import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)'
 
