@@ -50,12 +50,13 @@ def half_findings(
     return [Finding('fp16', 'There is no GPU, and DeepSpeed supports fp16 on few CPUs.',
                     'Remove fp16, or use a machine with a GPU.', 'warning')]
 
-def _has_clips(recipe):
-    "Whether a data set of the recipe has clips, according to its entry."
+def _has_columns(recipe, *columns):
+    "Whether a data set of the recipe has one of these columns, according to its entry."
     registry = Registry(recipe.get('dataset_dir') or 'data')
     named = ','.join(str(recipe.get(k) or '') for k in ('dataset', 'eval_dataset'))
-    try: return any('videos' in str(registry[name.strip()].get('columns')) for name in named.split(',') if name.strip())
+    try: entries = [str(registry[name.strip()].get('columns')) for name in named.split(',') if name.strip()]
     except (OSError, ValueError, KeyError): return False  # another check reports what is wrong
+    return any(column in entry for entry in entries for column in columns)
 
 def _recipe_model_type(recipe):
     "The `model_type` of the recipe's model; empty if it can't be read, which is reported elsewhere."
@@ -64,8 +65,11 @@ def _recipe_model_type(recipe):
 
 def _version_findings(recipe, versions):
     "Combinations of versions that are known to fail in what the recipe uses."
+    kind = _recipe_model_type(recipe)
+    positions = kind != 'qwen2_5_vl' or _has_columns(recipe, 'images', 'videos')  # it takes text as it is
     uses = {'scores': recipe.get('predict_with_generate'), 'DeepSpeed': recipe.get('deepspeed'),
-            'video': _has_clips(recipe), 'Qwen3.5': 'qwen3_5' in _recipe_model_type(recipe),
+            'video': _has_columns(recipe, 'videos'), 'Qwen3.5': 'qwen3_5' in kind,
+            'KTO': recipe.get('stage') == 'kto' and positions,
             'LoRA with DeepSpeed': recipe.get('deepspeed') and recipe.get('finetuning_type', 'lora') == 'lora'}
     return [f for f in version_findings(versions, [use for use in uses if uses[use]]) if f.level == 'error']
 

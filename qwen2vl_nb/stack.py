@@ -25,7 +25,7 @@ class BadPair:
     what:str  # What happens
     cure:str  # What to do about it
     level:str='error' # As in `Finding`
-    breaks:str='' # Which of `USES` fails; empty: everything
+    breaks:str='' # Which use fails, such as one of `USES`; empty: everything
 
 # %% ../nbs/08_stack.ipynb #ea8849aa
 _torch_28 = 'pip install torch==2.8.0 torchvision==0.23.0 torchaudio==2.8.0'
@@ -44,6 +44,11 @@ bad_pairs = [
     BadPair({'transformers': '>=5.3,<5.6'},
         'Qwen2-VL gets wrong M-RoPE time positions for video: training runs, but the model learns wrong positions.',
         _transformers, breaks='video'),
+    BadPair({'transformers': '>=5.3'},
+        'KTO needs an older release: models of this one no longer compute the M-RoPE positions themselves, and '
+        'LLaMA-Factory 0.9.5 does not pass them in this stage. Training fails (ValueError: … mm_token_type_ids is '
+        'missing), or the model learns wrong positions of pictures and clips (Qwen2.5-VL).',
+        f"{_torch_28} transformers==4.57.6, or train on pairs of answers (stage: dpo).", breaks='KTO'),
     BadPair({'transformers': '<5'},
         'transformers 4 does not know Qwen3.5.',
         'pip install torch==2.11.0 torchaudio==2.11.0 transformers==5.6.0', breaks='Qwen3.5'),

@@ -1,7 +1,7 @@
 """The tests run on the package as it is installed from a built wheel, beside the same stack, not on the sources.
 
 The wheel is built once, before any test module imports the package; child processes get it through PYTHONPATH."""
-import json, os, shutil, socket, subprocess, sys, tempfile, time
+import importlib.metadata, json, os, shutil, socket, subprocess, sys, tempfile, time
 from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -55,6 +55,9 @@ def write_clip(path, frames, rate, size):
         stream.width, stream.height, stream.pix_fmt = *size, 'yuv420p'
         for _ in range(frames): container.mux(stream.encode(av.VideoFrame.from_image(Image.new('RGB', size))))
         container.mux(stream.encode())
+
+# Since transformers 5.3, stage `kto` fails or learns wrong positions (test_newest.py), and `check_recipe` says so
+TRAINS_KTO = tuple(map(int, importlib.metadata.version('transformers').split('.')[:2])) < (5, 3)
 
 COMMIT = '0123456789abcdef0123456789abcdef01234567'
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import until
+from conftest import TRAINS_KTO, until
 from qwen2vl_nb.boot import child_env
 from qwen2vl_nb.prediction.engines import predict
 from qwen2vl_nb.prediction.predictions import Predictions
@@ -53,6 +53,7 @@ FINE = { # name → data set, changes to the recipe
     'kto': ('marks', dict(stage='kto', learning_rate=3e-3, max_steps=16)),
     'rm': ('pairs', dict(stage='rm', learning_rate=3e-3, max_steps=16)),
 }
+if not TRAINS_KTO: del FINE['kto']
 
 ANSWERS = { # name → adapter, data set, what is found
     'answers of a model without training': (None, 'other', ['empty answers', 'endless repetition']),

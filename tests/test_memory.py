@@ -8,7 +8,7 @@ from itertools import accumulate
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from conftest import write_clip
+from conftest import TRAINS_KTO, write_clip
 from qwen2vl_nb.model import family_class, model_config
 from qwen2vl_nb.memory.estimate import predict_memory
 from qwen2vl_nb.recipe import predict_recipe, train_recipe
@@ -49,6 +49,9 @@ PREFERENCES = {'dpo lora': dpo, 'kto full': kto | full, 'dpo full': dpo | full, 
                'qwen3_vl dpo lora': dpo | dict(model='qwen3_vl'),
                'dpo lora bf16 z2': dpo | bf16 | dict(zero='z2'), 'kto full bf16 z2': kto | full | bf16 | dict(zero='z2'), 'rm full z0': rm | full | dict(zero='z0'), 'rm full bf16 z0': rm | full | bf16 | dict(zero='z0'),
                'rm full bf16 z2': rm | full | bf16 | dict(zero='z2'), 'rm full z3': rm | full | dict(zero='z3'), 'dpo lora z3': dpo | dict(zero='z3')}
+if not TRAINS_KTO:
+    PREFERENCES = {name: changes for name, changes in PREFERENCES.items() if changes['stage'] != 'kto'}
+    FEW = [name for name in FEW if name in PREFERENCES | FAMILIES]
 CASES = ALONE | RANKS | MORE | FAMILIES | PREFERENCES
 
 TOWERS = {'qwen2_vl': dict(embed_dim=160, hidden_size=256), 'qwen2_5_vl': dict(hidden_size=160, intermediate_size=320, out_hidden_size=256, fullatt_block_indexes=[2, 5]),

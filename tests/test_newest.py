@@ -1,14 +1,19 @@
 "The newest versions that `settings.ini` allows, as `pip install` resolves them: they work, and cost no more. Collected by `make test-newest`, which has them."
-import importlib.metadata, importlib.util
+import importlib.metadata, importlib.util, inspect, json
 
 import pytest
 from packaging.version import Version
 
+from qwen2vl_nb.checks import quick_findings
+from qwen2vl_nb.data.registry import Registry
 from qwen2vl_nb.frozen import SPARE_FROZEN
 from qwen2vl_nb.memory.estimate import predict_memory
+from qwen2vl_nb.model import family_class
+from qwen2vl_nb.recipe import train_recipe
 from qwen2vl_nb.run.loss import read_log
 from qwen2vl_nb.run.start import launch
 from qwen2vl_nb.stack import installed_versions, version_findings
+from qwen2vl_nb.tiny import tiny_model
 from qwen2vl_nb.zero import zero_config
 
 __test__ = Version(importlib.metadata.version('transformers')) >= Version('5')  # with the lock file there is nothing to collect
@@ -29,6 +34,31 @@ def test_losses_are_those_of_the_versions_as_published(zero, ranks, few_steps, t
         assert ('of the frozen vision tower' in log) is (spared == '1')
         assert ('gathered frozen weights' in log) is (spared == '1' and zero == 'z3')
     assert len(losses['0']) == 6 and losses['0'] == losses['1']
+
+FAMILIES = {'qwen2_vl': True, 'qwen2_5_vl': False, 'qwen3_vl': True} # family → whether its model refuses pictures without their positions
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_kto_fails_or_learns_wrong_positions(family, few_steps, data, tmp_path):
+    "As `check_recipe` says. LLaMA-Factory's trainer passes no positions in this stage; the model computes them from what kind of token each is, which it is not told either."
+    import torch
+    from llamafactory.train.kto.trainer import CustomKTOTrainer
+    rows = json.loads((data/'car_item'/'train.json').read_text())[:8]
+    Registry(tmp_path/'data').add('marked', [row | {'images': [str(data/path) for path in row['images']], 'kto_tag': i % 2 == 0} for i, row in enumerate(rows)])
+    model = tiny_model(tmp_path/'model', family=family)
+    recipe = few_steps(model_name_or_path=str(model), template=train_recipe(model)['template'], dataset='marked', dataset_dir=str(tmp_path/'data'), stage='kto', max_steps=2)
+    assert ['KTO needs an older release' in f.what for f in quick_findings(recipe)] == [True]
+    run = launch(recipe, force=True)
+    if FAMILIES[family]:
+        with pytest.raises(RuntimeError, match='`mm_token_type_ids` is missing'): run.wait()
+        return
+    assert run.wait().status == 'done' and 'position_ids' not in inspect.getsource(CustomKTOTrainer.forward)
+    loaded = family_class(family, 'ForConditionalGeneration').from_pretrained(model)
+    size = loaded.config.vision_config.spatial_merge_size
+    ids = torch.tensor([[loaded.config.vision_start_token_id, *[loaded.config.image_token_id]*16, 5, 6]])
+    grid = torch.tensor([[1, 4*size, 4*size]])
+    position = lambda **kinds: loaded.model.compute_3d_position_ids(input_ids=ids, inputs_embeds=None, image_grid_thw=grid, **kinds)
+    right = position(mm_token_type_ids=(ids == loaded.config.image_token_id).int())
+    assert not torch.equal(right[1], right[2]) and position() is None, 'so that the model counts tokens in all three'
 
 @pytest.fixture(scope='module')
 def counting(data):

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from conftest import TRAINS_KTO
 from qwen2vl_nb.data.check import check_samples
 from qwen2vl_nb.data.describe import show_samples
 from qwen2vl_nb.data.registry import Registry, dataset_rows, dataset_samples
@@ -313,7 +314,7 @@ def test_llamafactory_trains_other_losses_as_sigmoid():
 SHOWN = {'dpo': {'accuracy', 'rewards/chosen', 'rewards/rejected', 'rewards/margins', 'eval_rewards/margins', 'eval_rewards/accuracies'}, 'rm': {'eval_accuracy'}, 'kto': {'rewards/margins'}}
 PANELS = {'dpo': ['loss', 'reward', 'accuracy'], 'rm': ['loss', 'accuracy'], 'kto': ['loss', 'reward']}
 
-@pytest.mark.parametrize('stage', ['dpo', *(pytest.param(stage, marks=pytest.mark.soak) for stage in ('rm', 'kto'))])
+@pytest.mark.parametrize('stage', ['dpo', *(pytest.param(stage, marks=pytest.mark.soak) for stage in ('rm', *['kto']*TRAINS_KTO))])
 def test_a_run_logs_its_rewards_and_they_are_drawn(stage, tiny, tmp_path):
     from qwen2vl_nb.run.loss import plot_loss, read_log
     from qwen2vl_nb.run.preview import read_previews, show_previews

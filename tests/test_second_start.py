@@ -65,7 +65,7 @@ def described(tiny, data, tmp_path_factory):
 CHANGES = {
     'a row': ('rows.json', 'A car.', 'A bus.'),
     'an entry of the registry': ('dataset_info.json', '"rows.json"', '"rows.json", "columns": {"prompt": "output", "response": "instruction"}'),
-    'a token': ('model/tokenizer.json', '"<|box_start|>"', '"<|box_begin|>"'),
+    'a token': ('model/tokenizer_config.json', '"<|box_start|>"', '"<|box_begin|>"'),
     'the chat template': ('model/chat_template.jinja', '', ' '),
     'a limit of the processor': ('model/preprocessor_config.json', '"merge_size": 2', '"merge_size": 4'),
 }

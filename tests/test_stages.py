@@ -5,6 +5,7 @@ import json, subprocess, sys
 
 import pytest
 
+from conftest import TRAINS_KTO
 from qwen2vl_nb.checks import data_findings
 from qwen2vl_nb.recipe import train_recipe
 from qwen2vl_nb.boot import child_env
@@ -99,7 +100,7 @@ def test_dpo_on_a_ranking_trains(tiny, registry):
     assert run.status == 'done' and 'rewards/accuracies' in run.log() and (run.output_dir/'adapter_model.safetensors').is_file()
 
 @pytest.mark.soak
-@pytest.mark.parametrize('stage, name', [('pt', 'text'), ('sft', 'sharegpt with roles'), ('rm', 'alpaca ranking'), ('dpo', 'alpaca ranking'), ('kto', 'alpaca kto'), ('kto', 'sharegpt kto')])
+@pytest.mark.parametrize('stage, name', [('pt', 'text'), ('sft', 'sharegpt with roles'), ('rm', 'alpaca ranking'), ('dpo', 'alpaca ranking'), *[('kto', 'alpaca kto'), ('kto', 'sharegpt kto')]*TRAINS_KTO])
 def test_a_stage_trains_on_data_that_its_workflow_takes(stage, name, tiny, registry):
     from qwen2vl_nb.run.start import launch
     out = registry.dataset_dir/f'out-{stage}-{name}'
