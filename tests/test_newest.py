@@ -38,14 +38,14 @@ def test_losses_are_those_of_the_versions_as_published(zero, ranks, few_steps, t
 FAMILIES = {'qwen2_vl': True, 'qwen2_5_vl': False, 'qwen3_vl': True} # family → whether its model refuses pictures without their positions
 
 @pytest.mark.parametrize('family', FAMILIES)
-def test_kto_fails_or_learns_wrong_positions(family, few_steps, data, tmp_path):
+def test_kto_fails_or_learns_wrong_positions(family, data, tmp_path):
     "As `check_recipe` says. LLaMA-Factory's trainer passes no positions in this stage; the model computes them from what kind of token each is, which it is not told either."
     import torch
     from llamafactory.train.kto.trainer import CustomKTOTrainer
     rows = json.loads((data/'car_item'/'train.json').read_text())[:8]
     Registry(tmp_path/'data').add('marked', [row | {'images': [str(data/path) for path in row['images']], 'kto_tag': i % 2 == 0} for i, row in enumerate(rows)])
     model = tiny_model(tmp_path/'model', family=family)
-    recipe = few_steps(model_name_or_path=str(model), template=train_recipe(model)['template'], dataset='marked', dataset_dir=str(tmp_path/'data'), stage='kto', max_steps=2)
+    recipe = train_recipe(model, 'marked', tmp_path/'run', stage='kto', dataset_dir=str(tmp_path/'data'), max_steps=2, bf16=None, use_cpu=True, gradient_accumulation_steps=1, preprocessing_num_workers=None)
     assert ['KTO needs an older release' in f.what for f in quick_findings(recipe)] == [True]
     run = launch(recipe, force=True)
     if FAMILIES[family]:
@@ -56,7 +56,7 @@ def test_kto_fails_or_learns_wrong_positions(family, few_steps, data, tmp_path):
     size = loaded.config.vision_config.spatial_merge_size
     ids = torch.tensor([[loaded.config.vision_start_token_id, *[loaded.config.image_token_id]*16, 5, 6]])
     grid = torch.tensor([[1, 4*size, 4*size]])
-    position = lambda **kinds: loaded.model.compute_3d_position_ids(input_ids=ids, inputs_embeds=None, image_grid_thw=grid, **kinds)
+    position = lambda **kinds: loaded.model.compute_3d_position_ids(ids, None, grid, None, None, None, **kinds)
     right = position(mm_token_type_ids=(ids == loaded.config.image_token_id).int())
     assert not torch.equal(right[1], right[2]) and position() is None, 'so that the model counts tokens in all three'
 
