@@ -97,7 +97,7 @@ def _dialogue_turns(sample):
 
 def is_ranking(sample):
     "Whether a sample has two answers, chosen and rejected; beside an `output` they are the user's own columns."
-    return all(k in sample for k in answer_keys) and 'output' not in sample
+    return 'output' not in sample and all(k in sample for k in answer_keys)
 
 answer_keys = 'chosen', 'rejected' # Of a ranking: texts in a question, turns in a dialogue
 
