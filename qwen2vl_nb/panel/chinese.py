@@ -14,6 +14,8 @@ CHINESE = {
     'panel.copy': ('Copy', '复制'),
     'panel.no_code': ('The code that this step runs will be shown here.', '这一步运行的代码会显示在这里。'),
     'panel.running': ('Running …', '正在运行……'),
+    'panel.cancel': ('Cancel', '取消'),
+    'panel.cancelled': ('Cancelled.', '已取消。'),
     'panel.again': ('Running the code of earlier steps again …', '正在重新运行前面步骤的代码……'),
     'panel.ran': ('Ran on {when}.', '运行时间：{when}。'),
     'panel.unexpected': ('This error was not expected: {error}\nIt was raised in {where}. To see the full '

@@ -15,6 +15,8 @@ ENGLISH = {
     'panel.copy': 'Copy',
     'panel.no_code': 'The code that this step runs will be shown here.',
     'panel.running': 'Running …',
+    'panel.cancel': 'Cancel',
+    'panel.cancelled': 'Cancelled.',
     'panel.again': 'Running the code of earlier steps again …',
     'panel.ran': 'Ran on {when}.',
     'panel.unexpected': 'This error was not expected: {error}\nIt was raised in {where}. To see the full traceback, '
