@@ -20,7 +20,17 @@ from .session import NotYet, Unfilled, keep_value, result_again, run_action, wha
 
 # %% ../../nbs/panel/20_steps.ipynb #20steps0005
 STYLE = '''<style>
-.qvl {color:var(--jp-ui-font-color1,inherit);max-width:1100px;padding:2px 6px 8px}
+.qvl {color:var(--jp-ui-font-color1,inherit);max-width:1100px;padding:2px 6px 8px;container-type:inline-size}
+.qvl-tabs {display:grid!important;grid-template-columns:repeat(10,auto);gap:3px;width:100%}
+.qvl-tabs>button {width:auto!important;margin:0;padding:0 4px;text-overflow:ellipsis}
+@container (max-width:810px) {.qvl-tabs {grid-template-columns:repeat(5,1fr)}}
+@container (max-width:480px) {
+  .qvl-tabs {grid-template-columns:repeat(2,1fr)}
+  .qvl .widget-inline-hbox {flex-wrap:wrap;height:auto;width:100%!important}
+  .qvl .widget-inline-hbox>.widget-label {width:100%!important;text-align:left}
+  .qvl .widget-checkbox>.widget-label:first-child {display:none}
+  .qvl-below {margin-left:4px!important}
+}
 .qvl .widget-html-content,.qvl .jupyter-widget-html-content {line-height:1.45}
 .qvl .widget-label,.qvl .jupyter-widget-label {color:inherit}
 .qvl-help {opacity:.75;line-height:1.35}
@@ -246,7 +256,7 @@ def _work(self:ActionBox):
 @patch
 def _run(self:ActionBox):
     self.button.disabled, self._due, self._is_cancelled = True, 0, False
-    self._began, failed = time.monotonic(), None
+    self._began, self.stop.disabled, failed = time.monotonic(), False, None
     self.line.value = as_html('qvl-said', self.step.panel.say('panel.running'))
     try:
         value = run_action(self.step.panel.session, self.action.name, self._hear)
@@ -322,7 +332,8 @@ class Step:
         panel, # The `Panel`, with its `session` and its texts `say`
     ):
         self.panel, self.controls, self.boxes, self._view, self._restoring = panel, {}, {}, None, False
-        self.code, self._shown, self._lock, self._refused = HTML(), {}, RLock(), False  # values that the controls were given
+        self.code, self._shown, self._filling, self._refused = HTML(), {}, RLock(), False
+        # `_shown`: the values of the files that the controls were given, or gave
 
     def say(self,
         key:str, # Without the step's name
@@ -408,7 +419,10 @@ def field(self:Step,
     if help not in self.panel.say: return control
     control.tooltip = self.panel.say(help)
     explained = as_html('qvl-help', self.panel.say(help))
-    if below: return VBox([control, HTML(explained, layout=Layout(margin='0 4px 4px 138px'))])
+    if below:
+        under = HTML(explained, layout=Layout(margin='0 4px 4px 138px'))
+        under.add_class('qvl-below')
+        return VBox([control, under])
     text = HTML(explained, layout=Layout(flex='1 1 260px', margin='2px 8px'))
     return HBox([control, text], layout=Layout(flex_flow='row wrap', align_items='center', max_width='100%'))
 
@@ -432,7 +446,7 @@ def changed(self:Step,
 @patch
 def _put(self:Step, name):
     "Put the value of the files into a control; one that it can't take is left out."
-    with self._lock:
+    with self._filling:
         value = self.values[name]
         if name in self._shown and self._shown[name] == value: return  # the control may be ahead: somebody types
         self._shown[name], self._restoring = value, True
@@ -442,7 +456,7 @@ def _put(self:Step, name):
 
 @patch
 def _changed(self:Step, name):
-    with self._lock:
+    with self._filling:
         if self._restoring: return
         self.panel.touched = True
         self._keep(name, self.controls[name].value)

@@ -24,6 +24,7 @@ ENGLISH = {
     'panel.fill': 'Fill in "{control}" in the step "{step}" first.',
     'panel.elsewhere': '{name} was not written by this panel or has been changed since. It stays as it is; '
                        'the code is written to {other}.',
+    'panel.ended': 'This form is now shown in another cell. Run this cell again to have it here.',
     'panel.refused': 'The form could not be saved: {error}',
     'panel.first': 'This needs the step "{step}" first: press "{action}" there.',
     'panel.done': 'done',
