@@ -8,7 +8,7 @@ __all__ = ['CHOOSE', 'is_training', 'list_runs', 'describe_run', 'ChooseBox', 'R
 # %% ../../nbs/panel/62_runs_step.ipynb #62runsst0002
 import os, time
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from fastcore.basics import patch
 from ipywidgets import HTML, Layout, Select, Text, VBox
 from .chosen_run import live_view
@@ -75,6 +75,7 @@ class RunsStep(Step):
 
     def build(self):
         self.rows, self._thread, self._watched, self.live = None, None, None, VBox()
+        self._wake = Event()
         self.select = Select(rows=7, layout=Layout(width='100%', max_width='840px'), description=self.say('run'))
         self.select.style.description_width = '130px'
         self.count = HTML()
@@ -102,7 +103,8 @@ class RunsStep(Step):
 # %% ../../nbs/panel/62_runs_step.ipynb #62runsst0010
 @patch
 def look(self:RunsStep):
-    "Read the folders of the runs, in a thread."
+    "Read the folders of the runs, in a thread, and keep the list up to date while the step is shown."
+    self._wake.set()
     if self._thread: return
     self._thread = Thread(target=self._keep_up, daemon=True, name='list of runs')
     self._thread.start()
@@ -111,12 +113,13 @@ def look(self:RunsStep):
 def _keep_up(self:RunsStep):
     try:
         while True:
+            self._wake.clear()
             began, folder = time.monotonic(), self.panel.session.project.folder
             self.rows = list_runs(folder, (_saves, self.values['folder']))
             self._show_list()
             took, works = time.monotonic() - began, any(row['state'] == 'running' for row in self.rows)
-            if not works or self.panel.shown != self.name: return
-            time.sleep(max(2, 20*took))
+            if self.panel.shown != self.name: return
+            self._wake.wait(max(2 if works else 5, 20*took))  # somebody else may start one
     except (OSError, ValueError) as e: self.count.value = as_html('qvl-error', str(e))
     finally: self._thread = None
 
@@ -139,7 +142,7 @@ def _show_list(self:RunsStep):
     lines = [line for line in lines if word in line[0].lower()]
     kept, run = self.select.value, self.values['run']
     there = [place for _, place in lines[:_most_listed]]
-    self.select.options = lines[:_most_listed]
+    if [*self.select.options] != lines[:_most_listed]: self.select.options = lines[:_most_listed]
     self.select.value = next((place for place in (kept, run) if place in there), None)
     said = self.say('count', shown=len(there), n=len(self.rows), run=run or self.say('none'))
     self.count.value = as_html('qvl-help', said)
