@@ -80,21 +80,20 @@ ENGLISH |= {
 # %% ../../nbs/panel/00_texts.ipynb #00textsg2
 ENGLISH |= {
     'launch': 'Launch',
-    'launch.about': 'Start the run in processes of its own: it goes on if this page or its kernel is closed.',
+    'launch.about': 'Start the run in processes of its own: it goes on if this page or its kernel is closed. The '
+                    'recipe is checked first: if it can’t run, nothing starts, and you see why.',
     'launch.name': 'Name',
     'launch.name.help': 'Each start has a new folder, with this name and the time.',
     'launch.nproc': 'Processes',
     'launch.nproc.help': 'On this machine; 0: one for each GPU, or one if there is none.',
-    'launch.check': 'Check the recipe',
-    'launch.check.help': 'Ask LLaMA-Factory and DeepSpeed whether the recipe can run. The launch makes the same '
-                         'checks.',
     'launch.start': 'Launch',
     'launch.start.help': 'Start the recipe in a new folder.',
     'runs': 'Runs',
-    'runs.about': 'All runs in the folder. The steps after this one are about the run that is chosen here: the one '
-                  'that was launched last, unless you choose another.',
+    'runs.about': 'All trainings in the folder of this panel, also those that were started without it. The steps after '
+                  'this one are about the run that is chosen here: the one that was launched last, unless you choose '
+                  'another.',
     'runs.folder': 'Folder',
-    'runs.folder.help': 'Where new runs are put and runs are looked for, with its subfolders.',
+    'runs.folder.help': 'Where new runs are put. If it is outside the folder of this panel, its runs are listed, too.',
     'runs.filter': 'Filter',
     'runs.filter.help': 'Part of a name or of a state, such as failed.',
     'runs.run': 'Run',
