@@ -17,6 +17,8 @@ from .model import video_tokens as video_tokens
 from .recipe import load_recipe as load_recipe
 # recipe = predict_recipe('Qwen/Qwen2-VL-7B-Instruct', 'my_cars_test', adapter=run, max_new_tokens=64)
 from .recipe import predict_recipe as predict_recipe
+# asked = answering_recipe(run.recipe, run, 'my_cars_test', max_new_tokens=64)
+from .recipe import answering_recipe as answering_recipe
 # save_recipe(recipe, 'recipe.yaml')
 from .recipe import save_recipe as save_recipe
 # recipe = train_recipe('Qwen/Qwen2-VL-7B-Instruct', 'my_cars', 'runs/first', lora_rank=16)

@@ -8,7 +8,8 @@ __all__ = ['families', 'supported', 'other_model', 'box_marks', 'box_keys', 'pix
            'named_family', 'model_type', 'family_of', 'family_class', 'usual_template', 'trainer_size',
            'processor_config', 'has_processor', 'processor_limits', 'tokens_within', 'image_tokens', 'sampled_frames',
            'video_tokens', 'resized', 'box_frame', 'corner_pairs', 'write_boxes', 'recipe_limits', 'with_system',
-           'without_thoughts', 'with_thoughts', 'chat_template', 'model_config', 'head_size', 'mlp_size', 'tower_size']
+           'without_thoughts', 'after_thoughts', 'with_thoughts', 'chat_template', 'model_config', 'head_size',
+           'mlp_size', 'tower_size']
 
 # %% ../nbs/03_model.ipynb #model02
 import json, math, re
@@ -316,6 +317,16 @@ def without_thoughts(
 )->str:
     "An answer without its thoughts, as a template for models that think puts it into later turns."
     return re.sub('<think>\n.*?\n</think>\n\n', '', text, flags=re.DOTALL).lstrip('\n')
+
+def after_thoughts(
+    answer, # An answer; `None` for a row that failed
+    label:str, # Its label
+): # The answer, or what follows its thoughts if the label has none
+    "The part of an answer that is compared with a label; empty if the answer ends within its thoughts."
+    if answer is None or '<think>' in label or '</think>' in label: return answer
+    if answer.lstrip().startswith('<think>') and '</think>' not in answer: return ''
+    _, end, rest = answer.rpartition('</think>')
+    return rest.lstrip('\n') if end else answer
 
 def with_thoughts(
     text, # An answer

@@ -248,18 +248,20 @@ def adapters_of(
 
 def answering_recipe(
     trained:dict, # The recipe of a training
-    weights:str|os.PathLike, # Its run, the folder of the run, or a checkpoint
-    dataset:str=None, # As for `predict_recipe`, like the other arguments
-    output_dir:str|Path=None,
-    **changes,
+    weights:str|os.PathLike=None, # Its run, the folder of the run, or a checkpoint; `None`: as it was before
+    dataset:str=None, # Registered data set to predict; `None`: samples are given later
+    output_dir:str|Path=None, # Folder for the predictions, as for `predict_recipe`
+    **changes, # LLaMA-Factory's others, which take precedence over those of the training
 )->dict: # A recipe for prediction
-    "The recipe that asks the model that a training has made, as it was trained."
-    kind, shared = trained.get('finetuning_type', 'lora'), answer_arguments(trained)
-    if kind not in ('lora', 'oft'): return predict_recipe(weights, dataset, output_dir, **shared | changes)
-    own = {'adapter': weights, 'finetuning_type': kind}
-    recipe = predict_recipe(trained['model_name_or_path'], dataset, output_dir, **own | shared | changes)
+    "The recipe that asks the model that a training has made, or the one that it began with, as it was trained."
+    kind, shared = trained.get('finetuning_type', 'lora'), answer_arguments(trained) | changes
+    base = trained['model_name_or_path']
+    if kind not in ('lora', 'oft'): return predict_recipe(weights or base, dataset, output_dir, **shared)
+    recipe = predict_recipe(base, dataset, output_dir, **{'adapter': weights} | shared)
     found = recipe.get('adapter_name_or_path')
-    return recipe | ({'adapter_name_or_path': adapters_of(trained, found)} if found else {})
+    if weights: adapters = found and adapters_of(trained, found)
+    else: adapters = trained.get('adapter_name_or_path')
+    return recipe | ({'adapter_name_or_path': adapters, 'finetuning_type': kind} if adapters else {})
 
 # %% ../nbs/10_recipe.ipynb #eee21064
 class _Loader(yaml.SafeLoader): "YAML in which `1e-4` is a number, as LLaMA-Factory reads it."

@@ -122,6 +122,24 @@ def _yolo(folder, lines=None, yaml='names:\n  0: cat\n  1: dog\ntrain: images\nv
     (folder/'data.yaml').write_text(yaml)
     return folder, {}
 
+def _yolo_by(tool):
+    "As other tools write it: the names of the classes in a text file, and the pictures in folders of their own or beside the labels."
+    names, pictures = {'Label Studio': ('classes.txt', 'images'), 'labelImg': ('classes.txt', '.'), 'CVAT': ('obj.names', 'obj_train_data')}[tool]
+    def make(folder):
+        _yolo(folder)
+        (folder/'data.yaml').unlink()
+        (folder/names).write_text('cat\ndog\n')
+        if pictures == 'images': return folder, {}
+        for file in [*folder.glob('*s/*.*')]: file.rename(_made(folder/pictures)/file.name)
+        for left in ('images', 'labels'): (folder/left).rmdir()
+        if tool == 'CVAT': (folder/'obj.data').write_text('classes = 2\ntrain = data/train.txt\nnames = data/obj.names\n')
+        return folder, {}
+    return make
+
+def _made(folder):
+    folder.mkdir(exist_ok=True)
+    return folder
+
 VOC = '''<annotation verified="yes">
 \t<folder>JPEGImages</folder>
 \t<filename>{name}</filename>
@@ -145,6 +163,13 @@ def _voc(folder, change=lambda text: text, size=PICTURE):
         (folder/'Annotations'/name).with_suffix('.xml').write_text(change(text))
     return folder, {}
 
+def _voc_lower(folder):
+    "As many sets on the web have it."
+    _voc(folder)
+    (folder/'Annotations').rename(folder/'annotations')
+    (folder/'JPEGImages').rename(folder/'images')
+    return folder, {}
+
 def _labelme(folder, change=lambda shape: shape, **changes):
     "As LabelMe 5 writes it, beside the pictures."
     _drawn(folder)
@@ -152,6 +177,18 @@ def _labelme(folder, change=lambda shape: shape, **changes):
         shapes = [change({'label': label, 'points': [[x1, y1], [x2, y2]], 'group_id': None, 'description': '', 'shape_type': 'rectangle', 'flags': {}, 'mask': None})
                   for label, (x1, y1, x2, y2) in boxes]
         _json((folder/name).with_suffix('.json'), {'version': '5.5.0', 'flags': {}, 'shapes': shapes, 'imagePath': name, 'imageData': None, 'imageHeight': 90, 'imageWidth': 120} | changes)
+    return folder, {}
+
+def _labelme_apart(folder):
+    "With the four corners of each rectangle, as X-AnyLabeling has them, in a folder beside the pictures, and under Windows."
+    def four(shape):
+        (x1, y1), (x2, y2) = shape['points']
+        return shape | {'points': [[x1, y1], [x2, y1], [x2, y2], [x1, y2]]}
+    _labelme(folder, four)
+    for file in folder.glob('*.json'):
+        _json(_made(folder/'labels')/file.name, json.loads(file.read_text()) | {'imagePath': f'..\\images\\{file.stem}.png'})
+        file.unlink()
+    for file in folder.glob('*.png'): file.rename(_made(folder/'images')/file.name)
     return folder, {}
 
 def _result(label, box, **changes):
@@ -173,6 +210,25 @@ def _studio_min(folder):
              'annotator': 1, 'annotation_id': i} for i, (name, boxes) in enumerate(PICTURES.items())]
     return _json(folder/'min.json', rows), {}
 
+def _studio_parts(folder):
+    "The template for OCR: the place of a box, its name and its text are results of their own."
+    def parts(result):
+        value, label = {k: v for k, v in result['value'].items() if k != 'rectanglelabels'}, result['value']['rectanglelabels']
+        kinds = {'rectangle': {}, 'labels': {'labels': label}, 'textarea': {'text': ['abc']}}
+        return [result | {'type': kind, 'value': value | more, 'id': f'{label}'} for kind, more in kinds.items()]
+    tasks = _tasks(parts)
+    for task in tasks: task['annotations'][0]['result'] = sum(task['annotations'][0]['result'], [])
+    _drawn(folder/'images')
+    return _json(folder/'project-1.json', tasks), {'media_dir': folder/'images'}
+
+def _studio_min_parts(folder):
+    source, how = _studio_min(folder)
+    rows = json.loads(source.read_text())
+    for row in rows:
+        row['label'] = [{k: v for k, v in one.items() if k != 'rectanglelabels'} | {'labels': one['rectanglelabels']} for one in row['label']]
+        row |= {'bbox': [{k: v for k, v in one.items() if k != 'labels'} for one in row['label']], 'transcription': ['abc']*len(row['label'])}
+    return _json(source, rows), how
+
 def _table(folder, header='filename,width,height,class,xmin,ymin,xmax,ymax', rows=None):
     "As the exports for TensorFlow have it; a picture without boxes has empty cells."
     _drawn(folder)
@@ -182,7 +238,9 @@ def _table(folder, header='filename,width,height,class,xmin,ymin,xmax,ymax', row
 
 def _shares(folder): return _table(folder, 'image,label,x,y,w,h', [f'{name},{label},{",".join(str(n/s) for n, s in zip(_sized(*box), (120, 90, 120, 90)))}' for name, boxes in PICTURES.items() for label, box in boxes] + ['c.png,,,,,'])
 
-FORMS = {'COCO': _coco_file, 'YOLO': _yolo, 'Pascal VOC': _voc, 'LabelMe': _labelme, 'Label Studio': _studio, 'Label Studio, JSON-MIN': _studio_min, 'a table with corners': _table,
+FORMS = {'COCO': _coco_file, 'YOLO': _yolo, 'YOLO of Label Studio': _yolo_by('Label Studio'), 'YOLO of labelImg': _yolo_by('labelImg'), 'YOLO of CVAT': _yolo_by('CVAT'),
+         'Pascal VOC': _voc, 'Pascal VOC in lower case': _voc_lower, 'LabelMe, four corners': _labelme_apart, 'Label Studio for OCR': _studio_parts,
+         'Label Studio for OCR, JSON-MIN': _studio_min_parts, 'LabelMe': _labelme, 'Label Studio': _studio, 'Label Studio, JSON-MIN': _studio_min, 'a table with corners': _table,
          'a table with fractions': _shares}
 
 @pytest.mark.parametrize('family', families)
@@ -278,6 +336,40 @@ def test_splits_of_yolo_are_read_one_at_a_time(tmp_path):
     for source in (tmp_path/'train', tmp_path/'train'/'images'): assert len(read_samples(source, family='qwen3_vl')) == 3
     with pytest.raises(ValueError, match='contains the splits'): read_samples(tmp_path/'data.yaml', family='qwen3_vl')
 
+@pytest.mark.parametrize('train,val', [('train.txt', 'val.txt'), ('train.txt', 'images/val'), (['images/train'], 'images/val')])
+def test_splits_of_yolo_may_be_lists(train, val, tmp_path, capsys):
+    "A list of pictures, or of folders, is no reason to read the other split alone, or both as one."
+    for split in ('train', 'val'):
+        _yolo(tmp_path/'set'/split)
+        for kind in ('images', 'labels'): (tmp_path/'set'/split/kind).rename(_made(tmp_path/'set'/kind)/split)
+        (tmp_path/'set'/f'{split}.txt').write_text(''.join(f'data/images/{split}/{name}\n' for name in PICTURES))
+    _json(tmp_path/'set'/'data.yaml', {'path': '.', 'names': {0: 'cat', 1: 'dog'}, 'train': train, 'val': val})  # JSON is YAML, but for keys
+    (tmp_path/'set'/'data.yaml').write_text((tmp_path/'set'/'data.yaml').read_text().replace('"0"', '0').replace('"1"', '1'))
+    with pytest.raises(ValueError, match=r"contains the splits train, val: read each, as in read_samples\('.*/images/(train|val)'"): read_samples(tmp_path/'set', family='qwen3_vl')
+    assert len(read_samples(tmp_path/'set'/'images'/'val', family='qwen3_vl')) == 3
+
+def test_a_split_that_is_alone_is_named(tmp_path, capsys):
+    _yolo(tmp_path/'set', yaml='names: [cat, dog]\npath: /content/set\ntrain: images\nval: ../valid/images\ntest:\n')
+    assert len(read_samples(tmp_path/'set', family='qwen3_vl')) == 3 and 'YOLO labels in images;' in capsys.readouterr().out
+
+def test_a_folder_of_pictures_is_no_class(tmp_path):
+    "The labels of COCO are in another folder beside it."
+    _coco_file(tmp_path/'set')
+    with pytest.raises(ValueError, match=r'one for each class \(its images is none\). Its labels may be in annotations/instances.json: give that file'):
+        read_samples(tmp_path/'set', family='qwen3_vl')
+
+def test_pictures_without_objects_are_read_from_coco(tmp_path):
+    source, how = _coco_file(tmp_path, annotations=[])
+    assert [s['output'] for s in read_samples(source, family='qwen3_vl', **how)] == ['[]']*3
+
+def test_where_label_studio_keeps_its_pictures(tmp_path):
+    _drawn(tmp_path)
+    data = base64.b64encode((tmp_path/'a.png').read_bytes()).decode()
+    for i, address in enumerate(('https://bucket.example.com/set/a.png?X-Amz-Date=1', '/data/local-files/?d=Users%5Cme%5Ca.png', 's3://bucket/a.png', f'data:image/png;base64,{data}')):
+        source = _json(tmp_path/f'{i}.json', [_tasks()[0] | {'data': {'scan': address} if i == 0 else {'image': address}}])
+        sample, = read_samples(source, family='qwen2_5_vl')
+        assert Image.open(sample['images'][0]).size == PICTURE and len(sample_boxes(sample, PICTURE)) == 2
+
 # --- bad input, each kind in the files of a tool
 
 def _changed(i, **changes):
@@ -329,11 +421,12 @@ BAD = { # name → what makes the files, and the words with which they are refus
     'COCO: panoptic masks': (lambda f: _coco_file(f, annotations=[{'image_id': 10, 'file_name': 'a.png', 'segments_info': [{'id': 1}]}]), ['only an outline or a mask']),
     'COCO: the file is cut off': (lambda f: (_bytes(_coco_file, 'annotations/instances.json', json.dumps(_coco())[:-40])(f)), ['instances.json is not JSON', 'line 1']),
     'COCO: boxes for another picture': (lambda f: _coco_file(f, images=[image | {'width': 300} for image in _coco()['images']]), ['picture 0 (', 'for 300×90 pixels, and the picture has 120×90']),
+    'COCO: a rotated box of CVAT': (_changed(1, attributes={'occluded': False, 'rotation': 30.0}), ['annotations[1] is rotated; only upright boxes']),
     'YOLO: an outline': (lambda f: _yolo(f, '0 .1 .1 .2 .1 .2 .2\n'), ['a.txt: line 1 has 7 numbers instead of five; only upright boxes and points are read']),
     'YOLO: a rotated box': (lambda f: _yolo(f, '0 .1 .1 .2 .1 .2 .2 .1 .2\n'), ['a.txt: line 1 has 9 numbers instead of five']),
     'YOLO: a confidence': (lambda f: _yolo(f, '0 .5 .5 .2 .2 .93\n'), ['a.txt: line 1 has six numbers: a confidence?']),
     'YOLO: pixels': (lambda f: _yolo(f, '\n0 60 45 50 50\n'), ['a.txt: line 2 has numbers over 1']),
-    'YOLO: a class without a name': (lambda f: _yolo(f, '2 .5 .5 .2 .2\n'), ['a.txt: line 1 has class 2, and data.yaml names 2 classes']),
+    'YOLO: a class without a name': (lambda f: _yolo(f, '2 .5 .5 .2 .2\n'), ['a.txt: line 1 has class 2, and the data set names 2 classes']),
     'YOLO: names instead of numbers': (lambda f: _yolo(f, 'dog .5 .5 .2 .2\n'), ['a.txt: line 1 has something that is not a number']),
     'YOLO: a line that is cut off': (lambda f: _yolo(f, '0 .5 .5\n'), ['a.txt: line 1 has fewer than five numbers']),
     'YOLO: infinity': (lambda f: _yolo(f, '0 inf .5 .2 .2\n'), ['a.txt: line 1 has something that is not a number']),
@@ -356,9 +449,12 @@ BAD = { # name → what makes the files, and the words with which they are refus
     'VOC: other XML': (_bytes(_voc, 'Annotations/b.xml', '<html/>'), ['b.xml: its root element is html']),
     'VOC: an encoding that nobody knows': (_bytes(_voc, 'Annotations/b.xml', '<?xml version="1.0" encoding="klingon"?><annotation/>'), ['b.xml: it is not XML']),
     'VOC: boxes for another picture': (lambda f: _voc(f, size=(500, 90)), ['for 500×90 pixels, and the picture has 120×90']),
+    'VOC: a rotated box of CVAT': (_replaced('</object>', '<attributes><attribute><name>rotation</name><value>30.0</value></attribute></attributes></object>'), ['a.xml: object 1 is rotated; only']),
+    "VOC: CVAT's own format": (_bytes(_voc, 'Annotations/a.xml', '<annotations><version>1.1</version></annotations>'), ["a.xml: it is in CVAT's own format: export the task as COCO 1.0"]),
     'LabelMe: a polygon': (lambda f: _labelme(f, lambda s: s | {'shape_type': 'polygon'}), ["a.json: shapes[0] is a 'polygon'; only upright boxes and points"]),
     'LabelMe: a circle': (lambda f: _labelme(f, lambda s: s | {'shape_type': 'circle'}), ["shapes[0] is a 'circle'"]),
     'LabelMe: a rectangle of four points': (lambda f: _labelme(f, lambda s: s | {'points': s['points']*2}), ['shapes[0] is a rectangle with points']),
+    'LabelMe: four points askew': (lambda f: _labelme(f, lambda s: s | {'points': [[1, 2], [9, 3], [9, 8], [1, 7]]}), ['shapes[0] is a rectangle with points']),
     'LabelMe: points of text': (lambda f: _labelme(f, lambda s: s | {'points': [['1', '2'], ['3', '4']]}), ['shapes[0] is a rectangle with points']),
     'LabelMe: a shape that is no object': (lambda f: _labelme(f, lambda s: 7), ['a.json: shapes[0] is 7, not an object']),
     'LabelMe: a file of another kind among them': (_bytes(_labelme, 'b.json', '[]'), ['b.json: it is not of LabelMe']),
@@ -368,6 +464,8 @@ BAD = { # name → what makes the files, and the words with which they are refus
     'Label Studio: a rotated box': (lambda f: _studio(f, lambda r: r | {'value': r['value'] | {'rotation': 12}}), ['task 0, result 0 is rotated; only upright boxes']),
     'Label Studio: a turned picture': (lambda f: _studio(f, lambda r: r | {'image_rotation': 90}), ['task 0, result 0 is rotated']),
     'Label Studio: a box without numbers': (lambda f: _studio(f, lambda r: r | {'value': r['value'] | {'x': None}}), ['task 0, result 0 has no numbers for its place']),
+    'Label Studio: predictions only': (lambda f: (_json(f/'a.json', [task | {'annotations': [], 'predictions': task['annotations']} for task in _tasks()]), {}), ['none of its 3 task(s) has an annotation; predictions are not read']),
+    'Label Studio, JSON-MIN: an outline': (lambda f: (_json(f/'a.json', [{'id': 1, 'image': 'a.png', 'label': [{'points': [[1, 2]], 'labels': ['dog'], 'original_width': 120}]}]), {}), ['task 0, result 0 is of type points; only']),
     'Label Studio: tasks without a picture': (lambda f: (_json(f/'a.json', [task | {'data': {'text': 'x'}} for task in _tasks()]), {}), ['task 0 names no picture']),
     'a table with words for numbers': (lambda f: _table(f, rows=[f'{ROW},1,2,3,wide']), ['boxes.csv', 'row 0 (row 2 of boxes.csv) has something that is not a number in xmin, ymin, xmax, ymax']),
     'a table with a corner missing': (lambda f: _table(f, rows=[f'{ROW},1,2,3,']), ['row 0 (row 2 of boxes.csv) has something that is not a number']),

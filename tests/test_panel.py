@@ -11,6 +11,9 @@ from qwen2vl_nb.execute import execute
 from qwen2vl_nb.panel.data_step import column_names
 from qwen2vl_nb.panel.form import Panel
 from qwen2vl_nb.panel.session import NOTEBOOK, PANEL, form_values, keep_value, what_ran
+from qwen2vl_nb.recipe import load_recipe
+from qwen2vl_nb.run.folder import RECIPE, RUN
+from qwen2vl_nb.run.start import launch
 
 COLOURS = ['red', 'green', 'blue', 'white']
 
@@ -243,3 +246,72 @@ def test_a_folder_that_cannot_be_written_is_told(folder):
     fill(panel, 'model', model='Qwen/Qwen2-VL-7B-Instruct')
     panel.go('recipe', keep=True)
     assert 'could not be saved' in panel.complaint.value and (folder/'file').read_text() == 'mine'
+
+def listed(panel):
+    "The runs that the panel lists."
+    step = panel.steps['runs']
+    step.view
+    step.look()
+    while thread := step._thread: thread.join()
+    return {row['run'] for row in step.rows}
+
+def test_what_a_training_was_built_on_is_asked_with_it_and_all_runs_are_listed_wherever_the_folder_is(folder, few_steps, data, tiny_fp32, monkeypatch):
+    "An adapter that was trained by code where recipes write by default, and a second one on it from the panel."
+    few = dict(max_steps=2, max_samples=8, use_cpu=True, preprocessing_num_workers=None, add_tokens='<car>')
+    first = launch(few_steps(output_dir=None, model_name_or_path=str(tiny_fp32), **few)).wait()
+    panel = Panel()
+    fill(panel, 'model', model=tiny_fp32.name)
+    fill(panel, 'split', name='car_item', folder=str(data))
+    fill(panel, 'recipe', bf16=False)
+    own = few | dict(adapter_name_or_path=str(first.output_dir.relative_to(folder)), create_new_adapter=True)
+    keep_value(panel.session.project, 'recipe', more=own | {'template': 'qwen2_v'})
+    press(panel, 'recipe.make')
+    told = shown(press(panel, 'launch.start'))
+    assert 'cannot run' in told and 'qwen2_vl' in told and not (folder/'runs').exists(), 'what would fail is said before the start'
+    keep_value(panel.session.project, 'recipe', more=own)
+    for action in ('recipe.make', 'launch.start'): assert 'qvl-error' not in shown(press(panel, action))
+    second = panel.session.names['run'].wait()
+    places = {str(run.output_dir.relative_to(folder)) for run in (first, second)}
+    assert [p.split('/')[0] for p in sorted(places)] == ['runs', 'saves'] and listed(panel) == places
+
+    fill(panel, 'predict', dataset='car_item_test', max_samples=2, max_new_tokens=4)
+    asked = {}
+    for name in ('before', 'after'):
+        box = press(panel, f'predict.{name}')
+        assert 'qvl-error' not in shown(box), shown(box)
+        asked[name] = load_recipe(panel.session.names[name].output_dir/RECIPE)
+    both = f'{first.output_dir},{second.output_dir}'
+    assert [asked[name]['adapter_name_or_path'] for name in asked] == [str(first.output_dir), both]
+    assert {asked[name]['add_tokens'] for name in asked} == {'<car>'}
+    assert 'answering_recipe(run.recipe, run,' in panel.session.code('predict.after')
+
+    assert str(folder) not in json.dumps([ran.given for ran in what_ran(panel.session.project).values()])
+    moved = folder.rename(folder.with_name('moved'))
+    monkeypatch.chdir(moved)
+    there = Panel()
+    assert listed(there) == places and 'qvl-error' not in shown(press(there, 'score.scores'))
+    assert there.session.names['run'].output_dir == moved/second.output_dir.relative_to(folder)
+    assert (moved/'panel.ipynb').exists()
+
+def test_the_path_of_a_run_as_older_panels_kept_it_is_still_read(folder):
+    old = {'given': {'run': str(folder/'runs'/'a'), 'folder': 'runs', 'name': '', 'nproc': 0}, 'when': 1.0, 'said': ''}
+    (folder/PANEL).write_text(json.dumps({'written_by': 'qwen2vl_nb.Panel', 'ran': {'launch.start': old}}))
+    assert Panel().session.code('launch.start', again=True) == f"run = attach({str(folder/'runs'/'a')!r})"
+
+def test_runs_are_found_where_they_are_and_not_through_foreign_links(folder, tmp_path_factory):
+    def make(at):
+        at.mkdir(parents=True)
+        (at/RUN).write_text('{}')
+    disk, other = tmp_path_factory.mktemp('disk'), tmp_path_factory.mktemp('other')
+    for at in (folder/'runs'/'a', folder/'saves'/'m'/'lora'/'b', folder/'deep'/'x'/'y'/'c', disk/'d', other/'e'): make(at)
+    (folder/'foreign').symlink_to(other)
+    (folder/'loop').symlink_to(folder)
+    os.mkfifo(folder/'photos'/RUN)
+    mine = {'runs/a', 'saves/m/lora/b', 'deep/x/y/c', 'photos'}
+    panel = Panel()
+    assert listed(panel) == mine
+    fill(panel, 'runs', folder=str(disk))
+    assert listed(panel) == mine | {str(disk/'d')}
+    (folder/'many').symlink_to(disk)
+    fill(panel, 'runs', folder='many')
+    assert listed(panel) == mine | {'many/d'}

@@ -110,6 +110,11 @@ def test_questions_and_dialogues_become_one_data_set(factory, tmp_path):
     loaded = factory.load(tmp_path, 'rows', 'rm')
     assert [_answer(row['_response']) for row in loaded] == [[GOOD, BAD]]*2 and _answer(loaded[0]['_prompt']) == ['What is this?\nBe brief.']
 
+def test_dialogues_in_memory_with_marks_are_no_samples_yet(tmp_path):
+    "As `json.load` returns LLaMA-Factory's own example for KTO: the mark must not be lost."
+    rows = [{'messages': [ASKED, SAID], 'label': True}, {'messages': [ASKED, WRONG], 'label': False}]
+    assert read_samples(rows) == read_samples(_json(tmp_path, *rows)) and [s['kto_tag'] for s in read_samples(rows)] == [True, False]
+
 def test_a_response_that_is_named_makes_ordinary_samples(tmp_path):
     "As before: of a ranking, one column is the answer, and the other stays a column."
     sample, = read_samples(_json(tmp_path, QUESTION | PAIR), response='chosen')
@@ -151,6 +156,8 @@ UNREADABLE = { # name → rows or what makes the file, arguments, words
     'answers that are objects without turns': ([{'chosen': SAID, 'rejected': WRONG}], {}, "no column 'instruction' for the prompt"),
     'the picture misspelt': ([PAIR | {'prompt': 'a', 'photo': 'b'}], dict(image='foto'), "no column 'foto' for the picture; did you mean 'photo'"),
     'turns written as text': ([{'chosen': json.dumps([ASKED, SAID]), 'rejected': json.dumps([ASKED, WRONG])}], {}, 'row 0: chosen or rejected has turns that are written as text: json.loads'),
+    'turns as Python prints them': ([{'prompt': 'a', 'chosen': str([SAID]), 'rejected': str([WRONG])}], {}, 'row 0: chosen or rejected has turns that are written as text: .* ast.literal_eval'),
+    'a prompt under a name of its own': ([{'input': 'a', 'chosen': 'b', 'rejected': 'c'}], {}, 'row 0: there is no prompt.* name the column of the prompts with prompt='),
     'an answer written as JSON beside a text': ([{'prompt': 'a', 'chosen': json.dumps([SAID]), 'rejected': BAD}], {}, 'row 0: chosen or rejected has turns that are written as text'),
     'two answers at the end': ([{'prompt': [ASKED], 'chosen': [SAID, SAID], 'rejected': [WRONG, WRONG]}], {}, 'row 0: chosen and rejected differ from turn 0 on'),
     'an empty prompt of turns': ([{'prompt': [], 'chosen': [SAID], 'rejected': [WRONG]}], {}, 'row 0: chosen and rejected are answers without a prompt'),

@@ -272,3 +272,14 @@ def test_compare_holds_few_rows_in_memory():
             return row
     assert compare(Rows(range(500)), Rows(range(499, -1, -1))).after == 100
     assert most[0] < 10, most
+
+def test_thoughts_are_left_out_where_the_label_has_none():
+    "A thinking model that LLaMA-Factory trained on plain labels begins each answer with an empty thought, because its template adds one to the label."
+    box, other = '[{"bbox_2d": [1, 2, 3, 4], "label": "car"}]', '[{"bbox_2d": [5, 6, 7, 8], "label": "car"}]'
+    for label in ('A red car.', '{"color": "red"}', '7', box):
+        plain, thought = ([{'id': i, 'label': label, 'predict': f'{before}{label}', 'box_frame': [1000, 1000]} for i in range(3)]
+                          for before in ('', f'<think>\nIt may be {other} or {{"color": "blue"}}.\n</think>\n\n'))
+        assert score(thought).overall.equals(score(plain).overall) and score(thought)['exact'] == 100
+    kept = {'id': 0, 'label': '<think>\nRed.\n</think>\n\nA car.', 'predict': '<think>\nBlue.\n</think>\n\nA car.'}
+    assert score([kept])['exact'] == 0, 'a label with thoughts is compared as a whole'
+    assert score([kept | {'label': 'A car.', 'predict': '<think>\nA car.'}])['exact'] == 0, 'an answer that ended within its thoughts'

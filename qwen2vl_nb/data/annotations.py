@@ -24,7 +24,7 @@ class Annotated:
     row:int=None # Index of the first row about it, if it is from a table
 
 # %% ../../nbs/data/05_annotations.ipynb #83f29726
-_only = 'only upright boxes and points are read. Export boxes, or save the box around it.'
+_only = 'only upright boxes and points are read: export boxes, or save the box around it'
 
 def is_number(
     value, # A value from a file
@@ -70,6 +70,8 @@ def _coco_fault(note, pictures, names):
         if not note.get('bbox') and (note.get('segmentation') or note.get('segments_info')):
             return f'has no bbox, only an outline or a mask; {_only}'
         return f"has bbox {_short(note.get('bbox'))}, not [x, y, width, height]"
+    more = note.get('attributes')
+    if isinstance(more, dict) and more.get('rotation'): return f'is rotated; {_only}'
     for key, known, what in (('image_id', pictures, 'images'), ('category_id', names, 'categories')):
         if not isinstance(note.get(key), (int, str)) or note[key] not in known:
             return f'has {key} {_short(note.get(key))}, which is not among the {what}'
@@ -99,10 +101,10 @@ def yolo_names(
 
 def _yolo_fault(words, numbers, names):
     if len(words) != 5:
-        if len(words) == 6: return 'has six numbers: a confidence? Only labels are read, not predictions.'
+        if len(words) == 6: return 'has six numbers: a confidence? Only labels are read, not predictions'
         return f'has {len(words)} numbers instead of five; {_only}' if len(words) > 6 else 'has fewer than five numbers'
     if not numbers: return 'has something that is not a number'
-    if numbers[0] not in names: return f'has class {words[0]}, and data.yaml names {len(names)} classes'
+    if numbers[0] not in names: return f'has class {words[0]}, and the data set names {len(names)} classes'
     if max(map(abs, numbers[1:])) > 1.5:
         return 'has numbers over 1; they should be fractions of the width and the height'
 
@@ -117,7 +119,7 @@ def yolo_boxes(
 )->tuple: # ((name, corners as fractions of the picture) of each box, descriptions of the faults)
     "The boxes of a YOLO label file."
     boxes, faults = [], []
-    for i, line in enumerate(text.splitlines(), 1):
+    for i, line in enumerate(text.removeprefix('\ufeff').splitlines(), 1):
         words = line.split()
         if not words: continue
         numbers = _as_numbers(words)
@@ -146,6 +148,9 @@ def _voc_box(thing):
     if thing.find('bndbox') is None:
         kinds = [kind for kind in ('polygon', 'robndbox', 'mask') if thing.find(kind) is not None]
         raise ValueError(f'has a {kinds[0]} instead of a bndbox; {_only}' if kinds else 'has no bndbox')
+    if any(_text(more, 'name') == 'rotation' and _as_numbers([_text(more, 'value')]) != [0]
+           for more in thing.findall('attributes/attribute')):
+        raise ValueError(f'is rotated; {_only}')
     words = [_text(thing, 'bndbox', key) for key in ('xmin', 'ymin', 'xmax', 'ymax')]
     if numbers := _as_numbers(words): return tuple(numbers)
     raise ValueError(f"has a bndbox of {', '.join(map(_short, words))}, not four numbers")
@@ -155,6 +160,7 @@ def voc_picture(
 )->tuple: # (`Annotated` picture, descriptions of the faults)
     "The picture and boxes of a file in Pascal VOC's format. Raises `ValueError` if it is not such a file."
     root = _xml(data)
+    if root.tag == 'annotations': raise ValueError("it is in CVAT's own format: export the task as COCO 1.0 instead")
     if root.tag != 'annotation': raise ValueError(f'its root element is {root.tag[:40]}, not annotation')
     size = _as_numbers([_text(root, 'size', key) for key in ('width', 'height')])
     picture, faults = Annotated(_text(root, 'filename'), size=_size(*size) if size else None), []
@@ -164,13 +170,19 @@ def voc_picture(
     return picture, faults
 
 # %% ../../nbs/data/05_annotations.ipynb #7b9b7066
+def _are_corners(points):
+    "Whether points are two opposite corners, or all four, of an upright box."
+    xs, ys = ({point[i] for point in points} for i in (0, 1))
+    return len(points) == 2 or len(points) == 4 == len({*map(tuple, points)}) and len(xs) == len(ys) == 2
+
 def _labelme_shape(shape):
     "(name, coordinates) of a shape; raises `ValueError`."
     if not isinstance(shape, dict): raise ValueError(f'is {_short(shape)}, not an object')
     kind, points = shape.get('shape_type') or 'polygon', shape.get('points')
     n = {'rectangle': 2, 'point': 1}.get(kind) if isinstance(kind, str) else None
     if not n: raise ValueError(f'is a {_short(kind)}; {_only}')
-    if not isinstance(points, list) or len(points) != n or not all(_are_numbers(p, 2) for p in points):
+    is_whole = isinstance(points, list) and points and all(_are_numbers(p, 2) for p in points)
+    if not is_whole or not (_are_corners(points) if n == 2 else len(points) == 1):
         raise ValueError(f'is a {kind} with points {_short(points)}')
     xs, ys = zip(*points)
     return str(shape.get('label') or ''), (min(xs), min(ys), max(xs), max(ys))[:2*n]
@@ -194,29 +206,34 @@ def is_labelme(
 
 # %% ../../nbs/data/05_annotations.ipynb #f650096b
 _shapes = ('rectanglelabels', 'rectangle', 'keypointlabels', 'keypoint')
-_others = re.compile('polygon|brush|ellipse|bitmask|vector|video|cuboid')
+_others = re.compile('polygon|brush|ellipse|bitmask|vector|video|cuboid|^points$|^radiusX$|^rle$')
 
 def studio_paths(
     address, # Address of a picture in an export of Label Studio
 )->list: # Paths to try, from the longest to the file name alone
     "The paths where a picture from Label Studio may be."
     if not isinstance(address, str): return []
-    url = urlparse(address)
-    path = unquote(parse_qs(url.query).get('d', [url.path])[0] if 'local-files' in url.path else url.path).lstrip('/')
+    if address.startswith('data:'): return [address]
+    try: url = urlparse(address)
+    except ValueError: return [address]
+    path = unquote(parse_qs(url.query).get('d', [url.path])[0] if 'local-files' in url.path else url.path)
+    path = path.replace('\\', '/').lstrip('/')
     parts = path.removeprefix('data/').split('/')
     name = parts[-1]
     plain = re.sub(r'^[0-9a-f]{8}-', '', name)
     return list(dict.fromkeys([*('/'.join(parts[i:]) for i in range(len(parts))), f'images/{name}', plain]))
 
-def _studio_box(result):
-    "(name, coordinates in percent) of a result; `None` if it marks no location; raises `ValueError`."
+def _studio_box(result, names):
+    """(name, coordinates in percent) of a result; `None` if it marks no location; raises `ValueError`.
+    `names`: id → labels of the places that are named by another result."""
     kind, value = result.get('type', ''), result.get('value', result)
     if not isinstance(value, dict): return
     labels = next((value[key] for key in _shapes if value.get(key)), None)
     if kind not in _shapes and labels is None:
         other = [key for key in (kind, *value) if isinstance(key, str) and _others.search(key)]
-        if other: raise ValueError(f'is of type {other[0]}; {_only}')
+        if other: raise ValueError(f'is of type {max(other, key=len)}; {_only}')
         return
+    labels = labels or value.get('labels') or names.get(str(result.get('id')))
     if value.get('rotation') or result.get('image_rotation'): raise ValueError(f'is rotated; {_only}')
     is_point = 'keypoint' in kind or 'keypointlabels' in value or 'keypoint' in value
     numbers = [value.get(key) for key in (('x', 'y') if is_point else ('x', 'y', 'width', 'height'))]
@@ -233,10 +250,19 @@ def _chosen_results(task):
     results = chosen.get('result')
     return (results if isinstance(results, list) else []), len(notes)
 
+_sides = 'x', 'y', 'width', 'height'
+_bare = {*_sides, 'rotation', 'image_rotation', 'original_width', 'original_height'}
+
 def _min_results(task):
-    "The results in a row of JSON-MIN: the objects in its lists that contain the size of the picture."
-    return [one for value in task.values() if isinstance(value, list) for one in value
-            if isinstance(one, dict) and 'original_width' in one]
+    """The results in a row of JSON-MIN: the objects in its lists that contain the size of the picture. A place without
+    a name is left out if another has the name."""
+    found = [one for value in task.values() if isinstance(value, list) for one in value
+             if isinstance(one, dict) and 'original_width' in one]
+    place = lambda one: str([one.get(side) for side in _sides])
+    named, is_bare = {place(one) for one in found if 'labels' in one}, lambda one: one.keys() <= _bare
+    kind = {True: 'rectangle', False: 'keypoint'}
+    return [one | {'type': kind['height' in one]} if is_bare(one) or {*_sides, 'labels'} <= one.keys() else one
+            for one in found if not (is_bare(one) and place(one) in named)]
 
 def is_studio(
     data, # Content of a JSON file
@@ -248,17 +274,24 @@ def is_studio(
     return any(map(_min_results, data)) and all('data' not in task for task in data)
 
 # %% ../../nbs/data/05_annotations.ipynb #5f5ee280
-def _is_picture(key, value): return key in ('image', 'img', 'photo') or bool(re.search(r'\.[A-Za-z]{3,4}$', value))
+def _is_picture(key, value):
+    return key in ('image', 'img', 'photo') or bool(re.search(r'\.[A-Za-z]{3,4}$', studio_paths(value)[-1]))
+
+def _labels_by_id(results):
+    "The labels of places whose name is a result of its own."
+    named = [one for one in results if isinstance(one, dict) and one.get('type') == 'labels']
+    return {str(one.get('id')): one['value'].get('labels') for one in named if isinstance(one.get('value'), dict)}
 
 def _studio_picture(task, faults, where):
     results, n = _chosen_results(task) if 'data' in task else (_min_results(task), 1)
     paths = next((v for k, v in task.get('data', task).items() if isinstance(v, str) and _is_picture(k, v)), None)
+    names = _labels_by_id(results)
     picture = Annotated(studio_paths(paths), frame=(100, 100), more={k: task[k] for k in ('id',) if k in task})
     if not paths: faults.append(f'{where} names no picture')
     for i, result in enumerate(results):
         if not isinstance(result, dict): continue
         picture.size = picture.size or _size(result.get('original_width'), result.get('original_height'))
-        try: found = _studio_box(result)
+        try: found = _studio_box(result, names)
         except ValueError as e: faults.append(f'{where}, result {i} {e}')
         else: picture.boxes += [found] if found else []
     return picture, n

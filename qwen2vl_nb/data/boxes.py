@@ -58,7 +58,7 @@ def _marked_pieces(text):
 
 # %% ../../nbs/data/15_boxes.ipynb #d08b6bad
 _key = re.compile('|'.join(box_keys.values()))
-_decoder, _nothing = json.JSONDecoder(), re.compile(r'\s*(```(json)?)?\s*\[\s*\]\s*(```)?\s*')
+_decoder, _nothing = json.JSONDecoder(strict=False), re.compile(r'\s*(```(json)?)?\s*\[\s*\]\s*(```)?\s*')
 
 def _numbers_of(found, n):
     "The coordinates under the key of a box or point; `None` if they are not n numbers."

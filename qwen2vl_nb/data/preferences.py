@@ -66,7 +66,8 @@ def _from_texts(chosen, rejected):
     "The words that both texts begin with as the prompt, and the rest of each as an answer; raises `ValueError`."
     words = re.match(r'.*\s|', os.path.commonprefix([chosen, rejected]), re.S)[0]
     if not words.strip():
-        raise ValueError('there is no prompt, and chosen and rejected do not begin with the same words')
+        raise ValueError('there is no prompt, and chosen and rejected do not begin with the same words: name the column '
+                         'of the prompts with prompt=')
     return {'instruction': words.strip(), 'chosen': chosen[len(words):], 'rejected': rejected[len(words):]}
 
 # %% ../../nbs/data/17_preferences.ipynb #15preferences16
@@ -88,18 +89,17 @@ def _as_turns(said, like, role='assistant'):
     return [user if role == 'user' else _turn(said, like)]
 
 def _is_packed(text):
-    "Whether a text is a list of turns that was written as JSON, as in a column of a spreadsheet."
-    if not (isinstance(text, str) and text.lstrip().startswith('[{')): return False
-    try: turns = json.loads(text)
-    except (ValueError, RecursionError): return False
-    return 'role' in turns[0] or 'from' in turns[0]
+    "Whether a text is a list of turns that was written as JSON or as Python prints it, as in a column of a spreadsheet."
+    if not isinstance(text, str): return False
+    return bool(re.match(r'''\s*\[\s*\{\s*(["'])(role|from|content|value)\1\s*:''', text))
 
 # %% ../../nbs/data/17_preferences.ipynb #128b2f33
 def _pair_row(row, pair, prompt):
     "A row with `chosen` and `rejected` as texts or as turns; `prompt` is the column that has the prompt, if any."
     good, bad = (row.get(k) for k in pair)
     if _is_packed(good) or _is_packed(bad):
-        raise ValueError(f'{pair[0]} or {pair[1]} has turns that are written as text: json.loads makes a list of them')
+        raise ValueError(f'{pair[0]} or {pair[1]} has turns that are written as text: json.loads makes a list '
+                         'of them, or ast.literal_eval if the quotes are single')
     rest, asked = {k: v for k,v in row.items() if k not in pair}, row.get(prompt)
     if isinstance(good, str) and isinstance(bad, str) and not prompt:
         if _is_transcript(good): return rest | _from_turns([], *map(_transcript_turns, (good, bad)))

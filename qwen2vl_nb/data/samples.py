@@ -216,6 +216,7 @@ def _is_turn(turn): return isinstance(turn, dict) and isinstance(turn.get('role'
 def _is_sample(row):
     if not isinstance(row, dict) or 'image' in row or 'video' in row: return False
     turns, media = row.get('messages'), {'<image>': 'images', '<video>': 'videos'}
+    if turns is not None and isinstance(row.get('label'), bool): return False  # a mark, which becomes a `kto_tag`
     is_formed = ('instruction' in row and 'output' in row if turns is None else
                  isinstance(turns, list) and all(map(_is_turn, turns)))
     if not is_formed or not all(_are_paths(row.get(key, [])) for key in media.values()): return False

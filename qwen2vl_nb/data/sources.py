@@ -419,7 +419,8 @@ def _read_file(path, place, encoding=None):
     ending = path.suffix.lower()
     if ending not in _readers:
         named = path.suffix or 'a file without an extension'
-        raise ValueError(f'{path}: cannot read {named}; these are supported: {", ".join(_readers)}.')
+        hint = ' Give the folder of the XML files (Pascal VOC); from CVAT, export COCO 1.0.' if ending == '.xml' else ''
+        raise ValueError(f'{path}: cannot read {named}; these are supported: {", ".join(_readers)}.{hint}')
     try: return _readers[ending](path, place, encoding)
     except UnicodeDecodeError as e:
         raise ValueError(f'{path} is not {e.encoding}: {e.reason} at byte {e.start}.') from None
@@ -433,8 +434,12 @@ picture_endings = ('.jpg', '.jpeg', '.jfif', '.png', '.webp', '.bmp', '.gif', '.
                    '.heic', '.heif')
 _split_names = {'train', 'test', 'val', 'valid', 'validation', 'dev'}
 
+_no_classes = {'images', 'image', 'imgs', 'img', 'jpegimages', 'pictures', 'labels', 'annotations'}
+
 def _labels_in(folder):
-    return ' or '.join(p.name for p in sorted(folder.iterdir()) if p.suffix.lower() in _readers)
+    there = [*folder.iterdir(), *(file for place in folder.iterdir() if place.is_dir() for file in place.iterdir())]
+    labels = sorted(p.relative_to(folder) for p in there if p.suffix.lower() in _readers and p.is_file())
+    return ' or '.join(first_few(list(map(str, labels))))
 
 def _read_class_folder(folder):
     "Rows of a folder with a subfolder of pictures for each class."
@@ -444,10 +449,10 @@ def _read_class_folder(folder):
     files = [f for f in there if f.suffix.lower() in picture_endings + video_endings]
     others = [f.name for f in there if f.suffix.lower() not in picture_endings + video_endings]
     classes = Counter(f.relative_to(folder).parts[0] for f in files)
-    if not classes:
-        labels = _labels_in(folder)
+    if not classes or {name.lower() for name in classes} <= _no_classes:
+        labels, found = _labels_in(folder), f" (its {' and '.join(classes)} is none)" if classes else ''
         hint = f' Its labels may be in {labels}: give that file.' if labels else ''
-        raise ValueError(f'{folder} has no subfolders with pictures or clips, one for each class.{hint}')
+        raise ValueError(f'{folder} has no subfolders with pictures or clips, one for each class{found}.{hint}')
     if classes.keys() <= _split_names:
         raise ValueError(f'{folder} contains splits, not classes: '
                          f'read each by itself, as in read_samples({str(folder/next(iter(classes)))!r}, …).')
@@ -516,7 +521,7 @@ def _not_turns(rows, columns):
     "What a column has that is named like those of dialogues, and has no turns."
     for name in (k for k in ('messages', 'conversations') if k in columns):
         kind = next((type(row[name]).__name__ for row in rows if row.get(name) is not None), 'nothing')
-        yield f'no turns: the column {name!r} holds {kind}, not lists of turns' + ' (see json.loads)'*(kind == 'str')
+        yield f'no turns: the column {name!r} holds {kind}, not lists of turns' + ' (see json.loads, ast.literal_eval)'*(kind == 'str')
 
 def _table_columns(path, rows, image, video, prompt, response):
     "A dict from LLaMA-Factory's columns to the source's, and the prompt if given; all faults are reported at once."
@@ -818,6 +823,7 @@ def _which_family(path):
 def _is_coco_boxes(data):
     "Whether a COCO file is about objects rather than captions."
     notes = data['annotations'] if isinstance(data['annotations'], list) else []
+    if not notes and data.get('categories'): return True  # pictures without objects
     keys = {'bbox', 'category_id', 'segments_info'}
     return any(isinstance(note, dict) and note.keys() & keys and 'caption' not in note for note in notes)
 
@@ -830,6 +836,8 @@ def _boxed_json(path, data, place):
     elif is_studio(data): (pictures, faults, remark), form = studio_pictures(data), 'Label Studio'
     else: return
     _check_faults(path, faults)
+    if form == 'Label Studio' and not pictures:
+        raise ValueError(f'{path}: none of its {len(data)} task(s) has an annotation; predictions are not read.')
     return pictures, form + remark
 
 def _labelme_pictures(files, source, place):
@@ -841,11 +849,15 @@ def _labelme_pictures(files, source, place):
             picture, found = labelme_picture(data)
             pictures.append(picture)
             faults += [f'{file.name}: {fault}' for fault in found]
-            picture.image = _beside(file, picture.image, file.parent)
+            picture.image = _beside(file, picture.image, file.parent, *_picture_places(file.parent))
             if isinstance(data.get('imageData'), str) and not any(map(place.find, picture.image)):
                 picture.image = _from_data_uri(f",{data['imageData']}", place)
     _check_faults(source, faults)
     return pictures, f'{len(files)} LabelMe file(s)'
+
+def _picture_places(folder):
+    "Where the pictures may be, if a folder has only their labels."
+    return [folder.parent/name for name in ('JPEGImages', 'images', '.')]
 
 def _beside(file, name, *folders):
     "Paths at which the picture of an annotation file may be, the likeliest first."
@@ -861,26 +873,35 @@ def _yaml(file):
     try: return yaml.safe_load(read_text(file, 2**20))
     except (yaml.YAMLError, RecursionError) as e: raise ValueError(f'{file} is not YAML: {e}') from None
 
-def _yolo_yaml(folder):
-    "(file, classes, content) of the YAML file that names the classes, in the folder or above it; `None` without one."
-    is_split = (folder/'images').is_dir() or 'images' in folder.parts
+def _listed_names(file):
+    "The names of classes in a text file, one in each line, in the form of `data.yaml`."
+    return {'names': read_text(file, 2**20).removeprefix('\ufeff').strip().splitlines()}
+
+def _yolo_classes(folder):
+    "(file, classes, content) of the file that names the classes, in the folder or above it; `None` without one."
+    is_split = (folder/'images').is_dir() or 'images' in folder.parts or folder.name in _darknet
     above = [folder, folder.parent, folder.parent.parent] if is_split else [folder]
-    for file in [file for place in above for file in sorted(place.glob('*.y*ml')) if file.is_file()]:
-        try: data = _yaml(file)
+    named = [[*sorted(place.glob('*.y*ml')), place/'classes.txt', place/'obj.names'] for place in above]
+    for file in [file for files in named for file in files if file.is_file()]:
+        try: data = _yaml(file) if file.suffix.lower() in ('.yaml', '.yml') else _listed_names(file)
         except ValueError:
             if file.stem == 'data': raise
             continue
         if names := yolo_names(data): return file, names, data
 
+_darknet = 'obj_train_data', 'obj_valid_data', 'obj_test_data' # Folders that CVAT makes for its splits
+
 def _yolo_splits(file, data):
-    "Split → the folder of its pictures, for those that exist."
-    found = {}
+    "Split → the folders of its pictures, or the files that list them; only those that exist."
+    root, found = data.get('path'), {}
+    roots = [file.parent/root if isinstance(root, str) else file.parent, file.parent]
     for split in ('train', 'val', 'test'):
-        value, root = data.get(split), data.get('path')
-        if not isinstance(value, str): continue
-        roots = [file.parent/root if isinstance(root, str) else file.parent, file.parent]
-        places = [root/name for root in roots for name in (value, value.removeprefix('../'))]
-        if folder := next(filter(Path.is_dir, places), None): found[split] = folder
+        values = data[split] if isinstance(data.get(split), list) else [data.get(split)]
+        for value in values:
+            if not isinstance(value, str) or not value: continue
+            places = [root/name for root in roots for name in (value, value.removeprefix('../'))]
+            if place := next(filter(Path.exists, places), None): found.setdefault(split, []).append(place.resolve())
+    if not found: found = {name: [file.parent/name] for name in _darknet if (file.parent/name).is_dir()}
     return found
 
 def _pictures_in(folder):
@@ -891,23 +912,26 @@ def _label_file(picture):
     "The label file of a picture in YOLO's layout; `None` if there is none."
     parts = list(picture.parts)
     at = [i for i, part in enumerate(parts) if part == 'images']
-    beside = [Path(*parts[:at[-1]], 'labels', *parts[at[-1]+1:])]*bool(at) + [picture]
+    beside = [Path(*parts[:i], 'labels', *parts[i+1:]) for i in at[-1:]] + [picture]
     return next((file for one in beside if os.path.lexists(file := one.with_suffix('.txt'))), None)
 
 # %% ../../nbs/data/20_sources.ipynb #59faad1e
 def _yolo_folder(folder, splits):
-    "The folder of the pictures; raises `ValueError` if there are several splits."
-    inside = {where for where in splits.values() if where.resolve().is_relative_to(folder.resolve())}
+    "The folder of the pictures; raises `ValueError` if there are several."
+    inside = {where for places in splits.values() for where in places if where.is_relative_to(folder.resolve())}
     if len(inside) > 1:
-        raise ValueError(f'{folder} contains the splits {", ".join(splits)}: read each, as in '
-                         f'read_samples({str(next(iter(inside)))!r}, …).')
-    return inside.pop() if inside else folder/'images' if (folder/'images').is_dir() else folder
+        first = min(filter(Path.is_dir, inside), default=next((p.parent for p in _pictures_in(folder)), folder))
+        several = f'splits {", ".join(splits)}' if splits.keys() - {'train'} else f'{len(inside)} folders of train'
+        raise ValueError(f'{folder} contains the {several}: read each, as in read_samples({str(first)!r}, …).')
+    only = next(filter(Path.is_dir, inside), None)
+    return only or (folder/'images' if (folder/'images').is_dir() else folder)
 
 def _yolo_pictures(folder):
     "(`Annotated` pictures, name of the form) of a folder in YOLO's layout; `None` for other folders."
-    if not (found := _yolo_yaml(folder.absolute())): return
+    if not (found := _yolo_classes(folder.absolute())): return
     file, names, data = found
-    files = _pictures_in(_yolo_folder(folder.absolute(), _yolo_splits(file, data)))
+    where = _yolo_folder(folder.absolute(), _yolo_splits(file, data))
+    files = _pictures_in(where)
     pictures, faults, without = [], [], 0
     for picture in files:
         labels = _label_file(picture)
@@ -915,18 +939,28 @@ def _yolo_pictures(folder):
         without += not labels
         faults += [f'{labels.name}: {fault}' for fault in wrong]
         pictures.append(Annotated(str(picture), boxes, frame=(1, 1)))
-    if without == len(files) and file.parent != folder.absolute(): return  # the YAML file above is of something else
+    is_of_yolo = file.parent == folder.absolute() and file.suffix != '.txt'
+    if without == len(files) and not is_of_yolo: return
     if not files or without == len(files):
         raise ValueError(f'{folder} has {file.name}, which names classes, but {len(files)} picture(s) and '
                          f'{len(files) - without} label file(s): give the folder that contains images and labels.')
     _check_faults(folder, faults)
-    return pictures, f'YOLO labels{f" ({without} picture(s) without a label file have no boxes)" if without else ""}'
+    part = f' in {where.name}' if where.resolve() != folder.resolve() else ''
+    left = f' ({without} picture(s) without a label file have no boxes)' if without else ''
+    return pictures, f'YOLO labels{part}{left}'
 
 # %% ../../nbs/data/20_sources.ipynb #27710b07
+_label_folders = 'annotations', 'annotation', 'labels', 'xmls', 'json', 'jsons' # Names of folders with labels
+
+def _label_files(folder, ending):
+    "The label files in a folder; if it has none, those in the first of its folders with a name such as Annotations."
+    inside = [place for place in sorted(folder.iterdir()) if place.name.lower() in _label_folders and place.is_dir()]
+    found = (sorted(file for file in place.glob(f'*{ending}') if file.is_file()) for place in (folder, *inside))
+    return next(filter(None, found), [])
+
 def _voc_pictures(folder):
     "(`Annotated` pictures, name of the form) of a folder in Pascal VOC's layout; `None` for other folders."
-    inside = folder/'Annotations' if (folder/'Annotations').is_dir() else folder
-    files = sorted(file for file in inside.glob('*.xml') if file.is_file())
+    files = _label_files(folder, '.xml')
     if not any(b'<annotation' in read_bytes(file) for file in files[:5]): return
     pictures, faults = [], []
     for file in files:
@@ -935,8 +969,7 @@ def _voc_pictures(folder):
             faults.append(f'{file.name}: {e}')
             continue
         faults += [f'{file.name}: {fault}' for fault in found]
-        places = (inside.parent/'JPEGImages', inside, inside.parent/'images', inside.parent)
-        picture.image = _beside(file, picture.image, *places)
+        picture.image = _beside(file, picture.image, file.parent, *_picture_places(file.parent))
         pictures.append(picture)
     _check_faults(folder, faults)
     return pictures, f'{len(files)} Pascal VOC file(s)'
@@ -944,8 +977,8 @@ def _voc_pictures(folder):
 def _boxed_folder(folder, place):
     "The pictures and boxes of a folder of an annotation tool, and the name of its form; `None` for other folders."
     if found := _yolo_pictures(folder) or _voc_pictures(folder): return found
-    files = sorted(file for file in folder.glob('*.json') if file.is_file())
-    if files and is_labelme(json_or({}, files[0])): return _labelme_pictures(files, folder, place)
+    files = _label_files(folder, '.json')
+    if any(is_labelme(json_or({}, file)) for file in files[:5]): return _labelme_pictures(files, folder, place)
 
 # %% ../../nbs/data/20_sources.ipynb #2f6b746d
 def _rows_of(path, data, place):

@@ -49,6 +49,7 @@ _most_rows = 20_000 # Answers that are scored again when a panel is opened
 class DatasetStep(Step):
     "A step about a data set and the chosen run."
     places = () # Patterns of folders, below the panel's, in which it predicts, too
+    _suggested = False # Not again if the user removes it
 
     def dataset_field(self):
         "The control for the data set."
@@ -71,7 +72,8 @@ class DatasetStep(Step):
         super().refresh()
         place, control = self.panel.session.form('runs')['_about'].get('dataset_dir'), self.controls['dataset']
         if isinstance(place, str): control.options = registered_names(self.panel.session.project.folder/place)
-        if not control.value and (found := test_set([*control.options])): control.value = found
+        found = not self._suggested and not control.value and test_set([*control.options])
+        if found: self._suggested, control.value = True, found
         self.work.follow(self._is_busy)
         for name, ran in what_ran(self.panel.session.project).items():
             if name in self.boxes and self.is_cheap(name, ran.given): self.boxes[name].show_again()

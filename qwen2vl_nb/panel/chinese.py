@@ -14,6 +14,8 @@ CHINESE = {
     'panel.copy': ('Copy', '复制'),
     'panel.no_code': ('The code that this step runs will be shown here.', '这一步运行的代码会显示在这里。'),
     'panel.running': ('Running …', '正在运行……'),
+    'panel.cancel': ('Cancel', '取消'),
+    'panel.cancelled': ('Cancelled.', '已取消。'),
     'panel.again': ('Running the code of earlier steps again …', '正在重新运行前面步骤的代码……'),
     'panel.ran': ('Ran on {when}.', '运行时间：{when}。'),
     'panel.unexpected': ('This error was not expected: {error}\nIt was raised in {where}. To see the full '
@@ -24,6 +26,8 @@ CHINESE = {
     'panel.elsewhere': ('{name} was not written by this panel or has been changed since. It stays as it is; the '
                         'code is written to {other}.',
                         '{name} 不是由本面板写入的，或者写入后被改动过。该文件保持原样，代码改为写入 {other}。'),
+    'panel.ended': ('This form is now shown in another cell. Run this cell again to have it here.',
+                    '此表单现在显示在另一个单元格中。重新运行本单元格即可在这里继续使用。'),
     'panel.refused': ('The form could not be saved: {error}', '无法保存表单：{error}'),
     'panel.first': ('This needs the step "{step}" first: press "{action}" there.',
                     '请先完成“{step}”步骤：在那里点击“{action}”。'),
@@ -97,18 +101,16 @@ CHINESE |= {
 # %% ../../nbs/panel/00_chinese.ipynb #zhlaunch00
 CHINESE |= {
     'launch': ('Launch', '启动训练'),
-    'launch.about': ('Start the run in processes of its own: it goes on if this page or its kernel is closed.',
-                     '在独立的进程中启动训练：即使关闭这个页面或它的内核，训练也会继续。'),
+    'launch.about': ('Start the run in processes of its own: it goes on if this page or its kernel is closed. The '
+                     'recipe is checked first: if it can’t run, nothing starts, and you see why.',
+                     '在独立的进程中启动训练：即使关闭这个页面或它的内核，训练也会继续。启动前会先检查训练配置；如果无法运行，'
+                     '就不会启动，并会说明原因。'),
     'launch.name': ('Name', '名称'),
     'launch.name.help': ('Each start has a new folder, with this name and the time.',
                          '每次启动都会新建一个目录，目录名由这个名称和时间组成。'),
     'launch.nproc': ('Processes', '进程数'),
     'launch.nproc.help': ('On this machine; 0: one for each GPU, or one if there is none.',
                           '本机上的进程数；0 表示每块 GPU 一个进程，没有 GPU 则为一个进程。'),
-    'launch.check': ('Check the recipe', '检查训练配置'),
-    'launch.check.help': ('Ask LLaMA-Factory and DeepSpeed whether the recipe can run. The launch makes the same '
-                          'checks.',
-                          '由 LLaMA-Factory 和 DeepSpeed 判断这份训练配置能否运行。启动时也会做同样的检查。'),
     'launch.start': ('Launch', '启动训练'),
     'launch.start.help': ('Start the recipe in a new folder.', '在新目录中按这份训练配置启动训练。'),
 }
@@ -116,12 +118,15 @@ CHINESE |= {
 # %% ../../nbs/panel/00_chinese.ipynb #zhruns0000
 CHINESE |= {
     'runs': ('Runs', '训练任务'),
-    'runs.about': ('All runs in the folder. The steps after this one are about the run that is chosen here: the '
-                   'one that was launched last, unless you choose another.',
-                   '目录中的所有训练任务。之后的步骤都针对这里选中的任务；没有另选时，就是最近启动的那个。'),
+    'runs.about': ('All trainings in the folder of this panel, also those that were started without it. The steps '
+                   'after this one are about the run that is chosen here: the one that was launched last, unless '
+                   'you choose another.',
+                   '本面板目录中的所有训练任务，包括不是从面板启动的。之后的步骤都针对这里选中的任务；没有另选时，就是最近'
+                   '启动的那个。'),
     'runs.folder': ('Folder', '目录'),
-    'runs.folder.help': ('Where new runs are put and runs are looked for, with its subfolders.',
-                         '新的训练任务保存在这里，也会在这里及其子目录中查找训练任务。'),
+    'runs.folder.help': ('Where new runs are put. If it is outside the folder of this panel, its runs are listed, '
+                         'too.',
+                         '新的训练任务保存在这里。如果它不在本面板的目录中，其中的训练任务也会列出。'),
     'runs.filter': ('Filter', '筛选'),
     'runs.filter.help': ('Part of a name or of a state, such as failed.', '名称或状态的一部分，例如 failed。'),
     'runs.run': ('Run', '训练任务'),

@@ -9,11 +9,10 @@ __all__ = ['table_endings', 'ACTIONS', 'column_names', 'check_arguments', 'DataS
 import ast, csv, io, json, os
 from contextlib import suppress
 from functools import lru_cache
-from importlib import import_module
 from pathlib import Path
-from threading import Thread
 from ipywidgets import HTML, Checkbox, Combobox
 from ..files import open_regular
+from ..findings import findings_class, worst_findings
 from .paths import PathList, path_row, suggestions
 from .session import Action, Unfilled, as_call, what_ran
 from .steps import Step, as_html, as_widget, on_enter
@@ -94,9 +93,10 @@ def _mend_code(given):
 def _drop_code(given): return 'samples = drop_samples(samples, findings)\nlen(samples)'
 
 def _found(names):
-    "How many findings there are, and in how many rows."
-    findings = names['findings']
-    return {'samples': len(names['samples']), 'findings': len(findings), 'rows': int(findings.row.nunique())}
+    "How many findings there are, in how many rows, and those that are shown."
+    findings, (worst, line) = names['findings'], worst_findings(names['findings'])
+    return {'samples': len(names['samples']), 'findings': len(findings), 'rows': int(findings.row.nunique()),
+            'line': line, 'shown': worst.to_dict('split')}
 
 ACTIONS = [
     Action('data.read', _read_given, _read_code, gives=('samples',)),
@@ -112,8 +112,6 @@ class DataStep(Step):
 
     def build(self):
         folder, say = self.panel.session.project.folder, self.panel.say
-        # Columns should be offered before the next field is typed in: its text would be put back
-        Thread(target=import_module, args=['openpyxl'], daemon=True).start()
         source = Combobox(options=suggestions(folder, table_endings))
         row = path_row(self.field('source', source, '520px'), PathList(source, folder, say, table_endings))
         media = Combobox(options=suggestions(folder))
@@ -141,10 +139,12 @@ class DataStep(Step):
     def show(self, action, value):
         if action == 'data.drop': return []
         if action == 'data.read': return [as_widget(value)]
-        said = self.recall(action, what_ran(self.panel.session.project)[action].given)
-        return [HTML(as_html('qvl-said', said)), *[as_widget(value)]*bool(len(value))]
+        return self.show_kept(action, what_ran(self.panel.session.project)[action].given)
 
-    def recall(self, action, given):
-        if 'findings' not in given: return ''
-        if not given['findings']: return self.say('clean', n=given.get('samples'))
-        return self.say('found', n=given['findings'], rows=given.get('rows'))
+    def show_kept(self, action, given):
+        if 'findings' not in given: return []
+        said = self.say('found' if given['findings'] else 'clean', n=given['findings'] or given['samples'],
+                        rows=given['rows'])
+        table = findings_class()(**{key: given['shown'][key] for key in ('data', 'index', 'columns')})
+        shown = [*[HTML(as_html('qvl-said', given['line']))]*bool(given['line']), as_widget(table)]
+        return [HTML(as_html('qvl-said', said)), *shown*bool(given['findings'])]

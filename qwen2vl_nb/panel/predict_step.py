@@ -19,32 +19,31 @@ def _engine(given):
     python = {'python': given.path('python')} if given['python'] and given['engine'] != 'openai' else {}
     return named | python | ({'base_url': given['base_url']} if given['engine'] == 'openai' else {})
 
-def _asked(given, model, **named):
-    "The code of the recipe and of the prediction."
-    named |= {'dataset_dir': given.path('dataset_dir')} if given['dataset_dir'] else {}
-    asked = as_call('predict_recipe', model, given['dataset'], **named, **given['settings'], **limits(given))
-    return asked, as_call('predict', ast.Name('asked'), **_engine(given))
-
 def _place(given, path): return Given({'place': path}, given.folder).path('place', new=True)
+
+def _asked(given, weights, place):
+    "The code of the recipe and of the prediction; `place` is empty for the usual folder."
+    named = {'output_dir': _place(given, place)} if place else {}
+    named |= {'dataset_dir': given.path('dataset_dir')} if given['dataset_dir'] else {}
+    asked = as_call('answering_recipe', ast.Name('run.recipe'), weights, given['dataset'], **named, **limits(given))
+    return asked, as_call('predict', ast.Name('asked'), **_engine(given))
 
 def _before(given):
     usual = f'saves/{Path(given["model"]).name}/predict/{given["dataset"]}'
-    place = _place(given, f'{given["folder"]}/before' if given['folder'] else usual)
-    asked, call = _asked(given, given.path('model'), output_dir=place)
+    elsewhere = usual if _place(given, usual) != usual else ''  # the code runs in another folder than the panel's
+    asked, call = _asked(given, None, f'{given["folder"]}/before' if given['folder'] else elsewhere)
     return f'asked = {asked}\nbefore = {call}\nbefore'
 
 def _after(given):
-    named = {'output_dir': _place(given, f'{given["folder"]}/after')} if given['folder'] else {}
-    named |= {'adapter': ast.Name('run')} if given['is_adapter'] else {}
-    model = given.path('model') if given['is_adapter'] else ast.Name('run.output_dir')
-    asked, call = _asked(given, model, **named)
+    asked, call = _asked(given, ast.Name('run'), f'{given["folder"]}/after' if given['folder'] else '')
     return f'run.wait()\nasked = {asked}\nafter = {call}\nafter'
 
 def _again(name): return lambda given: f'{name} = {as_call("Predictions", given.path("answers", new=True))}'
-def _keeps(name): return lambda names: {'answers': str(names[name].output_dir), 'rows': len(names[name])}
+def _keeps(name): return lambda names: {'answers': names[name].output_dir, 'rows': len(names[name])}
 def _given(form): return dataset_given(form, 'predict')
 
-BEFORE = Action('predict.before', _given, _before, gives=('before',), again=_again('before'), keeps=_keeps('before'))
+BEFORE = Action('predict.before', _given, _before, needs=('run',), gives=('before',), again=_again('before'),
+                keeps=_keeps('before'))
 AFTER = Action('predict.after', _given, _after, needs=('run',), gives=('after',), again=_again('after'),
                keeps=_keeps('after'))
 

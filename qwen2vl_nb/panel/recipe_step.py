@@ -168,6 +168,8 @@ def _set(self:RecipeStep, name, text):
     "Add an argument, or change its value."
     value = as_value(text, arguments_of_recipes()[name].kind if name in arguments_of_recipes() else '')
     keep_value(self.panel.session.project, 'recipe', more=self.values['more'] | {name: value})
+    for row in self._more.children:
+        if row.value_of[0] == name: row.value_of = name, value
     self._search()
     self._show_more()
 
@@ -181,9 +183,10 @@ def _remove(self:RecipeStep, name):
 @patch
 def _show_more(self:RecipeStep):
     "Show the arguments that were added."
-    more = dict([*self.values['more'].items()][:100])
-    if [row.value_of for row in self._more.children] != [*more.items()]:
-        self._more.children = [self._added(name, value) for name, value in more.items()]
+    more, rows = [*self.values['more'].items()][:100], [*self._more.children]
+    if [row.value_of for row in rows] == more: return
+    there = lambda each: next((row for row in rows if row.value_of == each), None)  # somebody may be typing in it
+    self._more.children = [there(each) or self._added(*each) for each in more]
 
 @patch
 def _added(self:RecipeStep, name, value):

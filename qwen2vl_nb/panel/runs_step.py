@@ -6,14 +6,14 @@
 __all__ = ['CHOOSE', 'is_training', 'list_runs', 'describe_run', 'ChooseBox', 'RunsStep']
 
 # %% ../../nbs/panel/62_runs_step.ipynb #62runsst0002
-import time
+import os, time
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from fastcore.basics import patch
 from ipywidgets import HTML, Layout, Select, Text, VBox
-from .chosen_run import live_view, near
+from .chosen_run import live_view
 from .launch_step import attached, choose
-from .session import Action, Unfilled, what_ran
+from .session import Action, Unfilled, near, what_ran
 from .steps import ActionBox, Step, as_html
 from ..run.folder import RUN, state_or_empty
 
@@ -26,13 +26,22 @@ def is_training(
     "Whether a run trains, and is not a prediction or a model that is kept loaded."
     return state_or_empty(run, RUN).get('unit', 'step') == 'step'
 
+_saves = 'saves' # Where `train_recipe` has a run written
+
+def _roots(folder, places):
+    "The folders to search: the panel's, and what is outside it, behind a link or not."
+    inside = lambda p: os.path.realpath(p).startswith(os.path.join(os.path.realpath(folder), ''))
+    return [p for p in dict.fromkeys([folder, *map(folder.joinpath, places)]) if p == folder or not inside(p)]
+
 def list_runs(
-    folder:Path, # Folder to search
-)->list: # A dict for each run, as in the table of `runs`, the newest first
-    "The training runs below a folder."
+    folder:Path, # The panel's folder
+    places:tuple=(), # Other folders to search, relative to it, where new runs may be put
+)->list: # A dict for each run, as in the table of `runs`, the newest first; `run` is its path as the panel keeps it
+    "The training runs in a panel's folder, whoever has started them."
     from qwen2vl_nb.run import runs  # imported late: the panel is made without what a run needs
-    rows = runs(folder).to_dict('records') if folder.is_dir() else []
-    rows = [row for row in rows if is_training(folder/row['run'])]
+    roots = [root for root in _roots(folder, places) if root.is_dir()]
+    found = {root/row['run']: row for root in roots for row in runs(root).to_dict('records')}
+    rows = [row | {'run': near(run, folder)} for run, row in found.items() if is_training(run)]
     began = lambda row: row['started'].timestamp() if row['started'] == row['started'] else 0
     return sorted(rows, key=began, reverse=True)
 
@@ -66,6 +75,7 @@ class RunsStep(Step):
 
     def build(self):
         self.rows, self._thread, self._watched, self.live = None, None, None, VBox()
+        self._wake = Event()
         self.select = Select(rows=7, layout=Layout(width='100%', max_width='840px'), description=self.say('run'))
         self.select.style.description_width = '130px'
         self.count = HTML()
@@ -93,7 +103,8 @@ class RunsStep(Step):
 # %% ../../nbs/panel/62_runs_step.ipynb #62runsst0010
 @patch
 def look(self:RunsStep):
-    "Read the folders of the runs, in a thread."
+    "Read the folders of the runs, in a thread, and keep the list up to date while the step is shown."
+    self._wake.set()
     if self._thread: return
     self._thread = Thread(target=self._keep_up, daemon=True, name='list of runs')
     self._thread.start()
@@ -102,12 +113,13 @@ def look(self:RunsStep):
 def _keep_up(self:RunsStep):
     try:
         while True:
-            began, folder = time.monotonic(), self.panel.session.project.folder/self.values['folder']
-            self.rows = list_runs(folder)
+            self._wake.clear()
+            began, folder = time.monotonic(), self.panel.session.project.folder
+            self.rows = list_runs(folder, (_saves, self.values['folder']))
             self._show_list()
             took, works = time.monotonic() - began, any(row['state'] == 'running' for row in self.rows)
-            if not works or self.panel.shown != self.name: return
-            time.sleep(max(2, 20*took))
+            if self.panel.shown != self.name: return
+            self._wake.wait(max(2 if works else 5, 20*took))  # somebody else may start one
     except (OSError, ValueError) as e: self.count.value = as_html('qvl-error', str(e))
     finally: self._thread = None
 
@@ -126,12 +138,11 @@ def _show_list(self:RunsStep):
     "Show the runs that match the filter."
     if self.rows is None: self.count.value = as_html('qvl-help', self.say('listing'))
     if self.rows is None: return
-    folder, word = self.values['folder'], self.values['filter'].lower()
-    lines = [(describe_run(row), f'{folder}/{row["run"]}') for row in self.rows]
+    word, lines = self.values['filter'].lower(), [(describe_run(row), row['run']) for row in self.rows]
     lines = [line for line in lines if word in line[0].lower()]
     kept, run = self.select.value, self.values['run']
     there = [place for _, place in lines[:_most_listed]]
-    self.select.options = lines[:_most_listed]
+    if [*self.select.options] != lines[:_most_listed]: self.select.options = lines[:_most_listed]
     self.select.value = next((place for place in (kept, run) if place in there), None)
     said = self.say('count', shown=len(there), n=len(self.rows), run=run or self.say('none'))
     self.count.value = as_html('qvl-help', said)

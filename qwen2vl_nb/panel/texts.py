@@ -15,6 +15,8 @@ ENGLISH = {
     'panel.copy': 'Copy',
     'panel.no_code': 'The code that this step runs will be shown here.',
     'panel.running': 'Running …',
+    'panel.cancel': 'Cancel',
+    'panel.cancelled': 'Cancelled.',
     'panel.again': 'Running the code of earlier steps again …',
     'panel.ran': 'Ran on {when}.',
     'panel.unexpected': 'This error was not expected: {error}\nIt was raised in {where}. To see the full traceback, '
@@ -22,6 +24,7 @@ ENGLISH = {
     'panel.fill': 'Fill in "{control}" in the step "{step}" first.',
     'panel.elsewhere': '{name} was not written by this panel or has been changed since. It stays as it is; '
                        'the code is written to {other}.',
+    'panel.ended': 'This form is now shown in another cell. Run this cell again to have it here.',
     'panel.refused': 'The form could not be saved: {error}',
     'panel.first': 'This needs the step "{step}" first: press "{action}" there.',
     'panel.done': 'done',
@@ -77,21 +80,20 @@ ENGLISH |= {
 # %% ../../nbs/panel/00_texts.ipynb #00textsg2
 ENGLISH |= {
     'launch': 'Launch',
-    'launch.about': 'Start the run in processes of its own: it goes on if this page or its kernel is closed.',
+    'launch.about': 'Start the run in processes of its own: it goes on if this page or its kernel is closed. The '
+                    'recipe is checked first: if it can’t run, nothing starts, and you see why.',
     'launch.name': 'Name',
     'launch.name.help': 'Each start has a new folder, with this name and the time.',
     'launch.nproc': 'Processes',
     'launch.nproc.help': 'On this machine; 0: one for each GPU, or one if there is none.',
-    'launch.check': 'Check the recipe',
-    'launch.check.help': 'Ask LLaMA-Factory and DeepSpeed whether the recipe can run. The launch makes the same '
-                         'checks.',
     'launch.start': 'Launch',
     'launch.start.help': 'Start the recipe in a new folder.',
     'runs': 'Runs',
-    'runs.about': 'All runs in the folder. The steps after this one are about the run that is chosen here: the one '
-                  'that was launched last, unless you choose another.',
+    'runs.about': 'All trainings in the folder of this panel, also those that were started without it. The steps after '
+                  'this one are about the run that is chosen here: the one that was launched last, unless you choose '
+                  'another.',
     'runs.folder': 'Folder',
-    'runs.folder.help': 'Where new runs are put and runs are looked for, with its subfolders.',
+    'runs.folder.help': 'Where new runs are put. If it is outside the folder of this panel, its runs are listed, too.',
     'runs.filter': 'Filter',
     'runs.filter.help': 'Part of a name or of a state, such as failed.',
     'runs.run': 'Run',

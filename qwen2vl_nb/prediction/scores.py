@@ -16,6 +16,7 @@ from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 from fastcore.basics import patch
 from ..findings import as_text, findings_table, first_few, text_table
+from ..model import after_thoughts
 from ..run.answers import AnswerFaults, answer_findings
 from .boxes import (box_measures, box_table, measure_boxes, measure_points, point_measures,
                                          point_side, stated_boxes, stated_points)
@@ -47,8 +48,9 @@ def checked_rows(
 def is_right(
     row:dict, # A prediction: `label` and `predict` are compared
 )->bool: # `False` for a row that failed
-    "Whether a prediction equals its label, ignoring white space around both."
-    return row['predict'] is not None and row['predict'].strip() == row['label'].strip()
+    "Whether a prediction equals its label, ignoring white space around both, and thoughts that the label lacks."
+    answer = after_thoughts(row['predict'], row['label'])
+    return answer is not None and answer.strip() == row['label'].strip()
 
 # %% ../../nbs/prediction/50_scores.ipynb #87a405d6
 def _as_in_llamafactory(label):
@@ -353,7 +355,7 @@ class _Measured:
     def add(self, i, row):
         "Add the row at a position. Raises `ValueError` if a user's measure fails."
         side = point_side(row['label'], row.get('box_frame'))
-        self.block.append(self.compared(row['label'], row['predict'], side))
+        self.block.append(self.compared(row['label'], after_thoughts(row['predict'], row['label']), side))
         self.places.append(i)
         self.ids.append(row.get('id', i))
         if '<|' in row['label'] and row['predict'] is not None and (token := _special.search(row['label'])):

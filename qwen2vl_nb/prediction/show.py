@@ -17,7 +17,7 @@ from ipywidgets import HTML, BoundedIntText, Button, Dropdown, HBox, Layout, Tex
 from ..files import whole_file
 from ..findings import as_text
 from ..display import ANSWER, LABEL, card_text, div, picture_html
-from ..model import box_frame
+from ..model import after_thoughts, box_frame
 from ..recipe import load_recipe
 from ..data.boxes import box_pieces
 from ..data.describe import boxes_of_sample, draw_box
@@ -59,8 +59,9 @@ def _marked_texts(label, answer):
 def _drawn_boxes(row, family, limits):
     "The boxes of label and answer to draw on the picture of a row, as a tuple."
     about = {'instruction': ''} | {key: row[key] for key in ('images', 'videos', 'box_frame') if row.get(key)}
-    wanted, answered = ([box for box in boxes_of_sample(about | {'output': row.get(key) or ''}, family, **limits)]
-                        for key in ('label', 'predict'))
+    label = row.get('label') or ''
+    wanted, answered = ([box for box in boxes_of_sample(about | {'output': text or ''}, family, **limits)]
+                        for text in (label, after_thoughts(row.get('predict'), label)))
     named = [draw_box(box, is_answer=True) for box in answered]
     if row.get('label') is not None:
         corners = [k for k,box in enumerate(answered) if box.x2 is not None]
@@ -90,12 +91,12 @@ def _text_around_boxes(text):
 def _has_same_boxes(row):
     """Whether an answer has all boxes of its label at an IoU of 0.5 or more, all points within 5 % of the picture's
     longer side, no others, and the same text around them."""
-    label, answer = row['label'], row['predict']
+    label, answer = row['label'], after_thoughts(row['predict'], row['label'])
     boxes, points, side = stated_boxes(label), stated_points(label), point_side(label, row.get('box_frame'))
     if not (boxes or points) or points and not side: return False
     if measure_boxes(boxes, stated_boxes(answer))[2] < 100: return False
     if measure_points(points, stated_points(answer), side or 1)[2] < 100: return False
-    return _text_around_boxes(row['label']) == _text_around_boxes(row['predict'])
+    return _text_around_boxes(label) == _text_around_boxes(answer)
 
 def _kind(row):
     "The outcome of a row: 'right', 'wrong', 'failed' or 'no label'."

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 from ..findings import Finding, findings_table, show_value
+from ..model import after_thoughts
 if TYPE_CHECKING: import pandas as pd
 
 # %% ../../nbs/run/56_answers.ipynb #answers05
@@ -72,10 +73,11 @@ class AnswerFaults:
         row:dict, # A prediction; one that failed is not counted
     ):
         "Count an answer and its label."
-        answer, label = row.get('predict'), row.get('label')
-        if answer is None: return
+        whole, label = row.get('predict'), row.get('label')
+        if whole is None: return
+        answer = after_thoughts(whole, label or '')
         self.n += 1
-        fault = _fault(answer, row.get('finish_reason'))
+        fault = _fault(whole, row.get('finish_reason')) or _fault(answer, None)
         if label is not None:
             self.labels[_fault(label, None)] += 1
             if answer.strip() == label.strip(): fault = ''
