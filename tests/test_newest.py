@@ -56,7 +56,7 @@ def test_kto_fails_or_learns_wrong_positions(family, data, tmp_path):
     size = loaded.config.vision_config.spatial_merge_size
     ids = torch.tensor([[loaded.config.vision_start_token_id, *[loaded.config.image_token_id]*16, 5, 6]])
     grid = torch.tensor([[1, 4*size, 4*size]])
-    position = lambda **kinds: loaded.model.compute_3d_position_ids(ids, None, grid, None, None, None, **kinds)
+    position = lambda **kinds: loaded.model.compute_3d_position_ids(input_ids=ids, inputs_embeds=None, image_grid_thw=grid, video_grid_thw=None, attention_mask=None, past_key_values=None, **kinds)
     right = position(mm_token_type_ids=(ids == loaded.config.image_token_id).int())
     assert not torch.equal(right[1], right[2]) and position() is None, 'so that the model counts tokens in all three'
 
