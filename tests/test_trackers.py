@@ -43,6 +43,6 @@ def test_tensorboard_gets_the_losses_of_the_log(few_steps, tmp_path, monkeypatch
     log = read_log(run)
     for tag, column in (('train/loss', 'loss'), ('eval/loss', 'eval_loss'), ('train/learning_rate', 'lr')):
         rows = log.dropna(subset=[column])
-        seen = [(e.step, e.value) for e in told.Scalars(tag)]
+        seen = [*{e.step: e.value for e in told.Scalars(tag)}.items()]  # the last step is evaluated twice
         assert len(seen) >= 2 and [step for step, _ in seen] == list(rows.current_steps)
         assert [value for _, value in seen] == pytest.approx(list(rows[column]), abs=1e-4, rel=1e-4)
