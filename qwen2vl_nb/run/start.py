@@ -36,7 +36,7 @@ from .folder import (ANSWERS, DOING, EARLIER, ENDED, PROGRESS, RANK_ERR, RANK_OU
 from .health import health_findings
 from .learning_rates import rate_findings
 from .loss import Log, best_evaluation
-from .owner import note_start, refuse_foreign, refuse_stranger
+from .owner import note_start, refuse_foreign, refuse_stranger, refuse_training
 from .preview import MOST_ROWS
 if TYPE_CHECKING: import pandas as pd
 
@@ -402,6 +402,7 @@ def start(
         about = about | {'command': command or run_command(recipe, about), 'tells': True,
                          'before': _resumed_progress(run, make_room)}
         refuse_foreign(run.output_dir, recipe, about)
+        if make_room is keep_earlier: refuse_training(run.output_dir, recipe)
         carried, names = secrets_of(recipe, about)
         make_room(run.output_dir)
         sweep(run.output_dir)
