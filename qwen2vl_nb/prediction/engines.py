@@ -33,6 +33,7 @@ from .rows import (Index, json_line, load_line, missing, parse_row, put_in_order
                                         set_damaged_aside, without_question)
 from .vllm import vllm_servers
 from ..run.folder import ANSWERS, ASKED, GENERATED, QUESTION, RUN, SERVED, state_or_empty
+from ..run.owner import refuse_training
 from ..run.start import Run, describe_start, keep_earlier, launch, raise_errors, start
 
 # %% ../../nbs/prediction/45_engines.ipynb #6a8b2104
@@ -294,6 +295,7 @@ def predict(
     served, engine = (None, engine) if isinstance(engine, str) else (engine, 'hf')  # with the same answers as `hf`
     if not recipe.get('output_dir'): raise ValueError('The recipe names no folder for the answers: set output_dir.')
     folder, given = Path(recipe['output_dir']).absolute(), samples is not None
+    refuse_training(folder, recipe)
     with undone_on_error():
         samples = _sound_samples(samples, folder) if given else asked_samples(recipe)
         if not samples: raise ValueError('There is nothing to predict: no samples.')

@@ -262,7 +262,8 @@ def _client(url):
     headers = {'Content-Type': 'application/json', 'Accept-Encoding': 'identity'}
     if key: headers['Authorization'] = f'Bearer {key}'
     return httpx.AsyncClient(base_url=url, headers=headers, mounts={f'all://{host}': None for host in here},
-        timeout=httpx.Timeout(None, connect=_to_connect), limits=httpx.Limits(max_connections=None, max_keepalive_connections=0))
+        timeout=httpx.Timeout(None, connect=_to_connect),
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=0))
 
 # %% ../../nbs/prediction/25_openai.ipynb #21d6de18
 class Server:
