@@ -119,7 +119,9 @@ class Run:
     def recipe(self):
         """The recipe as it was started.
         Raises `FileNotFoundError` or `ValueError` if `recipe.yaml` is missing or damaged."""
-        return load_recipe(self.output_dir/RECIPE)
+        try: return load_recipe(self.output_dir/RECIPE)
+        except FileNotFoundError:
+            raise FileNotFoundError(f'There is no run in {self.output_dir}: recipe.yaml is missing.') from None
 
     @property
     def best(self):
@@ -448,6 +450,16 @@ def _check_before_start(recipe, about):
     raise_errors(found, force)
     return then
 
+def _refuse_counts(nproc, nnodes, node_rank, env):
+    "Raise `ValueError` for numbers of processes and machines that can't be, and for an environment that is none."
+    is_whole = lambda n, least: isinstance(n, int) and not isinstance(n, bool) and n >= least
+    faults = [f'{name}={n!r}: give a number of at least 1.' for name, n in dict(nproc=nproc, nnodes=nnodes).items()
+              if not is_whole(n, 1) and not (name == 'nproc' and n is None)]
+    if not faults and not (is_whole(node_rank, 0) and node_rank < nnodes):
+        faults.append(f'node_rank={node_rank!r}: give the index of this machine, from 0 to {nnodes - 1}.')
+    if not isinstance(env or {}, dict): faults.append(f"env={env!r}: give a dict such as {{'NCCL_DEBUG': 'INFO'}}.")
+    if faults: raise ValueError('\n'.join(faults))
+
 def describe_start(
     nproc:int=None, # Processes on this machine; `None`: one for each GPU that is visible
     nnodes:int=1, # Number of machines
@@ -458,7 +470,8 @@ def describe_start(
     force:bool=False, # Whether to start despite errors
 )->dict: # For `run.json`
     """What is known about a run before its start, in addition to the recipe.
-    Raises `ValueError` if there is no such interpreter."""
+    Raises `ValueError` if there is no such interpreter, or if a number can't be."""
+    _refuse_counts(nproc, nnodes, node_rank, env)
     found = shutil.which(python or sys.executable)
     if not found:
         raise ValueError(f'python={os.fspath(python)!r} is not an interpreter: give a path such as /env/bin/python.')
