@@ -272,6 +272,7 @@ def answering_recipe(
     found = recipe.get('adapter_name_or_path')
     return recipe | ({'adapter_name_or_path': adapters_of(trained, found)} if found else {})
 
+# %% ../nbs/10_recipe.ipynb #answfaul1
 _asked_of_each = ('model', 'adapter', 'dataset', 'model_name_or_path', 'adapter_name_or_path', 'eval_dataset',
                   'output_dir')
 

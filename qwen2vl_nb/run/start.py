@@ -375,6 +375,16 @@ def keep_earlier(
     if (folder/RECIPE).is_file(): shutil.copy2(folder/RECIPE, earlier)
     for p in found: p.rename(earlier/p.name)
 
+def _refuse_counts(nproc, nnodes, node_rank, env):
+    "Raise `ValueError` for numbers of processes and machines that can't be, and for an environment that is none."
+    is_whole = lambda n, least: isinstance(n, int) and not isinstance(n, bool) and n >= least
+    faults = [f'{name}={n!r}: give a number of at least 1.' for name, n in dict(nproc=nproc, nnodes=nnodes).items()
+              if not is_whole(n, 1) and not (name == 'nproc' and n is None)]
+    if not faults and not (is_whole(node_rank, 0) and node_rank < nnodes):
+        faults.append(f'node_rank={node_rank!r}: give the index of this machine, from 0 to {nnodes - 1}.')
+    if not isinstance(env or {}, dict): faults.append(f"env={env!r}: give a dict such as {{'NCCL_DEBUG': 'INFO'}}.")
+    if faults: raise ValueError('\n'.join(faults))
+
 # %% ../../nbs/run/60_start.ipynb #9638d6c6
 def _resumed_progress(run, make_room):
     "How far the start that is now being resumed had got."
@@ -449,16 +459,6 @@ def _check_before_start(recipe, about):
     except TimeoutError: then = partial(_check_meanwhile, beside, force)
     raise_errors(found, force)
     return then
-
-def _refuse_counts(nproc, nnodes, node_rank, env):
-    "Raise `ValueError` for numbers of processes and machines that can't be, and for an environment that is none."
-    is_whole = lambda n, least: isinstance(n, int) and not isinstance(n, bool) and n >= least
-    faults = [f'{name}={n!r}: give a number of at least 1.' for name, n in dict(nproc=nproc, nnodes=nnodes).items()
-              if not is_whole(n, 1) and not (name == 'nproc' and n is None)]
-    if not faults and not (is_whole(node_rank, 0) and node_rank < nnodes):
-        faults.append(f'node_rank={node_rank!r}: give the index of this machine, from 0 to {nnodes - 1}.')
-    if not isinstance(env or {}, dict): faults.append(f"env={env!r}: give a dict such as {{'NCCL_DEBUG': 'INFO'}}.")
-    if faults: raise ValueError('\n'.join(faults))
 
 def describe_start(
     nproc:int=None, # Processes on this machine; `None`: one for each GPU that is visible

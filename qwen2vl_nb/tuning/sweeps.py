@@ -38,6 +38,10 @@ def _in_words(value):
     short = re.sub(r'[^\w.+-]+', '_', said)[:40]
     return short if short == said else f'{short}.{hashlib.sha256(said.encode()).hexdigest()[:8]}'
 
+def _shorter(values):
+    "Values of an argument, and long ones, such as ZeRO configs, as parts of a folder's name."
+    return [_in_words(value) if len(str(value)) > 60 else value for value in values]
+
 @dataclass
 class Trial:
     "A combination of values, and its run."
@@ -105,6 +109,7 @@ def _recipe_faults(recipe, score_on):
         yield f"score_on: {score_on!r} is not registered in {registry.path}" + (f'; did you mean {near[0]!r}?' if near
                                                                                else '.')
 
+# %% ../../nbs/tuning/20_sweep.ipynb #sweep12b
 def _is_number(value): return isinstance(value, int) and not isinstance(value, bool)
 
 def _argument_faults(asking, nproc, at_once, only):
@@ -292,11 +297,8 @@ class Sweep:
         return self.trials[table.index[0]].recipe
 
     def _shown(self):
-        "The table with rounded figures, and with long values, such as ZeRO configs, by their names in folders."
         table = self.table.round(dict.fromkeys((self.measure, 'low', 'high'), 2 if self.score_on else 4))
-        for name in self.trials[0].values: table[name] = [_in_words(v) if len(str(v)) > 60 else v for v in table[name]]
-        return table
-
+        return table.assign(**{name: _shorter(table[name]) for name in self.trials[0].values})
     def __repr__(self): return self._shown().to_string(na_rep='')
     def _repr_html_(self): return self._shown()._repr_html_()
 
