@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['with_time', 'without_time', 'train_recipe', 'Argument', 'arguments_of_recipes', 'argument_names', 'template_names',
-           'complete_arguments', 'is_adapter', 'best_measured', 'find_adapter', 'predict_recipe', 'answer_arguments',
-           'adapters_of', 'answering_recipe', 'load_recipe', 'zero_file_name', 'absolute_recipe', 'save_recipe',
-           'dataset_names']
+           'unknown_argument', 'complete_arguments', 'is_adapter', 'best_measured', 'find_adapter', 'predict_recipe',
+           'answer_arguments', 'adapters_of', 'answering_recipe', 'answering_faults', 'load_recipe', 'zero_file_name',
+           'absolute_recipe', 'save_recipe', 'dataset_names']
 
 # %% ../nbs/10_recipe.ipynb #0bd906f0
 import ast, json, math, os, re, sys, time
+from difflib import get_close_matches
 from functools import cache
 from importlib.util import find_spec
 from itertools import chain, count
@@ -130,6 +131,16 @@ def _function_being_called(text):
         depth += (text[i] in ')]}') - (text[i] in '([{')
         if depth < 0: return re.search(r'(\w*)$', text[:i])[1] if text[i] == '(' else ''
     return ''
+
+# %% ../nbs/10_recipe.ipynb #unknarg1
+def unknown_argument(
+    key:str, # A key of a recipe
+)->str: # Empty if LLaMA-Factory has such an argument, or if it is not installed here
+    "What is wrong with the name of an argument, in words."
+    names = argument_names()
+    if not names or key in names: return ''
+    near = get_close_matches(key, names, 1)
+    return f"{key}: LLaMA-Factory has no such argument{f'; did you mean {near[0]!r}?' if near else '.'}"
 
 # %% ../nbs/10_recipe.ipynb #comp0005
 def complete_arguments(
@@ -263,6 +274,18 @@ def answering_recipe(
     else: adapters = trained.get('adapter_name_or_path')
     return recipe | ({'adapter_name_or_path': adapters, 'finetuning_type': kind} if adapters else {})
 
+# %% ../nbs/10_recipe.ipynb #answfaul1
+_asked_of_each = ('model', 'adapter', 'dataset', 'model_name_or_path', 'adapter_name_or_path', 'eval_dataset',
+                  'output_dir')
+
+def answering_faults(
+    changes:dict, # Arguments of `predict_recipe`
+)->list: # Texts
+    "What is wrong with changes to the recipe that asks several models the same, each in a folder of its own."
+    its_own = [f'{key}: it is set for each model that is asked, and can\'t be changed.' for key in changes
+               if key in _asked_of_each]
+    return its_own + [fault for key in changes if key not in _asked_of_each and (fault := unknown_argument(key))]
+
 # %% ../nbs/10_recipe.ipynb #eee21064
 class _Loader(yaml.SafeLoader): "YAML in which `1e-4` is a number, as LLaMA-Factory reads it."
 class _Dumper(yaml.SafeDumper): "The same for writing: the string `1e-4` gets quotes."
@@ -312,8 +335,8 @@ _path_keys = ('model_name_or_path', 'adapter_name_or_path', 'dataset_dir', 'medi
 
 def _absolute(key, value):
     "A value of the recipe, made absolute if it is a path. A name on a hub stays as it is."
-    if key not in _path_keys or isinstance(value, bool) or key == 'model_name_or_path' and not Path(value).is_dir():
-        return value
+    if key not in _path_keys or value is None or isinstance(value, bool): return value
+    if key == 'model_name_or_path' and not Path(value).is_dir(): return value
     if key == 'adapter_name_or_path': return ','.join(str(Path(p).absolute()) for p in value.split(','))
     return str(Path(value).absolute())
 

@@ -1,5 +1,5 @@
 "Checkpoints scored by their answers, and answers while a run trains: real runs of the embedded model, killed and resumed, and folders that are not to be trusted."
-import json, os, shutil, subprocess, sys
+import json, math, os, shutil, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -9,9 +9,11 @@ from safetensors.torch import load_file
 
 from conftest import until
 from qwen2vl_nb.checkpoint import when_written
+from qwen2vl_nb.data.registry import Registry
 from qwen2vl_nb.prediction.engines import predict
 from qwen2vl_nb.prediction.predictions import Predictions
 from qwen2vl_nb.prediction.scores import compare, score
+from qwen2vl_nb.prediction.serve import serve
 from qwen2vl_nb.prediction.show import show_predictions
 from qwen2vl_nb.processes import marked
 from qwen2vl_nb.recipe import find_adapter, predict_recipe, train_recipe
@@ -110,6 +112,27 @@ def test_scoring_that_was_killed_asks_only_what_is_missing(scored):
     started = (run.output_dir/'scores'/'car_item_test'/'run.json').stat().st_mtime_ns
     assert {name: dict(of) for name, of in score_checkpoints(run, 'car_item_test', **ASKED).items()} == {name: dict(of) for name, of in found.items()}
     assert (run.output_dir/'scores'/'car_item_test'/'run.json').stat().st_mtime_ns == started, 'nothing is asked twice'
+
+def test_what_is_wrong_is_said_before_anything_is_asked(trained, tmp_path):
+    "Nothing that could only fail after the predictions, and nothing that would have every checkpoint give the answers of one."
+    run = trained.plain
+    Registry(tmp_path).add('unlabelled', [{'instruction': 'What?', 'output': ''}]*3)
+    for part, given in {"did you mean 'max_new_tokens'": dict(max_new_token=8), 'adapter: it is set for each': dict(adapter=run), 'output_dir: it is set': dict(output_dir=tmp_path),
+                        "no measure 'jsn' to rank by": dict(measure='jsn'), "Less of 'malformed' is better": dict(measure='malformed'), 'give functions by name': dict(measures=len),
+                        'tolerance=nan': dict(tolerance=math.nan), 'a measure .exact. already': dict(measures={'exact': len})}.items():
+        with pytest.raises(ValueError, match=part): score_checkpoints(run, 'car_item_test', **given)
+    with pytest.raises(ValueError, match='None of the 3 rows has a label'): score_checkpoints(run, 'unlabelled', dataset_dir=str(tmp_path))
+    for dataset in (None, '', ['car_item_test']):
+        with pytest.raises(ValueError, match='name a registered data set'): score_checkpoints(run, dataset)
+    assert not (run.output_dir/'scores').exists() and run.best is None
+
+def test_answers_do_not_take_the_place_of_a_training(trained, tiny, data):
+    "Its folder stays that of the run."
+    run = trained.plain
+    before = sorted(p.name for p in run.output_dir.iterdir())
+    with pytest.raises(ValueError, match='the folder of a training'): serve(run, run.output_dir, use_cpu=True)
+    with pytest.raises(ValueError, match='the folder of a training'): predict(predict_recipe(tiny, 'car_item_test', run.output_dir, run, dataset_dir=str(data), use_cpu=True))
+    assert sorted(p.name for p in run.output_dir.iterdir()) == before and run.recipe['do_train'] and run.status == 'done'
 
 def test_answers_of_exchanged_adapters_are_those_of_predict(scored, alone):
     assert _answers(alone.lora) == _answers(scored.found.predictions['checkpoint-160']) != _answers(scored.found.predictions['checkpoint-40'])

@@ -1,5 +1,5 @@
 "A model that stays loaded: the same answers as other predictions, found again, asked by whoever has its key and by nobody else, and gone when it should be."
-import http.client, io, json, re, shutil, socket, subprocess, sys, threading
+import http.client, io, json, re, shutil, socket, subprocess, sys, threading, warnings
 from pathlib import Path
 
 import httpx
@@ -128,6 +128,15 @@ def test_what_is_served_must_be_what_is_asked(ask, served, tiny, tmp_path):
         assert all(text in str(e.value) for text in said)
     assert not (tmp_path/'out').exists()
     assert len(predict(ask(tmp_path/'shorter', max_new_tokens=2, cutoff_len=999, max_samples=3), engine=served)) == 3
+
+def test_settings_that_stay_are_named(served, tiny):
+    "A second call finds the model as it was loaded, and says what it does not change; what is misspelt is refused first."
+    with pytest.warns(UserWarning, match='max_new_tokens: 24 stays, not 500\\n- idle: 1800 stays, not 5'):
+        assert serve(tiny, served.output_dir, idle=5, use_cpu=True, max_new_tokens=500).key == served.key
+    with warnings.catch_warnings(action='error'): serve(tiny, served.output_dir, use_cpu=True, max_new_tokens=24)
+    for idle in ('x', -1, float('nan'), None, True):
+        with pytest.raises(ValueError, match='give a number of seconds'): serve(tiny, served.output_dir, idle=idle)
+    with pytest.raises(ValueError, match="did you mean 'max_new_tokens'"): serve(tiny, served.output_dir, max_new_token=8)
 
 def test_listens_only_here_and_tells_nobody_its_key(served, ask, picture, tmp_path):
     place, key = state_or_empty(served, 'server.json'), served.key

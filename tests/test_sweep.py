@@ -5,6 +5,7 @@ import psutil
 import pytest
 
 from conftest import ROOT, until
+from qwen2vl_nb.data.registry import Registry
 from qwen2vl_nb.prediction.engines import predict
 from qwen2vl_nb.prediction.predictions import Predictions
 from qwen2vl_nb.recipe import argument_names, predict_recipe, save_recipe
@@ -112,6 +113,16 @@ def test_what_is_wrong_is_said_before_the_start(few_steps, data, tmp_path):
         assert part in str(told.value), part
     with pytest.raises(ValueError, match='nothing to rank by'): sweep(base, learning_rate=[1e-4])
     with pytest.raises(ValueError, match='no combination 2; there are 2'): sweep(base, 'car_item_test', only=2, learning_rate=[1e-4, 3e-4])
+    with pytest.raises(ValueError) as told: sweep(base, 'car_item_test', asking={'max_new_token': 8, 'output_dir': 'a'}, nproc=0, at_once=-1, only='0', learning_rate=[1e-4])
+    for part in ("did you mean 'max_new_tokens'", 'asking: output_dir: it is set for each model', 'nproc: 0 is not', 'at_once: -1 is not', "only: '0' is not"):
+        assert part in str(told.value), part
+    with pytest.raises(ValueError, match="no measure 'jsn' to rank by; available: exact, json"): sweep(base, 'car_item_test', 'jsn', learning_rate=[1e-4])
+    with pytest.raises(ValueError, match="Less of 'malformed' is better"): sweep(base, 'car_item_test', 'malformed', learning_rate=[1e-4])
+    Registry(tmp_path/'data').add('unlabelled', [{'instruction': 'What?', 'output': ''}]*3)
+    with pytest.raises(ValueError, match='None of the 3 rows has a label'): sweep(base | {'dataset_dir': str(tmp_path/'data')}, 'unlabelled', learning_rate=[1e-4])
+    for wrong in (None, 'recipe.yaml'):
+        with pytest.raises(ValueError, match='is not a recipe'): sweep(wrong, learning_rate=[1e-4])
+    with pytest.raises(ValueError, match='is not the name of a data set'): sweep(base, ['car_item_test'], learning_rate=[1e-4])
     assert not (tmp_path/'run').exists()
 
 def test_folders_with_other_runs_and_foreign_files(few_steps, tmp_path):

@@ -17,8 +17,8 @@ from ..boot import script
 from ..checks import quick_findings
 from ..display import RED, data_uri, picture_html
 from ..files import open_regular, parse_json, video_endings
-from ..names import bar_file
-from ..recipe import answering_recipe, predict_recipe
+from ..names import bar_file, warn
+from ..recipe import answering_recipe, predict_recipe, unknown_argument
 from ..data.objects import picture_bytes
 from .client import CHAT, NotAnswered, ServerGone, request, server_of
 from .engines import answer_settings, batch_budget, fit_findings, refuse_other, until_ready
@@ -38,11 +38,15 @@ def _in_memory(item):
         except (TypeError, ValueError):
             raise ValueError(f'A picture can be a path, a Pillow picture, or an array of uint8 with the shape (height, '
                              f'width, 3), not this {type(item).__name__}.') from None
+    if 0 in item.size: raise ValueError('A picture has no pixels: its width or its height is 0.')
     return f'data:image/png;base64,{base64.b64encode(picture_bytes(item)).decode()}'
 
 def _medium(item):
     "A picture or a clip as a part of a message."
     if isinstance(item, dict): return item  # it is a part already
+    if isinstance(item, str) and re.match('(https?|data):', item):
+        raise ValueError(f'{item[:100]!r} is an address, and pictures are read from this machine: download it, and '
+                         'give its path.')
     if not isinstance(item, (str, os.PathLike)): kind, url = 'image_url', _in_memory(item)
     else:
         path = Path(item).absolute()
@@ -57,6 +61,7 @@ def message(
     prompt:str, # What is asked
 )->dict:
     "A user's message in OpenAI's form. Raises `FileNotFoundError`, and `ValueError` for anything but a picture."
+    if not isinstance(prompt, str): raise TypeError(f'The question is text, not this {type(prompt).__name__}.')
     media = [] if media is None else [*media] if isinstance(media, (list, tuple)) else [media]
     parts = list(map(_medium, media))
     if not _tag.search(prompt): return {'role': 'user', 'content': [*parts, {'type': 'text', 'text': prompt}]}
@@ -134,6 +139,23 @@ def _begin(recipe, idle, env, python):
               'weights': {part: known[part] for part in ('model', 'adapter')}}
     start(recipe, about, keep_earlier, [about['python'], *script('prediction.warm')])
 
+def _refuse_arguments(changes, idle, python):
+    "Raise `ValueError` for arguments that LLaMA-Factory does not have, and for an idle time that is none."
+    faults = [] if python else [fault for key in changes if key != 'adapter' and (fault := unknown_argument(key))]
+    if isinstance(idle, bool) or not isinstance(idle, (int, float)) or not idle > 0:
+        faults.append(f'idle={idle!r}: give a number of seconds above 0.')
+    if faults: raise ValueError('The model cannot be served:\n- ' + '\n- '.join(faults))
+
+def _warn_of_kept(served, recipe, idle):
+    "Warn about settings that differ from those with which the model was loaded, because those stay."
+    held = {key: served.recipe.get(key) for key in answer_settings}
+    held['idle'] = state_or_empty(served, RUN).get('options', {}).get('idle', idle)
+    other = [f'{key}: {value!r} stays, not {new!r}' for key, value in held.items()
+             if value != (new := idle if key == 'idle' else recipe.get(key))]
+    if other:
+        warn('\n- '.join(['The model is loaded already, with other settings:', *other])
+             + '\nPass settings of answers to ask(…) or predict(…), or stop() the model first.')
+
 def _wait(served):
     "Wait until a model is loaded, and show how long that takes."
     from tqdm import tqdm
@@ -195,11 +217,13 @@ def serve(
 )->Served:
     """Load a model in a process that stays, and wait until it is ready. Interrupting does not end the process.
     Raises `ValueError` for errors in the recipe, and `RuntimeError` if loading fails."""
+    _refuse_arguments(changes, idle, python)
     recipe = _recipe(model, changes)
     folder = Path(output_dir or _folder(recipe)).absolute()
     recipe, served = recipe | {'output_dir': str(folder)}, Served(folder)
     if served.is_running and state_or_empty(served, RUN).get('engine') == SERVED:
         refuse_other(served, question(recipe, [], 'hf'))
+        _warn_of_kept(served, recipe, idle)
     else: _begin(recipe, idle, env, python)
     _wait(served)
     return served

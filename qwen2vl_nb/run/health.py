@@ -176,4 +176,5 @@ def check_health(
     run:str|os.PathLike, # A run, or its folder
 )->'pd.DataFrame': # A table of findings; empty if nothing looks wrong
     "Report losses that are NaN or zero, divergence, evaluations that get worse, a learning rate of zero, bad answers."
+    if not os.path.isdir(run): raise FileNotFoundError(f'There is no folder {os.fspath(run)}.')
     return findings_table(health_findings(run))

@@ -37,7 +37,7 @@ from .folder import (ANSWERS, DOING, EARLIER, ENDED, PROGRESS, RANK_ERR, RANK_OU
 from .health import health_findings
 from .learning_rates import rate_findings
 from .loss import Log, best_evaluation
-from .owner import note_start, refuse_foreign, refuse_stranger
+from .owner import note_start, refuse_foreign, refuse_stranger, refuse_training
 from .preview import MOST_ROWS
 if TYPE_CHECKING: import pandas as pd
 
@@ -120,7 +120,9 @@ class Run:
     def recipe(self):
         """The recipe as it was started.
         Raises `FileNotFoundError` or `ValueError` if `recipe.yaml` is missing or damaged."""
-        return load_recipe(self.output_dir/RECIPE)
+        try: return load_recipe(self.output_dir/RECIPE)
+        except FileNotFoundError:
+            raise FileNotFoundError(f'There is no run in {self.output_dir}: recipe.yaml is missing.') from None
 
     @property
     def best(self):
@@ -391,6 +393,16 @@ def keep_earlier(
     if (folder/RECIPE).is_file(): shutil.copy2(folder/RECIPE, earlier)
     for p in found: p.rename(earlier/p.name)
 
+def _refuse_counts(nproc, nnodes, node_rank, env):
+    "Raise `ValueError` for numbers of processes and machines that can't be, and for an environment that is none."
+    is_whole = lambda n, least: isinstance(n, int) and not isinstance(n, bool) and n >= least
+    faults = [f'{name}={n!r}: give a number of at least 1.' for name, n in dict(nproc=nproc, nnodes=nnodes).items()
+              if not is_whole(n, 1) and not (name == 'nproc' and n is None)]
+    if not faults and not (is_whole(node_rank, 0) and node_rank < nnodes):
+        faults.append(f'node_rank={node_rank!r}: give the index of this machine, from 0 to {nnodes - 1}.')
+    if not isinstance(env or {}, dict): faults.append(f"env={env!r}: give a dict such as {{'NCCL_DEBUG': 'INFO'}}.")
+    if faults: raise ValueError('\n'.join(faults))
+
 # %% ../../nbs/run/60_start.ipynb #9638d6c6
 def _resumed_progress(run, make_room):
     "How far the start that is now being resumed had got."
@@ -420,6 +432,7 @@ def start(
         about = about | {'command': command or run_command(recipe, about), 'tells': True,
                          'before': _resumed_progress(run, make_room)}
         refuse_foreign(run.output_dir, recipe, about)
+        if make_room is keep_earlier: refuse_training(run.output_dir, recipe)
         carried, names = secrets_of(recipe, about)
         make_room(run.output_dir)
         sweep(run.output_dir)
@@ -475,7 +488,8 @@ def describe_start(
     force:bool=False, # Whether to start despite errors
 )->dict: # For `run.json`
     """What is known about a run before its start, in addition to the recipe.
-    Raises `ValueError` if there is no such interpreter."""
+    Raises `ValueError` if there is no such interpreter, or if a number can't be."""
+    _refuse_counts(nproc, nnodes, node_rank, env)
     found = shutil.which(python or sys.executable)
     if not found:
         raise ValueError(f'python={os.fspath(python)!r} is not an interpreter: give a path such as /env/bin/python.')

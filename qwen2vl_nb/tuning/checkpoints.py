@@ -13,9 +13,10 @@ from fastcore.basics import patch
 from ..names import warn
 from ..checkpoint import checkpoints, file_fault, is_stale, when_written
 from ..findings import as_text, text_table
-from ..prediction.engines import predict_in_turn
-from ..prediction.scores import score, usual_measure
-from ..recipe import answering_recipe, is_adapter
+from ..prediction.engines import asked_samples, predict_in_turn
+from ..prediction.question import asked_row
+from ..prediction.scores import check_measure, score, usual_measure
+from ..recipe import answering_faults, answering_recipe, is_adapter
 from ..run.folder import RUN, SCORES, Best, state_or_empty, write_best
 from ..run.loss import plot_loss, read_log
 from ..run.start import attach
@@ -154,14 +155,20 @@ def score_checkpoints(
     **changes, # Arguments of `predict_recipe`, such as `max_new_tokens`
 )->CheckpointScores:
     """Predict a data set with every complete checkpoint of a run, score the answers, and record the best checkpoint.
-    Interrupting does not stop the work; calling again attaches to it or resumes it."""
-    run = attach(run)
+    Interrupting does not stop the work; calling again attaches to it or resumes it. Raises `ValueError` before anything
+    is asked if an argument is wrong, or if the data set has no labels."""
+    run, faults = attach(run), answering_faults(changes)
+    if not isinstance(dataset, str) or not dataset:
+        faults = [f'dataset={dataset!r}: name a registered data set; several are separated by commas.', *faults]
+    if faults: raise ValueError('The checkpoints cannot be scored:\n- ' + '\n- '.join(faults))
     trained = run.recipe
     if not trained.get('do_train') or trained.get('stage', 'sft') == 'rm':
         raise ValueError(f'{run.output_dir} has no checkpoints that could answer: it is not a training run, or '
                          'it trained a reward model.')
     folder, found = _folder_of(run, dataset), complete_checkpoints(run)
     recipes = {p.name: answering_recipe(trained, p, dataset, **changes) for p in found}
+    rows = [asked_row(i, sample) for i,sample in enumerate(asked_samples(next(iter(recipes.values()))))]
+    check_measure(rows, measure, tolerance, measures)
     predictions = predict_in_turn(recipes, folder, nproc, env, python, 'score_checkpoints')
     scores = {name: score(rows, tolerance, measures) for name,rows in predictions.items()}
     scored = CheckpointScores(run, predictions, scores, measure)

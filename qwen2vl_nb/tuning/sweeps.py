@@ -18,10 +18,12 @@ from ..data.registry import Registry
 from ..findings import text_table
 from ..hidden import apart
 from ..names import bar_file
-from ..prediction.engines import predict
+from ..prediction.engines import asked_samples, predict
 from ..prediction.predictions import Predictions
-from ..prediction.scores import score, usual_measure
-from ..recipe import absolute_recipe, answering_recipe, argument_names, without_time
+from ..prediction.question import asked_row
+from ..prediction.scores import check_measure, score, usual_measure
+from ..recipe import (absolute_recipe, answer_arguments, answering_faults, answering_recipe, unknown_argument,
+                               without_time)
 from ..run.command import gpus_for
 from ..run.folder import RUN, TRAINER_LOG, state_or_empty
 from ..run.loss import best_evaluation
@@ -35,6 +37,10 @@ def _in_words(value):
     said = str(value)
     short = re.sub(r'[^\w.+-]+', '_', said)[:40]
     return short if short == said else f'{short}.{hashlib.sha256(said.encode()).hexdigest()[:8]}'
+
+def _shorter(values):
+    "Values of an argument, and long ones, such as ZeRO configs, as parts of a folder's name."
+    return [_in_words(value) if len(str(value)) > 60 else value for value in values]
 
 @dataclass
 class Trial:
@@ -73,12 +79,9 @@ _own_keys = 'output_dir', 'overwrite_output_dir', 'resume_from_checkpoint' # Set
 def _value_faults(values):
     "What is wrong with the values to try."
     if not values: yield 'Name at least one argument with its values: sweep(recipe, learning_rate=[1e-4, 3e-4]).'
-    names = argument_names()
     for key, some in values.items():
-        near = get_close_matches(key, names, 1)
         if key in _own_keys: yield f'{key}: a sweep sets it for each run; set output_dir in the recipe for all of them.'
-        elif names and key not in names:
-            yield f"{key}: LLaMA-Factory has no such argument{f'; did you mean {near[0]!r}?' if near else '.'}"
+        elif fault := unknown_argument(key): yield fault
         if isinstance(some, (str, bytes, dict)) or not isinstance(some, Collection):
             yield f'{key}: {some!r} is not a list of values. Give [{some!r}], or set it in the recipe.'
         elif not len(some): yield f'{key}: there are no values to try.'
@@ -91,14 +94,41 @@ def _evaluates(recipe):
 
 def _recipe_faults(recipe, score_on):
     "What is wrong with the recipe of all runs."
+    if not isinstance(recipe, dict):
+        yield f'{str(recipe)[:100]!r} is not a recipe: pass what train_recipe returns.'
+        return
     if not recipe.get('do_train'): yield 'The recipe does not train: make one with train_recipe.'
     if not recipe.get('output_dir'): yield 'The recipe has no output_dir: set it to a folder for all runs.'
     if score_on is None: return
     registry = Registry(recipe.get('dataset_dir', 'data'))
+    if not isinstance(score_on, str):
+        yield f'score_on: {score_on!r} is not the name of a data set.'
+        return
     near = get_close_matches(score_on, registry, 1)
     if score_on not in registry:
         yield f"score_on: {score_on!r} is not registered in {registry.path}" + (f'; did you mean {near[0]!r}?' if near
                                                                                else '.')
+
+# %% ../../nbs/tuning/20_sweep.ipynb #sweep12b
+def _is_number(value): return isinstance(value, int) and not isinstance(value, bool)
+
+def _argument_faults(asking, nproc, at_once, only):
+    "What is wrong with the other arguments."
+    if isinstance(asking or {}, dict):
+        yield from (f'asking: {fault}' for fault in answering_faults(asking or {}))
+    else: yield f"asking: {asking!r} is not a dict of arguments, such as {{'max_new_tokens': 256}}."
+    for name, value in dict(nproc=nproc, at_once=at_once).items():
+        if not (_is_number(value) and value > 0 or name == 'at_once' and value is None):
+            yield f'{name}: {value!r} is not a number of at least 1.'
+    indices = only if isinstance(only, (list, tuple, range)) else [only]*(only is not None)
+    if not all(map(_is_number, indices)):
+        yield f'only: {only!r} is not the index of a combination, or a list of indices.'
+
+def _ranking_faults(recipe, score_on, asking, measure):
+    "What prevents runs from being ranked by their answers: a data set without labels, or an unknown measure."
+    asked = answer_arguments(recipe) | asking | {'eval_dataset': score_on}
+    try: check_measure([asked_row(i, sample) for i, sample in enumerate(asked_samples(asked))], measure)
+    except (ValueError, OSError) as e: yield f'{score_on}: {e}'
 
 # %% ../../nbs/tuning/20_sweep.ipynb #sweep014
 def _comparable(recipe):
@@ -117,7 +147,8 @@ def clash(
     except (OSError, ValueError) as e: return f'{trial.run.output_dir}: {e}'
     keys = [k for k in there | wanted if there.get(k) != wanted.get(k)]
     said = [f'{k} was {there.get(k)!r}, now {wanted.get(k)!r}'[:120] for k in keys]
-    return f"{trial.run.output_dir} contains a run with another recipe: {'; '.join(said)}." if said else ''
+    return (f"{trial.run.output_dir} contains a run with another recipe: {'; '.join(said)}. Set another output_dir "
+            'in the recipe, or delete that folder.') if said else ''
 
 # %% ../../nbs/tuning/20_sweep.ipynb #sweep018
 def gpu_groups(
@@ -179,7 +210,8 @@ def train_all(
     running = {i: _free(t, envs) for i, t in enumerate(trials) if t.state == 'running'}
     waiting = [i for i, t in enumerate(trials) if t.state not in _settled]
     try:
-        with tqdm(total=len(running) + len(waiting), desc='sweep', file=bar_file(), bar_format=_bar) as bar:
+        n = len(running) + len(waiting)
+        with tqdm(total=n, desc='sweep', file=bar_file(), bar_format=_bar, disable=not n) as bar:
             while running or waiting:
                 while waiting and envs:
                     i, running[i] = waiting[0], envs[0]
@@ -264,7 +296,9 @@ class Sweep:
             raise ValueError('No run has a score: ' + ' '.join(dict.fromkeys(filter(None, table.why))))
         return self.trials[table.index[0]].recipe
 
-    def _shown(self): return self.table.round(dict.fromkeys((self.measure, 'low', 'high'), 2 if self.score_on else 4))
+    def _shown(self):
+        table = self.table.round(dict.fromkeys((self.measure, 'low', 'high'), 2 if self.score_on else 4))
+        return table.assign(**{name: _shorter(table[name]) for name in self.trials[0].values})
     def __repr__(self): return self._shown().to_string(na_rep='')
     def _repr_html_(self): return self._shown()._repr_html_()
 
@@ -281,7 +315,9 @@ def sweep(
 )->Sweep:
     """Train with every combination of some values, and rank the runs. Called again, it continues where it was
     interrupted. Raises `ValueError` if the arguments are wrong, with all reasons."""
-    faults = [*_value_faults(values), *_recipe_faults(recipe, score_on)]
+    faults = [*_value_faults(values), *_recipe_faults(recipe, score_on),
+              *_argument_faults(asking, nproc, at_once, only)]
+    if not faults and score_on: faults += _ranking_faults(recipe, score_on, asking or {}, measure)
     trials = combinations(recipe, values) if not faults else []
     if score_on is None and not all(_evaluates(t.recipe) for t in trials):
         faults.append('There is nothing to rank by: name a data set with score_on, or let the recipe evaluate '
