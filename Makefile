@@ -18,8 +18,9 @@ export HF_HUB_OFFLINE := 1
 AS_ROOT = $(if $(shell [ "$$(id -u)" = 0 ] || ! unshare -rmn true 2>/dev/null || echo yes),unshare -rmn sh -c 'mount -t tmpfs tmpfs /run && ip link set lo up && exec "$$@"' sh)
 PYTEST := $(AS_ROOT) $(BIN)/python -m pytest -q
 
-# A new virtual environment, and packages in it: by uv where it is installed, otherwise by venv and pip; both show how far they are
-environment = if command -v uv >/dev/null; then uv venv --quiet --allow-existing --python $(PYTHON) $1; else $(PYTHON) -m venv $1; fi
+# A new virtual environment, and packages in it: by uv where it is installed, otherwise by venv and pip. Both show how far they are:
+# pip does since 25.1, and the pip that comes with Python is older, silent for minutes while it unpacks 8 GB
+environment = if command -v uv >/dev/null; then uv venv --quiet --allow-existing --python $(PYTHON) $1; else $(PYTHON) -m venv --upgrade-deps $1; fi
 install = if command -v uv >/dev/null; then uv pip install --compile-bytecode --python $1 $2; \
 	else $1/bin/python -m pip install --disable-pip-version-check $2; fi
 # What is missing for an installation of so many GB in a folder that is not there yet, all of it at once
