@@ -3,6 +3,8 @@
 # make test-newest   with the newest versions that pip resolves      make docs   the documentation site, in docs/_build/html
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
+# `make language=zh lab` opens the Chinese tutorial, and `make language=zh demo` runs it
+TUTORIAL := nbs/tutorials/car_item$(if $(filter-out en,$(language)),.$(language)).ipynb
 # The first Python here that is new enough; `make PYTHON=… demo` takes another
 PYTHON := $(or $(PYTHON),$(shell for p in python3 python3.13 python3.12 python3.11 python; do $$p -c 'import sys; sys.exit(not (3,11) <= sys.version_info < (3,14))' 2>/dev/null && echo $$p && break; done))
 LOCK ?= requirements.lock
@@ -47,10 +49,10 @@ $(STAMP): $(LOCK) setup.py settings.ini
 setup: $(STAMP)
 
 demo: setup
-	@$(BIN)/qwen2vl-nb demo nbs/tutorials/car_item.ipynb
+	@$(BIN)/qwen2vl-nb demo $(TUTORIAL)
 
 lab: setup
-	@$(BIN)/jupyter lab nbs/tutorials/car_item.ipynb
+	@$(BIN)/jupyter lab $(TUTORIAL)
 
 # The browser in which the tests look at JupyterLab, by the names that tests/conftest.py knows
 browser:

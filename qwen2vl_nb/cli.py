@@ -50,7 +50,11 @@ def _jupyter():
 
 def _runs_folder(notebook):
     "The folder for the runs of a tutorial: beside its data."
-    return next(folder for folder in notebook.parents if (folder/'data'/'tiny_qwen2vl').is_dir())/'runs'
+    if not notebook.is_file(): raise FileNotFoundError(f'There is no {notebook}.')
+    for folder in notebook.parents:
+        if (folder/'data'/'tiny_qwen2vl').is_dir(): return folder/'runs'
+    raise FileNotFoundError(f'{notebook} is not one of the tutorials: there is no data/tiny_qwen2vl in the folders above '
+                            'it. Without a notebook, `qwen2vl-nb demo` writes one with its data.')
 
 def demo(
     notebook:str|Path=None, # The tutorial; `None`: it is written into the current folder
@@ -86,14 +90,15 @@ def check():
     found = list(check_stack().itertuples())
     for f in found: print(f'{f.level}: {f.where}: {f.what} {f.cure}')
     for gpu in gpus(): print(gpu)
-    if not found: print('The installed packages work together.')
+    if all(f.level == 'note' for f in found): print('The installed packages work together.')
     if any(f.level == 'error' for f in found): sys.exit(1)
 
 def lab(
     language:str='en', # Language of the tutorial
+    options:list=(), # Options of JupyterLab, such as `'--no-browser'`
 ):
-    "Open JupyterLab on the first tutorial."
-    os.execv(sys.executable, [sys.executable, '-m', 'jupyter', 'lab', str(tutorial(language=language))])
+    "Open JupyterLab on the first tutorial, which is written into the current folder."
+    os.execv(sys.executable, [sys.executable, '-m', 'jupyter', 'lab', str(tutorial(language=language)), *options])
 
 _words = {'demo': demo, 'check': check, 'lab': lab}
 
@@ -105,5 +110,10 @@ def main():
     words.choices['demo'].add_argument('notebook', nargs='?', help='The tutorial, if it is there already.')
     for name in ('demo', 'lab'):
         words.choices[name].add_argument('--language', choices=_first, default='en', help='Of the tutorial.')
-    asked = vars(parser.parse_args())
-    _words[asked.pop('word')](**asked)
+    words.choices['lab'].epilog = 'Other options are passed on to JupyterLab, such as --no-browser or --allow-root.'
+    asked, others = parser.parse_known_args()
+    if asked.word == 'lab': asked.options = others
+    elif others: words.choices[asked.word].error(f"unrecognized arguments: {' '.join(others)}")
+    asked = vars(asked)
+    try: _words[asked.pop('word')](**asked)
+    except OSError as e: sys.exit(f'qwen2vl-nb: {e}')
