@@ -6,9 +6,10 @@
 __all__ = ['tutorial', 'demo', 'check', 'lab', 'main']
 
 # %% ../nbs/87_cli.ipynb #87clip02
-import argparse, os, shutil, sys, time
+import argparse, os, sys, time
 from importlib.resources import files
 from pathlib import Path
+from .files import whole_file
 
 # %% ../nbs/87_cli.ipynb #87clip05
 def _sources():
@@ -18,12 +19,11 @@ def _sources():
     return (included/'data', included/'tutorials') if included.is_dir() else (
         package.parent/'data', package.parent/'nbs'/'tutorials')
 
-def _copy_missing(source, target):
-    if not os.path.lexists(target): shutil.copyfile(source, target)
-
-def _tutorial_text(source):
-    "A tutorial whose paths are those of a folder with `data`, `tutorials` and `runs`."
-    return source.read_text(encoding='utf-8').replace('../../', '../')
+def _write_missing(target, data):
+    "Write a file completely or, on a full disk, not at all: what is there is taken for complete the next time."
+    if os.path.lexists(target): return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(target, 'wb', state=True) as file: file.write(data)
 
 _first = {'en': 'car_item.ipynb', 'zh': 'car_item.zh.ipynb'} # The first tutorial, by its language
 
@@ -35,11 +35,10 @@ def tutorial(
     if language not in _first: raise ValueError(f"No tutorial in {language!r}, only in {' and '.join(_first)}.")
     folder = Path(folder)
     data, tutorials = _sources()
-    shutil.copytree(data, folder/'data', copy_function=_copy_missing, dirs_exist_ok=True)
-    (folder/'tutorials').mkdir(exist_ok=True)
-    for source in tutorials.iterdir():
-        target = folder/'tutorials'/source.name
-        if not os.path.lexists(target): target.write_text(_tutorial_text(source), encoding='utf-8')
+    for source in filter(Path.is_file, data.rglob('*')):
+        _write_missing(folder/'data'/source.relative_to(data), source.read_bytes())
+    for source in tutorials.iterdir(): # with paths of a folder with `data`, `tutorials` and `runs`
+        _write_missing(folder/'tutorials'/source.name, source.read_bytes().replace(b'../../', b'../'))
     return folder/'tutorials'/_first[language]
 
 # %% ../nbs/87_cli.ipynb #87clip09
