@@ -52,8 +52,8 @@ def _runs_folder(notebook):
     if not notebook.is_file(): raise FileNotFoundError(f'There is no {notebook}.')
     for folder in notebook.parents:
         if (folder/'data'/'tiny_qwen2vl').is_dir(): return folder/'runs'
-    raise FileNotFoundError(f'{notebook} is not one of the tutorials: there is no data/tiny_qwen2vl in the folders above '
-                            'it. Without a notebook, `qwen2vl-nb demo` writes one with its data.')
+    raise FileNotFoundError(f'{notebook} is not one of the tutorials: there is no data/tiny_qwen2vl in the folders '
+                            'above it. Without a notebook, `qwen2vl-nb demo` writes one with its data.')
 
 def demo(
     notebook:str|Path=None, # The tutorial; `None`: it is written into the current folder
