@@ -3,6 +3,8 @@
 # make test-newest   with the newest versions that pip resolves      make docs   the documentation site, in docs/_build/html
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
+# `make language=zh lab` opens the Chinese tutorial, and `make language=zh demo` runs it
+TUTORIAL := nbs/tutorials/car_item$(if $(filter-out en,$(language)),.$(language)).ipynb
 # The first Python here that is new enough; `make PYTHON=… demo` takes another
 PYTHON := $(or $(PYTHON),$(shell for p in python3 python3.13 python3.12 python3.11 python; do $$p -c 'import sys; sys.exit(not (3,11) <= sys.version_info < (3,14))' 2>/dev/null && echo $$p && break; done))
 LOCK ?= requirements.lock
@@ -18,8 +20,9 @@ export HF_HUB_OFFLINE := 1
 AS_ROOT = $(if $(shell [ "$$(id -u)" = 0 ] || ! unshare -rmn true 2>/dev/null || echo yes),unshare -rmn sh -c 'mount -t tmpfs tmpfs /run && ip link set lo up && exec "$$@"' sh)
 PYTEST := $(AS_ROOT) $(BIN)/python -m pytest -q
 
-# A new virtual environment, and packages in it: by uv where it is installed, otherwise by venv and pip; both show how far they are
-environment = if command -v uv >/dev/null; then uv venv --quiet --allow-existing --python $(PYTHON) $1; else $(PYTHON) -m venv $1; fi
+# A new virtual environment, and packages in it: by uv where it is installed, otherwise by venv and pip. Both show how far they are:
+# pip does since 25.1, and the pip that comes with Python is older, silent for minutes while it unpacks 8 GB
+environment = if command -v uv >/dev/null; then uv venv --quiet --allow-existing --python $(PYTHON) $1; else $(PYTHON) -m venv --upgrade-deps $1; fi
 install = if command -v uv >/dev/null; then uv pip install --compile-bytecode --python $1 $2; \
 	else $1/bin/python -m pip install --disable-pip-version-check $2; fi
 # What is missing for an installation of so many GB in a folder that is not there yet, all of it at once
@@ -46,10 +49,10 @@ $(STAMP): $(LOCK) setup.py settings.ini
 setup: $(STAMP)
 
 demo: setup
-	@$(BIN)/qwen2vl-nb demo nbs/tutorials/car_item.ipynb
+	@$(BIN)/qwen2vl-nb demo $(TUTORIAL)
 
 lab: setup
-	@$(BIN)/jupyter lab nbs/tutorials/car_item.ipynb
+	@$(BIN)/jupyter lab $(TUTORIAL)
 
 # The browser in which the tests look at JupyterLab, by the names that tests/conftest.py knows
 browser:

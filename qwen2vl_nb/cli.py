@@ -6,9 +6,10 @@
 __all__ = ['tutorial', 'demo', 'check', 'lab', 'main']
 
 # %% ../nbs/87_cli.ipynb #87clip02
-import argparse, os, shutil, sys, time
+import argparse, os, sys, time
 from importlib.resources import files
 from pathlib import Path
+from .files import whole_file
 
 # %% ../nbs/87_cli.ipynb #87clip05
 def _sources():
@@ -18,12 +19,11 @@ def _sources():
     return (included/'data', included/'tutorials') if included.is_dir() else (
         package.parent/'data', package.parent/'nbs'/'tutorials')
 
-def _copy_missing(source, target):
-    if not os.path.lexists(target): shutil.copyfile(source, target)
-
-def _tutorial_text(source):
-    "A tutorial whose paths are those of a folder with `data`, `tutorials` and `runs`."
-    return source.read_text(encoding='utf-8').replace('../../', '../')
+def _write_missing(target, data):
+    "Write a file completely or, on a full disk, not at all: what is there is taken for complete the next time."
+    if os.path.lexists(target): return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(target, 'wb', state=True) as file: file.write(data)
 
 _first = {'en': 'car_item.ipynb', 'zh': 'car_item.zh.ipynb'} # The first tutorial, by its language
 
@@ -35,11 +35,10 @@ def tutorial(
     if language not in _first: raise ValueError(f"No tutorial in {language!r}, only in {' and '.join(_first)}.")
     folder = Path(folder)
     data, tutorials = _sources()
-    shutil.copytree(data, folder/'data', copy_function=_copy_missing, dirs_exist_ok=True)
-    (folder/'tutorials').mkdir(exist_ok=True)
-    for source in tutorials.iterdir():
-        target = folder/'tutorials'/source.name
-        if not os.path.lexists(target): target.write_text(_tutorial_text(source), encoding='utf-8')
+    for source in filter(Path.is_file, data.rglob('*')):
+        _write_missing(folder/'data'/source.relative_to(data), source.read_bytes())
+    for source in tutorials.iterdir(): # with paths of a folder with `data`, `tutorials` and `runs`
+        _write_missing(folder/'tutorials'/source.name, source.read_bytes().replace(b'../../', b'../'))
     return folder/'tutorials'/_first[language]
 
 # %% ../nbs/87_cli.ipynb #87clip09
@@ -50,7 +49,11 @@ def _jupyter():
 
 def _runs_folder(notebook):
     "The folder for the runs of a tutorial: beside its data."
-    return next(folder for folder in notebook.parents if (folder/'data'/'tiny_qwen2vl').is_dir())/'runs'
+    if not notebook.is_file(): raise FileNotFoundError(f'There is no {notebook}.')
+    for folder in notebook.parents:
+        if (folder/'data'/'tiny_qwen2vl').is_dir(): return folder/'runs'
+    raise FileNotFoundError(f'{notebook} is not one of the tutorials: there is no data/tiny_qwen2vl in the folders '
+                            'above it. Without a notebook, `qwen2vl-nb demo` writes one with its data.')
 
 def demo(
     notebook:str|Path=None, # The tutorial; `None`: it is written into the current folder
@@ -86,14 +89,15 @@ def check():
     found = list(check_stack().itertuples())
     for f in found: print(f'{f.level}: {f.where}: {f.what} {f.cure}')
     for gpu in gpus(): print(gpu)
-    if not found: print('The installed packages work together.')
+    if all(f.level == 'note' for f in found): print('The installed packages work together.')
     if any(f.level == 'error' for f in found): sys.exit(1)
 
 def lab(
     language:str='en', # Language of the tutorial
+    options:list=(), # Options of JupyterLab, such as `'--no-browser'`
 ):
-    "Open JupyterLab on the first tutorial."
-    os.execv(sys.executable, [sys.executable, '-m', 'jupyter', 'lab', str(tutorial(language=language))])
+    "Open JupyterLab on the first tutorial, which is written into the current folder."
+    os.execv(sys.executable, [sys.executable, '-m', 'jupyter', 'lab', str(tutorial(language=language)), *options])
 
 _words = {'demo': demo, 'check': check, 'lab': lab}
 
@@ -105,5 +109,10 @@ def main():
     words.choices['demo'].add_argument('notebook', nargs='?', help='The tutorial, if it is there already.')
     for name in ('demo', 'lab'):
         words.choices[name].add_argument('--language', choices=_first, default='en', help='Of the tutorial.')
-    asked = vars(parser.parse_args())
-    _words[asked.pop('word')](**asked)
+    words.choices['lab'].epilog = 'Other options are passed on to JupyterLab, such as --no-browser or --allow-root.'
+    asked, others = parser.parse_known_args()
+    if asked.word == 'lab': asked.options = others
+    elif others: words.choices[asked.word].error(f"unrecognized arguments: {' '.join(others)}")
+    asked = vars(asked)
+    try: _words[asked.pop('word')](**asked)
+    except OSError as e: sys.exit(f'qwen2vl-nb: {e}')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOST', 'LINE', 'video_endings', 'whole_file', 'write_text', 'write_json', 'reserve', 'sweep', 'Damaged',
            'open_regular', 'read_bytes', 'read_text', 'read_tail', 'parse_json', 'read_json', 'json_or', 'lines_of',
-           'whole_lines', 'file_digest', 'other_name', 'write_new', 'undone_on_error', 'may_replace',
+           'whole_lines', 'file_digest', 'short_path', 'other_name', 'write_new', 'undone_on_error', 'may_replace',
            'check_replaceable', 'own_file', 'write_own', 'open_picture', 'open_clip']
 
 # %% ../nbs/01_files.ipynb #2f3b0ec2
@@ -231,6 +231,13 @@ def file_digest(
     found = _sampled(file, size, kind) if whole and size > whole else hashlib.file_digest(file, _kinds[kind])
     file.seek(0)
     return found.hexdigest()
+
+# %% ../nbs/01_files.ipynb #01filesshort1
+def short_path(
+    path:str|Path, # A path
+)->str: # The same path, relative to the working directory if that is shorter
+    "A path as it is easiest to read and to copy."
+    return min(os.path.relpath(path), os.path.abspath(path), key=len)
 
 # %% ../nbs/01_files.ipynb #0bc0d38b
 def _digest_of_path(path):

@@ -6,7 +6,7 @@ from importlib.metadata import distribution, packages_distributions
 import pytest
 
 import qwen2vl_nb
-from conftest import ROOT, SITE
+from conftest import ROOT, SITE, small_disk
 from qwen2vl_nb import _modidx
 from qwen2vl_nb.boot import script
 
@@ -189,6 +189,15 @@ def test_the_wheel_brings_the_tutorials(tmp_path):
     assert names(written.parent) == [name for name in names(ROOT/'nbs'/'tutorials') if not name.startswith('.')]
     assert '../../' not in written.read_text() and "Path('../data')" in written.read_text()
     assert '信息卡' in qwen2vl_nb.tutorial(tmp_path/'first', language='zh').read_text(encoding='utf-8')
+
+def test_a_full_disk_leaves_no_truncated_tutorial(tmp_path):
+    disk = tmp_path/'disk'
+    with small_disk(disk, '2m') as resize:
+        said = subprocess.run([sys.executable, *script('cli'), 'demo'], cwd=disk, capture_output=True, text=True)
+        assert said.returncode and said.stderr.startswith('qwen2vl-nb: ') and 'The disk is full' in said.stderr and len(said.stderr) < 400, said.stderr
+        resize('20m')
+        data = qwen2vl_nb.tutorial(disk/'qwen2vl_nb-tutorial').parents[1]/'data'
+        assert all(p.read_bytes() == (data/p.relative_to(ROOT/'data')).read_bytes() for p in (ROOT/'data').rglob('*') if p.is_file())
 
 @pytest.mark.soak
 def test_the_demo_runs_from_the_wheel(tmp_path):

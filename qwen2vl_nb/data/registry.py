@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from fastcore.basics import patch
 from filelock import FileLock
 from ..boot import child_env
-from ..files import read_bytes, sweep, undone_on_error, write_text
+from ..files import read_bytes, short_path, sweep, undone_on_error, write_text
 from ..findings import Finding, findings_class
 from ..questions import ask, loaded
 from .samples import answer_keys, in_one_form, is_ranking, media_key, sample_turns, with_each_answer
@@ -417,6 +417,14 @@ def values(self:Registry):
     "A snapshot of the entries."
     return dict(self.items()).values()
 
+# %% ../../nbs/data/80_registry.ipynb #80added0
+class _Added(dict):
+    "An entry that was just added; it is shown as a line of text."
+    def __init__(self, entry, line):
+        super().__init__(entry)
+        self._line = line
+    def __repr__(self): return self._line
+
 # %% ../../nbs/data/80_registry.ipynb #8f9346c1
 @patch
 def add(self:Registry,
@@ -425,7 +433,7 @@ def add(self:Registry,
     file_name:str=None, # JSON file to write, relative to the folder; `None`: the name with `.json`
     media:str='refer', # `'refer'` to pictures and clips where they are, or `'link'` or `'copy'` them next to the file
     overwrite:bool=False, # Replace a file that `add` did not write, or that has changed since
-)->dict: # The new entry
+)->dict: # The new entry, which is shown as one line: its name, rows and file
     """Write samples into the folder and register them; adding to the same name and file again replaces both, if
     `add` wrote them."""
     _check_name(name)
@@ -445,7 +453,7 @@ def add(self:Registry,
             with self._edit_entries() as entries:
                 _check_free(name, file_name, entries)
                 entries[name] = entry
-    return entry
+    return _Added(entry, f'{name}: {len(samples):,} row{"s"*(len(samples) > 1)} in {short_path(file)}')
 
 # %% ../../nbs/data/80_registry.ipynb #d6357f92
 @patch

@@ -540,7 +540,9 @@ def _table_columns(path, rows, image, video, prompt, response):
         if what:
             faults.append(f'no column for {_column_descriptions[what]}; {name!r} holds paths: pass {what}={name!r}')
     if faults: faults = [*_not_turns(rows, columns), *faults]
-    if faults: raise ValueError(f'{path} has {"; ".join(faults)}. Its columns: {", ".join(columns)}.')
+    lower = (' Are their names in a lower row? Then read it with pandas and pass that: `pd.read_excel(…, header=1)` '
+             'takes the second row.')*any(str(c).startswith('Unnamed: ') for c in columns)
+    if faults: raise ValueError(f'{path} has {"; ".join(faults)}. Its columns: {", ".join(columns)}.{lower}')
     found |= {'query': 'input' if 'input' in columns else None}
     return found | {k: k for k in ('system', 'tools', 'history') if k in columns}, prompt if is_text else None
 

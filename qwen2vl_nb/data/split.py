@@ -79,7 +79,7 @@ def split_samples(
     stratify:str=None, # Key whose values have the same proportions in both splits, such as `'output'`
     seed:int=0, # The same seed gives the same split
 )->tuple: # (train, test), each in the order of `samples`
-    "Split samples into a training split and a test split that share no picture."
+    "Split samples into a training split and a test split that share no picture, and print their sizes."
     want = test if isinstance(test, int) else round(test*len(samples))
     if not 0 < want < len(samples):
         raise ValueError(f'test={test} takes {want} of {len(samples)} samples; both splits need some.')
@@ -89,6 +89,6 @@ def split_samples(
     groups = _groups(ties)
     held = _take_groups(_in_strata(groups, strata, random.Random(seed)), want)
     if not held: raise _groups_too_large_error(groups, ties, want)
-    if len(held) < want:
-        print(f'The test split has {len(held)} rows, not {want}: rows that belong together stay together.')
+    fewer = f', not {want:,}: rows that belong together stay together'*(len(held) < want)
+    print(f'{len(samples) - len(held):,} rows for training, {len(held):,} for the test{fewer}.')
     return [s for i, s in enumerate(samples) if i not in held], [s for i, s in enumerate(samples) if i in held]

@@ -36,8 +36,7 @@ def _register_code(given):
     named = {k: given[k] for k in ('group', 'stratify') if given[k]}
     split = as_call('split_samples', ast.Name('samples'), test=test if test < 1 else int(test), **named)
     adds = [_adds(name, 'train', media), _adds(test_name(name), 'test', media)]
-    told = "print(f'{len(train)} rows for training, {len(test)} for the test')"
-    return '\n'.join([f'train, test = {split}', registry, *adds, told])
+    return '\n'.join([f'train, test = {split}', registry, *adds])
 
 def _load_given(form):
     split = _register_given(form)

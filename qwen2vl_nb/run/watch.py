@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from IPython.display import display
 from ipywidgets import HTML, Button, HBox, Image, IntProgress, Layout, VBox
 from ..display import GREY, div
-from ..files import Damaged
+from ..files import Damaged, short_path
 from ..names import in_notebook
 from .folder import ENDED, PREVIEW, RUN, STOP, STOPPING, state_or_empty
 from .health import health_findings
@@ -83,11 +83,16 @@ def _cause(run):
     failure = run.failure
     return str(failure) if failure else ''
 
+def _folder(run):
+    "Where a run is, for those who come back to it with `attach`."
+    return f'Folder: {short_path(run.output_dir)}'
+
 def _describe(run, log):
     "What can be seen of a run, as text."
     unread, seen = _update(log), _look(run)
     figures = ' · '.join(filter(None, [_figures(log.summary()), seen.now.pace]))
-    return '\n'.join(filter(None, [_headline(seen), figures, unread or _cause(run), *map(str, health_findings(log))]))
+    faults = [unread or _cause(run), *map(str, health_findings(log))]
+    return '\n'.join(filter(None, [_headline(seen), figures, _folder(run), *faults]))
 
 # %% ../../nbs/run/70_watch.ipynb #105127bd
 def _fullest(used):
@@ -170,7 +175,7 @@ class RunView(VBox):
                               max_width='100%', object_fit='contain', object_position='left top'))
         rows = HBox([self._bar, self._head]), HBox([self._stop, self._resume, self._body])
         self._cards = HTML(layout=Layout(display='none', overflow='visible'))
-        super().__init__([*rows, self._red, self._picture, self._faults, self._cards])
+        super().__init__([*rows, HTML(_line(_folder(run), GREY)), self._red, self._picture, self._faults, self._cards])
 
     def __repr__(self): return _headline(_look(self._run))
 
