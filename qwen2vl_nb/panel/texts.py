@@ -120,12 +120,14 @@ ENGLISH |= {
     'predict.dataset': 'Data set',
     'predict.dataset.help': 'A registered data set; with answers, it can be scored.',
     'predict.engine': 'Engine',
-    'predict.engine.help': 'hf: transformers on this machine. vllm needs an interpreter below, openai the address of a '
-                           'server.',
+    'predict.engine.help': 'hf: transformers on this machine. vllm is faster, and is installed in an environment of its '
+                           'own. openai asks a server, whatever model it has.',
     'predict.python': 'Interpreter',
-    'predict.python.help': 'Of an environment with vLLM, or with another LLaMA-Factory; empty: this one.',
+    'predict.python.help': 'For vllm, bin/python of an environment in which you ran "pip install vllm"; for '
+                           'llamafactory, of one with another LLaMA-Factory. Empty: this one.',
     'predict.base_url': 'Server',
-    'predict.base_url.help': 'Only for openai, such as http://127.0.0.1:8000/v1.',
+    'predict.base_url.help': 'Such as http://127.0.0.1:8000/v1. Before the training it should have the model as it was, '
+                             'afterwards the one that was trained.',
     'predict.max_samples': 'Rows',
     'predict.max_samples.help': 'At most; 0: all.',
     'predict.max_new_tokens': 'Answer length',
