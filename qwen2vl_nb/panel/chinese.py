@@ -117,8 +117,8 @@ CHINESE |= {
     'runs.about': ('All trainings in the folder of this panel, also those that were started without it. The steps '
                    'after this one are about the run that is chosen here: the one that was launched last, unless '
                    'you choose another.',
-                   '本面板目录中的所有训练任务，包括不是从面板启动的。之后的步骤都针对这里选中的任务；没有另选时，就是最近'
-                   '启动的那个。'),
+                   '本面板目录中的所有训练任务，包括不是从面板启动的。之后的步骤都针对这里选中的任务；没有另选时，就是'
+                   '最近启动的那个。'),
     'runs.folder': ('Folder', '目录'),
     'runs.folder.help': ('Where new runs are put. If it is outside the folder of this panel, its runs are listed, '
                          'too.',
@@ -170,8 +170,8 @@ CHINESE |= {
     'predict.engine': ('Engine', '推理引擎'),
     'predict.engine.help': ('hf: transformers on this machine. vllm is faster, and is installed in an environment '
                             'of its own. openai asks a server, whatever model it has.',
-                            'hf 是本机上的 transformers。vllm 更快，需要安装在单独的环境中。openai 向服务器提问，用的是服务'
-                            '器上加载的模型。'),
+                            'hf 是本机上的 transformers。vllm 更快，需要安装在单独的环境中。openai 向服务器提问，用的是'
+                            '服务器上加载的模型。'),
     'predict.python': ('Interpreter', 'Python 解释器'),
     'predict.python.help': ('For vllm, bin/python of an environment in which you ran "pip install vllm"; for '
                             'llamafactory, of one with another LLaMA-Factory. Empty: this one.',
