@@ -132,11 +132,12 @@ def _prepared(form):
     form.says('recipe = pick_zero(')
 
 def _trained(form, root):
-    "The launch, stopped as soon as that is possible, resumed, and watched until its end."
+    "The launch, stopped, resumed, and watched until its end."
     form.go('launch')
     form.fill('launch', name='cars')
     form.press('launch.start')
     waiter, = until(lambda: [*root.glob('runs/cars-*/waiter.json')], 'the launch')
+    form.says(re.compile(r'cars-\d+-\d+: running, step \d+ of 40'))
     form.button('Stop').click()
     form.says(re.compile(r'cars-\d+-\d+: stopped, step \d+ of 40'))
     form.button('Resume').click()

@@ -180,8 +180,8 @@ CHINESE |= {
     'predict.base_url': ('Server', '服务器地址'),
     'predict.base_url.help': ('Such as http://127.0.0.1:8000/v1. Before the training it should have the model as it '
                               'was, afterwards the one that was trained.',
-                              '例如 http://127.0.0.1:8000/v1。预测训练前的回答时，服务器上应是原来的模型；预测训练后的'
-                              '回答时，应是训练得到的模型。'),
+                              '例如 http://127.0.0.1:8000/v1。进行训练前的预测时，服务器上应加载原来的模型；进行训'
+                              '练后的预测时，应加载训练得到的模型。'),
     'predict.max_samples': ('Rows', '行数'),
     'predict.max_samples.help': ('At most; 0: all.', '最多使用多少行；0 表示全部。'),
     'predict.max_new_tokens': ('Answer length', '回答长度'),
