@@ -248,6 +248,7 @@ def adapters_of(
     "The adapters that belong to a model: those that LLaMA-Factory merged before the training, and its own."
     return ','.join([*earlier_adapters(trained), str(find_adapter(weights))])
 
+# %% ../nbs/10_recipe.ipynb #answ0002b
 def answering_recipe(
     trained:dict, # The recipe of a training
     weights:str|os.PathLike=None, # Its run, the folder of the run, or a checkpoint; `None`: as it was before

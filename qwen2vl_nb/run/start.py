@@ -320,6 +320,7 @@ def _known_row(run):
         if now[_of_row.index(ENDED)]: _known_rows[run.output_dir] = now, row
     return row
 
+# %% ../../nbs/run/60_start.ipynb #runfolders
 _most_searched = 50_000 # Folders; those near the top come first
 
 def _subfolders(folder):
