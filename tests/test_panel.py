@@ -286,7 +286,7 @@ def test_what_a_training_was_built_on_is_asked_with_it_and_all_runs_are_listed_w
     assert 'answering_recipe(run.recipe, run,' in panel.session.code('predict.after')
     fill(panel, 'predict', engine='openai')
     assert 'Server' in shown(press(panel, 'predict.after'))
-    fill(panel, 'predict', engine='vllm', python=sys.executable)
+    fill(panel, 'predict', engine='vllm', python=sys.executable, folder='vllm')
     assert 'There is no vLLM in' in shown(press(panel, 'predict.after'))
     fill(panel, 'predict', engine='llamafactory', python='', folder='theirs')
     assert 'qvl-error' not in shown(press(panel, 'predict.after'))
