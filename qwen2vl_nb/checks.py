@@ -21,7 +21,8 @@ from .findings import Finding, findings_table
 from .questions import arguments, ask, hub
 from .stack import GiB, gpus, installed_versions, version_findings
 from .checkpoint import checkpoints, is_whole_file
-from .recipe import argument_names, dataset_names, is_adapter, load_recipe, template_names, train_recipe
+from .recipe import (argument_names, dataset_names, earlier_adapters, is_adapter, load_recipe, template_names,
+                               train_recipe)
 from .run.folder import RECIPE, RUN
 from .zero import read_zero, zero_stage
 from .data.batches import batch_findings
@@ -453,12 +454,20 @@ def _preference_findings(recipe):
 # What prompts depend on, with LLaMA-Factory's default
 _of_prompts = {'template': None, 'default_system': None, 'tool_format': None, 'enable_thinking': True,
                'preserve_thinking': False, 'add_tokens': None, 'add_special_tokens': None}
+_as_trained = '`answering_recipe(run.recipe, run, …)`'
 
 def _trained_with(adapter):
     "The recipe with which an adapter was trained; empty if it isn't known."
     run = next((p for p in (adapter, adapter.parent) if (p/RUN).is_file()), None)
     try: return load_recipe(run/RECIPE) if run else {}
     except (OSError, ValueError): return {}
+
+def _left_out(recipe, trained):
+    "The adapters that were merged before a training, if a prediction starts from the same base without them."
+    place = lambda path: str(Path(path).absolute())
+    same = place(recipe.get('model_name_or_path') or '') == place(trained.get('model_name_or_path') or '')
+    there = {place(a) for a in recipe['adapter_name_or_path'].split(',')}
+    return [a for a in earlier_adapters(trained) if place(a) not in there] if same else []
 
 def _prompt_findings(recipe):
     "Whether a prediction asks in another way than an adapter was trained."
@@ -471,8 +480,12 @@ def _prompt_findings(recipe):
     if other:
         yield Finding(other[0], 'The adapter was trained with other prompts. In its run, '
                       f"{', '.join(f'{k} was {before[k]!r}'[:120] for k in other)}.",
-                      'Set the same here, as `answering_recipe(run.recipe, run, …)` of `qwen2vl_nb.recipe` does.',
-                      'warning')
+                      f'Set the same here, as {_as_trained} does.', 'warning')
+    missing = _left_out(recipe, trained)
+    if missing:
+        yield Finding('adapter_name_or_path', 'The adapter was trained on a model into which others had been merged, '
+                      f'and this prediction leaves them out: {", ".join(missing)}.'[:400],
+                      f'Name them before it, separated by commas, as {_as_trained} does.', 'warning')
 
 # %% ../nbs/20_checks.ipynb #6513270e
 def _argument_findings(recipe):

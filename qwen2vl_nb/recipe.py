@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['with_time', 'without_time', 'train_recipe', 'Argument', 'arguments_of_recipes', 'argument_names', 'template_names',
            'unknown_argument', 'complete_arguments', 'is_adapter', 'best_measured', 'find_adapter', 'predict_recipe',
-           'answer_arguments', 'adapters_of', 'answering_recipe', 'answering_faults', 'load_recipe', 'zero_file_name',
-           'absolute_recipe', 'save_recipe', 'dataset_names']
+           'answer_arguments', 'earlier_adapters', 'adapters_of', 'answering_recipe', 'answering_faults', 'load_recipe',
+           'zero_file_name', 'absolute_recipe', 'save_recipe', 'dataset_names']
 
 # %% ../nbs/10_recipe.ipynb #0bd906f0
 import ast, json, math, os, re, sys, time
@@ -244,7 +244,9 @@ def _begins_new_adapter(trained):
     try: return bool(trained.get('create_new_adapter')) and zero_stage(trained.get('deepspeed')) != 3
     except (OSError, ValueError): return True  # the file of the config is gone
 
-def _earlier_adapters(trained):
+def earlier_adapters(
+    trained:dict, # The recipe of a training
+)->list: # Folders
     "The adapters that LLaMA-Factory merges into the base before a training."
     given = trained.get('adapter_name_or_path')
     found = given.split(',') if given else []
@@ -255,8 +257,9 @@ def adapters_of(
     weights:str|os.PathLike, # Its run, the folder of the run, or a checkpoint
 )->str: # Folders, separated by commas
     "The adapters that belong to a model: those that LLaMA-Factory merged before the training, and its own."
-    return ','.join([*_earlier_adapters(trained), str(find_adapter(weights))])
+    return ','.join([*earlier_adapters(trained), str(find_adapter(weights))])
 
+# %% ../nbs/10_recipe.ipynb #answ0002b
 def answering_recipe(
     trained:dict, # The recipe of a training
     weights:str|os.PathLike=None, # Its run, the folder of the run, or a checkpoint; `None`: as it was before

@@ -13,7 +13,7 @@ from qwen2vl_nb.panel.form import Panel
 from qwen2vl_nb.panel.session import NOTEBOOK, PANEL, form_values, keep_value, what_ran
 from qwen2vl_nb.recipe import load_recipe
 from qwen2vl_nb.run.folder import RECIPE, RUN
-from qwen2vl_nb.run.start import launch
+from qwen2vl_nb.run.start import attach, launch
 
 COLOURS = ['red', 'green', 'blue', 'white']
 
@@ -284,6 +284,13 @@ def test_what_a_training_was_built_on_is_asked_with_it_and_all_runs_are_listed_w
     assert [asked[name]['adapter_name_or_path'] for name in asked] == [str(first.output_dir), both]
     assert {asked[name]['add_tokens'] for name in asked} == {'<car>'}
     assert 'answering_recipe(run.recipe, run,' in panel.session.code('predict.after')
+    fill(panel, 'predict', engine='openai')
+    assert 'Server' in shown(press(panel, 'predict.after'))
+    fill(panel, 'predict', engine='vllm', python=sys.executable, folder='vllm')
+    assert 'There is no vLLM in' in shown(press(panel, 'predict.after'))
+    fill(panel, 'predict', engine='llamafactory', python='', folder='theirs')
+    assert 'qvl-error' not in shown(press(panel, 'predict.after'))
+    assert attach(folder/'theirs'/'after').progress.unit == 'batch' and listed(panel) == places, 'it is no training'
 
     assert str(folder) not in json.dumps([ran.given for ran in what_ran(panel.session.project).values()])
     moved = folder.rename(folder.with_name('moved'))

@@ -11,7 +11,8 @@ from nbclient import NotebookClient
 from conftest import KEPT, PATIENCE, ROOT, until
 from lab import contrast, idle, menu, notebook, open_notebook, running_lab
 from qwen2vl_nb.panel.texts import ENGLISH
-from qwen2vl_nb.run.start import attach
+from qwen2vl_nb.recipe import train_recipe, with_time
+from qwen2vl_nb.run.start import attach, launch
 
 ROWS, TEST_ROWS = 120, 20
 STEPS = 'data', 'split', 'model', 'recipe', 'memory', 'launch', 'runs', 'checkpoints', 'predict', 'score'
@@ -131,17 +132,43 @@ def _prepared(form):
     form.says('recipe = pick_zero(')
 
 def _trained(form, root):
-    "The launch, watched until its end."
+    "The launch, stopped, resumed, and watched until its end."
     form.go('launch')
     form.fill('launch', name='cars')
     form.press('launch.start')
     waiter, = until(lambda: [*root.glob('runs/cars-*/waiter.json')], 'the launch')
+    form.says(re.compile(r'cars-\d+-\d+: running, step \d+ of 40'))
+    form.button('Stop').click()
+    form.says(re.compile(r'cars-\d+-\d+: stopped, step \d+ of 40'))
+    form.button('Resume').click()
     form.says(re.compile(r'cars-\d+-\d+: running, step \d+ of 40'))
     form.keep('training')
     form.go('runs')
     form.says(re.compile(r'cars-\d+-\d+: done, step 40 of 40'))
     until(lambda: 'done' in form.control('runs.run').inner_text(), 'the list says so')
     return attach(waiter.parent)
+
+def _started_by_somebody_else(form, root):
+    "A run of code in the same folder, in its default place, which the list shows by itself, and the chosen one stays; that fails, and is looked at."
+    chosen, = form.control('runs.run').locator('option:checked').all_inner_texts()
+    few = dict(max_steps=1, use_cpu=True, bf16=None, preprocessing_num_workers=None)
+    recipe = train_recipe(root/'model', 'cars', root/with_time('saves/model/lora/others'), dataset_dir=root/'data', **few)
+    (root/'images').rename(root/'away')
+    other = launch(recipe, force=True)
+    line = form.control('runs.run').locator('option', has_text=re.compile('saves/model/lora/others-.*failed'))
+    line.wait_for(state='attached')
+    (root/'away').rename(root/'images')
+    assert form.control('runs.run').locator('option:checked').all_inner_texts() == [chosen] and not other.is_running
+    form.control('runs.run').select_option(label=line.inner_text())
+    form.press('runs.choose')
+    form.says('Was it moved after the launch?')
+    form.button('Resume').click()
+    form.says('There is no complete checkpoint')
+    form.says('Was it moved after the launch?')
+    form.keep('failed')
+    form.control('runs.run').select_option(label=chosen)
+    form.press('runs.choose')
+    form.says(re.compile(r'cars-\d+-\d+: done, step 40 of 40'))
 
 def _answered(form):
     "Checkpoints by answers, predictions before and after, scores and answers."
@@ -168,6 +195,7 @@ def test_from_a_spreadsheet_with_faults_to_a_score(lab, page):
     form = _run_all(page)
     _prepared(form)
     run = _trained(form, lab.root)
+    _started_by_somebody_else(form, lab.root)
     _answered(form)
     form.keep('scores')
     before, after = (float(n) for n in re.search(r'exact: (\d+) of 20 right before, (\d+) after', form.at.inner_text()).groups())

@@ -121,8 +121,8 @@ CHINESE |= {
     'runs.about': ('All trainings in the folder of this panel, also those that were started without it. The steps '
                    'after this one are about the run that is chosen here: the one that was launched last, unless '
                    'you choose another.',
-                   '本面板目录中的所有训练任务，包括不是从面板启动的。之后的步骤都针对这里选中的任务；没有另选时，就是最近'
-                   '启动的那个。'),
+                   '本面板目录中的所有训练任务，包括不是从面板启动的。之后的步骤都针对这里选中的任务；没有另选时，就是'
+                   '最近启动的那个。'),
     'runs.folder': ('Folder', '目录'),
     'runs.folder.help': ('Where new runs are put. If it is outside the folder of this panel, its runs are listed, '
                          'too.',
@@ -172,15 +172,20 @@ CHINESE |= {
     'predict.dataset.help': ('A registered data set; with answers, it can be scored.',
                              '已注册的数据集；带有参考答案的可以评分。'),
     'predict.engine': ('Engine', '推理引擎'),
-    'predict.engine.help': ('hf: transformers on this machine. vllm needs an interpreter below, openai the '
-                            'address of a server.',
-                            'hf 是本机上的 transformers。vllm 需要在下面填写解释器，openai 需要填写服务器地址。'),
+    'predict.engine.help': ('hf: transformers on this machine. vllm is faster, and is installed in an environment '
+                            'of its own. openai asks a server, whatever model it has.',
+                            'hf 是本机上的 transformers。vllm 更快，需要安装在单独的环境中。openai 向服务器提问，用的是'
+                            '服务器上加载的模型。'),
     'predict.python': ('Interpreter', 'Python 解释器'),
-    'predict.python.help': ('Of an environment with vLLM, or with another LLaMA-Factory; empty: this one.',
-                            '装有 vLLM 或另一个 LLaMA-Factory 的环境中的解释器；留空则使用当前环境。'),
+    'predict.python.help': ('For vllm, bin/python of an environment in which you ran "pip install vllm"; for '
+                            'llamafactory, of one with another LLaMA-Factory. Empty: this one.',
+                            'vllm：已执行过 pip install vllm 的环境中的 bin/python。llamafactory：装有另一个 '
+                            'LLaMA-Factory 的环境中的 bin/python。留空则使用当前环境。'),
     'predict.base_url': ('Server', '服务器地址'),
-    'predict.base_url.help': ('Only for openai, such as http://127.0.0.1:8000/v1.',
-                              '仅用于 openai，例如 http://127.0.0.1:8000/v1'),
+    'predict.base_url.help': ('Such as http://127.0.0.1:8000/v1. Before the training it should have the model as it '
+                              'was, afterwards the one that was trained.',
+                              '例如 http://127.0.0.1:8000/v1。进行训练前的预测时，服务器上应加载原来的模型；进行训'
+                              '练后的预测时，应加载训练得到的模型。'),
     'predict.max_samples': ('Rows', '行数'),
     'predict.max_samples.help': ('At most; 0: all.', '最多使用多少行；0 表示全部。'),
     'predict.max_new_tokens': ('Answer length', '回答长度'),

@@ -10,7 +10,7 @@ import ast
 from pathlib import Path
 from ipywidgets import BoundedIntText, Combobox, Dropdown, Text
 from .checkpoints_step import DatasetStep, dataset_given, limits
-from .session import Action, Given, as_call
+from .session import Action, Given, Unfilled, as_call
 
 # %% ../../nbs/panel/75_predict_step.ipynb #75predic0004
 def _engine(given):
@@ -40,7 +40,11 @@ def _after(given):
 
 def _again(name): return lambda given: f'{name} = {as_call("Predictions", given.path("answers", new=True))}'
 def _keeps(name): return lambda names: {'answers': names[name].output_dir, 'rows': len(names[name])}
-def _given(form): return dataset_given(form, 'predict')
+
+def _given(form):
+    own = form('predict')
+    if own['engine'] == 'openai' and not own['base_url']: raise Unfilled('predict.base_url')
+    return dataset_given(form, 'predict')
 
 BEFORE = Action('predict.before', _given, _before, needs=('run',), gives=('before',), again=_again('before'),
                 keeps=_keeps('before'))

@@ -97,6 +97,7 @@ class RunsStep(Step):
 
     def _watch(self):
         self._watched = run = self.values['run']
+        self.select.value = None  # so that the list selects it
         view = live_view(self.panel.session.project.folder/run) if run else None
         self.live.children = [view] if view else []
 

@@ -89,11 +89,12 @@ ENGLISH |= {
     'launch.start': 'Launch',
     'launch.start.help': 'Start the recipe in a new folder.',
     'runs': 'Runs',
-    'runs.about': 'All trainings in the folder of this panel, also those that were started without it. The steps after '
-                  'this one are about the run that is chosen here: the one that was launched last, unless you choose '
-                  'another.',
+    'runs.about': 'All trainings in the folder of this panel, also those that were started without it. The steps '
+                  'after this one are about the run that is chosen here: the one that was launched last, unless '
+                  'you choose another.',
     'runs.folder': 'Folder',
-    'runs.folder.help': 'Where new runs are put. If it is outside the folder of this panel, its runs are listed, too.',
+    'runs.folder.help': 'Where new runs are put. If it is outside the folder of this panel, its runs are listed, '
+                        'too.',
     'runs.filter': 'Filter',
     'runs.filter.help': 'Part of a name or of a state, such as failed.',
     'runs.run': 'Run',
@@ -123,12 +124,14 @@ ENGLISH |= {
     'predict.dataset': 'Data set',
     'predict.dataset.help': 'A registered data set; with answers, it can be scored.',
     'predict.engine': 'Engine',
-    'predict.engine.help': 'hf: transformers on this machine. vllm needs an interpreter below, openai the address of a '
-                           'server.',
+    'predict.engine.help': 'hf: transformers on this machine. vllm is faster, and is installed in an environment of '
+                           'its own. openai asks a server, whatever model it has.',
     'predict.python': 'Interpreter',
-    'predict.python.help': 'Of an environment with vLLM, or with another LLaMA-Factory; empty: this one.',
+    'predict.python.help': 'For vllm, bin/python of an environment in which you ran "pip install vllm"; for '
+                           'llamafactory, of one with another LLaMA-Factory. Empty: this one.',
     'predict.base_url': 'Server',
-    'predict.base_url.help': 'Only for openai, such as http://127.0.0.1:8000/v1.',
+    'predict.base_url.help': 'Such as http://127.0.0.1:8000/v1. Before the training it should have the model as it '
+                             'was, afterwards the one that was trained.',
     'predict.max_samples': 'Rows',
     'predict.max_samples.help': 'At most; 0: all.',
     'predict.max_new_tokens': 'Answer length',

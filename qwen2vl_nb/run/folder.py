@@ -75,7 +75,7 @@ class RunStart:
     gpus:list       # GPUs that it may use: the fields of `Gpu`, and `device`, the name in CUDA_VISIBLE_DEVICES
     before:dict=field(default_factory=dict)  # `step` and `steps` of the start that was resumed
     stale:dict=field(default_factory=dict)   # Checkpoints of earlier runs, see `is_stale`: name → seconds since 1970
-    unit:str='step' # What progress counts: `'step'`, or `'row'` for a prediction
+    unit:str='step' # What progress counts: `'step'`; for a prediction `'row'`, or LLaMA-Factory's `'batch'`
     engine:str=None # Engine of a prediction that starts servers; `SERVED` for a model that is kept loaded
     workers:list=None # For a prediction: `command` and `env` of each worker
     servers:list=None # For a prediction: `command`, `env`, `url` and `log` of each server

@@ -69,7 +69,7 @@ class Progress:
     loss:float=None   # As last logged
     rate:float=None   # Steps per second since this start
     left:float=None   # Seconds left at that rate
-    unit:str='step'   # What a step is: `'step'`, or `'row'` for a prediction
+    unit:str='step'   # What a step is: `'step'`; for a prediction `'row'`, or LLaMA-Factory's `'batch'`
     begin:int=0       # Steps that were done before this start
     doing:str=''      # Until the first step is done, what the run is doing, such as `'loading the model'`
 
@@ -77,7 +77,8 @@ class Progress:
     def pace(self):
         "The rate in words; empty if there is none yet."
         if not self.rate: return ''
-        return f'{self.rate:.2f} {self.unit}s/s' if self.rate >= 1 else f'{1/self.rate:.1f} s/{self.unit}'
+        units = 'batches' if self.unit == 'batch' else f'{self.unit}s'
+        return f'{self.rate:.2f} {units}/s' if self.rate >= 1 else f'{1/self.rate:.1f} s/{self.unit}'
 
     @property
     def remaining(self):
@@ -321,6 +322,7 @@ def _known_row(run):
         if now[_of_row.index(ENDED)]: _known_rows[run.output_dir] = now, row
     return row
 
+# %% ../../nbs/run/60_start.ipynb #runfolders
 _most_searched = 50_000 # Folders; those near the top come first
 
 def _subfolders(folder):
@@ -545,6 +547,7 @@ def launch(
     recipe = _beside_finished(recipe) if nnodes == 1 else recipe
     about = describe_start(nproc, nnodes, node_rank, master, env, python, force)
     about |= {'learning_rates': learning_rates, 'preview': _preview_rows(recipe, preview)}
+    about |= {} if recipe.get('do_train') else {'unit': 'batch'}
     then = _check_before_start(recipe, about)
     folder = Path(recipe['output_dir']).absolute()
     run = start(recipe, about | {'cwd': str(folder/f'node-{node_rank}' if node_rank else folder),

@@ -252,7 +252,8 @@ def _refresh(self:RunView, now):
     self._health(now=not at_work)
     if _when_changed(self._run) != self._previewed: self._answers(now=not at_work)
     self._picture.layout.display = None if self._drawn or at_work and self._logs_loss else 'none'
-    self._warn(self._trouble or self._unread or (_cause(self._run) if state in ('failed', 'damaged') else ''))
+    cause = _cause(self._run) if state in ('failed', 'damaged') else ''
+    self._warn('\n'.join(filter(None, [self._trouble or self._unread, cause])))
     if not at_work: self._ended.set()
     return at_work
 
