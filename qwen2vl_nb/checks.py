@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 import psutil
 from .boot import child_env
-from .model import (families, has_processor, model_type, other_model, other_templates, recipe_limits,
-                              supported, template_times, text_templates, thinking_templates, usual_template)
+from .model import (families, has_processor, model_type, other_model, other_templates, pixel_limits,
+                              recipe_limits, supported, template_times, text_templates, thinking_templates,
+                              usual_template)
 from .findings import Finding, findings_table
 from .questions import arguments, ask, hub
 from .stack import GiB, gpus, installed_versions, version_findings
@@ -33,9 +34,36 @@ from .data.preprocessing import preprocessing_findings
 from .data.registry import Registry, dataset_samples, entry_faults, entry_source
 from .data.samples import (is_dialogue, media_of, media_paths, sample_turns, trained_turns,
                                      without_tags)
-from .data.tokens import count_tokens, glance_at_samples
+from .data.tokens import count_tokens, cut_samples, glance_at_samples
 from .memory.estimate import predict_memory
 if TYPE_CHECKING: import pandas as pd
+
+# %% ../nbs/20_checks.ipynb #kinds002
+_numbers = {*pixel_limits, 'save_total_limit', 'max_samples', 'quantization_bit', *(
+    k for k, v in train_recipe('', '').items() if isinstance(v, (int, float)) and not isinstance(v, bool))}
+_texts = ('model_name_or_path', 'adapter_name_or_path', 'output_dir', 'dataset_dir', 'media_dir', 'template', 'stage',
+          'finetuning_type')
+
+def _kind_fault(key, value):
+    "What is wrong with the kind of a value, and what to do; `None` if nothing is."
+    if key in _numbers and isinstance(value, str):
+        return f'LLaMA-Factory needs a number here, and {value!r} is text.', 'Write a number, without quotes.'
+    is_registry = key == 'dataset_dir' and isinstance(value, dict)
+    if key in _texts and not (value is None or isinstance(value, (str, os.PathLike)) or is_registry):
+        several = key == 'adapter_name_or_path' and isinstance(value, list)
+        cure = 'Write the folders as one text, separated by commas.' if several else 'Write a name or a path.'
+        return f'LLaMA-Factory needs text here, and {value!r} is of type {type(value).__name__}.', cure
+    if key in ('dataset', 'eval_dataset') and not isinstance(value, (str, list, type(None))):
+        return f'LLaMA-Factory needs names here, and {value!r} has none.', 'Write the names, separated by commas.'
+
+def _kind_findings(recipe):
+    "Values of the wrong kind."
+    faults = {k: fault for k, v in recipe.items() if (fault := _kind_fault(k, v))}
+    return [Finding(key, *fault) for key, fault in faults.items()]
+
+def _usable(recipe):
+    "The recipe without values of the wrong kind, and without keys that have none."
+    return {k: v for k, v in recipe.items() if v is not None and not _kind_fault(k, v)}
 
 # %% ../nbs/20_checks.ipynb #7e31373a
 def half_findings(
@@ -53,10 +81,10 @@ def half_findings(
 
 def _has_columns(recipe, *columns):
     "Whether a data set of the recipe has one of these columns, according to its entry."
-    registry = Registry(recipe.get('dataset_dir') or 'data')
-    named = ','.join(str(recipe.get(k) or '') for k in ('dataset', 'eval_dataset'))
-    try: entries = [str(registry[name.strip()].get('columns')) for name in named.split(',') if name.strip()]
-    except (OSError, ValueError, KeyError): return False  # another check reports what is wrong
+    folder = recipe.get('dataset_dir') or 'data'
+    entry = folder.get if isinstance(folder, dict) else Registry(folder).__getitem__
+    try: entries = [str(entry(name).get('columns')) for name in dataset_names(recipe)]
+    except (OSError, ValueError, KeyError, AttributeError): return False  # another check reports what is wrong
     return any(column in entry for entry in entries for column in columns)
 
 def _recipe_model_type(recipe):
@@ -189,29 +217,43 @@ def _has_processor(model):
 
 def _check_samples_hint(name): return f'See `check_samples(dataset_samples(registry, {name!r}))` for each of them.'
 
+def _about_tokens(recipe):
+    "What else the tokens of a row depend on."
+    return {k: recipe.get(k) for k in ('template', 'enable_thinking')} | recipe_limits(recipe)
+
 def _tokens(samples, recipe):
     "The tokens of the rows as the recipe will encode them; without text if there is no tokenizer that can be read."
     model = Path(recipe.get('model_name_or_path') or '')
     counts = _recipe_model_type(recipe) in families and (model/'tokenizer.json').is_file() and _has_processor(model)
-    about = {'template': recipe.get('template'), 'enable_thinking': recipe.get('enable_thinking')}
-    return count_tokens(samples, model if counts else None, **about, **recipe_limits(recipe))
+    return count_tokens(samples, model if counts else None, **_about_tokens(recipe))
 
-def _length_findings(name, samples, recipe, tokens):
+def _cut_rows(rows, samples, recipe, stage, tokens):
+    "Those of the rows that are too long in which a picture or clip is cut."
+    shown = [i for i in rows if tokens.media[i]]
+    if not tokens.text.any(): return shown  # their pictures and clips alone are too long
+    found = cut_samples([samples[i] for i in shown], recipe['model_name_or_path'], recipe.get('cutoff_len', 2048),
+                        at_once=stage in ('predict', 'ppo', *_preferring),
+                        mask_history=bool(recipe.get('mask_history')), **_about_tokens(recipe))
+    return [shown[i] for i in found]
+
+def _length_findings(name, samples, recipe, stage, tokens):
     "Rows with pictures that can't be read, and rows that are longer than `cutoff_len`."
-    cutoff = recipe.get('cutoff_len', 2048)
     lost = tokens.index[tokens.media.isna()]
     if len(lost):
         yield Finding(name, f'{len(lost)} row(s) have pictures or clips that cannot be read, or are too small; '
                             f'the first is row {lost[0]}: {media_paths(samples[lost[0]])}.', _check_samples_hint(name))
-    total, prefers = tokens.total.dropna(), recipe.get('stage') in _preferring  # a long answer is cut before the prompt
-    if len(total) and total.max() > cutoff:
-        row, most = total.idxmax(), total.max()
-        yield Finding('cutoff_len',
-            f'{(total > cutoff).sum()} row(s) of {name} have more tokens than cutoff_len {cutoff}; '
-            f'row {row} has {most}, {tokens.media[row]} of them for pictures. '
-            'LLaMA-Factory would truncate them, and stop if that cuts a picture in two.',
-            f'Set cutoff_len to {most} or more, or reduce image_max_pixels.',
-            'error' if tokens.media[row] and (not prefers or tokens.media.max() > cutoff) else 'warning')
+    cutoff, total = recipe.get('cutoff_len', 2048), tokens.total.dropna()
+    long = total[total > cutoff]
+    if not len(long): return
+    cut = _cut_rows(long.index, samples, recipe, stage, tokens)
+    row = (long[cut] if cut else long).idxmax()
+    media = f', {tokens.media[row]} of them for pictures' if tokens.media[row] else ''
+    then = f', and stops at {len(cut)} in which this cuts a picture or clip' if cut else ''
+    cure = ', or reduce image_max_pixels' if cut else ''
+    yield Finding('cutoff_len',
+        f'{len(long)} row(s) of {name} have more tokens than cutoff_len {cutoff}; row {row} has {total[row]}{media}. '
+        f'LLaMA-Factory truncates them{then}.',
+        f'Set cutoff_len to {long.max()} or more{cure}.', 'error' if cut else 'warning')
 
 # %% ../nbs/20_checks.ipynb #269e0d37
 def _lacks_timestamps(sample):
@@ -303,7 +345,7 @@ def _row_findings(name, samples, recipe, stage, tokens):
     yield from _template_findings(name, samples, recipe)
     if stage == 'sft': yield from _thought_findings(name, samples, recipe)
     yield from _clip_findings(name, samples, recipe)
-    yield from _length_findings(name, samples, recipe, tokens)
+    yield from _length_findings(name, samples, recipe, stage, tokens)
     yield from _box_findings(name, samples, recipe)
 
 # %% ../nbs/20_checks.ipynb #f9ad7cb3
@@ -351,12 +393,23 @@ def _together_findings(trained, evaluated, recipe, ranks):
     return [*batch_findings(samples, tokens, recipe, ranks, can_group, [rows for rows, *_ in evaluated]),
             *preprocessing_findings(sum(sizes), tokens, recipe)]
 
+def _is_elsewhere(folder):
+    "Whether the registry is on a hub, there is none and data sets are taken from a hub, or it is in the recipe."
+    return isinstance(folder, dict) or folder == 'ONLINE' or str(folder).startswith('REMOTE:')
+
+def _is_tokenized(recipe):
+    "Whether the rows have been tokenized before: LLaMA-Factory then reads no others."
+    folder = Path(recipe.get('tokenized_path') or '')
+    return bool(recipe.get('tokenized_path')) and folder.is_dir() and any(folder.iterdir())
+
 def data_findings(
     recipe:dict, # The recipe
     ranks:int=1, # Number of processes that it will run on, on all machines
 )->list: # `Finding`s
     """Find data sets that are not registered or have no file, rows that are invalid or longer than `cutoff_len`, and
     batches that can't be trained."""
+    recipe = _usable(recipe)
+    if _is_tokenized(recipe) or _is_elsewhere(recipe.get('dataset_dir')): return []
     reg = Registry(recipe.get('dataset_dir', 'data'))
     if not os.path.lexists(reg.path):
         return [Finding('dataset_dir',
@@ -425,7 +478,6 @@ def _adapter_findings(recipe):
             f'{path} contains no adapter (adapter_config.json and its weights).',
             'Pass the folder of a LoRA run.')
 
-_numbers = [k for k,v in train_recipe('', '').items() if isinstance(v, (int, float)) and not isinstance(v, bool)]
 _trackers = ('wandb', 'swanlab', 'mlflow', 'comet_ml', 'clearml', 'neptune')
 
 def _preference_findings(recipe):
@@ -489,9 +541,6 @@ def _prompt_findings(recipe):
 
 # %% ../nbs/20_checks.ipynb #6513270e
 def _argument_findings(recipe):
-    for key in (k for k in _numbers if isinstance(recipe.get(k), str)):
-        yield Finding(key, f'LLaMA-Factory needs a number here, and {recipe[key]!r} is text.',
-                      'Write a number, without quotes.')
     trackers = [] if 'report_to' in recipe else list(filter(find_spec, _trackers))
     if trackers:
         yield Finding('report_to',
@@ -521,7 +570,7 @@ def _family_findings(recipe, own):
                                   f'trained with {usual}. LLaMA-Factory stops at the first batch.',
                       f'Set template: {usual}.')
     elif own and (misspelt := _misspelt_template(template)): yield from misspelt
-    elif template not in family.templates:
+    elif template not in family.templates and (template or recipe.get('stage') != 'pt'):  # plain text needs none
         yield Finding('template', f'The template is {template!r}; {family.name} was trained with {usual}.',
                       f'Set template: {usual}.', 'warning')
     trains_projector = not recipe.get('freeze_multi_modal_projector', True) and recipe.get('freeze_vision_tower', True)
@@ -570,7 +619,8 @@ def recipe_findings(
     own:bool=True, # Whether this environment will run it; the templates of others are not known
 )->list: # `Finding`s
     "All findings about a recipe, except its data, that are available immediately and without LLaMA-Factory."
-    return [*_model_path_findings(recipe), *_adapter_findings(recipe), *_prompt_findings(recipe),
+    found, recipe = _kind_findings(recipe), _usable(recipe)
+    return [*found, *_model_path_findings(recipe), *_adapter_findings(recipe), *_prompt_findings(recipe),
             *_family_findings(recipe, own), *_argument_findings(recipe), *_output_findings(recipe),
             *_zero_findings(recipe, nproc)]
 
@@ -613,8 +663,9 @@ def quick_findings(
 )->list: # `Finding`s
     "Findings that take a fraction of a second; if the model is a name, its hub is also queried."
     own = Path(python).absolute() == Path(sys.executable).absolute()
-    return [*recipe_findings(recipe, ranks, own), *half_findings(recipe),
-            *_version_findings(recipe, versions or installed_versions(python)), *hub_findings(recipe, env, python)]
+    said, recipe = recipe_findings(recipe, ranks, own), _usable(recipe)
+    return [*said, *half_findings(recipe), *_version_findings(recipe, versions or installed_versions(python)),
+            *hub_findings(recipe, env, python)]
 
 def slow_findings(
     recipe:dict, # The recipe
@@ -623,6 +674,7 @@ def slow_findings(
     env:dict=None, # Environment variables of the run in addition to those of this process
 )->list: # `Finding`s
     "Findings that may take longer: problems in the data, and too little memory or disk space."
+    recipe = _usable(recipe)
     return data_findings(recipe, ranks) + memory_findings(recipe, list(cards), env) + disk_findings(recipe, ranks)
 
 def late_findings(

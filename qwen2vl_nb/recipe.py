@@ -338,8 +338,9 @@ _path_keys = ('model_name_or_path', 'adapter_name_or_path', 'dataset_dir', 'medi
 
 def _absolute(key, value):
     "A value of the recipe, made absolute if it is a path. A name on a hub stays as it is."
-    if key not in _path_keys or value is None or isinstance(value, bool): return value
+    if key not in _path_keys or not isinstance(value, (str, os.PathLike)): return value
     if key == 'model_name_or_path' and not Path(value).is_dir(): return value
+    if key == 'dataset_dir' and (value == 'ONLINE' or str(value).startswith('REMOTE:')): return value
     if key == 'adapter_name_or_path': return ','.join(str(Path(p).absolute()) for p in value.split(','))
     return str(Path(value).absolute())
 

@@ -3,7 +3,7 @@
 The rows of the corpus of bad data go through LLaMA-Factory's own loading, preprocessing and collating, and what is left of them through
 the embedded model. Recipes go through its `run_exp`, all in one child. What is proven elsewhere is named with its test. And a finding of
 level error that nothing here proves fails the last test: prove it, or make it a warning."""
-import ast, json, os, re, shutil, signal, stat, subprocess, sys
+import ast, json, os, random, re, shutil, signal, stat, subprocess, sys
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
@@ -18,6 +18,7 @@ from qwen2vl_nb.data import media
 from qwen2vl_nb.data.check import check_samples
 from qwen2vl_nb.checks import data_findings, recipe_findings
 from qwen2vl_nb.data.registry import sample_entry
+from qwen2vl_nb.data.tokens import cut_samples
 from qwen2vl_nb.model import other_templates, text_templates
 from qwen2vl_nb.recipe import train_recipe
 from qwen2vl_nb.run.start import launch
@@ -296,6 +297,7 @@ RECIPES = { # name → the changes of a recipe that runs
     'a row with a tag and no picture': lambda r: r.rows([_question(), _question(1, instruction='<image>What?')]),
     'a picture that is missing': lambda r: r.rows([_picture(_save(r.folder/'a.png')), _picture(r.folder/'gone.png')]),
     'a cutoff_len inside a picture': lambda r: {'cutoff_len': 10},
+    'adapters in a list': lambda r: {'adapter_name_or_path': [str(r.folder/'a'), str(r.folder/'b')]},
     'packing to a length that is not a multiple of 8': lambda r: {'neat_packing': True, 'cutoff_len': 2044},
     'packing text': lambda r: r.rows([_question(i) for i in range(4)]) | {'neat_packing': True},
     'a finished run': lambda r: r.finished(),
@@ -345,6 +347,24 @@ def test_recipes_with_an_error_end_in_llamafactory(name, rooms, answers, said):
 
 def test_the_sound_recipe_runs(rooms, answers, tmp_path): assert answers['sound'] is None and not _said_of(rooms['sound'] | {'output_dir': str(tmp_path)})
 
+def _talk(rng, picture):
+    "A dialogue of one to three turns of any length, with a picture somewhere."
+    words = lambda: 'A car. '*rng.choice([1, 5, 20, 60])
+    asked = [words() for _ in range(rng.choice([1, 1, 2, 3]))]
+    at = rng.randrange(len(asked))
+    asked[at] = rng.choice(['<image>' + asked[at], asked[at] + '<image>'])
+    return {'messages': [turn for text in asked for turn in ({'role': 'user', 'content': text}, {'role': 'assistant', 'content': words()})], 'images': [str(picture)]}
+
+def test_llamafactory_stops_at_rows_of_which_cutoff_len_cuts_a_picture_and_at_no_others(takes, tiny, tmp_path):
+    rng, picture, found = random.Random(7), _save(tmp_path/'a.png'), []
+    for _ in range(24):
+        row = _talk(rng, picture)
+        cut = bool(cut_samples([row], tiny, 128))
+        try: takes([row], _entry([row]), cutoff_len=128)
+        except ValueError as e: found.append((cut, 'Image features and image tokens do not match' in str(e)))
+        else: found.append((cut, False))
+    assert set(found) == {(True, True), (False, False)}, found
+
 # --- ranks that wait for each other
 
 def test_ranks_that_call_the_vision_tower_a_different_number_of_times_end(tiny, tmp_path, said):
@@ -383,7 +403,6 @@ ELSEWHERE = { # function, or more of the line → the test in which it is proven
     "checks._template_findings: Finding(name, f'Under the template": 'test_family.py::test_templates_of_other_families',
     "checks._clip_findings: Finding(name, f'{len(lost)}": 'test_family.py::test_clips_that_llamafactory_cannot_place',
     "checks._config_findings: Finding('use_cpu'": 'test_failures.py::use_cpu_with_zero3',
-    "checks._argument_findings: Finding(key, f'LLaMA-Factory needs a number": 'test_checks.py::test_llamafactory_fails_where_it_is_called_an_error',
     "checks.hub_findings: Finding('model_name_or_path', f'There is no folder": 'test_hub.py::test_a_hub_that_cannot_be_reached_is_said_before_the_start',
     "checks.hub_findings: Finding('model_name_or_path', f'{address} does not provide": 'test_hub.py::test_a_name_that_the_hub_does_not_have_is_said_before_the_start',
     'start.failure': 'it is said of a run that has ended',

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['clip_marks', 'text_tokens', 'known_limits', 'clip_sampling', 'look_at_samples', 'media_tokens', 'glance_at_samples',
-           'count_tokens']
+           'count_tokens', 'cut_samples']
 
 # %% ../../nbs/data/30_tokens.ipynb #datatokens02
-import math
+import math, re
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
-from ..model import (family_of, pixel_limits, processor_limits, systems, tokens_within, usual_template,
-                              with_system, with_thoughts)
+from ..model import (family_of, pixel_limits, processor_limits, special_tokens, systems, tokens_within,
+                              usual_template, with_system, with_thoughts)
 from ..names import progress
 from ..findings import text_table
 from .media import glance_at_picture, glance_at_video, look_at_all
@@ -35,14 +35,14 @@ def clip_marks(
     pairs = zip(times[::2], [*times[1::2], *times[-1:]])
     return ''.join(f'<{(one + two)/2:.1f} seconds>{_vision_tokens}' for one, two in pairs)
 
-def _encoded_strings(sample, template='qwen2_vl', thinks=None, marks_of=lambda clip: _vision_tokens):
+def _encoded_strings(sample, template='qwen2_vl', thinks=None, marks_of=lambda clip: _vision_tokens,
+                     pictures=()):
     "The strings that the tokenizer receives for a sample; of each picture or clip, only the special tokens around it."
-    clips = map(marks_of, media_of(sample, 'videos'))
+    marks = {'<image>': iter(pictures), '<video>': map(marks_of, media_of(sample, 'videos'))}
     def marked(text):
         # lone surrogates can't be encoded
         whole = text if text.isascii() else text.encode('utf-8', 'replace').decode()
-        parts = whole.replace('<image>', _vision_tokens).split('<video>')
-        return parts[0] + ''.join(next(clips, _vision_tokens) + part for part in parts[1:])
+        return re.sub('<image>|<video>', lambda tag: next(marks[tag[0]], _vision_tokens), whole)
     tools = [marked(sample['tools'])] if isinstance(sample.get('tools'), str) else []
     turns = with_system(trained_turns(sample), systems.get(template, ''))
     said = [(role, with_thoughts(text, template, thinks) if role == 'assistant' else text) for role, text in turns]
@@ -58,6 +58,15 @@ def _load_tokenizer(model):
     return Tokenizer.from_file(str(file))
 
 # %% ../../nbs/data/30_tokens.ipynb #d23f0824
+def _marks_of_clips(model, looks, fps):
+    "A function that returns the text for a clip in the prompt."
+    has_times = family_of(model).has_times
+    def marks_of(clip):
+        if not has_times: return _vision_tokens
+        if isinstance(clip, list): return clip_marks([i/fps for i in range(len(clip))])
+        return clip_marks(looks[1][clip].times) if isinstance(clip, str) and clip in looks[1] else _vision_tokens
+    return marks_of
+
 def text_tokens(
     samples:list, # Samples
     model, # Model folder, whose tokenizer is used
@@ -68,11 +77,7 @@ def text_tokens(
 )->list: # A number for each sample
     "The number of text tokens of each sample. Raises `FileNotFoundError` if there is no tokenizer."
     tokenizer, known, counts, template = _load_tokenizer(model), {}, [], template or usual_template(model)
-    has_times = family_of(model).has_times
-    def marks_of(clip):
-        if not has_times: return _vision_tokens
-        if isinstance(clip, list): return clip_marks([i/fps for i in range(len(clip))])
-        return clip_marks(looks[1][clip].times) if isinstance(clip, str) and clip in looks[1] else _vision_tokens
+    marks_of = _marks_of_clips(model, looks, fps)
     each = lambda s: with_each_answer(s) if isinstance(s, dict) else []
     encoded = lambda s: [_encoded_strings(one, template, thinks, marks_of) for one in each(s)]
     with progress(what='Counting tokens', total=len(samples)) as bar:
@@ -121,13 +126,9 @@ def _tokens_of(look, kind, limits, processor, frames=1):
     try: return tokens_within(*look.size, *within, processor, frames)
     except (TypeError, ValueError): return None
 
-def media_tokens(
-    samples:list, # Samples
-    looks:tuple, # Result of `look_at_samples`
-    model, # Model folder, for the processor's own limits; `None`: the published ones
-    limits:dict, # Result of `known_limits`
-)->list: # A number for each sample; `None` if one of its pictures or clips can't be read
-    "The number of tokens of the pictures and clips of each sample."
+def _media_counters(looks, model, limits):
+    """Functions that return the number of tokens of a picture, and of a clip: of each pair of its frames, and the
+    number of pairs; `None` if it can't be read."""
     (seen, watched), image, frame = looks, processor_limits(model), processor_limits(model, video=True)
     has_times = family_of(model or '').has_times
     pictures = {path: _tokens_of(look, 'image', limits, image) for path, look in seen.items()}
@@ -138,10 +139,20 @@ def media_tokens(
         else: return None
         steps = math.ceil(frames/2)
         one = _tokens_of(look, 'video', limits, frame, 2*steps if has_times else 1)
-        return one and one*steps
+        return one and (one, steps)
+    return lambda p: pictures.get(p) if isinstance(p, str) else None, clip
+
+def media_tokens(
+    samples:list, # Samples
+    looks:tuple, # Result of `look_at_samples`
+    model, # Model folder, for the processor's own limits; `None`: the published ones
+    limits:dict, # Result of `known_limits`
+)->list: # A number for each sample; `None` if one of its pictures or clips can't be read
+    "The number of tokens of the pictures and clips of each sample."
+    picture, clip = _media_counters(looks, model, limits)
     def media(sample):
-        each = [pictures.get(p) if isinstance(p, str) else None for p in media_of(sample, 'images')]
-        each += [clip(v) for v in media_of(sample, 'videos')]
+        each = [picture(p) for p in media_of(sample, 'images')]
+        each += [found and math.prod(found) for found in map(clip, media_of(sample, 'videos'))]
         return None if None in each else sum(each)
     return [media(s) if isinstance(s, dict) else None for s in samples]
 
@@ -169,3 +180,55 @@ def count_tokens(
     text = text_tokens(samples, model, *about) if model else [0]*len(samples)
     table = pd.DataFrame({'text': text, 'media': media_tokens(samples, looks, model, limits)}, dtype='Int64')
     return text_table(table.assign(total=table.text + table.media))
+
+# %% ../../nbs/data/30_tokens.ipynb #tokcut02
+_pads = '<|image_pad|>', '<|video_pad|>'
+
+def _kept(source, target, room):
+    "How many tokens LLaMA-Factory keeps of a prompt and its answer."
+    answer = room if 2*target < room else room - source if 2*source < room else int(room*target/(source + target))
+    answer = min(answer, target)
+    return min(room - answer, source), answer
+
+def _cuts(pairs, cutoff_len, marks):
+    "Whether truncation removes one of the marks from (prompt, answer) pairs of tokens."
+    room = cutoff_len
+    for pair in pairs:
+        kept = _kept(*map(len, pair), room) if room > 0 else (0, 0)
+        if any(marks.intersection(tokens[n:]) for tokens, n in zip(pair, kept)): return True
+        room -= sum(kept)
+    return False
+
+def _pairs(turns, at_once):
+    "(prompt, answer) of turns; `at_once`: the last answer, and all that is before it."
+    turns = turns + ['']*(len(turns) % 2)
+    if at_once: return [(''.join(turns[:-1]), turns[-1])]
+    return list(zip(turns[::2], turns[1::2]))
+
+def cut_samples(
+    samples:list, # Samples whose pictures and clips can be read
+    model:str|Path, # Model folder
+    cutoff_len:int, # As in the recipe
+    template:str=None, # LLaMA-Factory's template; `None`: the one usually used with the model
+    enable_thinking:bool=None, # As in the recipe
+    at_once:bool=False, # Truncate a dialogue as one prompt and one answer, as in predictions and preferences
+    mask_history:bool=False, # As in the recipe: the last turns come first
+    **limits, # As for `count_tokens`
+)->list: # Indices of samples
+    "The samples of whose pictures or clips `cutoff_len` cuts off a part."
+    limits, tokenizer, template = known_limits(limits), _load_tokenizer(model), template or usual_template(model)
+    looks = glance_at_samples(samples, limits)
+    picture, clip = _media_counters(looks, model, limits)
+    text_of, marks = _marks_of_clips(model, looks, limits['video_fps']), {tokenizer.token_to_id(pad) for pad in _pads}
+    filled = lambda n, pad: (pad*n).join(special_tokens[3:5])
+    def with_pads(item):
+        text, n = text_of(item), math.prod(clip(item))
+        return text.replace(_vision_tokens, filled(n//text.count(_vision_tokens), _pads[1]))
+    def is_cut(sample):
+        shown = [filled(picture(p), _pads[0]) for p in media_of(sample, 'images')]
+        strings = _encoded_strings(sample, template, enable_thinking, with_pads, shown)
+        before = len(strings) - sum(role != 'system' for role, _ in trained_turns(sample))
+        pairs = _pairs([''.join(strings[:before+1]), *strings[before+1:]], at_once)[::-1 if mask_history else 1]
+        tokens = [[tokenizer.encode(text, add_special_tokens=False).ids for text in pair] for pair in pairs]
+        return _cuts(tokens, cutoff_len, marks)
+    return [i for i, s in enumerate(samples) if any(map(is_cut, with_each_answer(s)))]

@@ -456,7 +456,7 @@ _check_seconds = 1.5 # Seconds that a start waits for the checks that may take l
 
 def _folder_findings(recipe, about):
     "Whether several machines may take different folders for the same."
-    folder = os.fspath(recipe.get('output_dir') or '')
+    folder = str(recipe.get('output_dir') or '')
     if about['nnodes'] < 2 or without_time(folder) == folder: return []
     return [Finding('output_dir', 'Its name ends with the time at which train_recipe was called, which differs from '
                                   'machine to machine.', 'Pass the same output_dir on all machines.', 'warning')]
@@ -524,7 +524,7 @@ def _preview_rows(recipe, preview):
 def _beside_finished(recipe):
     """The recipe with the present time in the name of its folder, if it has the time at which the recipe was made, and
     a finished run is there."""
-    folder, replaces = os.fspath(recipe.get('output_dir') or ''), recipe.get('overwrite_output_dir')
+    folder, replaces = str(recipe.get('output_dir') or ''), recipe.get('overwrite_output_dir')
     made = without_time(folder)
     if made == folder or replaces or recipe.get('resume_from_checkpoint') or Run(folder).status != 'done': return recipe
     other = with_time(made)
