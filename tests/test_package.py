@@ -190,6 +190,12 @@ def test_the_wheel_brings_the_tutorials(tmp_path):
     assert '../../' not in written.read_text() and "Path('../data')" in written.read_text()
     assert '信息卡' in qwen2vl_nb.tutorial(tmp_path/'first', language='zh').read_text(encoding='utf-8')
 
+def test_make_opens_the_tutorial_of_a_language_and_installs_with_a_pip_that_shows_progress():
+    planned = lambda *words: subprocess.run(['make', '-n', *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for word in ('lab', 'demo'):
+        assert planned(word).endswith('nbs/tutorials/car_item.ipynb\n') and planned('language=zh', word).endswith('nbs/tutorials/car_item.zh.ipynb\n')
+    assert '-m venv --upgrade-deps .venv' in planned('--always-make', 'setup')
+
 def test_a_full_disk_leaves_no_truncated_tutorial(tmp_path):
     disk = tmp_path/'disk'
     with small_disk(disk, '2m') as resize:
