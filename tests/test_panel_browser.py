@@ -240,6 +240,6 @@ def test_from_a_spreadsheet_with_faults_to_a_score(lab, page):
     # the notebook runs from top to bottom
     nb = nbformat.read(lab.root/'panel.ipynb', as_version=4)
     NotebookClient(nb, timeout=None, resources={'metadata': {'path': str(lab.root)}}).execute()
-    assert len([*lab.root.glob('runs/cars-*/waiter.json')]) == 2, 'in a folder of its own'
+    assert len([*lab.root.glob('runs/cars-*/waiter.json')]) == 1, 'the chosen run is attached to'
     texts = [json.dumps(c.outputs) for c in nb.cells if c.cell_type == 'code']
     assert any('McNemar' in text for text in texts)

@@ -78,7 +78,7 @@ class RunsStep(Step):
         self._wake = Event()
         self.select = Select(rows=7, layout=Layout(width='100%', max_width='840px'), description=self.say('run'))
         self.select.style.description_width = '130px'
-        self.count = HTML()
+        self.count = HTML(as_html('qvl-help', self.say('listing')))
         self.boxes['runs.choose'] = ChooseBox(self, CHOOSE, icon='check')
         return [self.field('folder', Text()), self.field('filter', Text()), self.select, self.count,
                 self.boxes['runs.choose'], self.live]
