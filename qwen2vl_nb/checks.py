@@ -385,7 +385,7 @@ def _unregistered_finding(name, names, path):
         f'Register it: `Registry(folder).add({name!r}, samples)`.')
 
 def _together_findings(trained, evaluated, recipe, ranks):
-    "What concerns all rows of a training together: their batches, and what their preprocessing takes."
+    "What concerns all rows of a training run together: their batches, and what their preprocessing takes."
     if not trained or not recipe.get('do_train'): return []
     samples, tokens, sizes = zip(*trained)
     samples, tokens = sum(samples, []), sum(tokens, [])
@@ -393,8 +393,9 @@ def _together_findings(trained, evaluated, recipe, ranks):
     return [*batch_findings(samples, tokens, recipe, ranks, can_group, [rows for rows, *_ in evaluated]),
             *preprocessing_findings(sum(sizes), tokens, recipe)]
 
+# %% ../nbs/20_checks.ipynb #731a7d56
 def _is_elsewhere(folder):
-    "Whether the registry is on a hub, there is none and data sets are taken from a hub, or it is in the recipe."
+    "Whether no registry file is needed: the data sets are on a hub, or their entries are in the recipe."
     return isinstance(folder, dict) or folder == 'ONLINE' or str(folder).startswith('REMOTE:')
 
 def _is_tokenized(recipe):

@@ -234,26 +234,26 @@ _of_answers = re.compile(
     'do_sample|temperature|top_[pk]|num_beams|max_new_tokens|repetition_penalty|length_penalty|skip_special_tokens')
 
 def answer_arguments(
-    trained:dict, # The recipe of a training
+    trained:dict, # The recipe of a training run
 )->dict:
-    "The arguments of a training on which answers of its model depend."
+    "The arguments of a training run on which the answers of its model depend."
     return {k: v for k,v in trained.items() if _of_answers.fullmatch(k)}
 
 def _begins_new_adapter(trained):
-    "Whether a training from an adapter merges it and begins another; under ZeRO-3, LLaMA-Factory continues it."
+    "Whether a training run that starts from an adapter merges it and begins another; under ZeRO-3, LLaMA-Factory continues it."
     try: return bool(trained.get('create_new_adapter')) and zero_stage(trained.get('deepspeed')) != 3
     except (OSError, ValueError): return True  # the file of the config is gone
 
 def earlier_adapters(
-    trained:dict, # The recipe of a training
+    trained:dict, # The recipe of a training run
 )->list: # Folders
-    "The adapters that LLaMA-Factory merges into the base before a training."
+    "The adapters that LLaMA-Factory merges into the base before a training run."
     given = trained.get('adapter_name_or_path')
     found = given.split(',') if given else []
     return found if _begins_new_adapter(trained) else found[:-1]
 
 def adapters_of(
-    trained:dict, # The recipe of a training
+    trained:dict, # The recipe of a training run
     weights:str|os.PathLike, # Its run, the folder of the run, or a checkpoint
 )->str: # Folders, separated by commas
     "The adapters that belong to a model: those that LLaMA-Factory merged before the training, and its own."
@@ -261,7 +261,7 @@ def adapters_of(
 
 # %% ../nbs/10_recipe.ipynb #answ0002b
 def answering_recipe(
-    trained:dict, # The recipe of a training
+    trained:dict, # The recipe of a training run
     weights:str|os.PathLike=None, # Its run, the folder of the run, or a checkpoint; `None`: as it was before
     dataset:str=None, # Registered data set to predict; `None`: samples are given later
     output_dir:str|Path=None, # Folder for the predictions, as for `predict_recipe`

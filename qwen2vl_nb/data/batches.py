@@ -117,7 +117,7 @@ def _stage_3(recipe):
     except (OSError, ValueError): return False  # another check reports it
 
 def _evaluates(recipe):
-    "Whether a training is interrupted or followed by evaluations."
+    "Whether a training run is interrupted or followed by evaluations."
     return recipe.get('do_eval') or recipe.get('eval_strategy') not in (None, 'no', False)
 
 def _eval_batch(recipe): return recipe.get('per_device_eval_batch_size') or 8

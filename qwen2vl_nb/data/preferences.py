@@ -66,7 +66,7 @@ def _from_texts(chosen, rejected):
     "The words that both texts begin with as the prompt, and the rest of each as an answer; raises `ValueError`."
     words = re.match(r'.*\s|', os.path.commonprefix([chosen, rejected]), re.S)[0]
     if not words.strip():
-        raise ValueError('there is no prompt, and chosen and rejected do not begin with the same words: name the column '
+        raise ValueError('there is no prompt, and chosen and rejected begin with different words: name the column '
                          'of the prompts with prompt=')
     return {'instruction': words.strip(), 'chosen': chosen[len(words):], 'rejected': rejected[len(words):]}
 
@@ -89,7 +89,7 @@ def _as_turns(said, like, role='assistant'):
     return [user if role == 'user' else _turn(said, like)]
 
 def _is_packed(text):
-    "Whether a text is a list of turns that was written as JSON or as Python prints it, as in a column of a spreadsheet."
+    "Whether a text is a list of turns as JSON or as Python prints it, which occurs in spreadsheets."
     if not isinstance(text, str): return False
     return bool(re.match(r'''\s*\[\s*\{\s*(["'])(role|from|content|value)\1\s*:''', text))
 

@@ -521,7 +521,8 @@ def _not_turns(rows, columns):
     "What a column has that is named like those of dialogues, and has no turns."
     for name in (k for k in ('messages', 'conversations') if k in columns):
         kind = next((type(row[name]).__name__ for row in rows if row.get(name) is not None), 'nothing')
-        yield f'no turns: the column {name!r} holds {kind}, not lists of turns' + ' (see json.loads, ast.literal_eval)'*(kind == 'str')
+        hint = ' (see json.loads, ast.literal_eval)'*(kind == 'str')
+        yield f'no turns: the column {name!r} holds {kind}, not lists of turns{hint}'
 
 def _table_columns(path, rows, image, video, prompt, response):
     "A dict from LLaMA-Factory's columns to the source's, and the prompt if given; all faults are reported at once."
