@@ -240,7 +240,7 @@ def answer_arguments(
     return {k: v for k,v in trained.items() if _of_answers.fullmatch(k)}
 
 def _begins_new_adapter(trained):
-    "Whether a training run that starts from an adapter merges it and begins another; under ZeRO-3, LLaMA-Factory continues it."
+    "Whether a run that starts from an adapter merges it and begins another; under ZeRO-3, LLaMA-Factory continues it."
     try: return bool(trained.get('create_new_adapter')) and zero_stage(trained.get('deepspeed')) != 3
     except (OSError, ValueError): return True  # the file of the config is gone
 
@@ -267,7 +267,7 @@ def answering_recipe(
     output_dir:str|Path=None, # Folder for the predictions, as for `predict_recipe`
     **changes, # LLaMA-Factory's others, which take precedence over those of the training
 )->dict: # A recipe for prediction
-    "The recipe that asks the model that a training has made, or the one that it began with, as it was trained."
+    "The recipe that asks a trained model, or the one that its training began with, as it was trained."
     kind, shared = trained.get('finetuning_type', 'lora'), answer_arguments(trained) | changes
     base = trained['model_name_or_path']
     if kind not in ('lora', 'oft'): return predict_recipe(weights or base, dataset, output_dir, **shared)
