@@ -193,22 +193,21 @@ class ActionBox(VBox):
 
     def _ran(self): return what_ran(self.step.panel.session.project).get(self.action.name)
 
+    def restore(self):
+        "Show when the action ran and what is kept of it, if its result is not on the screen."
+        ran, name = self._ran(), self.action.name
+        is_shown = self._failed_at == self._basis() if self._failed_at else self._of == (ran and ran.when)
+        if self._thread or self.result.children and is_shown: return
+        when = ran and time.strftime('%Y-%m-%d %H:%M', time.localtime(ran.when))
+        said = [self.step.panel.say('panel.ran', when=when), ran.said, self.step.recall(name, ran.given)] if ran else []
+        self._end('\n'.join(filter(None, said)), self._kept(ran))
+
     @property
     def is_busy(self):
         "Whether the action is at work."
         return self._thread is not None
 
 # %% ../../nbs/panel/20_steps.ipynb #steps18r
-@patch
-def restore(self:ActionBox):
-    "Show when the action ran and what is kept of it, if its result is not on the screen."
-    ran, name = self._ran(), self.action.name
-    is_shown = self._failed_at == self._basis() if self._failed_at else self._of == (ran and ran.when)
-    if self._thread or self.result.children and is_shown: return
-    when = ran and time.strftime('%Y-%m-%d %H:%M', time.localtime(ran.when))
-    said = [self.step.panel.say('panel.ran', when=when), ran.said, self.step.recall(name, ran.given)] if ran else []
-    self._end('\n'.join(filter(None, said)), self._kept(ran))
-
 @patch
 def _kept(self:ActionBox, ran):
     "The widgets that show what is kept of a result."
