@@ -109,6 +109,7 @@ def refresh(self:Panel):
     if self.shown: self.steps[self.shown].refresh()
     self._show_folder()
 
+# %% ../../nbs/panel/90_form.ipynb #form0007e
 @patch
 def _show_folder(self:Panel):
     project = self.session.project
