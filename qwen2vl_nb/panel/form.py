@@ -134,31 +134,6 @@ def _follow(self:Panel):
             self.complain(str(e))
             failed = True
 
-# %% ../../nbs/panel/90_form.ipynb #form0007c
-@patch
-def _show_folder(self:Panel):
-    project = self.session.project
-    kept = project.state.get('notebook')
-    name = kept.get('name') if isinstance(kept, dict) else None
-    name = name if isinstance(name, str) else NOTEBOOK
-    said = self.say('panel.folder', folder=project.folder, form=PANEL, notebook='\0')
-    html = as_html('qvl-help', said).replace('\0', link_to(project.folder/name))
-    output = {'output_type': 'display_data', 'data': {'text/html': html}, 'metadata': {}}
-    if self.where.outputs != (output,): self.where.outputs = (output,)
-
-@patch
-def _follow(self:Panel):
-    "Show what other panels on the folder write, until this one is closed."
-    failed = False
-    while self.comm is not None and not self._ended.wait(1):
-        try:
-            if self.session.project.read() or failed: self.refresh()
-            if failed: self.complain('')
-            failed = False
-        except Exception as e:
-            self.complain(str(e))
-            failed = True
-
 # %% ../../nbs/panel/90_form.ipynb #form0007d
 _at_work, _switch = {}, Lock() # Folder → `Panel`
 
