@@ -29,6 +29,8 @@ STYLE = '''<style>
   .qvl .widget-inline-hbox {flex-wrap:wrap;height:auto;width:100%!important}
   .qvl .widget-inline-hbox>.widget-label {width:100%!important;text-align:left}
   .qvl .widget-checkbox>.widget-label:first-child {display:none}
+  .qvl .widget-inline-hbox.widget-hprogress {height:var(--jp-widgets-inline-height,28px)}
+  .qvl .widget-hbox {flex-wrap:wrap}
   .qvl-below {margin-left:4px!important}
 }
 .qvl .widget-html-content,.qvl .jupyter-widget-html-content {line-height:1.45}

@@ -172,7 +172,7 @@ class RunView(VBox):
         self._stop = self._button('Stop', 'stop', 'At the next step, with a checkpoint', 'stopping', run.stop)
         self._resume = self._button('Resume', 'play', 'From the newest complete checkpoint', 'resuming', run.resume)
         self._picture = Image(format='png', layout=Layout(visibility='hidden', width='840px', height='432px',
-                              max_width='100%', object_fit='contain', object_position='left top'))
+                              max_width='calc(100% - 4px)', object_fit='contain', object_position='left top'))
         rows = HBox([self._bar, self._head]), HBox([self._stop, self._resume, self._body])
         self._cards = HTML(layout=Layout(display='none', overflow='visible'))
         super().__init__([*rows, HTML(_line(_folder(run), GREY)), self._red, self._picture, self._faults, self._cards])
