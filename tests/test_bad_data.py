@@ -323,6 +323,7 @@ ROWS = { # name → (samples, how they are checked), row → findings
     'the same row twice': (lambda f: ([_question(0), _question(1), _question(0, id=5)], {}), {2: [('', 'note', 'has the same content as row 0')]}),
     'the same dialogue twice': (lambda f: ([_dialogue(0), _dialogue(1), _dialogue(0)], {}), {2: [('', 'note', 'has the same content as row 0')]}),
     'a rare answer': (lambda f: ([_question(i, output='dog' if i == 4 else 'cat') for i in range(30)], {}), {4: [('output', 'note', "'dog' is the answer of 1 row(s), 'cat' of 29")]}),
+    'an empty answer among classes': (lambda f: ([_question(i, output='' if i == 4 else 'cat dog'.split()[i%2]) for i in range(30)], {}), {4: [('output', 'warning', 'The answer is empty')]}),
     'more text than cutoff_len': (lambda f: ([_question(0), _question(1, output='A car. '*100), _question(2)], dict(cutoff_len=120)), {1: [('', 'warning', 'above cutoff_len 120 it is cut off')]}),
     'a picture above cutoff_len': (lambda f: ([_question(0), _with(_save(f/'a.png', _noise(0, (560, 560))), n=1), _question(2)], dict(cutoff_len=300)),
                                    {1: [('', 'error', '400 of them for its pictures or clips: above cutoff_len 300 it is cut in the middle of a picture')]}),

@@ -285,3 +285,14 @@ def test_findings_of_other_samples_are_refused_before_anything_is_dropped(tmp_pa
     with pytest.raises(ValueError, match='about 3 samples, and these are 2'): drop_samples(samples[1:], findings)
     part = findings[findings.row == 2]
     assert drop_samples(samples, part) == samples[:2]
+
+@pytest.mark.parametrize('blank, said', [([], ''), ([3], ' (1 blank row left out)'), ([3, 4, 6], ' (3 blank rows left out)')])
+def test_blank_rows_of_a_sheet_are_counted(tmp_path, capsys, blank, said):
+    import openpyxl
+    sheet = (book := openpyxl.Workbook()).active
+    sheet.append(['photo', 'caption'])
+    for n in (n for n in range(2, 8) if n not in blank):
+        for column, cell in enumerate(('a.png', f'A car {n}'), 1): sheet.cell(n, column, cell)
+    book.save(tmp_path/'labels.xlsx')
+    read_samples(tmp_path/'labels.xlsx', image='photo', prompt='What is this?', response='caption')
+    assert f"labels.xlsx: {6 - len(blank)} rows of the sheet 'Sheet' of an Excel workbook{said};" in capsys.readouterr().out

@@ -277,7 +277,7 @@ _imbalance_ratio = 10  # an imbalance is noted if the most frequent answer is th
 def _balance_faults(rows):
     "A note about the rarest answer, if the answers are classes and another one is much more frequent."
     last = [(i, turns[-1][2]) for i, s in rows if not is_ranking(s) and (turns := sample_turns(s))]
-    answers = [(i, text) for i, text in last if isinstance(text, str)]
+    answers = [(i, text) for i, text in last if isinstance(text, str) and text.strip()]  # an empty one is no class
     counts = Counter(answer for _, answer in answers).most_common()
     if not 2 <= len(counts) <= max(2, min(50, len(answers)//5)): return
     (common, most), (rare, least) = counts[0], counts[-1]

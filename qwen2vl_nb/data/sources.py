@@ -233,9 +233,9 @@ def _read_table(path, place, encoding):
     samples, blank = _nonblank_rows(header, numbered, ('row', path.name))
     return samples, f'a table in {encoding} with {named}{blank}{_swallowed_rows_note(rows, width, between)}'
 
-def _nonblank_rows(header, rows, file):
+def _nonblank_rows(header, rows, file, gaps=0):
     """The rows of a table, given as (number, cells), that are not blank, as dicts, and a note about those that were
-    left out. A column that has neither a name nor any cells is left out, too."""
+    left out: also the `gaps` between these. A column that has neither a name nor any cells is left out, too."""
     names, seen = [], Counter()
     for i, name in enumerate(map(str.strip, header)):
         name = name or f'Unnamed: {i}'
@@ -244,7 +244,8 @@ def _nonblank_rows(header, rows, file):
     kept = [(n, row) for n, row in rows if any(cell.strip() for cell in row)]
     used = [i for i, name in enumerate(header) if name.strip() or any(len(row) > i and row[i] for _, row in kept)]
     full = [in_file({names[i]: row[i] if i < len(row) else '' for i in used}, n, file) for n, row in kept]
-    return full, f' ({len(rows) - len(kept)} blank rows left out)' if len(kept) < len(rows) else ''
+    blank = gaps + len(rows) - len(kept)
+    return full, f' ({blank} blank {"row" if blank == 1 else "rows"} left out)' if blank else ''
 
 # %% ../../nbs/data/20_sources.ipynb #a45098e4
 _max_cells = 20_000_000 # Largest number of cells in a sheet
@@ -313,8 +314,9 @@ def _read_excel(path, place, encoding):
                          'as CSV.')
     of_several = f' ({len(book.sheetnames)} sheets)' if len(book.sheetnames) > 1 else ''
     wrong = f' ({len(errors)} cell(s) show an error: {", ".join(first_few(errors))})' if errors else ''
-    (_, header), *rows = rows or [(1, [])]
-    samples, blank = _nonblank_rows(header + ['']*(width - len(header)), rows, ('row', path.name))
+    (top, header), *rows = rows or [(1, [])]
+    gaps = rows[-1][0] - top - len(rows) if rows else 0
+    samples, blank = _nonblank_rows(header + ['']*(width - len(header)), rows, ('row', path.name), gaps)
     return samples, f'the sheet {name!r} of an Excel workbook{of_several}{blank}{wrong}'
 
 # %% ../../nbs/data/20_sources.ipynb #7c372d7d
