@@ -162,8 +162,10 @@ def test_the_best_by_each_measure_is_found_again_elsewhere(scored, tiny, tmp_pat
     shortest = score_checkpoints(run, 'car_item_test', 'brevity', measures=brief, **ASKED)
     means = {name: sum(-len(row['predict']) for row in rows)/100 for name, rows in shortest.predictions.items()}
     assert shortest.best.name == max(means, key=means.get) and recorded() == str(shortest.best) == predict_recipe('m', adapter=run)['adapter_name_or_path']
-    with pytest.raises(ValueError, match='no measure .beauty.; available: exact'): score_checkpoints(run, 'car_item_test', 'beauty', **ASKED)
+    with pytest.raises(ValueError, match='no measure .beauty. to rank by; available: exact'): score_checkpoints(run, 'car_item_test', 'beauty', **ASKED)
     assert run.best == shortest.best
+    tied = score_checkpoints(run, 'car_item_test', 'same', measures={'same': lambda row: 0}, **ASKED)
+    assert tied.best.name == max(tied, key=lambda name: tied[name]['bleu-4'])
     first = run.output_dir/'checkpoint-40'
     write_best(run, Best(first.name, when_written(first), 'mine', 1., None, None, 1, 'x'))
     merged, name = load_file(export(run, tmp_path/'merged')/'model.safetensors'), 'model.layers.0.mlp.up_proj'
