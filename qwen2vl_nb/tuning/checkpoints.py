@@ -91,8 +91,8 @@ class CheckpointScores(dict):
 
     @property
     def best(self):
-        """Folder of the checkpoint with the highest value of the measure; of several, the one whose answers are most like
-        the labels (BLEU-4), or else the earliest."""
+        """Folder of the checkpoint with the highest value of the measure; of several, the one whose answers are most
+        like the labels (BLEU-4), or else the earliest."""
         keys = [key for key in dict.fromkeys([(self.measure, 'value'), ('bleu-4', 'value')]) if key in self.table]
         return self.run.output_dir/self.table.sort_values(keys, ascending=False).index[0]
 
