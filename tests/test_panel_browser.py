@@ -112,7 +112,7 @@ def _prepared(form):
     form.page.keyboard.press('Enter')
     form.says('labels.xlsx: 120 rows')
     form.press('data.check')
-    form.says(ENGLISH['data.found'].format(n=4, rows=3))
+    form.says(ENGLISH['data.found'].format(n=3, rows=3))
     form.keep('faults')
     form.press('data.drop')
     form.says('Dropped 2 of 120')
