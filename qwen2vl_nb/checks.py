@@ -22,8 +22,8 @@ from .findings import Finding, findings_table
 from .questions import arguments, ask, hub
 from .stack import GiB, gpus, installed_versions, version_findings
 from .checkpoint import checkpoints, is_whole_file
-from .recipe import (argument_names, dataset_names, earlier_adapters, is_adapter, load_recipe, template_names,
-                               train_recipe)
+from .recipe import (argument_names, dataset_names, earlier_adapters, is_adapter, is_remote, load_recipe,
+                               template_names, train_recipe)
 from .run.folder import RECIPE, RUN
 from .zero import read_zero, zero_stage
 from .data.batches import batch_findings
@@ -396,7 +396,7 @@ def _together_findings(trained, evaluated, recipe, ranks):
 # %% ../nbs/20_checks.ipynb #731a7d56
 def _is_elsewhere(folder):
     "Whether no registry file is needed: the data sets are on a hub, or their entries are in the recipe."
-    return isinstance(folder, dict) or folder == 'ONLINE' or str(folder).startswith('REMOTE:')
+    return isinstance(folder, dict) or is_remote(folder)
 
 def _is_tokenized(recipe):
     "Whether the rows have been tokenized before: LLaMA-Factory then reads no others."

@@ -6,7 +6,7 @@
 __all__ = ['with_time', 'without_time', 'train_recipe', 'Argument', 'arguments_of_recipes', 'argument_names', 'template_names',
            'unknown_argument', 'complete_arguments', 'is_adapter', 'best_measured', 'find_adapter', 'predict_recipe',
            'answer_arguments', 'earlier_adapters', 'adapters_of', 'answering_recipe', 'answering_faults', 'load_recipe',
-           'zero_file_name', 'absolute_recipe', 'save_recipe', 'dataset_names']
+           'zero_file_name', 'is_remote', 'absolute_recipe', 'save_recipe', 'dataset_names']
 
 # %% ../nbs/10_recipe.ipynb #0bd906f0
 import ast, json, math, os, re, sys, time
@@ -336,11 +336,17 @@ def zero_file_name(
 _path_keys = ('model_name_or_path', 'adapter_name_or_path', 'dataset_dir', 'media_dir', 'output_dir', 'deepspeed',
               'tokenized_path', 'resume_from_checkpoint')
 
+def is_remote(
+    folder, # The `dataset_dir` of a recipe
+)->bool:
+    "Whether LLaMA-Factory takes the registry, or the data sets themselves, from a hub."
+    return str(folder) == 'ONLINE' or str(folder).startswith('REMOTE:')
+
 def _absolute(key, value):
     "A value of the recipe, made absolute if it is a path. A name on a hub stays as it is."
     if key not in _path_keys or not isinstance(value, (str, os.PathLike)): return value
     if key == 'model_name_or_path' and not Path(value).is_dir(): return value
-    if key == 'dataset_dir' and (value == 'ONLINE' or str(value).startswith('REMOTE:')): return value
+    if key == 'dataset_dir' and is_remote(value): return value
     if key == 'adapter_name_or_path': return ','.join(str(Path(p).absolute()) for p in value.split(','))
     return str(Path(value).absolute())
 

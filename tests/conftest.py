@@ -57,7 +57,8 @@ def write_clip(path, frames, rate, size):
         container.mux(stream.encode())
 
 # Since transformers 5.3, stage `kto` fails or learns wrong positions (test_newest.py), and `check_recipe` says so
-TRAINS_KTO = tuple(map(int, importlib.metadata.version('transformers').split('.')[:2])) < (5, 3)
+TRANSFORMERS = tuple(map(int, importlib.metadata.version('transformers').split('.')[:2]))
+TRAINS_KTO = TRANSFORMERS < (5, 3)
 
 COMMIT = '0123456789abcdef0123456789abcdef01234567'
 

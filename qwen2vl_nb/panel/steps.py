@@ -197,11 +197,11 @@ class ActionBox(VBox):
 
     def restore(self):
         "Show when the action ran and what is kept of it, if its result is not on the screen."
-        ran, name = self._ran(), self.action.name
+        ran = self._ran()
         is_shown = self._failed_at == self._basis() if self._failed_at else self._of == (ran and ran.when)
         if self._thread or self.result.children and is_shown: return
         when = ran and time.strftime('%Y-%m-%d %H:%M', time.localtime(ran.when))
-        said = [self.step.panel.say('panel.ran', when=when), ran.said, self.step.recall(name, ran.given)] if ran else []
+        said = [self.step.panel.say('panel.ran', when=when), ran.said] if ran else []
         self._end('\n'.join(filter(None, said)), self._kept(ran))
 
     @property
@@ -374,14 +374,6 @@ def show(self:Step,
 )->list:
     "The widgets that show the result of an action."
     return [as_widget(value)]
-
-@patch
-def recall(self:Step,
-    action:str, # Name of an action that ran
-    given:dict, # What is kept of it
-)->str:
-    "What is said of a result that is not on the screen any more, beside what was printed."
-    return ''
 
 @patch
 def show_kept(self:Step,

@@ -77,7 +77,7 @@ class AnswerFaults:
         if whole is None: return
         answer = after_thoughts(whole, label or '')
         self.n += 1
-        fault = _fault(whole, row.get('finish_reason')) or _fault(answer, None)
+        fault = _fault(whole, row.get('finish_reason')) or ('' if answer.strip() else 'empty')
         if label is not None:
             self.labels[_fault(label, None)] += 1
             if answer.strip() == label.strip(): fault = ''

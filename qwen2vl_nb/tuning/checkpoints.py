@@ -161,7 +161,7 @@ def score_checkpoints(
     is asked if an argument is wrong, or if the data set has no labels."""
     run, faults = attach(run), answering_faults(changes)
     if not isinstance(dataset, str) or not dataset:
-        faults = [f'dataset={dataset!r}: name a registered data set; several are separated by commas.', *faults]
+        faults = [f'dataset={dataset!r}: name a registered data set.', *faults]
     if faults: raise ValueError('The checkpoints cannot be scored:\n- ' + '\n- '.join(faults))
     trained = run.recipe
     if not trained.get('do_train') or trained.get('stage', 'sft') == 'rm':
