@@ -24,7 +24,9 @@ PYTEST := $(AS_ROOT) $(BIN)/python -m pytest -q
 # pip does since 25.1, and the pip that comes with Python is older, silent for minutes while it unpacks 8 GB
 environment = if command -v uv >/dev/null; then uv venv --quiet --allow-existing --python $(PYTHON) $1; else $(PYTHON) -m venv --upgrade-deps $1; fi
 install = if command -v uv >/dev/null; then uv pip install --compile-bytecode --python $1 $2; \
-	else $1/bin/python -m pip install --disable-pip-version-check $2; fi
+	else $(told) $1/bin/python -m pip install --disable-pip-version-check $2; fi
+# pip draws no bars into a file or a pipe: there, a line every half minute says how far it is
+told = [ -t 1 ] || { while sleep 30 >/dev/null 2>&1; do echo "… $$(du -sm $1 | cut -f1) MB are installed"; done & trap "kill $$!" EXIT; };
 # What is missing for an installation of so many GB in a folder that is not there yet, all of it at once
 ready = lacks=; lack() { lacks=1; echo "Missing: $$*"; }; \
 	[ -n "$(PYTHON)" ] || lack "Python 3.11 to 3.13. Name one with make PYTHON=/path/to/python3.11 …"; \
@@ -43,16 +45,18 @@ $(STAMP): $(LOCK) setup.py settings.ini
 	@echo "Installing the pinned stack into .venv: 8 GB on disk, once. It takes some minutes …"
 	@$(call environment,.venv)
 	@$(call install,.venv,--no-deps -r $(LOCK))
-	@$(call install,.venv,--no-deps --no-build-isolation -e .)
+	@PYTHONWARNINGS='ignore:Editable installation'; export PYTHONWARNINGS; $(call install,.venv,--no-deps --no-build-isolation -e .)
 	@rm -f .venv/.installed-*; touch $@
 
 setup: $(STAMP)
 
 demo: setup
 	@$(BIN)/qwen2vl-nb demo $(TUTORIAL)
+	@echo 'Next: `make $(if $(language),language=$(language) )lab` opens that notebook in JupyterLab.'
 
+# Containers often have no other user than root, for whom JupyterLab starts only when told so
 lab: setup
-	@$(BIN)/jupyter lab $(TUTORIAL)
+	@$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) $(TUTORIAL)
 
 # The browser in which the tests look at JupyterLab, by the names that tests/conftest.py knows
 browser:

@@ -42,10 +42,10 @@ def tutorial(
     return folder/'tutorials'/_first[language]
 
 # %% ../nbs/87_cli.ipynb #87clip09
-def _jupyter():
-    "The command of JupyterLab: with its path if it is in an environment below this folder, which may not be active."
-    own = Path(sys.executable).with_name('jupyter')
-    return os.path.relpath(own) if own.is_relative_to(Path.cwd()) else 'jupyter'
+def _command():
+    "How to call `qwen2vl-nb`: with its path if it is in an environment below this folder."
+    own = Path(sys.executable).with_name('qwen2vl-nb')
+    return os.path.relpath(own) if own.is_relative_to(Path.cwd()) else own.name
 
 def _runs_folder(notebook):
     "The folder for the runs of a tutorial: beside its data."
@@ -63,7 +63,8 @@ def demo(
     from qwen2vl_nb.execute import execute
     from qwen2vl_nb.prediction import Predictions, score
     from qwen2vl_nb.run.folder import ANSWERS
-    began, notebook = time.time(), Path(notebook or tutorial(language=language)).absolute()
+    began, given = time.time(), notebook
+    notebook = Path(given or tutorial(language=language)).absolute()
     folder = _runs_folder(notebook)/f"car_item-{time.strftime('%Y%m%d-%H%M%S')}"
     folder.mkdir(parents=True)
     os.environ['RUN_FOLDER'] = os.path.relpath(folder, notebook.parent)
@@ -76,8 +77,9 @@ Done in {time.time() - began:.0f} s. Item cards that are exactly right, for pict
   after               {after:5.1f} %
 The notebook with its pictures   {folder/notebook.name}
 The loss curve                   {folder/'training_loss.png'}
-The answers                      {folder/'after'/ANSWERS}
-Next: `{_jupyter()} lab {os.path.relpath(notebook)}` opens that notebook in JupyterLab.''')
+The answers                      {folder/'after'/ANSWERS}''')
+    option = '' if language == 'en' else f' --language {language}'
+    if not given: print(f'Next: `{_command()} lab{option}` opens that notebook in JupyterLab.')
     if not (before <= 20 and after >= 90):
         sys.exit('This is not the expected result (at most 20 % before, at least 90 % after): please report it, with '
                  'the folder above.')
@@ -97,7 +99,9 @@ def lab(
     options:list=(), # Options of JupyterLab, such as `'--no-browser'`
 ):
     "Open JupyterLab on the first tutorial, which is written into the current folder."
-    os.execv(sys.executable, [sys.executable, '-m', 'jupyter', 'lab', str(tutorial(language=language)), *options])
+    as_root = ['--allow-root'] if os.geteuid() == 0 else []  # as in most containers; JupyterLab asks for the option
+    notebook = str(tutorial(language=language))
+    os.execv(sys.executable, [sys.executable, '-m', 'jupyter', 'lab', notebook, *as_root, *options])
 
 _words = {'demo': demo, 'check': check, 'lab': lab}
 
@@ -109,8 +113,8 @@ def main():
     words.choices['demo'].add_argument('notebook', nargs='?', help='The tutorial, if it is there already.')
     for name in ('demo', 'lab'):
         words.choices[name].add_argument('--language', choices=_first, default='en', help='Of the tutorial.')
-    words.choices['lab'].epilog = 'Other options are passed on to JupyterLab, such as --no-browser or --allow-root.'
-    asked, others = parser.parse_known_args()
+    words.choices['lab'].epilog = 'Other options are passed on to JupyterLab, such as --no-browser or --port=8889.'
+    asked, others = parser.parse_known_args(sys.argv[1:] or ['--help'])
     if asked.word == 'lab': asked.options = others
     elif others: words.choices[asked.word].error(f"unrecognized arguments: {' '.join(others)}")
     asked = vars(asked)

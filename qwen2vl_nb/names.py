@@ -162,10 +162,11 @@ def progress(
     rows=None, # What is iterated over; `None`: the bar is updated by hand
     what:str='', # What is being done, in a few words
     total:int=None, # Number of rows; `None`: the length of `rows`
+    unit:str='row', # What a row is
 ): # A tqdm bar
     "A progress bar that appears after two seconds; in the background only if the thread has `shows_progress`."
     from tqdm import tqdm
-    return tqdm(rows, desc=what, total=total, unit='row', delay=2, file=bar_file(),
+    return tqdm(rows, desc=what, total=total, unit=unit, delay=2, file=bar_file(),
                 disable=not getattr(current_thread(), 'shows_progress', current_thread() is main_thread()))
 
 # %% ../nbs/00_names.ipynb #name0004

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from conftest import TRAINS_KTO, write_clip
 from qwen2vl_nb.model import family_class, model_config
 from qwen2vl_nb.memory.estimate import predict_memory
+from qwen2vl_nb.memory.plan import zero_table
 from qwen2vl_nb.recipe import predict_recipe, train_recipe
 from qwen2vl_nb.data.registry import Registry
 from qwen2vl_nb.tiny import tiny_model
@@ -264,3 +265,12 @@ def test_several_faults_come_together(tiny, tmp_path):
     recipe = train_recipe(tiny, 'car_item', tmp_path/'run', fp16=True, quantization_bit=4, finetuning_type='full', optim='lomo')
     with pytest.raises(ValueError) as e: predict_memory(recipe, world_size=0)
     assert len(str(e.value).splitlines()) == 4
+
+def test_a_table_that_takes_a_while_says_how_far_it_is(tmp_path, monkeypatch, capsys, tiny):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))  # nothing has been simulated yet
+    recipe = train_recipe(tiny, 'car_item')
+    longest = {'tokens': 72, 'pictures': [16]}
+    assert len(zero_table(recipe, gpus=2, gpu_gib=8, sample=longest)) == 7
+    assert 'Simulating a step' in (said := capsys.readouterr().out) and '5/5' in said
+    zero_table(recipe, gpus=2, gpu_gib=8, sample=longest)
+    assert not capsys.readouterr().out  # what is known takes no time

@@ -482,7 +482,9 @@ def check_samples(
 )->'pd.DataFrame': # Columns row, source (such as `row 6 of labels.xlsx`), field, what, cure, level
     "Find every fault in the samples before training runs into it; never raises on bad data. See `mend_samples`."
     samples = _given(samples)
-    return _rows_table(_check(samples, False, against, model, cutoff_len, media, workers, **limits)[0], samples)
+    found = _check(samples, False, against, model, cutoff_len, media, workers, **limits)[0]
+    offered = lambda f: f._replace(cure=f'{f.cure.rstrip(".")}, or call `mend_samples`.') if f.mends else f
+    return _rows_table([(i, field, offered(f)) for i, field, f in found], samples)
 
 def mend_samples(
     samples:list, # Samples, as `read_samples` gives them
@@ -502,8 +504,9 @@ def mend_samples(
 
 # %% ../../nbs/data/40_check.ipynb #drop0002
 def _name_rows(samples, findings):
-    "A line for each row that there are findings about."
-    return bulleted([f'{name_row(i, samples[i])}: {" ".join(found.what)}' for i, found in findings.groupby('row')])
+    "A line for each row that there are findings about; of warnings with the cure."
+    said = findings.what.str.cat(findings.cure.where(findings.level == 'warning', ''), ' ').str.rstrip()
+    return bulleted([f'{name_row(i, samples[i])}: {" ".join(each)}' for i, each in said.groupby(findings.row)])
 
 def drop_samples(
     samples:list, # Samples

@@ -98,7 +98,8 @@ def _draw_answers(ax, answers):
     ax.barh(range(len(counts)), [n for _, n in counts], color=BLUE, alpha=.7)
     ax.xaxis.get_major_locator().set_params(integer=True)
     plain_axes(ax, 'rows')
-    ax.set_yticks(range(len(counts)), [_short(answer) for answer, _ in counts], parse_math=False, fontsize=8)
+    named = [_short(answer.strip()) or '(empty)' for answer, _ in counts]
+    ax.set_yticks(range(len(counts)), named, parse_math=False, fontsize=8)
     different = len(set(answers))
     some = ', the 10 most frequent' if different > 10 else ''
     ax.set_title(f'{different:,} answers{some}', loc='right', color=GREY, fontsize=9)

@@ -77,7 +77,8 @@ def _file_fault(path, is_clip=False):
                      'Read the samples with `read_samples`, which writes it to a file.')
     if os.path.isdir(path): return Fault(f'{path} is a folder.', 'Give the path of a file.')
     if not os.path.isfile(path): return _not_regular(path) or _missing_fault(path)
-    if not os.path.getsize(path): return Fault(f'{path} is empty.', 'Save it again, or drop the row.')
+    if not os.path.getsize(path):
+        return Fault(f'{os.path.basename(path)} is empty.', 'Save it again, or drop the row.')
 
 # %% ../../nbs/data/10_media.ipynb #1c0e21f1
 _file_signatures = {b'<!doctype': 'a web page', b'<html': 'a web page',
@@ -92,18 +93,18 @@ def _true_kind(data):
         return 'a HEIC photograph; save it as JPEG'
     return next((kind for start, kind in _file_signatures.items() if head.startswith(start)), None)
 
-def _unreadable(path, data, error):
+def _unreadable(name, data, error):
     if isinstance(error, PermissionError):
-        return Fault(f'{path} cannot be read: its permissions forbid it.',
+        return Fault(f'{name} cannot be read: its permissions forbid it.',
                      'Change its permissions, or drop the row.')
     if data.startswith((b'%!PS', b'\xc5\xd0\xd3\xc6')):
-        return Fault(f'{path} is a PostScript program (EPS): Pillow would run Ghostscript on it, which is not done '
+        return Fault(f'{name} is a PostScript program (EPS): Pillow would run Ghostscript on it, which is not done '
                      'here.',
                      'Save the picture as PNG.', 'warning' if shutil.which('gs') else 'error')
     kind, why = _true_kind(data), str(error) or type(error).__name__
     if kind: why = f'it is {kind}'
     elif 'cannot identify' in why: why = 'Pillow does not recognize it as a picture'
-    return Fault(f'{path} cannot be read: {why}.', 'Save the picture again, or drop the row.')
+    return Fault(f'{name} cannot be read: {why}.', 'Save the picture again, or drop the row.')
 
 # %% ../../nbs/data/10_media.ipynb #9ea2debe
 def _animation_fault(im):
@@ -216,7 +217,7 @@ def look_at_picture(
     except Image.DecompressionBombError:
         look.faults = [Fault('It has over 178 million pixels, and Pillow refuses so many as a possible decompression '
                              'bomb.', _scale_down)]
-    except Exception as e: look.faults = [_unreadable(path, head, e)]
+    except Exception as e: look.faults = [_unreadable(os.path.basename(path), head, e)]
     return look
 
 # %% ../../nbs/data/10_media.ipynb #d3e4f15c
@@ -265,12 +266,12 @@ def _decode_clip(look, container, video_fps, video_maxlen):
                                  'not rotate it.', 'Rotate it and save it again.', 'warning'))
 
 # %% ../../nbs/data/10_media.ipynb #98dae9b6
-def _undecodable(path, head, error):
+def _undecodable(name, head, error):
     if head.startswith((b'#EXTM3U', b'ffconcat version')):
-        return Fault(f'{path} is a playlist, and the files or addresses that it names are not opened here.',
+        return Fault(f'{name} is a playlist, and the files or addresses that it names are not opened here.',
                      'Save the clip as MP4.', 'warning')
     why = getattr(error, 'strerror', None) or error  # the full text of FFmpeg's errors contains the path, too
-    return Fault(f'{path} cannot be decoded: {why}', 'Save the clip again, or drop the row.')
+    return Fault(f'{name} cannot be decoded: {why}', 'Save the clip again, or drop the row.')
 
 def look_at_video(
     path:str, # Path of the clip
@@ -283,7 +284,7 @@ def look_at_video(
     try:
         with open_regular(path) as f: head, look.digest = f.read(64), file_digest(f)
         with open_clip(path) as container: _decode_clip(look, container, video_fps, video_maxlen)
-    except Exception as e: look.faults = [_undecodable(path, head, e)]
+    except Exception as e: look.faults = [_undecodable(os.path.basename(path), head, e)]
     return look
 
 # %% ../../nbs/data/10_media.ipynb #55a4ab1c
@@ -295,7 +296,7 @@ def glance_at_picture(
     if fault: return Look(faults=[fault])
     try:
         with open_picture(path) as im: return Look(size=im.size)
-    except Exception as e: return Look(faults=[_unreadable(path, b'', e)])
+    except Exception as e: return Look(faults=[_unreadable(os.path.basename(path), b'', e)])
 
 def glance_at_video(
     path:str, # Path of the clip
@@ -310,7 +311,7 @@ def glance_at_video(
             stream = container.streams.video[0]
             taken = sampled_frames(*_stream_facts(stream), video_fps, video_maxlen)
             return Look(size=(stream.width, stream.height), frames=len(taken), times=_times(taken, stream))
-    except Exception as e: return Look(faults=[_undecodable(path, b'', e)])
+    except Exception as e: return Look(faults=[_undecodable(os.path.basename(path), b'', e)])
 
 # %% ../../nbs/data/10_media.ipynb #60749bf5
 @contextmanager

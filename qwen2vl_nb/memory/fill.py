@@ -6,8 +6,9 @@
 __all__ = ['step_seconds', 'padded_share', 'Filled', 'fitting', 'fill_gpus']
 
 # %% ../../nbs/memory/40_fill.ipynb #40fillp02
-from itertools import takewhile
+from itertools import product, takewhile
 from dataclasses import dataclass
+from ..names import progress
 from ..stack import GiB
 from ..zero import zero_config
 from ..data.batches import grouped_order, padding_share, random_order
@@ -82,8 +83,8 @@ def fitting(
     shares = {_batch(r): padded_share(r, sample['tokens']) for r in _batches(recipe)}
     key = 'disable_gradient_checkpointing'
     ways = [recipe | {key: True}, {k: v for k, v in recipe.items() if k != key}]
-    found = [f for way in ways for name in possible_configs(recipe)
-             for f in _of_config(way, name, gpus, gpu_gib, sample, shares)]
+    shown = progress([*product(ways, possible_configs(recipe))], 'Simulating steps', unit='config')
+    found = [f for way, name in shown for f in _of_config(way, name, gpus, gpu_gib, sample, shares)]
     return sorted(found, key=lambda f: (f.seconds, -_batch(f.recipe)))
 
 # %% ../../nbs/memory/40_fill.ipynb #40fillp18

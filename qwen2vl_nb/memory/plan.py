@@ -11,6 +11,7 @@ import html
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from ..names import progress
 from ..model import recipe_limits
 from ..findings import as_text, text_table
 from ..stack import GiB, gpus as gpus_here
@@ -146,11 +147,17 @@ def gpu_count_and_memory(gpus, gpu_gib):
         raise ValueError(f'gpus={gpus}, gpu_gib={gpu_gib}: give at least one GPU, with some memory.')
     return gpus, gpu_gib
 
-def _row(recipe, name, gpus, gpu_gib, sample):
+def _row(name, recipe, gpus, gpu_gib, sample):
     "The row of a config that can be chosen."
     try: estimate = predict_memory(recipe, name, gpus, sample=sample)
     except NotPredicted as e: return ZeroRow(name, None, 'not predicted', ' '.join(str(e).splitlines()))
     return ZeroRow(name, estimate, estimate.fits(gpu_gib), speed_of[name])
+
+def _rows(*about):
+    "The rows of the configs that can be chosen, the fastest first."
+    first, *others = speed_of
+    yield _row(first, *about)  # outside the threads, so that the longest sample is counted only once
+    with ThreadPoolExecutor() as pool: yield from pool.map(lambda name: _row(name, *about), others)
 
 def zero_table(
     recipe:dict, # The recipe
@@ -160,11 +167,8 @@ def zero_table(
 )->ZeroTable: # Seven rows, fastest first
     "Predicted peak memory of a recipe under each ZeRO config, and whether it fits."
     gpus, gpu_gib = gpu_count_and_memory(gpus, gpu_gib)
-    first, *others = speed_of
-    # Outside the threads, so that the longest sample is counted only once
-    rows = [_row(recipe, first, gpus, gpu_gib, sample)]
-    with ThreadPoolExecutor() as pool: rows += pool.map(lambda name: _row(recipe, name, gpus, gpu_gib, sample), others)
-    return ZeroTable(rows + [ZeroRow(n, None, 'not chosen', why) for n,why in _never_chosen.items()], gpus, gpu_gib)
+    rows = progress(_rows(recipe, gpus, gpu_gib, sample), 'Simulating a step', len(speed_of), 'config')
+    return ZeroTable([*rows] + [ZeroRow(n, None, 'not chosen', why) for n,why in _never_chosen.items()], gpus, gpu_gib)
 
 # %% ../../nbs/memory/30_plan.ipynb #possiblecfga
 def possible_configs(
