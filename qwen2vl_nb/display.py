@@ -152,7 +152,8 @@ def picture_html(
 def _line_html(name, text, colour):
     "A line under a picture: its name in small letters, and the text exactly as in the data."
     name = f'<small style="opacity:.65">{html.escape(name)}</small>'
-    own = f'color:{colour};' if colour else ''
+    # Mixed with the colour of the other text, so that it can be read on white and on black
+    own = f'color:color-mix(in srgb,{colour} 75%,currentColor);' if colour else ''
     text = f'<span style="{own}white-space:pre-wrap;overflow-wrap:anywhere">{html.escape(str(text))}</span>'
     return div('margin-top:.3em;', f'{name} {text}')
 
