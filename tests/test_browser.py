@@ -26,7 +26,7 @@ def _picture(page):
     "The bytes of the curve that the browser shows; none as long as it shows none."
     script = '''async () => {
         const image = document.querySelector('img.widget-image')
-        if (!image || !image.naturalWidth || getComputedStyle(image).visibility == 'hidden') return ''
+        if (!image || !image.naturalWidth || !image.offsetParent) return ''
         const bytes = new Uint8Array(await (await fetch(image.src)).arrayBuffer())
         return btoa(Array.from(bytes, b => String.fromCharCode(b)).join(''))
     }'''
@@ -68,7 +68,8 @@ def test_the_tutorial_is_seen_to_train(lab, page):
     until((folder/'waiter.json').exists, 'the tutorial comes to its training')
     run = attach(folder)
     _says(page, 'train: starting, ')
-    until(lambda: _picture(page), 'axes, on which nothing is drawn yet')
+    _says(page, 'the curve will begin with the first loss, at step ')
+    assert not page.locator('img.widget-image').locator('visible=true').count(), 'no picture of nothing'
     keep(page, 'tutorial-starting')
     shown = _changes(page, run, 4)
     keep(page, 'tutorial-training')

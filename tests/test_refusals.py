@@ -27,6 +27,7 @@ REFUSED = {  # Cell → a part of the message
     'launch(recipe, nproc=1, preview=-1)': 'from 0 (none)',
     'launch(recipe | {"output_dir": folder})': 'were not created by a run',
     'attach(folder)': 'No run was launched',
+    'runs(folder + "/none")': 'There is no folder',
     'score_checkpoints(folder, "cars")': 'No run was launched',
     'Run(folder).resume()': 'There is nothing to resume',
     'Run(damaged).wait()': 'run.json',

@@ -155,19 +155,24 @@ class Project:
     ):
         self.folder = Path(folder).absolute()
         self.path, self._lock, self._stamp, self.state = self.folder/PANEL, RLock(), None, {}
+        self._is_news = False  # whether somebody has written something that `read` has not told yet
         self.read()
 
-    def read(self)->bool: # Whether it has changed since
+    def read(self)->bool: # Whether somebody else has changed it since the last call
         "Read the file again if it has changed. Raises `FileExistsError` if a panel did not write it."
         with self._lock:
-            stamp = self._now()
-            if stamp == self._stamp: return False
-            found = read_json(self.path, dict, _most_bytes) if stamp else {}
-            if stamp and found.get('written_by') != _written_by:
-                raise FileExistsError(f'{self.path} was not written by a panel. Nothing was changed. Choose another '
-                                      'folder: Panel(folder).')
-            self._stamp, self.state = stamp, found
-            return True
+            self._load()
+            is_news, self._is_news = self._is_news, False
+            return is_news
+
+    def _load(self):
+        stamp = self._now()
+        if stamp == self._stamp: return
+        found = read_json(self.path, dict, _most_bytes) if stamp else {}
+        if stamp and found.get('written_by') != _written_by:
+            raise FileExistsError(f'{self.path} was not written by a panel. Nothing was changed. Choose another '
+                                  'folder: Panel(folder).')
+        self._stamp, self.state, self._is_news = stamp, found, True
 
     def _now(self):
         try: s = os.stat(self.path)
@@ -179,7 +184,7 @@ class Project:
         "The state, to be changed; it is written at the end of the block."
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._lock, FileLock(self.folder/'.panel.lock'):
-            self.read()
+            self._load()
             yield self.state
             write_json(self.path, self.state | {'written_by': _written_by}, state=True)
             self._stamp = self._now()

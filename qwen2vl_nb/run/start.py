@@ -343,9 +343,10 @@ def run_folders(
 def runs(
     folder:str|Path, # Folder to search, including its subfolders, without links and hidden ones
 )->'pd.DataFrame': # A row for each run: run (its path in the folder), state, started, step, of, loss, …, health, cure
-    "List all runs in a folder and its subfolders."
+    "List all runs in a folder and its subfolders. Raises `FileNotFoundError` if there is no such folder."
     import pandas as pd
     folder = Path(folder).absolute()
+    if not folder.is_dir(): raise FileNotFoundError(f'There is no folder {folder}.')
     found = [*map(Run, run_folders(folder))]
     # The part of a run on another machine is not a run of its own
     first = [run for run in found if not state_or_empty(run, RUN).get('node_rank')]

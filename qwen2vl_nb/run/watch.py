@@ -73,6 +73,19 @@ def _update(log):
     except (OSError, Damaged) as e: return f'The log cannot be read: {e}'
     return ''
 
+def _has_curve(log):
+    "Whether a loss has been logged."
+    return bool(len(log.rows)) and bool((log.rows.has('loss') | log.rows.has('eval_loss')).any())
+
+def _first_loss(run, steps):
+    "When the curve of a run with so many steps will begin, in words."
+    try: recipe = run.recipe
+    except (OSError, ValueError): recipe = {}
+    every = 1 if recipe.get('logging_first_step') else recipe.get('logging_steps')
+    if type(every) is not int or recipe.get('logging_strategy', 'steps') != 'steps': every = 0
+    if steps and every > steps: return f'there will be no curve: the loss is logged every {every:,} steps'
+    return 'the curve will begin with the first loss' + f', at step {every:,}'*bool(every)
+
 def _when_changed(run):
     "When the run last wrote answers, in nanoseconds; `None` if it has written none."
     try: return os.stat(run.output_dir/PREVIEW).st_mtime_ns
@@ -155,7 +168,7 @@ class RunView(VBox):
         run, # A `Run`
     ):
         self._run, self._log, self._drawn = run, Log(run), 0
-        # What the picture shows, in words; rate and GPU; why the log can't be read
+        # What the picture shows, or when there will be one, in words; rate and GPU; why the log can't be read
         self._logged, self._rest, self._unread = '', '', ''
         self._doing, self._trouble = '', ''  # what a button has started; what went wrong
         self._lock, self._wake, self._thread, self._left = Lock(), Event(), None, 0
@@ -171,7 +184,7 @@ class RunView(VBox):
         self._faults = HTML(layout=Layout(display='none', max_width='840px'))
         self._stop = self._button('Stop', 'stop', 'At the next step, with a checkpoint', 'stopping', run.stop)
         self._resume = self._button('Resume', 'play', 'From the newest complete checkpoint', 'resuming', run.resume)
-        self._picture = Image(format='png', layout=Layout(visibility='hidden', width='840px', height='432px',
+        self._picture = Image(format='png', layout=Layout(display='none', width='840px', height='432px',
                               max_width='calc(100% - 4px)', object_fit='contain', object_position='left top'))
         rows = HBox([self._bar, self._head]), HBox([self._stop, self._resume, self._body])
         self._cards = HTML(layout=Layout(display='none', overflow='visible'))
@@ -247,11 +260,9 @@ def _refresh(self:RunView, now):
     "Update what is due; returns whether the run is in progress."
     state = self._words(now)
     at_work = state in _at_work
-    if len(self._log.rows) and self._log.offset != self._drawn: self._curve(now=not at_work)
-    elif at_work and self._logs_loss and not self._picture.value: self._show_picture(_empty_plot()._repr_png_())
+    if self._log.offset != self._drawn and _has_curve(self._log): self._curve(now=not at_work)
     self._health(now=not at_work)
     if _when_changed(self._run) != self._previewed: self._answers(now=not at_work)
-    self._picture.layout.display = None if self._drawn or at_work and self._logs_loss else 'none'
     cause = _cause(self._run) if state in ('failed', 'damaged') else ''
     self._warn('\n'.join(filter(None, [self._trouble or self._unread, cause])))
     if not at_work: self._ended.set()
@@ -265,23 +276,17 @@ def _update_text(self:RunView):
     seen.state = state = self._doing or seen.state
     self._stop.disabled = state != 'running'
     self._resume.disabled = state not in ('failed', 'stopped') or seen.now.unit != 'step'  # `predict` continues rows
-    self._logs_loss = seen.now.unit == 'step'  # a prediction has no curve
     self._bar.max, self._bar.value = seen.now.steps or 1, seen.now.step
     self._bar.bar_style = _looks.get(state, 'info')
     self._head.value = _line(_headline(seen))
     self._rest = ' · '.join(filter(None, [seen.now.pace, self._gpu() if state in _at_work else '']))
+    waits = state in _at_work and seen.now.unit == 'step'  # a prediction has no curve
+    if not self._drawn: self._logged = _first_loss(self._run, seen.now.steps) if waits else ''
     self._show_figures()
     return state
 
 
 # %% ../../nbs/run/70_watch.ipynb #watchst2
-def _empty_plot():
-    "The axes of a curve of which nothing has been logged yet."
-    import pandas as pd
-    figure = plot_loss(pd.DataFrame())
-    figure.axes[0].set_xticks([])
-    return figure
-
 def _titled_plot(run, title):
     "The curve of a run with a line above it, as PNG."
     figure = plot_loss(run)
@@ -298,7 +303,7 @@ def _titled_plot(run, title):
 def _as_it_was(self:RunView):
     "What readers without a kernel see of a run that has ended; of one at work, only text."
     said = _describe(self._run, log := Log(self._run))
-    if not len(log.rows) or _look(self._run).state in _at_work: return {'text/plain': said}
+    if not _has_curve(log) or _look(self._run).state in _at_work: return {'text/plain': said}
     png = _titled_plot(log, said.partition('\n')[0])
     return {'text/plain': said, 'image/png': base64.b64encode(png).decode()}
 
@@ -317,12 +322,9 @@ def keep(self:RunView):
 def _show_figures(self:RunView): self._body.value = _line(' · '.join(filter(None, [self._logged, self._rest])))
 
 @patch
-def _show_picture(self:RunView, png): self._picture.value, self._picture.layout.visibility = png, 'visible'
-
-@patch
 def _draw(self:RunView):
     "Draw the curve logged so far into the picture, and show its figures next to it."
-    self._show_picture(plot_loss(self._log)._repr_png_())
+    self._picture.value, self._picture.layout.display = plot_loss(self._log)._repr_png_(), None
     self._drawn = self._log.offset
     self._logged = _figures(self._log.summary())
     self._show_figures()
