@@ -23,7 +23,7 @@ from .questions import arguments, ask, hub
 from .stack import GiB, gpus, installed_versions, version_findings
 from .checkpoint import checkpoints, is_whole_file
 from .recipe import (argument_names, dataset_names, earlier_adapters, is_adapter, is_remote, load_recipe,
-                               template_names, train_recipe)
+                               template_names, train_recipe, unknown_argument)
 from .run.folder import RECIPE, RUN
 from .zero import read_zero, zero_stage
 from .data.batches import batch_findings
@@ -60,6 +60,13 @@ def _kind_findings(recipe):
     "Values of the wrong kind."
     faults = {k: fault for k, v in recipe.items() if (fault := _kind_fault(k, v))}
     return [Finding(key, *fault) for key, fault in faults.items()]
+
+def _key_findings(recipe, env):
+    "Keys that LLaMA-Factory does not have; with ALLOW_EXTRA_ARGS it takes any."
+    if (os.environ | (env or {})).get('ALLOW_EXTRA_ARGS', '').lower() in ('true', 'y', '1'): return []
+    faults = {str(key): fault for key in recipe if (fault := unknown_argument(str(key)))}
+    return [Finding(key, fault.removeprefix(f'{key}: '), 'Correct the key, or remove it.')
+            for key, fault in faults.items()]
 
 def _usable(recipe):
     "The recipe without values of the wrong kind, and without keys that have none."
@@ -617,10 +624,11 @@ def _model_path_findings(recipe):
 def recipe_findings(
     recipe:dict, # The recipe
     nproc:int=1, # Number of processes that will run it
-    own:bool=True, # Whether this environment will run it; the templates of others are not known
+    own:bool=True, # Whether this environment will run it; the arguments and templates of others are not known
+    env:dict=None, # Environment variables of the run in addition to those of this process
 )->list: # `Finding`s
     "All findings about a recipe, except its data, that are available immediately and without LLaMA-Factory."
-    found, recipe = _kind_findings(recipe), _usable(recipe)
+    found, recipe = _kind_findings(recipe) + (_key_findings(recipe, env) if own else []), _usable(recipe)
     return [*found, *_model_path_findings(recipe), *_adapter_findings(recipe), *_prompt_findings(recipe),
             *_family_findings(recipe, own), *_argument_findings(recipe), *_output_findings(recipe),
             *_zero_findings(recipe, nproc)]
@@ -664,7 +672,7 @@ def quick_findings(
 )->list: # `Finding`s
     "Findings that take a fraction of a second; if the model is a name, its hub is also queried."
     own = Path(python).absolute() == Path(sys.executable).absolute()
-    said, recipe = recipe_findings(recipe, ranks, own), _usable(recipe)
+    said, recipe = recipe_findings(recipe, ranks, own, env), _usable(recipe)
     return [*said, *half_findings(recipe), *_version_findings(recipe, versions or installed_versions(python)),
             *hub_findings(recipe, env, python)]
 
