@@ -473,6 +473,8 @@ def _zero_findings(recipe, nproc):
     return list(_config_findings(recipe, config, nproc))
 
 # %% ../nbs/20_checks.ipynb #d0410f62
+_no_commas = 'LLaMA-Factory separates adapters by commas: rename the folder.'
+
 def _adapter_findings(recipe):
     adapter = recipe.get('adapter_name_or_path')
     if not adapter: return
@@ -480,11 +482,11 @@ def _adapter_findings(recipe):
         yield Finding('finetuning_type',
             'An adapter is refused unless finetuning_type is lora.',
             'Set finetuning_type: lora.')
+    cure = _no_commas if ',' in adapter and is_adapter(Path(adapter)) else 'Pass the folder of a LoRA run.'
     for path in adapter.split(','):
         if is_adapter(Path(path)): continue
         yield Finding('adapter_name_or_path',
-            f'{path} contains no adapter (adapter_config.json and its weights).',
-            'Pass the folder of a LoRA run.')
+            f'{path} contains no adapter (adapter_config.json and its weights).', cure)
 
 _trackers = ('wandb', 'swanlab', 'mlflow', 'comet_ml', 'clearml', 'neptune')
 
@@ -603,10 +605,13 @@ def _is_finished(folder):
 def _output_findings(recipe):
     out = recipe.get('output_dir')
     if not out: return [Finding('output_dir', 'There is no output_dir.', 'Set output_dir to a folder for the run.')]
+    adapts = recipe.get('do_train') and recipe.get('finetuning_type', 'lora') in ('lora', 'oft')
+    found = [Finding('output_dir', 'Its path contains a comma, and no adapter can be loaded from there.', _no_commas,
+                     'warning')]*bool(adapts and ',' in os.path.abspath(out))
     goes_on = recipe.get('overwrite_output_dir') or recipe.get('resume_from_checkpoint')
-    if goes_on or not recipe.get('do_train') or not _is_finished(Path(out)): return []
+    if goes_on or not recipe.get('do_train') or not _is_finished(Path(out)): return found
     other = next(f'{out}-{n}' for n in count(2) if not os.path.lexists(f'{out}-{n}'))
-    return [Finding('output_dir',
+    return found + [Finding('output_dir',
         f'{Path(out)} contains a finished run, and LLaMA-Factory does not overwrite it.',
         f"Keep it, and start beside it: launch(recipe | {{'output_dir': {other!r}}}). Or replace it: "
         'overwrite_output_dir: true.')]
