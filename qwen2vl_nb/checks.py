@@ -23,7 +23,7 @@ from .questions import arguments, ask, hub
 from .stack import GiB, gpus, installed_versions, version_findings
 from .checkpoint import checkpoints, is_whole_file
 from .recipe import (argument_names, dataset_names, earlier_adapters, is_adapter, is_remote, load_recipe,
-                               template_names, train_recipe)
+                               template_names, train_recipe, unknown_argument)
 from .run.folder import RECIPE, RUN
 from .zero import read_zero, zero_stage
 from .data.batches import batch_findings
@@ -60,6 +60,13 @@ def _kind_findings(recipe):
     "Values of the wrong kind."
     faults = {k: fault for k, v in recipe.items() if (fault := _kind_fault(k, v))}
     return [Finding(key, *fault) for key, fault in faults.items()]
+
+def _key_findings(recipe, env):
+    "Keys that LLaMA-Factory does not have; with ALLOW_EXTRA_ARGS it takes any."
+    if (os.environ | (env or {})).get('ALLOW_EXTRA_ARGS', '').lower() in ('true', 'y', '1'): return []
+    faults = {str(key): fault for key in recipe if (fault := unknown_argument(str(key)))}
+    return [Finding(key, fault.removeprefix(f'{key}: '), 'Correct the key, or remove it.')
+            for key, fault in faults.items()]
 
 def _usable(recipe):
     "The recipe without values of the wrong kind, and without keys that have none."
@@ -466,6 +473,8 @@ def _zero_findings(recipe, nproc):
     return list(_config_findings(recipe, config, nproc))
 
 # %% ../nbs/20_checks.ipynb #d0410f62
+_no_commas = 'LLaMA-Factory separates adapters by commas: rename the folder.'
+
 def _adapter_findings(recipe):
     adapter = recipe.get('adapter_name_or_path')
     if not adapter: return
@@ -473,11 +482,11 @@ def _adapter_findings(recipe):
         yield Finding('finetuning_type',
             'An adapter is refused unless finetuning_type is lora.',
             'Set finetuning_type: lora.')
+    cure = _no_commas if ',' in adapter and is_adapter(Path(adapter)) else 'Pass the folder of a LoRA run.'
     for path in adapter.split(','):
         if is_adapter(Path(path)): continue
         yield Finding('adapter_name_or_path',
-            f'{path} contains no adapter (adapter_config.json and its weights).',
-            'Pass the folder of a LoRA run.')
+            f'{path} contains no adapter (adapter_config.json and its weights).', cure)
 
 _trackers = ('wandb', 'swanlab', 'mlflow', 'comet_ml', 'clearml', 'neptune')
 
@@ -596,10 +605,13 @@ def _is_finished(folder):
 def _output_findings(recipe):
     out = recipe.get('output_dir')
     if not out: return [Finding('output_dir', 'There is no output_dir.', 'Set output_dir to a folder for the run.')]
+    adapts = recipe.get('do_train') and recipe.get('finetuning_type', 'lora') in ('lora', 'oft')
+    found = [Finding('output_dir', 'Its path contains a comma, and no adapter can be loaded from there.', _no_commas,
+                     'warning')]*bool(adapts and ',' in os.path.abspath(out))
     goes_on = recipe.get('overwrite_output_dir') or recipe.get('resume_from_checkpoint')
-    if goes_on or not recipe.get('do_train') or not _is_finished(Path(out)): return []
+    if goes_on or not recipe.get('do_train') or not _is_finished(Path(out)): return found
     other = next(f'{out}-{n}' for n in count(2) if not os.path.lexists(f'{out}-{n}'))
-    return [Finding('output_dir',
+    return found + [Finding('output_dir',
         f'{Path(out)} contains a finished run, and LLaMA-Factory does not overwrite it.',
         f"Keep it, and start beside it: launch(recipe | {{'output_dir': {other!r}}}). Or replace it: "
         'overwrite_output_dir: true.')]
@@ -617,10 +629,11 @@ def _model_path_findings(recipe):
 def recipe_findings(
     recipe:dict, # The recipe
     nproc:int=1, # Number of processes that will run it
-    own:bool=True, # Whether this environment will run it; the templates of others are not known
+    own:bool=True, # Whether this environment will run it; the arguments and templates of others are not known
+    env:dict=None, # Environment variables of the run in addition to those of this process
 )->list: # `Finding`s
     "All findings about a recipe, except its data, that are available immediately and without LLaMA-Factory."
-    found, recipe = _kind_findings(recipe), _usable(recipe)
+    found, recipe = _kind_findings(recipe) + (_key_findings(recipe, env) if own else []), _usable(recipe)
     return [*found, *_model_path_findings(recipe), *_adapter_findings(recipe), *_prompt_findings(recipe),
             *_family_findings(recipe, own), *_argument_findings(recipe), *_output_findings(recipe),
             *_zero_findings(recipe, nproc)]
@@ -664,7 +677,7 @@ def quick_findings(
 )->list: # `Finding`s
     "Findings that take a fraction of a second; if the model is a name, its hub is also queried."
     own = Path(python).absolute() == Path(sys.executable).absolute()
-    said, recipe = recipe_findings(recipe, ranks, own), _usable(recipe)
+    said, recipe = recipe_findings(recipe, ranks, own, env), _usable(recipe)
     return [*said, *half_findings(recipe), *_version_findings(recipe, versions or installed_versions(python)),
             *hub_findings(recipe, env, python)]
 

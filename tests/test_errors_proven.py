@@ -284,6 +284,7 @@ RECIPES = { # name → the changes of a recipe that runs
     **{f'the template {name}': lambda r, name=name: {'template': name} for name in other_templates},
     **{f'pictures under the template {name}': lambda r, name=name: {'template': name} for name in (None, *text_templates)},
     'a template that is misspelt': lambda r: {'template': 'qwen2_v'},
+    'an argument that is misspelt': lambda r: {'learning_rat': 1e-4},
     'no adapter': lambda r: {'adapter_name_or_path': str(r.folder/'adapter')},
     'an adapter for full fine-tuning': lambda r: r.adapter() | {'finetuning_type': 'full'},
     'a ZeRO config that is not there': lambda r: {'deepspeed': 'ds_z9.json', 'use_cpu': None},

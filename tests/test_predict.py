@@ -314,3 +314,17 @@ def test_predictions_of_an_unknown_question_are_left_alone(ask, tmp_path):
 def test_an_unknown_model_is_said_before_anything_starts(ask, tmp_path):
     with pytest.raises(ValueError, match='model_name_or_path'): predict(ask(tmp_path/'out') | {'model_name_or_path': str(tmp_path/'none')})
     assert not (tmp_path/'out'/'run.json').exists()
+
+def test_a_question_that_nobody_has_answered_gives_way_to_the_corrected_one(tiny, data, tmp_path):
+    "Whether it was refused before the start or its workers failed; once there are answers, another question is refused as ever."
+    recipe = predict_recipe(tiny, 'car_item_test', tmp_path/'out', dataset_dir=str(data), max_new_tokens=4, max_samples=4, use_cpu=True, preprocessing_num_workers=1)
+    with pytest.raises(ValueError, match="max_new_token: LLaMA-Factory has no such argument; did you mean 'max_new_tokens'"): predict(recipe | {'max_new_token': 8, 'max_samples': 9})
+    assert not (tmp_path/'out'/'run.json').exists()
+    other = tmp_path/'python'  # for what is known, its LLaMA-Factory may have this argument
+    other.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    other.chmod(0o755)
+    with pytest.raises(RuntimeError, match='max_new_token'): predict(recipe | {'max_new_token': 8}, python=other)
+    answers = [row['predict'] for row in predict(recipe)]
+    assert len(answers) == 4 and all(answers)
+    with pytest.raises(ValueError, match='another question:\n- recipe, max_new_tokens: 4 before, 5 now'): predict(recipe | {'max_new_tokens': 5})
+    assert [row['predict'] for row in predict(recipe)] == answers

@@ -111,6 +111,7 @@ def test_what_is_wrong_is_said_before_the_start(few_steps, data, tmp_path):
     with pytest.raises(ValueError) as told: sweep(base, 'car_item_tset', lerning_rate=[1e-4], lora_rank=8, lora_alpha=[], output_dir=['a'], lora_dropout=[.1, .1])
     for part in ("did you mean 'learning_rate'", '8 is not a list', 'no values to try', 'output_dir: a sweep sets it', 'twice', "did you mean 'car_item_test'"):
         assert part in str(told.value), part
+    with pytest.raises(ValueError, match='name the data set that is asked with score_on'): sweep(few_steps(**EVALUATED), measure='exact', learning_rate=[1e-4])
     with pytest.raises(ValueError, match='nothing to rank by'): sweep(base, learning_rate=[1e-4])
     with pytest.raises(ValueError, match='no combination 2; there are 2'): sweep(base, 'car_item_test', only=2, learning_rate=[1e-4, 3e-4])
     with pytest.raises(ValueError) as told: sweep(base, 'car_item_test', asking={'max_new_token': 8, 'output_dir': 'a'}, nproc=0, at_once=-1, only='0', learning_rate=[1e-4])

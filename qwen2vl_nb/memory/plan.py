@@ -143,8 +143,9 @@ def gpu_count_and_memory(gpus, gpu_gib):
     if (gpus is None or gpu_gib is None) and not here:
         raise ValueError('No GPU is visible: say which GPUs the run will have, for example gpus=8, gpu_gib=80.')
     gpus, gpu_gib = len(here) if gpus is None else gpus, min(g.total for g in here)/GiB if gpu_gib is None else gpu_gib
-    if gpus < 1 or gpu_gib <= 0:
-        raise ValueError(f'gpus={gpus}, gpu_gib={gpu_gib}: give at least one GPU, with some memory.')
+    is_number = lambda n: isinstance(n, (int, float)) and n > 0
+    if not (is_number(gpus) and is_number(gpu_gib)) or gpus < 1:
+        raise ValueError(f'gpus={gpus!r}, gpu_gib={gpu_gib!r}: give at least one GPU, with some memory, as numbers.')
     return gpus, gpu_gib
 
 def _row(name, recipe, gpus, gpu_gib, sample):

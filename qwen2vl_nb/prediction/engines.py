@@ -8,7 +8,7 @@ __all__ = ['answer_settings', 'fit_findings', 'batch_budget', 'refuse_other', 'u
 
 # %% ../../nbs/prediction/45_engines.ipynb #58c9c1c3
 import os, sys, time, uuid
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from ..names import warn
@@ -27,8 +27,8 @@ from ..memory.estimate import NotPredicted, predict_memory
 from .client import server_of
 from .openai import server_options
 from .predictions import Predictions, parse_generated, without_end
-from .question import (ask_question, asked_row, question, read_question, special_token_findings,
-                                            treated_alike)
+from .question import (ask_question, asked_row, asking_lock, question, read_question,
+                                            special_token_findings, treated_alike)
 from .rows import (Index, json_line, load_line, missing, parse_row, put_in_order,
                                         set_damaged_aside, without_question)
 from .vllm import vllm_servers
@@ -257,6 +257,11 @@ def _wait(run, n, folders=(), caller='predict'):
     except RuntimeError as error: raise RuntimeError(f'{error}\n{done()}') from None
     if ended == 'stopped': raise RuntimeError(f'The prediction in {run.output_dir} was stopped. {done()}')
 
+def _answering(recipe, engine, asked):
+    "The recipe that workers get: without labels, answers keep their special tokens."
+    if engine == 'llamafactory' or any(row['label'] for row in asked): return recipe
+    return {'skip_special_tokens': False} | recipe
+
 def _warn_of_failed(predictions, caller='predict'):
     failed = predictions.failed
     if not failed: return
@@ -296,29 +301,28 @@ def predict(
     if not recipe.get('output_dir'): raise ValueError('The recipe names no folder for the answers: set output_dir.')
     folder, given = Path(recipe['output_dir']).absolute(), samples is not None
     refuse_training(folder, recipe)
-    with undone_on_error():
-        samples = _sound_samples(samples, folder) if given else asked_samples(recipe)
-        if not samples: raise ValueError('There is nothing to predict: no samples.')
-        if given: recipe = recipe | {'eval_dataset': _passed_samples}
-        asked = [asked_row(i, s) for i, s in enumerate(samples)]
-        if engine != 'llamafactory': recipe, asked = treated_alike(recipe, asked)
-        rows = [json_line(row).decode() for row in asked]
-        wanted = question(recipe, rows, engine, options.get('model'))
-        if served: refuse_other(served, wanted)
-        ask_question(folder, wanted, rows)
-    if engine != 'llamafactory' and not any(row['label'] for row in asked):
-        recipe = {'skip_special_tokens': False} | recipe
     run, path = Run(folder), folder/ANSWERS
-    is_at_work = run.is_running
-    if engine == 'llamafactory': _take_over(folder)
-    if not is_at_work: _set_aside(path, rows)
-    if not is_at_work and missing(path, len(rows)):
-        begin = partial(_begin_served, served) if served else _engines[engine]
-        about = describe_again(served) if served else describe_start(nproc, python=python, env=env)
-        try: begin(recipe, samples, folder, about, **options)
-        except RuntimeError:
-            if not run.is_running: raise  # another call has started it in the meantime
-        is_at_work = True
+    with ExitStack() as asking:
+        with undone_on_error():
+            samples = _sound_samples(samples, folder) if given else asked_samples(recipe)
+            if not samples: raise ValueError('There is nothing to predict: no samples.')
+            if given: recipe = recipe | {'eval_dataset': _passed_samples}
+            asked = [asked_row(i, s) for i, s in enumerate(samples)]
+            if engine != 'llamafactory': recipe, asked = treated_alike(recipe, asked)
+            rows = [json_line(row).decode() for row in asked]
+            wanted = question(recipe, rows, engine, options.get('model'))
+            if served: refuse_other(served, wanted)
+            asking.enter_context(asking_lock(folder))
+            is_at_work = run.is_running
+            # The run of several models is in the folder above theirs
+            ask_question(folder, wanted, rows, is_at_work or Run(folder.parent).is_running)
+        if engine == 'llamafactory': _take_over(folder)
+        if not is_at_work: _set_aside(path, rows)
+        if not is_at_work and missing(path, len(rows)):
+            begin = partial(_begin_served, served) if served else _engines[engine]
+            about = describe_again(served) if served else describe_start(nproc, python=python, env=env)
+            begin(_answering(recipe, engine, asked), samples, folder, about, **options)
+            is_at_work = True
     if is_at_work: _wait(run, len(rows))
     if engine == 'llamafactory': _take_over(folder)
     with suppress(OSError): put_in_order(path)  # fails if the disk is full; readers then sort the rows
@@ -339,14 +343,16 @@ def _begin_in_turn(recipes, folder, about):
              for name,recipe in recipes.items()]
     return _start_workers(first | {'output_dir': str(folder)}, folder, about | {'parts': parts}, _workers(about))
 
-def _answer_in_turn(recipes, folder, n, caller, **workers):
-    "Answer the rows that are missing in the folders of some recipes, each of which has `n`."
-    run, folders = Run(folder), [folder/name for name in recipes]
-    if not any(missing(part/ANSWERS, n) for part in folders): return
-    try: _begin_in_turn(recipes, folder, describe_start(**workers))
-    except RuntimeError:
-        if not run.is_running: raise  # another call has started it in the meantime
-    _wait(run, n, folders, caller)
+def _ask_in_turn(recipes, questions, folder, rows, workers):
+    "Ask, and start workers if rows are missing; `'at work'` if others are at work, which may answer other questions."
+    with asking_lock(folder):
+        is_at_work = Run(folder).is_running
+        for name, asked in questions.items(): ask_question(folder/name, asked, rows, is_at_work)
+        if is_at_work: return 'at work'
+        for name in recipes: _set_aside(folder/name/ANSWERS, rows)
+        if not any(missing(folder/name/ANSWERS, len(rows)) for name in recipes): return 'done'
+        _begin_in_turn(recipes, folder, describe_start(**workers))
+        return 'begun'
 
 # %% ../../nbs/prediction/45_engines.ipynb #5d9dc9f8
 def predict_in_turn(
@@ -366,13 +372,12 @@ def predict_in_turn(
     kept = {k: v for k,v in alike.items() if k not in first}  # whether special tokens are kept
     rows = [json_line(row).decode() for row in asked]
     recipes = {name: recipe | kept | {'output_dir': str(folder/name)} for name,recipe in recipes.items()}
-    for name,recipe in recipes.items(): ask_question(folder/name, question(recipe, rows, 'hf'), rows)
-    run = Run(folder)
-    if run.is_running: _wait(run, len(rows), [folder/name for name in recipes], caller)
-    for name in recipes: _set_aside(folder/name/ANSWERS, rows)
-    if not any(row['label'] for row in asked):
-        recipes = {name: {'skip_special_tokens': False} | recipe for name,recipe in recipes.items()}
-    _answer_in_turn(recipes, folder, len(rows), caller, nproc=nproc, python=python, env=env)
+    questions = {name: question(recipe, rows, 'hf') for name,recipe in recipes.items()}
+    recipes = {name: _answering(recipe, 'hf', asked) for name,recipe in recipes.items()}
+    workers = dict(nproc=nproc, python=python, env=env)
+    for state in iter(partial(_ask_in_turn, recipes, questions, folder, rows, workers), 'done'):
+        _wait(Run(folder), len(rows), [folder/name for name in recipes], caller)
+        if state == 'begun': break
     found = {name: Predictions(folder/name) for name in recipes}
     for predictions in found.values(): _warn_of_failed(predictions, caller)
     return found

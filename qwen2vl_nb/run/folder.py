@@ -44,7 +44,7 @@ GENERATED = 'generated_predictions.jsonl' # Answers of LLaMA-Factory's own predi
 
 SERVED = 'served'           # The `engine` of a run that keeps a model loaded
 RUN_LOCK = '.lock'          # Held while a run is started in the folder
-ASKED_LOCK = '.asked.lock'  # Held while the question of a prediction is written
+ASKED_LOCK = '.asked.lock'  # Held while the question of a prediction is written and its run is started
 SERVER = 'server.json'      # Port and key of the process that keeps it loaded, and its process id and creation time
 
 def failure_file(

@@ -319,6 +319,8 @@ def sweep(
               *_argument_faults(asking, nproc, at_once, only)]
     if not faults and score_on: faults += _ranking_faults(recipe, score_on, asking or {}, measure)
     trials = combinations(recipe, values) if not faults else []
+    if score_on is None and (measure or asking):
+        faults.append('measure and asking are about answers: name the data set that is asked with score_on.')
     if score_on is None and not all(_evaluates(t.recipe) for t in trials):
         faults.append('There is nothing to rank by: name a data set with score_on, or let the recipe evaluate '
                       '(val_size=.1, eval_strategy=\'steps\', eval_steps=100).')
