@@ -390,10 +390,13 @@ def open_picture(
     file = open_regular(path) if isinstance(path, (str, os.PathLike)) else nullcontext(path)
     with file as f, Image.open(f, formats=_picture_formats()) as im: yield im
 
+# For the file alone: passed on to streams as well, options end the process if a stream is found only later, as in FLV
+_alone = {'protocol_whitelist': 'none'}
+
 @contextmanager
 def open_clip(
     path, # Path of the clip
 ):
     "Open a clip with FFmpeg; no other file and no URL is opened."
     import av
-    with open_regular(path) as f, av.open(f, options={'protocol_whitelist': 'none'}) as container: yield container
+    with open_regular(path) as f, av.open(f, container_options=_alone) as container: yield container

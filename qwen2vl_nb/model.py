@@ -196,8 +196,8 @@ def tokens_within(
     if width < 1 or height < 1: raise ValueError(f'A picture of {width}×{height} pixels has no tokens.')
     size = trainer_size(width, height, max_pixels, min_pixels)
     if frames > 1 and min(size) < limits['unit']:
-        raise ValueError(f"A clip of {size[0]}×{size[1]} pixels is too small: each side needs at least "
-                         f"{limits['unit']} pixels.")
+        raise ValueError(f"Frames of {width}×{height} pixels are too small or too thin: LLaMA-Factory scales them to "
+                         f"{size[0]}×{size[1]}, and the processor needs {limits['unit']} pixels in each direction.")
     w, h = _processor_size(*size, **limits, frames=frames)
     return w*h // limits['unit']**2
 

@@ -46,12 +46,12 @@ def until(condition, what='what was waited for'):
         time.sleep(.05)
     return found
 
-def write_clip(path, frames, rate, size):
-    "A black clip as MP4."
+def write_clip(path, frames, rate, size, codec='libx264'):
+    "A black clip, in the container of the path's ending."
     import av
     from PIL import Image
     with av.open(str(path), 'w') as container:
-        stream = container.add_stream('libx264', rate=rate, options={'preset': 'ultrafast'})
+        stream = container.add_stream(codec, rate=rate, options={'preset': 'ultrafast'} if codec == 'libx264' else {})
         stream.width, stream.height, stream.pix_fmt = *size, 'yuv420p'
         for _ in range(frames): container.mux(stream.encode(av.VideoFrame.from_image(Image.new('RGB', size))))
         container.mux(stream.encode())

@@ -403,6 +403,7 @@ ELSEWHERE = { # function, or more of the line → the test in which it is proven
     "checks._config_findings: Finding('deepspeed'": 'test_failures.py::zero3_generates',
     "checks._template_findings: Finding(name, f'Under the template": 'test_family.py::test_templates_of_other_families',
     "checks._clip_findings: Finding(name, f'{len(lost)}": 'test_family.py::test_clips_that_llamafactory_cannot_place',
+    'check._refused_faults': 'test_family.py::test_clips_that_are_too_small',
     "checks._config_findings: Finding('use_cpu'": 'test_failures.py::use_cpu_with_zero3',
     "checks.hub_findings: Finding('model_name_or_path', f'There is no folder": 'test_hub.py::test_a_hub_that_cannot_be_reached_is_said_before_the_start',
     "checks.hub_findings: Finding('model_name_or_path', f'{address} does not provide": 'test_hub.py::test_a_name_that_the_hub_does_not_have_is_said_before_the_start',

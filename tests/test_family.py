@@ -88,6 +88,32 @@ def test_video_tokens_are_those_of_the_trainer(small, parts, clips, monkeypatch)
         assert [int(count_tokens([sample], small, **limits).media[0])]*2 == [int(grid[0].prod())//4 for grid in (promised, given)], (path, limits)
         assert not len(check_samples([sample], model=small, **limits))
 
+@pytest.mark.parametrize('name', ['flv', 'mkv', 'webm', 'avi', 'mpg', 'ts'])
+def test_clips_whose_header_lacks_something(name, small, parts, tmp_path):
+    "Some of these containers do not say how many frames a clip has, others not how long it is either: counted as LLaMA-Factory does, and an error where it stops."
+    plugin, processor = parts
+    codec, rate = {'webm': 'libvpx', 'mpg': 'mpeg2video', 'avi': 'mpeg4'}.get(name, 'libx264'), 25 if name == 'mpg' else 8
+    for frames in (15, 40, 130):
+        write_clip(path := tmp_path/f'{frames}.{name}', frames, rate, (64, 64), codec)
+        sample = {'videos': [str(path)], 'instruction': '<video>What?', 'output': 'x'}
+        given, expanded = plugin._get_mm_inputs([], [str(path)], [], processor), plugin._get_mm_token_metadata([], [str(path)], [], processor)
+        given, expanded = (int(found['video_grid_thw'][0].prod())//4 for found in (given, expanded or given))
+        found = check_samples([sample], model=small, cutoff_len=100_000)
+        assert count_tokens([sample], small).media[0] == expanded and ('error' in set(found.level)) is (given != expanded), (frames, found)
+
+def test_clips_that_are_too_small(small, family, parts, tmp_path):
+    "After LLaMA-Factory's resize, a side has at least 28 pixels; the processor of Qwen3-VL needs 32."
+    plugin, processor = parts
+    for size in (2, 2), (28, 28), (30, 34), (400, 16), (16, 400), (2000, 38), (4000, 38):
+        write_clip(path := tmp_path/'{}x{}.mp4'.format(*size), 4, 4, size)
+        sample = {'videos': [str(path)], 'instruction': '<video>What?', 'output': 'x'}
+        found = check_samples([sample], model=small)
+        assert list(found.level) == ['error']*len(found), found
+        if len(found):
+            assert families[family].has_times and 'each direction' in found.what[0]
+            with pytest.raises(ValueError, match='must be larger than factor'): plugin._get_mm_inputs([], [str(path)], [], processor)
+        else: assert count_tokens([sample], small).media[0] == int(plugin._get_mm_inputs([], [str(path)], [], processor)['video_grid_thw'][0].prod())//4
+
 def test_video_tokens_of_many_sizes(small, family, parts, tmp_path):
     "The arithmetic alone, on 2,000 sizes, lengths and limits: of a frame, or of all frames together."
     folder, rng, plugin = shutil.copytree(small, tmp_path/'model'), random.Random(1), parts[0]

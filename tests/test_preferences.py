@@ -287,7 +287,8 @@ def test_a_sound_recipe_has_no_findings_and_a_bad_row_is_named(stage, tiny, tmp_
     make = STAGES[stage]
     rows = [make(i) for i in range(4)]
     recipe = _recipe(tiny, tmp_path, stage, rows)
-    assert not quick_findings(recipe) + slow_findings(recipe)
+    too_new = [] if stage != 'kto' or TRAINS_KTO else ['KTO needs an older release']  # of transformers, which is said before the start
+    assert [f.what.partition(':')[0] for f in quick_findings(recipe) + slow_findings(recipe)] == too_new
     bad = _recipe(tiny, tmp_path, stage, [*rows, make(5, **({'kto_tag': 'no'} if stage == 'kto' else {'rejected': 3}))])
     errors = [f.what for f in slow_findings(bad) if f.level == 'error']
     assert len(errors) == 1 and 'the first is row 4' in errors[0]

@@ -22,7 +22,8 @@ from .objects import is_table
 from .preference_faults import preference_faults, preference_faults_between
 from .samples import (as_list, is_dialogue, is_ranking, map_media, media_key, media_of, media_paths,
                                      media_tags, name_row, place_of, sample_kind, sample_turns, without_tags)
-from .tokens import clip_sampling, known_limits, look_at_samples, media_tokens, text_tokens
+from .tokens import (clip_sampling, known_limits, look_at_samples, media_tokens, refused_clips,
+                                    text_tokens)
 if TYPE_CHECKING: import pandas as pd
 
 # %% ../../nbs/data/40_check.ipynb #930ce439
@@ -329,6 +330,11 @@ def _media_faults(sample, *about):
     return [(media_key(sample, key), fault) for key in ('images', 'videos') for item in media_of(sample, key)
             for fault in _item_faults(key, item, *about)]
 
+def _refused_faults(samples, looks, model, limits):
+    "Clips of a size that is refused."
+    return [(i, media_key(samples[i], 'videos'), Fault(why, 'Scale the clip up or crop it, or drop the row.'))
+            for i, why in refused_clips(samples, looks, model, limits)]
+
 def _length_faults(rows, text, media, cutoff_len):
     "Rows with more tokens than LLaMA-Factory keeps."
     for i, s in rows:
@@ -468,6 +474,7 @@ def _check(samples, fix, against, model, cutoff_len, media, workers, **limits):
     found += _between_rows(rows, told)
     text = text_tokens(samples, model, looks, fps=limits['video_fps']) if model else [0]*len(samples)
     shown = media_tokens(samples, looks, model, limits) if media else [0]*len(samples)
+    found += _refused_faults(samples, looks, model, limits) if media else []
     return [*found, *_length_faults(rows, text, shown, cutoff_len)], copies, looks[0]
 
 # %% ../../nbs/data/40_check.ipynb #mend0001

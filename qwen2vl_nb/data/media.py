@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import islice
 from typing import NamedTuple
 from ..names import progress
 from ..files import file_digest, open_clip, open_picture, open_regular, write_new
@@ -239,14 +240,18 @@ def _header_fault(stream):
                      'LLaMA-Factory takes its first frames instead of sampling frames from each second.',
                      'Save it as MP4.', 'warning')
 
-def _frame_faults(found, taken, decoded, promised):
+def _frame_faults(found, taken, decoded, stream):
     "What is wrong with a clip of which `found` of the frames in `taken` can be decoded."
     if not found: return [Fault('None of its frames can be decoded.', 'Save it again, or drop the row.')]
-    if promised and found < len(taken):
-        return [Fault(f'Its header promises {promised} frames, but it has {decoded}: '
+    if -(-found//2) == -(-len(taken)//2): return []  # the last of an odd number of frames is taken twice
+    if stream.frames:
+        return [Fault(f'Its header promises {stream.frames} frames, but it has {decoded}: '
                       f'only {found} of the {len(taken)} that LLaMA-Factory takes.',
                       'Save it again, or drop the row.')]
-    return []
+    if stream.duration is None: return []
+    return [Fault('Its header says how long it is but not how many frames it has: LLaMA-Factory counts on '
+                  f'{len(taken)} frames (video_maxlen), finds {found}, and stops.',
+                  'Save it as MP4.')]
 
 def _decode_clip(look, container, video_fps, video_maxlen):
     stream = next((s for s in container.streams if s.type == 'video'), None)
@@ -260,7 +265,7 @@ def _decode_clip(look, container, video_fps, video_maxlen):
     for frame in container.decode(stream): decoded, rotation = decoded + 1, frame.rotation
     look.frames = sum(i < decoded for i in taken)
     look.times = _times(taken[:look.frames], stream)
-    look.faults += _frame_faults(look.frames, taken, decoded, stream.frames)
+    look.faults += _frame_faults(look.frames, taken, decoded, stream)
     if rotation:
         look.faults.append(Fault(f'Its metadata says that it must be rotated ({rotation}°), and LLaMA-Factory does '
                                  'not rotate it.', 'Rotate it and save it again.', 'warning'))
@@ -303,13 +308,14 @@ def glance_at_video(
     video_fps:float=2., # Frames taken for each second, as in the recipe
     video_maxlen:int=128, # Largest number of frames taken, as in the recipe
 )->Look: # With its size and the number of frames taken, or a fault
-    "Read the size and length of a clip from its header."
+    "Read the size and length of a clip from its header, as far as it contains them."
     fault = _file_fault(path, True)
     if fault: return Look(faults=[fault])
     try:
         with open_clip(path) as container:
             stream = container.streams.video[0]
             taken = sampled_frames(*_stream_facts(stream), video_fps, video_maxlen)
+            if stream.duration is None: taken = taken[:sum(1 for _ in islice(container.decode(stream), len(taken)))]
             return Look(size=(stream.width, stream.height), frames=len(taken), times=_times(taken, stream))
     except Exception as e: return Look(faults=[_undecodable(os.path.basename(path), b'', e)])
 
