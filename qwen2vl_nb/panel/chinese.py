@@ -28,6 +28,9 @@ CHINESE = {
                         '{name} 不是由本面板写入的，或者写入后被改动过。该文件保持原样，代码改为写入 {other}。'),
     'panel.ended': ('This form is now shown in another cell. Run this cell again to have it here.',
                     '此表单现在显示在另一个单元格中。重新运行本单元格即可在这里继续使用。'),
+    'panel.run_again': ('The kernel that showed this form has ended. Run this cell again: the form comes back as it '
+                        'was.',
+                        '显示此表单的内核已经结束。重新运行本单元格，表单就会恢复原样。'),
     'panel.refused': ('The form could not be saved: {error}', '无法保存表单：{error}'),
     'panel.first': ('This needs the step "{step}" first: press "{action}" there.',
                     '请先完成“{step}”步骤：在那里点击“{action}”。'),

@@ -25,6 +25,7 @@ ENGLISH = {
     'panel.elsewhere': '{name} was not written by this panel or has been changed since. It stays as it is; '
                        'the code is written to {other}.',
     'panel.ended': 'This form is now shown in another cell. Run this cell again to have it here.',
+    'panel.run_again': 'The kernel that showed this form has ended. Run this cell again: the form comes back as it was.',
     'panel.refused': 'The form could not be saved: {error}',
     'panel.first': 'This needs the step "{step}" first: press "{action}" there.',
     'panel.done': 'done',
