@@ -23,6 +23,9 @@ CHINESE = {
                          '意外的错误：{error}\n出错位置：{where}。要查看完整的 traceback，请在单元格中运行下面的代'
                          '码。'),
     'panel.fill': ('Fill in "{control}" in the step "{step}" first.', '请先在“{step}”步骤中填写“{control}”。'),
+    'panel.field': ('"{control}"', '“{control}”'),
+    'panel.field_of': ('"{control}" in the step "{step}"', '“{step}”步骤中的“{control}”'),
+    'panel.set': ('To be set in this form: {fields}.', '请在此表单中设置：{fields}。'),
     'panel.elsewhere': ('{name} was not written by this panel or has been changed since. It stays as it is; the '
                         'code is written to {other}.',
                         '{name} 不是由本面板写入的，或者写入后被改动过。该文件保持原样，代码改为写入 {other}。'),

@@ -22,6 +22,9 @@ ENGLISH = {
     'panel.unexpected': 'This error was not expected: {error}\nIt was raised in {where}. To see the full traceback, '
                         'run the code below in a cell.',
     'panel.fill': 'Fill in "{control}" in the step "{step}" first.',
+    'panel.field': '"{control}"',
+    'panel.field_of': '"{control}" in the step "{step}"',
+    'panel.set': 'To be set in this form: {fields}.',
     'panel.elsewhere': '{name} was not written by this panel or has been changed since. It stays as it is; '
                        'the code is written to {other}.',
     'panel.ended': 'This form is now shown in another cell. Run this cell again to have it here.',
