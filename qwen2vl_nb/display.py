@@ -220,7 +220,8 @@ _again_style = f'''<style>
 {_ended} .jp-OutputArea-child:has(.qvl-again) {{order:-1}}
 {_ended} .qvl-again {{display:block!important;padding:4px 10px;border:1px solid var(--jp-warn-color1,#ab6a00);
   border-left-width:5px;border-radius:3px;overflow-wrap:anywhere}}
-{_ended} .jp-OutputArea-output.jupyter-widgets, {_ended} .jupyter-widgets-disconnected::before {{display:none!important}}
+{_ended} .jp-OutputArea-output.jupyter-widgets,
+{_ended} .jupyter-widgets-disconnected::before {{display:none!important}}
 {_ended} .jp-OutputArea-output>.jupyter-widgets-disconnected {{opacity:.6}}
 </style>'''
 

@@ -300,8 +300,8 @@ def test_what_a_training_was_built_on_is_asked_with_it_and_all_runs_are_listed_w
     for name in ('before', 'after'):
         box, at_work = step.boxes[f'predict.{name}'], []
         box.result.observe(lambda change, at_work=at_work: at_work.append(len(step.work.children)), 'children')
-        box.button.click()
-        until(lambda: step.work.children or at_work, 'it is seen at work')
+        box.start()
+        until(lambda: at_work or step.work.look(), 'it is seen at work')
         box.wait()
         assert 'qvl-error' not in shown(box), shown(box)
         assert at_work[0] == 0, 'nothing is shown at work beside its result'

@@ -116,7 +116,7 @@ def _compute(self:MemoryStep):
         self.table.value = shown + code_html(code[1], say('panel.copy'))
         self._of = code
     except Exception as e:
-        self._of, self.table.value = None, as_html('qvl-said', self.explain(e))
+        self._of, self.table.value = None, as_html('qvl-said', self.tell_error(e))
 
 @patch
 def _has_gpus(self:MemoryStep): return bool(self.values['gpus'] or self.values['gpu_gib'] or gpus())

@@ -48,6 +48,7 @@ STYLE = '''<style>
 .qvl-code .mi,.qvl-code .mf {color:var(--jp-mirror-editor-number-color,inherit)}
 .qvl-error {border:1px solid var(--jp-error-color1,#d64545);border-left-width:5px;border-radius:3px;padding:6px 10px;
   white-space:pre-wrap;overflow-wrap:anywhere}
+.qvl-next {border-left:5px solid var(--jp-warn-color1,#ab6a00);padding:2px 10px;margin:4px 0;overflow-wrap:anywhere}
 .qvl-list button {text-align:left}
 .qvl-said {white-space:pre-wrap;overflow-wrap:anywhere;opacity:.85}
 .qvl .jp-RenderedHTMLCommon table {margin-left:0}
@@ -121,7 +122,8 @@ def explain(
 
 # %% ../../nbs/panel/20_steps.ipynb #inform01
 _buttons = {'read_samples': 'data.read', 'check_samples': 'data.check', 'mend_samples': 'data.mend',
-            'drop_samples': 'data.drop', 'split_samples': 'split.register', r'Registry\([^)]*\)\.add': 'split.register',
+            'drop_samples': 'data.drop', 'split_samples': 'split.register',
+            r'Registry\([^)]*\)\.add': 'split.register',
             'check_recipe': 'recipe.check', 'pick_zero': 'memory.pick', 'score_checkpoints': 'checkpoints.score'}
 _others = {'family': 'data.boxes', 'model': 'model.model', 'model_name_or_path': 'model.model', 'gpus': 'memory.gpus',
            'gpu_gib': 'memory.gpu_gib', 'dataset_dir': 'split.folder', 'max_new_tokens': 'predict.max_new_tokens'}
@@ -152,7 +154,8 @@ def as_in_form(
     for name in _buttons: text = re.sub(rf'(?<![\w.])`?({name})(?:\([^)]*\))?`?(?![\w(])', button, text)
     names = '|'.join(sorted(fields, key=len, reverse=True)) or '(?!)'
     value = r"(?:=(?:…|'[^']*'|[\w.]*\w)?)"
-    return re.sub(rf"(pass )?(^|(?<=\n)|- |recipe, )?(?<![\w./'\"-])`?({names})({value})?`?(?![\w/(]|\.\w)", field, text)
+    start = '(pass )?(^|(?<=\n)|- |recipe, )?'
+    return re.sub(rf"{start}(?<![\w./'\"-])`?({names})({value})?`?(?![\w/(]|\.\w)", field, text)
 
 # %% ../../nbs/panel/20_steps.ipynb #20steps0016
 _patience = 5 # Seconds
@@ -325,7 +328,7 @@ def _again(self:ActionBox):
     self.button.disabled, failed = True, None
     try: shown = self.step.show(name, result_again(session, name))
     except Exception as e:
-        shown, failed = [HTML(as_html('qvl-error', self.step.explain(e)))], self._basis()
+        shown, failed = [HTML(as_html('qvl-error', self.step.tell_error(e)))], self._basis()
     ran = self._ran()
     self._end(ran.said if ran else '', shown, failed)
     with self._lock: again, self._once_more, self._thread = self._once_more, False, None
@@ -337,7 +340,7 @@ def _failed(self:ActionBox, error):
     say, shown = self.step.panel.say, []
     with suppress(Exception):  # the code could not even be built
         shown = [HTML(code_html(self.step.panel.session.next_code(self.action.name)[1], say('panel.copy')))]
-    return [HTML(as_html('qvl-error', self.step.explain(error))), *shown]
+    return [HTML(as_html('qvl-error', self.step.tell_error(error))), *shown]
 
 @patch
 def cancel(self:ActionBox):
@@ -417,12 +420,13 @@ def tell(self:Step,
     return as_in_form(text, fields_of(self.name, self.panel.session.defaults), called)
 
 @patch
-def explain(self:Step,
+def tell_error(self:Step,
     error:Exception, # An exception that was caught
 )->str:
     "What went wrong, in the words of the form, and which fields to set."
     say, fields = self.panel.say, fields_of(self.name, self.panel.session.defaults)
-    wrong = [say('panel.field', control=say(fields[name])) for name in getattr(error, 'arguments', ()) if name in fields]
+    wrong = [fields[name] for name in getattr(error, 'arguments', ()) if name in fields]
+    wrong = [say('panel.field', control=say(key)) for key in wrong]
     told = self.tell(explain(error, say))
     return '\n'.join([told, *[say('panel.set', fields=' · '.join(wrong))]*bool(wrong)])
 
