@@ -8,7 +8,7 @@ from conftest import ROOT, until
 from qwen2vl_nb.data.registry import Registry
 from qwen2vl_nb.prediction.engines import predict
 from qwen2vl_nb.prediction.predictions import Predictions
-from qwen2vl_nb.recipe import argument_names, predict_recipe, save_recipe
+from qwen2vl_nb.recipe import argument_names, find_adapter, predict_recipe, save_recipe
 from qwen2vl_nb.run.folder import RUN, state_or_empty
 from qwen2vl_nb.run.loss import plot_loss, read_log
 from qwen2vl_nb.run.start import attach, launch
@@ -102,6 +102,8 @@ def test_a_model_with_added_tokens_is_asked_as_it_was_trained(few_steps, tiny_fp
     assert asked['default_system'] == '<car><bus>' and asked['image_max_pixels'] == 3136
     answers = [[row['predict'] for row in rows] for rows in (Predictions(run.output_dir/'predict-car_item_test'), *scored.predictions.values())]
     assert len(answers) == 2 and answers[0] == answers[1]
+    again = sweep(base, 'car_item_test', asking=ASKING, learning_rate=[1e-3])  # with the weights that it ended with, as before
+    assert again.table.why.tolist() == [''] and find_adapter(run) == run.best == run.output_dir/'checkpoint-2'
     alone = predict_recipe(tiny_fp32, 'car_item_test', tmp_path/'alone', adapter=run, dataset_dir=str(data), use_cpu=True, **ASKING)
     with pytest.warns(UserWarning, match='trained with other prompts'): otherwise = predict(alone)
     assert all(a['prompt_tokens'] != b['prompt_tokens'] for a, b in zip(otherwise, Predictions(run.output_dir/'predict-car_item_test')))

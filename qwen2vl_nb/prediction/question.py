@@ -7,7 +7,7 @@ __all__ = ['asked_row', 'treated_alike', 'special_token_findings', 'question', '
 
 # %% ../../nbs/prediction/35_question.ipynb #predictionquestion02
 import hashlib, json, os, re
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from filelock import FileLock
 from ..names import warn
@@ -186,10 +186,10 @@ def _changes(folder, before, asked, rows):
 # %% ../../nbs/prediction/35_question.ipynb #0812981a
 def asking_lock(
     folder:Path, # Folder of a prediction
-)->FileLock:
+)->FileLock|nullcontext:
     "The lock that is held from before a question is asked until the run that answers it has started."
     folder.mkdir(parents=True, exist_ok=True)
-    return FileLock(folder/ASKED_LOCK)
+    return FileLock(folder/ASKED_LOCK) if os.access(folder, os.W_OK) else nullcontext()  # nothing can change there
 
 def _is_unanswered(folder, before, rows):
     "Whether nobody has answered a question."

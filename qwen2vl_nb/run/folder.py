@@ -239,7 +239,8 @@ def write_best(
     best:Best,
 ):
     "Record the best checkpoint of a run. Raises `FileExistsError` instead of replacing a file of another kind."
-    try: read_state(folder, BEST)
+    try:
+        if read_state(folder, BEST) == asdict(best): return
     except Damaged as e:
         raise FileExistsError(f'{e} It is not replaced: move it elsewhere, and score the checkpoints again.') from None
     write_json(Path(folder)/BEST, asdict(best), state=True)

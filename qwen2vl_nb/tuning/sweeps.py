@@ -6,7 +6,7 @@
 __all__ = ['Trial', 'combinations', 'clash', 'gpu_groups', 'train_all', 'asking_recipe', 'Sweep', 'sweep']
 
 # %% ../../nbs/tuning/20_sweep.ipynb #sweep003
-import hashlib, itertools, json, math, os, re, time
+import itertools, json, math, os, time
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -15,6 +15,7 @@ from pathlib import Path
 from filelock import Timeout
 from ..checkpoint import newest_complete
 from ..data.registry import Registry
+from ..files import name_part
 from ..findings import text_table
 from ..hidden import apart
 from ..names import bar_file
@@ -22,8 +23,8 @@ from ..prediction.engines import asked_samples, predict
 from ..prediction.predictions import Predictions
 from ..prediction.question import asked_row
 from ..prediction.scores import check_measure, score, usual_measure
-from ..recipe import (absolute_recipe, answer_arguments, answering_faults, answering_recipe, unknown_argument,
-                               without_time)
+from ..recipe import (absolute_recipe, adapters_of, answer_arguments, answering_faults, answering_recipe,
+                               unknown_argument, without_time)
 from ..run.command import gpus_for
 from ..run.folder import RUN, TRAINER_LOG, state_or_empty
 from ..run.loss import best_evaluation
@@ -32,15 +33,9 @@ from ..run.start import Run, launch, start_lock
 from ..zero import read_zero
 
 # %% ../../nbs/tuning/20_sweep.ipynb #sweep006
-def _in_words(value):
-    "A value as a part of a folder's name."
-    said = str(value)
-    short = re.sub(r'[^\w.+-]+', '_', said)[:40]
-    return short if short == said else f'{short}.{hashlib.sha256(said.encode()).hexdigest()[:8]}'
-
 def _shorter(values):
     "Values of an argument, and long ones, such as ZeRO configs, as parts of a folder's name."
-    return [_in_words(value) if len(str(value)) > 60 else value for value in values]
+    return [name_part(value) if len(str(value)) > 60 else value for value in values]
 
 @dataclass
 class Trial:
@@ -68,7 +63,7 @@ def combinations(
     found, folder = [], without_time(recipe['output_dir'])
     for some in itertools.product(*values.values()):
         chosen = {k: v.item() if hasattr(v, 'item') else v for k, v in zip(values, some)}  # numpy's numbers, too
-        name = '-'.join(f'{k}-{_in_words(v)}' for k, v in chosen.items())
+        name = name_part('-'.join(f'{k}-{name_part(v)}' for k, v in chosen.items()), 200)
         merged = recipe | chosen | {'output_dir': str(Path(folder, name))}
         found.append(Trial(chosen, {k: v for k, v in merged.items() if v is not None}))
     return found
@@ -85,7 +80,7 @@ def _value_faults(values):
         if isinstance(some, (str, bytes, dict)) or not isinstance(some, Collection):
             yield f'{key}: {some!r} is not a list of values. Give [{some!r}], or set it in the recipe.'
         elif not len(some): yield f'{key}: there are no values to try.'
-        elif len({_in_words(v) for v in some}) < len(some): yield f'{key}: a value occurs twice in {some}.'
+        elif len({name_part(v) for v in some}) < len(some): yield f'{key}: a value occurs twice in {some}.'
 
 def _evaluates(recipe):
     "Whether a run of the recipe logs evaluation losses."
@@ -232,8 +227,11 @@ def asking_recipe(
     asking:dict, # Changes to the recipe
 )->dict: # A recipe for prediction
     "A recipe that asks a run's model about a data set."
-    answers = trial.run.output_dir/f'predict-{_in_words(score_on)}'
-    return answering_recipe(trial.recipe, trial.run, score_on, answers, **asking)
+    answers = trial.run.output_dir/f'predict-{name_part(score_on)}'
+    recipe = answering_recipe(trial.recipe, trial.run, score_on, answers, **asking)
+    if recipe.get('adapter_name_or_path'):
+        recipe['adapter_name_or_path'] = adapters_of(trial.recipe, trial.run, measured=False)
+    return recipe
 
 def _score_answers(trial, score_on, asking, ask):
     "Score a run's answers; if `ask`, those that are missing are predicted first."
