@@ -1,6 +1,7 @@
 "Checkpoints scored by their answers, and answers while a run trains: real runs of the embedded model, killed and resumed, and folders that are not to be trusted."
 import json, math, os, shutil, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -188,15 +189,16 @@ def test_incomplete_checkpoints_are_left_out_and_named(trained, tmp_path):
     with pytest.raises(ValueError, match='it is not a training run'): score_checkpoints(trained.lora.output_dir/'scores'/'car_item_test', 'car_item_test')
 
 def test_what_was_scored_is_found_again_where_nothing_can_be_written(trained, tmp_path):
-    "On a disk that is read-only by now, as an archive is; what would have to be asked says that it can't be written."
+    "In another place, on a disk that is read-only by now, as an archive is; what would have to be asked says that it can't be written."
     few = dict(max_samples=4, max_new_tokens=8)
     with small_disk(tmp_path/'disk', '64m') as remount:
-        run = shutil.copytree(trained.plain.output_dir, tmp_path/'disk'/'run')
+        run = Path(shutil.copytree(trained.plain.output_dir, tmp_path/'disk'/'run'))
         before = score_checkpoints(run, 'car_item_test', **few)
+        run = run.rename(tmp_path/'disk'/'moved')
         remount('64m,ro')
         assert score_checkpoints(run, 'car_item_test', **few).table.equals(before.table)
         with pytest.warns(UserWarning, match='could not be recorded as the best checkpoint: .*Read-only'): score_checkpoints(run, 'car_item_test', 'bleu-4', **few)
-        with pytest.raises(OSError, match='Read-only'): score_checkpoints(run, 'car_item_test', max_samples=5)
+        with pytest.raises(OSError, match='Read-only'): score_checkpoints(run, 'car_item', **few)
 
 def test_a_hostile_record_of_the_best_names_no_other_folder(trained, tmp_path):
     run = tmp_path/'run'

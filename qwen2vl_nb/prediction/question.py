@@ -172,6 +172,13 @@ def read_question(
     raise ValueError(f'{wrong}. Without it, it is unknown which question the answers in this folder belong to. Nothing '
                      'was touched. Restore the file, choose another output_dir, or delete this one.')
 
+def _moved(before, asked):
+    "The keys of a recipe that name files which are the same as before, wherever they are by now."
+    is_one = lambda q: ',' not in (q['recipe'].get('adapter_name_or_path') or '')
+    same = {part for part in ('model', 'adapter') if before[part] and before[part] == asked[part]}
+    if not (is_one(before) and is_one(asked)): same -= {'adapter'}  # files of several have the same names
+    return {f'{part}_name_or_path' for part in same}
+
 def _changes(folder, before, asked, rows):
     "What differs from the question that the answers in a folder belong to, in words; empty if there is none yet."
     if not before:
@@ -179,7 +186,10 @@ def _changes(folder, before, asked, rows):
         is_other = os.path.lexists(folder/ASKED) and rows_digest(folder/ASKED) != asked['rows']
         return _changed_rows(folder/ASKED, rows) if is_other else []
     engine = _changed_values('', *({'engine': q['engine']} for q in (before, asked)))
-    parts = [_changed_values(f'{part}, ', before[part], asked[part]) for part in ('recipe', 'model', 'adapter')]
+    moved = _moved(before, asked)
+    recipes = [{k: v for k, v in q['recipe'].items() if k not in moved} for q in (before, asked)]
+    parts = [_changed_values(f'{part}, ', before[part], asked[part]) for part in ('model', 'adapter')]
+    parts = [_changed_values('recipe, ', *recipes), *parts]
     same = before['rows'] == asked['rows'] or before['rows'] == _rows_hash(_in_earlier_format(rows))
     return engine + sum(parts, []) + ([] if same else _changed_rows(folder/ASKED, rows))
 

@@ -149,6 +149,7 @@ def _begins(served, *about):
         return False
     return True
 
+# %% ../../nbs/prediction/55_serve.ipynb #55serve12b
 def _refuse_arguments(changes, idle, python):
     "Raise `ValueError` for arguments that LLaMA-Factory does not have, and for an idle time that is none."
     faults = [] if python else [fault for key in changes if key != 'adapter' and (fault := unknown_argument(key))]

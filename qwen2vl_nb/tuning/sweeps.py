@@ -18,7 +18,6 @@ from ..data.registry import Registry
 from ..files import name_part
 from ..findings import text_table
 from ..hidden import apart
-from ..names import bar_file
 from ..prediction.engines import asked_samples, predict
 from ..prediction.predictions import Predictions
 from ..prediction.question import asked_row
@@ -29,7 +28,8 @@ from ..run.command import gpus_for
 from ..run.folder import RUN, TRAINER_LOG, state_or_empty
 from ..run.loss import best_evaluation
 from ..run.owner import refuse_stranger
-from ..run.start import Run, launch, start_lock
+from ..names import bar_file, warn
+from ..run.start import Run, changed_data, launch, start_lock
 from ..zero import read_zero
 
 # %% ../../nbs/tuning/20_sweep.ipynb #sweep006
@@ -130,7 +130,7 @@ def _comparable(recipe):
     "What decides the results of a recipe, in the form in which it is written down."
     try: zero = read_zero(recipe.get('deepspeed'))
     except (OSError, ValueError): zero = recipe['deepspeed']  # the file was changed or removed
-    kept = {k: v for k, v in apart(recipe)[1].items() if k not in ('deepspeed', *_own_keys[1:])}
+    kept = {k: v for k, v in apart(recipe)[1].items() if k not in ('deepspeed', *_own_keys)}
     return json.loads(json.dumps(absolute_recipe(kept) | {'deepspeed': zero}, default=os.fspath))
 
 def clash(
@@ -144,6 +144,15 @@ def clash(
     said = [f'{k} was {there.get(k)!r}, now {wanted.get(k)!r}'[:120] for k in keys]
     return (f"{trial.run.output_dir} contains a run with another recipe: {'; '.join(said)}. Set another output_dir "
             'in the recipe, or delete that folder.') if said else ''
+
+def _warn_of_other_rows(trials):
+    "Warn if some runs were trained with rows that have changed since, unless all were, and none is to be trained."
+    old = {t.run.output_dir.name: names for t in trials if t.state != 'not started'
+           and (names := changed_data(t.run, t.recipe))}
+    if old and not all(t.state == 'done' and t.run.output_dir.name in old for t in trials):
+        names = ', '.join(dict.fromkeys(itertools.chain(*old.values())))
+        warn(f'{names}: the rows have changed since these runs were started, and the others can\'t be compared with '
+             f'them; delete their folders to train them again: {", ".join(old)}')
 
 # %% ../../nbs/tuning/20_sweep.ipynb #sweep018
 def gpu_groups(
@@ -327,6 +336,7 @@ def sweep(
     if wrong := [i for i in chosen if trials and i not in range(len(trials))]:
         faults.append(f'only: there is no combination {wrong[0]}; there are {len(trials)}, from 0.')
     if faults: raise ValueError('This sweep cannot run:\n- ' + '\n- '.join(faults))
+    _warn_of_other_rows(trials)
     train_all([trials[i] for i in chosen], nproc, gpu_groups(gpus_for({}), nproc, at_once))
     for i, trial in enumerate(trials):
         if score_on is not None: _score_answers(trial, score_on, asking or {}, i in chosen)
