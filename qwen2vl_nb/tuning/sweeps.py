@@ -139,7 +139,8 @@ def clash(
     "The difference between a recipe and that of the run that is already in its folder, in words."
     if trial.state == 'not started': return ''
     try: there, wanted = _comparable(trial.run.recipe), _comparable(trial.recipe)
-    except (OSError, ValueError) as e: return f'{trial.run.output_dir}: {e}'
+    except (OSError, ValueError) as e:
+        return f'{e} Restore the file, or delete {trial.run.output_dir} to train the run again.'
     keys = [k for k in there | wanted if there.get(k) != wanted.get(k)]
     said = [f'{k} was {there.get(k)!r}, now {wanted.get(k)!r}'[:120] for k in keys]
     return (f"{trial.run.output_dir} contains a run with another recipe: {'; '.join(said)}. Set another output_dir "
