@@ -173,11 +173,12 @@ def read_question(
                      'was touched. Restore the file, choose another output_dir, or delete this one.')
 
 def _moved(before, asked):
-    "The keys of a recipe that name files which are the same as before, wherever they are by now."
-    is_one = lambda q: ',' not in (q['recipe'].get('adapter_name_or_path') or '')
-    same = {part for part in ('model', 'adapter') if before[part] and before[part] == asked[part]}
-    if not (is_one(before) and is_one(asked)): same -= {'adapter'}  # files of several have the same names
-    return {f'{part}_name_or_path' for part in same}
+    "The keys of a recipe that name weights which are surely the same as before, wherever they are by now."
+    if any(',' in (q['recipe'].get('adapter_name_or_path') or '') for q in (before, asked)):
+        return set()  # the files of several adapters have the same names
+    is_known = lambda part: (any(name.endswith('.safetensors') for name in asked[part])
+                             and all(int(held.split()[1]) <= _max_full_digest for held in asked[part].values()))
+    return {f'{part}_name_or_path' for part in ('model', 'adapter') if before[part] == asked[part] and is_known(part)}
 
 def _changes(folder, before, asked, rows):
     "What differs from the question that the answers in a folder belong to, in words; empty if there is none yet."
