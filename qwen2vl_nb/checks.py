@@ -62,8 +62,9 @@ def _kind_findings(recipe):
     return [Finding(key, *fault) for key, fault in faults.items()]
 
 def _key_findings(recipe, env):
-    "Keys that LLaMA-Factory does not have; with ALLOW_EXTRA_ARGS it takes any."
-    if (os.environ | (env or {})).get('ALLOW_EXTRA_ARGS', '').lower() in ('true', 'y', '1'): return []
+    "Keys that LLaMA-Factory does not have; it takes any with ALLOW_EXTRA_ARGS, and Megatron's with USE_MCA."
+    given = os.environ | (env or {})
+    if any(given.get(name, '').lower() in ('true', 'y', '1') for name in ('ALLOW_EXTRA_ARGS', 'USE_MCA')): return []
     faults = {str(key): fault for key in recipe if (fault := unknown_argument(str(key)))}
     return [Finding(key, fault.removeprefix(f'{key}: '), 'Correct the key, or remove it.')
             for key, fault in faults.items()]
