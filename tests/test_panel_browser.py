@@ -215,10 +215,16 @@ def test_from_a_spreadsheet_with_faults_to_a_score(lab, page):
     menu(page, 'Kernel', 'Restart Kernel…')
     page.locator('.jp-Dialog button.jp-mod-warn').click()
     page.locator('.jp-Dialog').wait_for(state='detached')
+    page.get_by_text(ENGLISH['panel.run_again']).wait_for()
+    form.keep('restarted')
+    signs = "all => all.filter(e => getComputedStyle(e, '::before').display != 'none').length"
+    assert page.locator('.jupyter-widgets-disconnected').count() and not page.locator('.jupyter-widgets-disconnected').evaluate_all(signs)
     page.reload()
     page.locator('.jp-Notebook').wait_for()
     idle(page)
+    page.get_by_text(ENGLISH['panel.run_again']).wait_for()
     again = _run_all(page)
+    page.get_by_text(ENGLISH['panel.run_again']).wait_for(state='hidden')
     until(lambda: 'McNemar' in again.at.inner_text() and again.at.locator('img').count(), 'the scores and the answers come back by themselves')
     assert again.state() == shown
     second = page.context.browser.new_page(viewport=dict(width=700, height=1100))

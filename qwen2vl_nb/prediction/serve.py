@@ -120,8 +120,11 @@ def stream(
 def _recipe(model, changes):
     "The recipe of a model, or of what a run has trained."
     if not Path(model, RUN).is_file(): return predict_recipe(model, **changes)
+    weights = Path(model).absolute()
+    if 'adapter' in changes and changes['adapter'] is None:
+        weights, changes = None, {k: v for k, v in changes.items() if k != 'adapter'}
     # Where it runs is decided anew, so that a prediction can be asked with a recipe that says nothing about it
-    return answering_recipe(Run(model).recipe, Path(model).absolute(), **{'use_cpu': None} | changes)
+    return answering_recipe(Run(model).recipe, weights, **{'use_cpu': None} | changes)
 
 def _folder(recipe):
     "Where a model is served unless the user names a folder."
@@ -213,7 +216,7 @@ def serve(
     idle:float=1800, # Seconds after which the process ends if nobody asks anything
     env:dict=None, # Environment variables for the process
     python:str|Path=None, # Interpreter of an environment with LLaMA-Factory; `None`: this one
-    **changes, # Other arguments of `predict_recipe`: `adapter`, and LLaMA-Factory's, such as `max_new_tokens`
+    **changes, # Others of `predict_recipe`: `adapter` (`None` with a run: as before its training), `max_new_tokens`, …
 )->Served:
     """Load a model in a process that stays, and wait until it is ready. Interrupting does not end the process.
     Raises `ValueError` for errors in the recipe, and `RuntimeError` if loading fails."""
