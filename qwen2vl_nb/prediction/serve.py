@@ -128,7 +128,7 @@ def _recipe(model, changes):
 
 def _folder(recipe):
     "Where a model is served unless the user names a folder."
-    adapter = recipe.get('adapter_name_or_path')
+    adapter = (recipe.get('adapter_name_or_path') or '').rpartition(',')[2].strip()  # of several, the last was trained
     return f'{adapter}-served' if adapter else f"saves/{Path(recipe['model_name_or_path']).name}/served"
 
 def _begin(recipe, idle, env, python):
