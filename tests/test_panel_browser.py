@@ -91,6 +91,8 @@ class Form:
         for step in STEPS:
             self.go(step)
             until(self.is_ready, f'{step} is ready')
+            code = ENGLISH['panel.code'], ENGLISH['panel.no_code']
+            if step != 'model': until(lambda: any(self.at.get_by_text(text, exact=True).count() for text in code), f'the code of {step}')
             values = self.at.locator('input, select').evaluate_all('all => all.map(e => e.type == "checkbox" ? e.checked : e.value)')
             shown[step] = values, ''.join(self.at.locator('.qvl-code pre').all_inner_texts()[-1:]).strip()
         return shown
