@@ -1,5 +1,6 @@
 "The panel: what its files keep, what they can't do, and the notebook that it writes."
 import html, json, os, shutil, subprocess, sys, threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
@@ -12,9 +13,16 @@ from qwen2vl_nb.execute import execute
 from qwen2vl_nb.panel.data_step import column_names
 from qwen2vl_nb.panel.form import Panel
 from qwen2vl_nb.panel.session import NOTEBOOK, PANEL, form_values, keep_value, what_ran
+from qwen2vl_nb.prediction.serve import serve
 from qwen2vl_nb.recipe import load_recipe
 from qwen2vl_nb.run.folder import RECIPE, RUN
 from qwen2vl_nb.run.start import attach, launch
+
+@contextmanager
+def held(served):
+    "A model that is kept loaded, until the end of the block."
+    try: yield served
+    finally: served.stop(patience=0)
 
 COLOURS = ['red', 'green', 'blue', 'white']
 
@@ -299,7 +307,7 @@ def test_what_a_training_was_built_on_is_asked_with_it_and_all_runs_are_listed_w
     panel.go('predict')
     for name in ('before', 'after'):
         box, at_work = step.boxes[f'predict.{name}'], []
-        box.result.observe(lambda change, at_work=at_work: at_work.append(len(step.work.children)), 'children')
+        box.result.observe(lambda change, at_work=at_work: at_work.append(len(step.work._seen)), 'children')
         box.start()
         until(lambda: at_work or step.work.look(), 'it is seen at work')
         box.wait()
@@ -310,6 +318,18 @@ def test_what_a_training_was_built_on_is_asked_with_it_and_all_runs_are_listed_w
     assert [asked[name]['adapter_name_or_path'] for name in asked] == [str(first.output_dir), both]
     assert {asked[name]['add_tokens'] for name in asked} == {'<car>'}
     assert 'answering_recipe(run.recipe, run,' in panel.session.code('predict.after')
+    with held(serve(second, max_new_tokens=4)) as served, held(serve(second, adapter=None, max_new_tokens=4)) as base:
+        panel.refresh()
+        assert 'loaded already' in step.loaded.value
+        fill(panel, 'predict', engine='served', folder='warm')
+        assert not step.loaded.value
+        for name in ('before', 'after'): assert 'qvl-error' not in shown(press(panel, f'predict.{name}'))
+        assert 'engine=serve(run)' in panel.session.code('predict.after')
+        for name, model in (('before', base), ('after', served)):
+            asked_by = json.loads((folder/'warm'/name/RUN).read_text())['workers'][0]['command']
+            assert str(model.output_dir) in asked_by and model.is_running, 'the process that was there has answered'
+            assert [*panel.session.names[name]] and len(listed(panel)) == 2
+        assert step.work.look() is False, 'a model that is kept loaded is no prediction at work'
     fill(panel, 'predict', engine='openai')
     assert 'Server' in shown(press(panel, 'predict.after'))
     fill(panel, 'predict', engine='vllm', python=sys.executable, folder='vllm')

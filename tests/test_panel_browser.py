@@ -91,6 +91,8 @@ class Form:
         for step in STEPS:
             self.go(step)
             until(self.is_ready, f'{step} is ready')
+            code = ENGLISH['panel.code'], ENGLISH['panel.no_code']
+            if step != 'model': until(lambda: any(self.at.get_by_text(text, exact=True).count() for text in code), f'the code of {step}')
             values = self.at.locator('input, select').evaluate_all('all => all.map(e => e.type == "checkbox" ? e.checked : e.value)')
             shown[step] = values, ''.join(self.at.locator('.qvl-code pre').all_inner_texts()[-1:]).strip()
         return shown
@@ -215,10 +217,16 @@ def test_from_a_spreadsheet_with_faults_to_a_score(lab, page):
     menu(page, 'Kernel', 'Restart Kernel…')
     page.locator('.jp-Dialog button.jp-mod-warn').click()
     page.locator('.jp-Dialog').wait_for(state='detached')
+    page.get_by_text(ENGLISH['panel.run_again']).wait_for()
+    form.keep('restarted')
+    signs = "all => all.filter(e => getComputedStyle(e, '::before').display != 'none').length"
+    assert page.locator('.jupyter-widgets-disconnected').count() and not page.locator('.jupyter-widgets-disconnected').evaluate_all(signs)
     page.reload()
     page.locator('.jp-Notebook').wait_for()
     idle(page)
+    page.get_by_text(ENGLISH['panel.run_again']).wait_for()
     again = _run_all(page)
+    page.get_by_text(ENGLISH['panel.run_again']).wait_for(state='hidden')
     until(lambda: 'McNemar' in again.at.inner_text() and again.at.locator('img').count(), 'the scores and the answers come back by themselves')
     assert again.state() == shown
     second = page.context.browser.new_page(viewport=dict(width=700, height=1100))

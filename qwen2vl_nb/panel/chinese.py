@@ -178,10 +178,14 @@ CHINESE |= {
     'predict.dataset.help': ('A registered data set; with answers, it can be scored.',
                              '已注册的数据集；带有参考答案的可以评分。'),
     'predict.engine': ('Engine', '推理引擎'),
-    'predict.engine.help': ('hf: transformers on this machine. vllm is faster, and is installed in an environment '
-                            'of its own. openai asks a server, whatever model it has.',
-                            'hf 是本机上的 transformers。vllm 更快，需要安装在单独的环境中。openai 向服务器提问，用的是'
-                            '服务器上加载的模型。'),
+    'predict.engine.help': ('hf: transformers on this machine; kept loaded, the next prediction begins at once, and '
+                            'the model is unloaded after half an hour without a question. vllm is faster, and is '
+                            'installed in an environment of its own. openai asks a server, whatever model it has.',
+                            'hf 是本机上的 transformers；保持加载时，下一次预测可以立即开始，半小时无人提问后模型会被卸'
+                            '载。vllm 更快，需要安装在单独的环境中。openai 向服务器提问，用的是服务器上加载的模型。'),
+    'predict.served': ('hf, kept loaded', 'hf，保持加载'),
+    'predict.loaded': ('The model of this run is loaded already: with "{served}", it is used.',
+                       '这次运行的模型已经加载：选择“{served}”即可直接使用。'),
     'predict.python': ('Interpreter', 'Python 解释器'),
     'predict.python.help': ('For vllm, bin/python of an environment in which you ran "pip install vllm"; for '
                             'llamafactory, of one with another LLaMA-Factory. Empty: this one.',

@@ -8,13 +8,17 @@ __all__ = ['BEFORE', 'AFTER', 'PredictStep']
 # %% ../../nbs/panel/75_predict_step.ipynb #75predic0002
 import ast
 from pathlib import Path
-from ipywidgets import BoundedIntText, Combobox, Dropdown, Text
+from ipywidgets import HTML, BoundedIntText, Combobox, Dropdown, Text
 from .checkpoints_step import DatasetStep, dataset_given, limits
+from .chosen_run import is_loaded
 from .session import Action, Given, Unfilled, as_call
+from .steps import as_html
+from ..run.folder import SERVED
 
 # %% ../../nbs/panel/75_predict_step.ipynb #75predic0004
-def _engine(given):
+def _engine(given, weights):
     "The arguments that name an engine; none for the usual one."
+    if given['engine'] == SERVED: return {'engine': ast.Name('serve(run)' if weights else 'serve(run, adapter=None)')}
     named = {'engine': given['engine']} if given['engine'] != 'hf' else {}
     python = {'python': given.path('python')} if given['python'] and given['engine'] != 'openai' else {}
     return named | python | ({'base_url': given['base_url']} if given['engine'] == 'openai' else {})
@@ -26,7 +30,7 @@ def _asked(given, weights, place):
     named = {'output_dir': _place(given, place)} if place else {}
     named |= {'dataset_dir': given.path('dataset_dir')} if given['dataset_dir'] else {}
     asked = as_call('answering_recipe', ast.Name('run.recipe'), weights, given['dataset'], **named, **limits(given))
-    return asked, as_call('predict', ast.Name('asked'), **_engine(given))
+    return asked, as_call('predict', ast.Name('asked'), **_engine(given, weights))
 
 def _before(given):
     usual = f'saves/{Path(given["model"]).name}/predict/{given["dataset"]}'
@@ -52,7 +56,7 @@ AFTER = Action('predict.after', _given, _after, needs=('run',), gives=('after',)
                keeps=_keeps('after'))
 
 # %% ../../nbs/panel/75_predict_step.ipynb #75predic0008
-_engines = 'hf', 'vllm', 'openai', 'llamafactory'
+_engines = 'hf', SERVED, 'vllm', 'openai', 'llamafactory'
 
 class PredictStep(DatasetStep):
     "Predict a data set before and after the training."
@@ -62,8 +66,10 @@ class PredictStep(DatasetStep):
                 'folder': ''}
 
     def build(self):
-        self.others = [self.field('python', Text()), self.field('base_url', Text())]
-        return [self.dataset_field(), self.field('engine', Dropdown(options=_engines), '260px'), *self.others,
+        self.others, self.loaded = [self.field('python', Text()), self.field('base_url', Text())], HTML()
+        engines = [(self.say(name) if name == SERVED else name, name) for name in _engines]
+        engine = self.field('engine', Dropdown(options=engines), '320px')
+        return [self.dataset_field(), engine, self.loaded, *self.others,
                 self.field('max_samples', BoundedIntText(max=10**9), '260px'),
                 self.field('max_new_tokens', BoundedIntText(min=1, max=10**6), '260px'),
                 self.field('folder', Combobox()),
@@ -74,7 +80,10 @@ class PredictStep(DatasetStep):
 
     def refresh(self):
         super().refresh()
-        for row, hides in zip(self.others, (('hf', 'openai'), ('hf', 'vllm', 'llamafactory'))):
+        for row, hides in zip(self.others, (('hf', SERVED, 'openai'), ('hf', SERVED, 'vllm', 'llamafactory'))):
             row.layout.display = 'none' if self.values['engine'] in hides else None
+        run = self.panel.session.form('runs')['run']
+        is_offered = self.values['engine'] == 'hf' and run and is_loaded(self.panel.session.project.folder/run)
+        self.loaded.value = as_html('qvl-help', self.say('loaded', served=self.say(SERVED)) if is_offered else '')
 
     def is_cheap(self, action, given): return False

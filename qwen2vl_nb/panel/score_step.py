@@ -53,13 +53,13 @@ def next_step(
     log = Log(run)
     found, rows = health_findings(log), log.rows
     if found: return 'health', {'finding': str(found[0])}
-    losses = log.table().loc[rows.has('loss'), 'loss'].to_numpy() if len(rows) else []
-    if not len(losses) or losses[-1] < _learned: return 'look', {}
+    losses = log.table().loc[rows.has('loss'), 'loss'].to_numpy() if len(rows) and rows.has('loss').any() else []
+    if len(losses) and losses[-1] < _learned: return 'look', {}
     part = max(1, len(losses)//4)
     before, after = losses[-2*part:-part], losses[-part:]
     if len(before) and after.mean() < .9*before.mean():
         return 'falling', {'before': f'{before.mean():.3g}', 'after': f'{after.mean():.3g}'}
-    return ('few', {'steps': int(rows.last_step)}) if rows.last_step < _few else ('look', {})
+    return ('few', {'steps': int(rows.last_step)}) if 0 < rows.last_step < _few else ('look', {})
 
 # %% ../../nbs/panel/80_score_step.ipynb #80scores0007
 _most_rows = 20_000 # Answers that are scored again when a panel is opened

@@ -407,6 +407,37 @@ def build(self:Step)->list:
     return [self.button(action.name) for action in self.actions]
 
 @patch
+def show(self:Step,
+    action:str, # Name of the action that ran
+    value, # What its last line returned
+)->list:
+    "The widgets that show the result of an action."
+    return [as_widget(value)]
+
+@patch
+def ended(self:Step):
+    "Called after an action has ended, before its result is shown."
+
+@patch
+def show_kept(self:Step,
+    action:str, # Name of an action that ran
+    given:dict, # What is kept of it
+)->list:
+    "The widgets that show what is kept of a result; foreign files may have anything there."
+    return []
+
+@patch
+def refresh(self:Step):
+    "Bring what is shown up to date with the files."
+    self.restore()
+    codes = [self.panel.session.code(a.name) for a in self.actions]
+    text = '\n'.join(filter(None, codes))
+    title = as_html('qvl-help', self.panel.say('panel.code' if text else 'panel.no_code'))
+    self.code.value = title + (code_html(text, self.panel.say('panel.copy')) if text else '')
+    for box in self.boxes.values(): box.restore()
+
+# %% ../../nbs/panel/20_steps.ipynb #tellstep
+@patch
 def tell(self:Step,
     text:str, # A message of the package
 )->str:
@@ -438,36 +469,6 @@ def tell_table(self:Step,
     told = {name: table[name].map(lambda text: self.tell(text) if isinstance(text, str) else text)
             for name in ('what', 'why', 'cure') if name in table}
     return table.assign(**told)
-
-@patch
-def show(self:Step,
-    action:str, # Name of the action that ran
-    value, # What its last line returned
-)->list:
-    "The widgets that show the result of an action."
-    return [as_widget(value)]
-
-@patch
-def ended(self:Step):
-    "Called after an action has ended, before its result is shown."
-
-@patch
-def show_kept(self:Step,
-    action:str, # Name of an action that ran
-    given:dict, # What is kept of it
-)->list:
-    "The widgets that show what is kept of a result; foreign files may have anything there."
-    return []
-
-@patch
-def refresh(self:Step):
-    "Bring what is shown up to date with the files."
-    self.restore()
-    codes = [self.panel.session.code(a.name) for a in self.actions]
-    text = '\n'.join(filter(None, codes))
-    title = as_html('qvl-help', self.panel.say('panel.code' if text else 'panel.no_code'))
-    self.code.value = title + (code_html(text, self.panel.say('panel.copy')) if text else '')
-    for box in self.boxes.values(): box.restore()
 
 # %% ../../nbs/panel/20_steps.ipynb #20steps0021
 @patch

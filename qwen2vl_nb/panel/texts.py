@@ -129,8 +129,11 @@ ENGLISH |= {
     'predict.dataset': 'Data set',
     'predict.dataset.help': 'A registered data set; with answers, it can be scored.',
     'predict.engine': 'Engine',
-    'predict.engine.help': 'hf: transformers on this machine. vllm is faster, and is installed in an environment of '
-                           'its own. openai asks a server, whatever model it has.',
+    'predict.engine.help': 'hf: transformers on this machine; kept loaded, the next prediction begins at once, and the '
+                           'model is unloaded after half an hour without a question. vllm is faster, and is installed '
+                           'in an environment of its own. openai asks a server, whatever model it has.',
+    'predict.served': 'hf, kept loaded',
+    'predict.loaded': 'The model of this run is loaded already: with "{served}", it is used.',
     'predict.python': 'Interpreter',
     'predict.python.help': 'For vllm, bin/python of an environment in which you ran "pip install vllm"; for '
                            'llamafactory, of one with another LLaMA-Factory. Empty: this one.',

@@ -121,6 +121,7 @@ def refuse_other(
 ):
     "Raise `ValueError` if a loaded model is not the one that a recipe asks for."
     held, asked = question(served.recipe, [], 'hf')['recipe'], wanted['recipe']
+    if asked.get('use_cpu') and not state_or_empty(served, RUN).get('gpus'): held |= {'use_cpu': asked['use_cpu']}
     keys = [key for key in held | asked if key not in (*answer_settings, 'cutoff_len')]
     other = [f'{key}: {asked.get(key)!r} in the recipe, {held.get(key)!r} in what is served' for key in keys
              if held.get(key) != asked.get(key)]

@@ -120,12 +120,15 @@ def stream(
 def _recipe(model, changes):
     "The recipe of a model, or of what a run has trained."
     if not Path(model, RUN).is_file(): return predict_recipe(model, **changes)
+    weights = Path(model).absolute()
+    if 'adapter' in changes and changes['adapter'] is None:
+        weights, changes = None, {k: v for k, v in changes.items() if k != 'adapter'}
     # Where it runs is decided anew, so that a prediction can be asked with a recipe that says nothing about it
-    return answering_recipe(Run(model).recipe, Path(model).absolute(), **{'use_cpu': None} | changes)
+    return answering_recipe(Run(model).recipe, weights, **{'use_cpu': None} | changes)
 
 def _folder(recipe):
     "Where a model is served unless the user names a folder."
-    adapter = recipe.get('adapter_name_or_path')
+    adapter = (recipe.get('adapter_name_or_path') or '').rpartition(',')[2].strip()  # of several, the last was trained
     return f'{adapter}-served' if adapter else f"saves/{Path(recipe['model_name_or_path']).name}/served"
 
 def _begin(recipe, idle, env, python):
@@ -224,7 +227,7 @@ def serve(
     idle:float=1800, # Seconds after which the process ends if nobody asks anything
     env:dict=None, # Environment variables for the process
     python:str|Path=None, # Interpreter of an environment with LLaMA-Factory; `None`: this one
-    **changes, # Other arguments of `predict_recipe`: `adapter`, and LLaMA-Factory's, such as `max_new_tokens`
+    **changes, # Others of `predict_recipe`: `adapter` (`None` with a run: as before its training), `max_new_tokens`, …
 )->Served:
     """Load a model in a process that stays, and wait until it is ready. Interrupting does not end the process.
     Raises `ValueError` for errors in the recipe, and `RuntimeError` if loading fails."""

@@ -73,19 +73,6 @@ def _update(log):
     except (OSError, Damaged) as e: return f'The log cannot be read: {e}'
     return ''
 
-def _has_curve(log):
-    "Whether a loss has been logged."
-    return bool(len(log.rows)) and bool((log.rows.has('loss') | log.rows.has('eval_loss')).any())
-
-def _first_loss(run, steps):
-    "When the curve of a run with so many steps will begin, in words."
-    try: recipe = run.recipe
-    except (OSError, ValueError): recipe = {}
-    every = 1 if recipe.get('logging_first_step') else recipe.get('logging_steps')
-    if type(every) is not int or recipe.get('logging_strategy', 'steps') != 'steps': every = 0
-    if steps and every > steps: return f'there will be no curve: the loss is logged every {every:,} steps'
-    return 'the curve will begin with the first loss' + f', at step {every:,}'*bool(every)
-
 def _when_changed(run):
     "When the run last wrote answers, in nanoseconds; `None` if it has written none."
     try: return os.stat(run.output_dir/PREVIEW).st_mtime_ns
@@ -106,6 +93,20 @@ def _describe(run, log):
     figures = ' · '.join(filter(None, [_figures(log.summary()), seen.now.pace]))
     faults = [unread or _cause(run), *map(str, health_findings(log))]
     return '\n'.join(filter(None, [_headline(seen), figures, _folder(run), *faults]))
+
+# %% ../../nbs/run/70_watch.ipynb #firstlos
+def _has_curve(log):
+    "Whether a loss has been logged."
+    return bool(len(log.rows)) and bool((log.rows.has('loss') | log.rows.has('eval_loss')).any())
+
+def _first_loss(run, steps):
+    "When the curve of a run with so many steps will begin, in words."
+    try: recipe = run.recipe
+    except (OSError, ValueError): recipe = {}
+    every = 1 if recipe.get('logging_first_step') else recipe.get('logging_steps')
+    if type(every) is not int or recipe.get('logging_strategy', 'steps') != 'steps': every = 0
+    if steps and every > steps: return f'there will be no curve: the loss is logged every {every:,} steps'
+    return 'the curve will begin with the first loss' + f', at step {every:,}'*bool(every)
 
 # %% ../../nbs/run/70_watch.ipynb #105127bd
 def _fullest(used):
