@@ -84,7 +84,7 @@ def _missing_packages(recipe, model, training):
         yield ('flash_attn', 'FlashAttention-2 is not installed, and LLaMA-Factory continues without it.',
                'Install flash-attn, or leave flash_attn out.', 'warning')
 
-# %% ../nbs/07_questions.ipynb #468716b0
+# %% ../nbs/07_questions.ipynb #proc0002
 def _processor_error(model):
     "The exception with which the tokenizer or the processor of a complete model folder can't be loaded."
     from llamafactory.model import load_tokenizer
@@ -96,6 +96,7 @@ def _processor_error(model):
         why = f"LLaMA-Factory cannot load the tokenizer or the processor: {' '.join(str(e).split())[:300]}"
         yield 'model_name_or_path', why, 'Correct the file in the model folder, or download it again.'
 
+# %% ../nbs/07_questions.ipynb #468716b0
 def _unknown_keys(recipe, names):
     "The keys of a recipe that are not arguments of LLaMA-Factory."
     for key in (k for k in recipe if k not in names):
