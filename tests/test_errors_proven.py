@@ -16,7 +16,7 @@ import qwen2vl_nb
 from conftest import PATIENCE
 from qwen2vl_nb.data import media
 from qwen2vl_nb.data.check import check_samples
-from qwen2vl_nb.checks import data_findings, late_findings, recipe_findings
+from qwen2vl_nb.checks import data_findings, late_findings, model_findings, recipe_findings
 from qwen2vl_nb.data.registry import sample_entry
 from qwen2vl_nb.data.tokens import cut_samples
 from qwen2vl_nb.model import other_templates, text_templates
@@ -352,6 +352,25 @@ def test_recipes_with_an_error_end_in_llamafactory(name, rooms, answers, said):
     assert _said_of(rooms[name]), 'the package finds nothing'
     assert answers[name] and 'torchrun' not in answers[name], 'LLaMA-Factory runs it'
     _proves(said, set(said.proven))
+
+@pytest.mark.parametrize('sharded', [False, True])
+def test_weights_in_the_older_format_are_no_error(sharded, tiny, tmp_path):
+    "LLaMA-Factory loads pytorch_model.bin, too."
+    import torch
+    from llamafactory.hparams import FinetuningArguments, ModelArguments
+    from llamafactory.model import load_model, load_tokenizer
+    from safetensors.torch import load_file
+    model = shutil.copytree(tiny, tmp_path/'model')
+    weights, file = load_file(model/'model.safetensors'), model/('pytorch_model-00001-of-00001.bin' if sharded else 'pytorch_model.bin')
+    (model/'model.safetensors').unlink()
+    torch.save(weights, file)
+    if sharded: (model/'pytorch_model.bin.index.json').write_text(json.dumps({'metadata': {}, 'weight_map': dict.fromkeys(weights, file.name)}))
+    assert not model_findings(model)
+    arguments = ModelArguments(model_name_or_path=str(model))
+    loaded = load_model(load_tokenizer(arguments)['tokenizer'], arguments, FinetuningArguments(), False)
+    assert loaded.get_input_embeddings().weight.isfinite().all()
+    file.write_bytes(file.read_bytes()[:-1000])
+    assert [f.what for f in model_findings(model)] == ['These weights are cut off or damaged.']
 
 def test_the_sound_recipe_runs(rooms, answers, tmp_path): assert answers['sound'] is None and not _said_of(rooms['sound'] | {'output_dir': str(tmp_path)})
 
