@@ -184,12 +184,18 @@ def memory_findings(
     return [Finding('GPU memory', what, 'See `zero_table(recipe)` and `pick_zero(recipe)` for what does fit.', level)]
 
 # %% ../nbs/20_checks.ipynb #e3901ee6
+_weights = 'model.safetensors', 'pytorch_model.bin' # In the order in which transformers looks for them
+
 def _weight_map(folder):
     "The file of each tensor, if there is an index of them; otherwise `None`."
-    index = folder/'model.safetensors.index.json'
-    return json.loads(index.read_text(encoding='utf-8'))['weight_map'] if index.is_file() else None
+    whole = next((i for i, name in enumerate(_weights) if (folder/name).is_file()), len(_weights))
+    indexes = [folder/f'{name}.index.json' for name in _weights[:whole]]
+    index = next((file for file in indexes if file.is_file()), None)
+    return index and json.loads(index.read_text(encoding='utf-8'))['weight_map']
 
-def _weight_files(folder): return sorted(set((_weight_map(folder) or {'': 'model.safetensors'}).values()))
+def _weight_files(folder):
+    if named := _weight_map(folder): return sorted(set(named.values()))
+    return [next((name for name in _weights if (folder/name).is_file()), _weights[0])]
 
 # %% ../nbs/20_checks.ipynb #99992d01
 _renamed = 'Qwen2_5_VLImageProcessor' # In the first published folders of Qwen2.5-VL

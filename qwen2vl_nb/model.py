@@ -189,7 +189,9 @@ def processor_limits(
         least, most = family.clip if video else family.picture
         return {'min_pixels': least, 'max_pixels': most, 'unit': 2*family.patch}
     config = processor_config(model, video)
-    if video and family.has_times: config = {k: v for k, v in config.items() if k not in ('min_pixels', 'max_pixels')}
+    of_clips = 'video_processor_type' in config or 'image_processor_type' not in config  # not those of pictures
+    if video and of_clips and family.has_times:
+        config = {k: v for k, v in config.items() if k not in ('min_pixels', 'max_pixels')}
     unit, usual = config.get('patch_size', family.patch)*config.get('merge_size', 2), (2*family.patch)**2
     # Without limits in the file, the defaults of the processors' classes apply
     size, least, most = config.get('size') or {}, *((128*usual, 768*usual) if video else (56*56, 1280*28*28))

@@ -4,7 +4,7 @@ The rows of the corpus of bad data go through LLaMA-Factory's own loading, prepr
 the embedded model. Recipes go through its `run_exp`, all in one child. What is proven elsewhere is named with its test. And a finding of
 level error that nothing here proves fails the last test: prove it, or make it a warning."""
 import ast, json, os, random, re, shutil, signal, stat, subprocess, sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -16,7 +16,7 @@ import qwen2vl_nb
 from conftest import PATIENCE
 from qwen2vl_nb.data import media
 from qwen2vl_nb.data.check import check_samples
-from qwen2vl_nb.checks import data_findings, recipe_findings
+from qwen2vl_nb.checks import data_findings, late_findings, model_findings, recipe_findings
 from qwen2vl_nb.data.registry import sample_entry
 from qwen2vl_nb.data.tokens import cut_samples
 from qwen2vl_nb.model import other_templates, text_templates
@@ -241,6 +241,13 @@ class Room:
         if config: (model/'config.json').write_text(json.dumps(json.loads((model/'config.json').read_text()) | config))
         return {'model_name_or_path': str(model)}
 
+    def processor(self, **changes):
+        "A copy of the model with changes of its processor."
+        given = self.model()
+        file = self.folder/'model'/'preprocessor_config.json'
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+        return given
+
     def cut(self, name):
         "A copy of the model with a file that is cut off."
         changes = self.model()
@@ -279,6 +286,7 @@ RECIPES = { # name → the changes of a recipe that runs
     'a model without a tokenizer': lambda r: r.model(['tokenizer.json', 'vocab.json', 'merges.txt']),
     'a model whose config is cut off': lambda r: r.cut('config.json'),
     'weights that are cut off': lambda r: r.cut('model.safetensors'),
+    'a processor under its first name': lambda r: r.processor(image_processor_type='Qwen2_5_VLImageProcessor'),
     'a model of another kind': lambda r: r.model(model_type='llama'),
     'a model that this transformers does not know': lambda r: r.model(model_type='qwen9_vl'),
     **{f'the template {name}': lambda r, name=name: {'template': name} for name in other_templates},
@@ -346,6 +354,25 @@ def test_recipes_with_an_error_end_in_llamafactory(name, rooms, answers, said):
     assert answers[name] and 'torchrun' not in answers[name], 'LLaMA-Factory runs it'
     _proves(said, set(said.proven))
 
+@pytest.mark.parametrize('sharded', [False, True])
+def test_weights_in_the_older_format_are_no_error(sharded, tiny, tmp_path):
+    "LLaMA-Factory loads pytorch_model.bin, too."
+    import torch
+    from llamafactory.hparams import FinetuningArguments, ModelArguments
+    from llamafactory.model import load_model, load_tokenizer
+    from safetensors.torch import load_file
+    model = shutil.copytree(tiny, tmp_path/'model')
+    weights, file = load_file(model/'model.safetensors'), model/('pytorch_model-00001-of-00001.bin' if sharded else 'pytorch_model.bin')
+    (model/'model.safetensors').unlink()
+    torch.save(weights, file)
+    if sharded: (model/'pytorch_model.bin.index.json').write_text(json.dumps({'metadata': {}, 'weight_map': dict.fromkeys(weights, file.name)}))
+    assert not model_findings(model)
+    arguments = ModelArguments(model_name_or_path=str(model))
+    loaded = load_model(load_tokenizer(arguments)['tokenizer'], arguments, FinetuningArguments(), False)
+    assert loaded.get_input_embeddings().weight.isfinite().all()
+    file.write_bytes(file.read_bytes()[:-1000])
+    assert [f.what for f in model_findings(model)] == ['These weights are cut off or damaged.']
+
 def test_the_sound_recipe_runs(rooms, answers, tmp_path): assert answers['sound'] is None and not _said_of(rooms['sound'] | {'output_dir': str(tmp_path)})
 
 def _talk(rng, picture):
@@ -403,6 +430,8 @@ ELSEWHERE = { # function, or more of the line → the test in which it is proven
     "checks._config_findings: Finding('deepspeed'": 'test_failures.py::zero3_generates',
     "checks._template_findings: Finding(name, f'Under the template": 'test_family.py::test_templates_of_other_families',
     "checks._clip_findings: Finding(name, f'{len(lost)}": 'test_family.py::test_clips_that_llamafactory_cannot_place',
+    'checks._quantized_findings': 'test_errors_proven.py::test_llamafactory_refuses_to_do_this_with_quantized_weights',
+    'checks._head_findings': 'test_newest.py::test_tied_embeddings_as_transformers_4_writes_them_are_random',
     'check._refused_faults': 'test_family.py::test_clips_that_are_too_small',
     "checks._config_findings: Finding('use_cpu'": 'test_failures.py::use_cpu_with_zero3',
     "checks.hub_findings: Finding('model_name_or_path', f'There is no folder": 'test_hub.py::test_a_hub_that_cannot_be_reached_is_said_before_the_start',
@@ -424,6 +453,39 @@ ELSEWHERE = { # function, or more of the line → the test in which it is proven
 
 # What is said when a run has failed, or before a prediction; it refuses no training
 AFTERWARDS = 'run.failure', 'prediction.engines'
+
+@pytest.mark.parametrize('given', [dict(quant_method='awq', bits=4), dict(quant_method='gptq', bits=4), dict(quant_method='bitsandbytes', load_in_4bit=True)], ids=lambda given: given['quant_method'])
+def test_llamafactory_refuses_to_do_this_with_quantized_weights(given, tiny, tmp_path):
+    "Its own functions are asked: the weights can be read only on a GPU, with other packages."
+    from llamafactory.hparams import FinetuningArguments, ModelArguments
+    from llamafactory.model.adapter import init_adapter
+    from llamafactory.model.model_utils.quantization import configure_quantization
+    from transformers import AutoModelForImageTextToText, PretrainedConfig
+    from transformers.integrations import HfDeepSpeedConfig
+    recipe = train_recipe(Room(tmp_path, tiny, None).model(quantization_config=given)['model_name_or_path'], 'cars', tmp_path/'run')
+    found = lambda **changes: [f.where for f in recipe_findings(recipe | changes) if 'quantized already' in f.what]
+    arguments, config = ModelArguments(model_name_or_path=str(tiny)), PretrainedConfig(quantization_config=given)
+    def refuses(zero):
+        try:
+            with nullcontext(HfDeepSpeedConfig(zero_config(zero))): configure_quantization(config, None, arguments, True, {})  # transformers knows of it as long as it is kept
+        except ValueError as e: return 'incompatible with PTQ-quantized' in str(e)
+        except ImportError: return False  # that comes later
+    assert [(found(deepspeed=zero_config(zero)) == ['deepspeed'], refuses(zero)) for zero in ('z2', 'z3')] == [(False, False if given['quant_method'] != 'bitsandbytes' else None), (True, True)]
+    model = AutoModelForImageTextToText.from_pretrained(tiny)
+    model.quantization_method = given['quant_method']
+    for kind, refused in ('full', True), ('freeze', True), ('lora', False):
+        assert found(finetuning_type=kind) == ['finetuning_type']*refused
+        try: init_adapter(model.config, model, arguments, FinetuningArguments(finetuning_type=kind), True)
+        except ValueError as e: assert refused and 'Quantized models can only be used' in str(e)
+        else: assert not refused
+
+@pytest.mark.parametrize('given, package', [(dict(quant_method='awq', bits=4), 'autoawq'), (dict(quant_method='gptq', bits=4), 'gptqmodel'), (dict(load_in_4bit=True), 'bitsandbytes')], ids=['awq', 'gptq', 'bitsandbytes'])
+def test_packages_that_quantized_weights_need_are_missing_before_the_start(given, package, tiny, tmp_path):
+    model = Room(tmp_path, tiny, None).model(quantization_config=given)['model_name_or_path']
+    recipe = train_recipe(model, 'cars', tmp_path/'run', bf16=None)
+    (found,) = [f for f in late_findings(recipe) if f.where == 'model_name_or_path']
+    assert found.level == 'error' and package in found.what and 'use another model' in found.cure
+    assert not [f for f in late_findings(recipe | {'model_name_or_path': str(tiny)})]
 
 def test_what_is_proven_elsewhere_is_there():
     for about in ELSEWHERE.values():
