@@ -71,6 +71,10 @@ def test_examples_are_shown_with_their_outputs():
     for name in ('read_samples', 'split_samples', 'zero_table', 'score'):
         assert all(cell['outputs'] for cell in generate.examples(name)) and generate.examples(name)
 
+def test_examples_of_the_reference_are_no_tests():
+    shown = [cell['source'] for name in qwen2vl_nb.__all__ if callable(getattr(qwen2vl_nb, name)) for cell in generate.examples(name)]
+    assert len(shown) > 60 and not [source for source in shown if re.search('^(test_|assert )', source, re.M)]
+
 def _code(page, language='python'):
     return re.findall(rf'^```{language}\n(.*?)^```', page.read_text(encoding='utf-8'), re.M | re.S)
 
