@@ -185,6 +185,11 @@ def test_lines_for_an_export_that_is_missing_or_incomplete_are_refused(trained, 
         for call in (serving_lines, lambda run, merged: model_card(run, merged=merged), lambda run, merged: push_to_hub(run, 'me/cars', merged=merged, dry_run=True)):
             with pytest.raises(ValueError, match=words): call(run, folder)
 
+@pytest.mark.parametrize('folder, name', [('my cars 1', 'user/my-cars-1'), ('车辆 v2', 'user/v2'), ('车辆', 'user/model')])
+def test_a_card_without_a_name_has_lines_that_can_be_copied(folder, name, trained, tmp_path):
+    text = model_card(shutil.copytree(trained[0].output_dir, tmp_path/folder)).text
+    assert text.lstrip().startswith(f'# {folder}\n') and f'\nhf download {name} chat_template.jinja ' in text and f"from_pretrained(model, '{name}')" in text
+
 def test_a_dry_run_is_shown_once(trained, capsys):
     would = push_to_hub(trained[0], 'me/cars', dry_run=True)
     assert not capsys.readouterr().out and 'adapter_model.safetensors' in str(would)

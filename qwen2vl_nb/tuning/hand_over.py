@@ -255,6 +255,10 @@ def _licence_section(recipe, base, data):
     return f'## Base and licence\n\nThe base is {_cell(base or _shown_base(recipe))}. Its licence: {said}.'
 
 # %% ../../nbs/tuning/40_hand_over.ipynb #hand0031
+def _placeholder(run):
+    "A name on a hub for a run; the name of its folder may have blanks and characters that a hub does not allow."
+    return 'user/' + (re.sub(r'\W+', '-', run.output_dir.name, flags=re.ASCII).strip('-') or 'model')
+
 def _summary(recipe, merged):
     kind = 'LoRA adapter' if _is_lora(recipe) and not merged else 'model'
     said = ', with its adapter merged into the base' if merged else ''
@@ -281,19 +285,19 @@ def model_card(
     of another model."""
     from huggingface_hub import ModelCard, ModelCardData
     run = Run(run)
-    recipe, title = run.recipe, name or f'user/{run.output_dir.name}'
+    recipe, title = run.recipe, name.rpartition('/')[2] if name else run.output_dir.name
     if run.status in ('running', 'failed', 'damaged'):
         raise ValueError(f'The run in {run.output_dir} is {run.status}: a card is written once it is done or stopped.')
     results = {}
-    parts = [f'# {_cell(title.rpartition("/")[2])}', _summary(recipe, merged), _data_section(run, recipe),
+    parts = [f'# {_cell(title)}', _summary(recipe, merged), _data_section(run, recipe),
              _training_section(run, recipe)]
     if predictions is not None:
         _refuse_others_answers(run, predictions, merged)
         section, found = _scores(predictions)
-        parts, results = [*parts, section], {'eval_results': found, 'model_name': title.rpartition('/')[2]}
+        parts, results = [*parts, section], {'eval_results': found, 'model_name': title}
     fields = _metadata(recipe, merged) | results | metadata
     base = fields.get('base_model')
-    parts += [_use_section(run, recipe, merged, title, base), _licence_section(recipe, base, fields)]
+    parts += [_use_section(run, recipe, merged, name or _placeholder(run), base), _licence_section(recipe, base, fields)]
     return ModelCard(f'---\n{ModelCardData(**fields).to_yaml()}\n---\n' + '\n\n'.join(parts) + '\n')
 
 # %% ../../nbs/tuning/40_hand_over.ipynb #hand0036
