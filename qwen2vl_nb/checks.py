@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 import psutil
 from .boot import child_env
-from .model import (families, has_processor, model_type, other_model, other_templates, pixel_limits,
-                              recipe_limits, supported, template_times, text_templates, thinking_templates,
-                              usual_template)
+from .model import (families, has_processor, model_config, model_type, other_model, other_templates,
+                              pixel_limits, processor_config, quantized_with, recipe_limits, supported,
+                              template_times, text_templates, thinking_templates, usual_template)
 from .findings import Finding, findings_table
 from .questions import arguments, ask, hub
 from .stack import GiB, gpus, installed_versions, version_findings
@@ -62,8 +62,9 @@ def _kind_findings(recipe):
     return [Finding(key, *fault) for key, fault in faults.items()]
 
 def _key_findings(recipe, env):
-    "Keys that LLaMA-Factory does not have; with ALLOW_EXTRA_ARGS it takes any."
-    if (os.environ | (env or {})).get('ALLOW_EXTRA_ARGS', '').lower() in ('true', 'y', '1'): return []
+    "Keys that LLaMA-Factory does not have; it takes any with ALLOW_EXTRA_ARGS, and Megatron's with USE_MCA."
+    given = os.environ | (env or {})
+    if any(given.get(name, '').lower() in ('true', 'y', '1') for name in ('ALLOW_EXTRA_ARGS', 'USE_MCA')): return []
     faults = {str(key): fault for key in recipe if (fault := unknown_argument(str(key)))}
     return [Finding(key, fault.removeprefix(f'{key}: '), 'Correct the key, or remove it.')
             for key, fault in faults.items()]
@@ -183,12 +184,16 @@ def memory_findings(
     return [Finding('GPU memory', what, 'See `zero_table(recipe)` and `pick_zero(recipe)` for what does fit.', level)]
 
 # %% ../nbs/20_checks.ipynb #e3901ee6
-def _weight_files(folder):
+def _weight_map(folder):
+    "The file of each tensor, if there is an index of them; otherwise `None`."
     index = folder/'model.safetensors.index.json'
-    if not index.is_file(): return ['model.safetensors']
-    return sorted(set(json.loads(index.read_text(encoding='utf-8'))['weight_map'].values()))
+    return json.loads(index.read_text(encoding='utf-8'))['weight_map'] if index.is_file() else None
+
+def _weight_files(folder): return sorted(set((_weight_map(folder) or {'': 'model.safetensors'}).values()))
 
 # %% ../nbs/20_checks.ipynb #99992d01
+_renamed = 'Qwen2_5_VLImageProcessor' # In the first published folders of Qwen2.5-VL
+
 def model_findings(
     model, # Model folder
 )->list: # `Finding`s
@@ -207,10 +212,55 @@ def model_findings(
     # without tokenizer_config.json, the tokenizer is built from the other files
     level = lambda name: 'warning' if name == 'tokenizer_config.json' else 'error'
     found = [Finding(str(folder/name), what, 'Download it again.', level(name)) for name, what in faults.items()]
+    if has_its_processor and processor_config(folder).get('image_processor_type') == _renamed:
+        found.append(Finding(str(folder/'preprocessor_config.json'), f'It names {_renamed}, which transformers has '
+                             'renamed: LLaMA-Factory cannot load the processor.',
+                             'Write Qwen2VLImageProcessor instead, or download the file again.'))
     if kind not in families:
         found.append(Finding('model_name_or_path', f'{folder} contains a {kind} model; supported are {supported}.',
                              other_model))
     return found
+
+# %% ../nbs/20_checks.ipynb #head0002
+def _tensor_names(folder):
+    "The names of the tensors in a model folder; empty if they can't be read, which is reported elsewhere."
+    from safetensors import SafetensorError, safe_open
+    try:
+        if named := _weight_map(folder): return set(named)
+        with safe_open(folder/'model.safetensors', 'np') as f: return set(f.keys())
+    except (OSError, ValueError, KeyError, AttributeError, SafetensorError): return set()
+
+def _head_findings(recipe, versions):
+    "Whether transformers 5 would not notice that a model uses its embeddings as its output layer."
+    model = Path(recipe.get('model_name_or_path') or '')
+    if int(versions.get('transformers', '0').partition('.')[0]) < 5 or recipe.get('stage') == 'rm': return
+    try: config = model_config(model) if (model/'config.json').is_file() else {}
+    except ValueError: return  # another check reports what is wrong with the config
+    names = _tensor_names(model) if config.get('text_config', {}).get('tie_word_embeddings') else ()
+    if config.get('tie_word_embeddings') or not names or 'lm_head.weight' in names: return
+    yield Finding(str(model/'config.json'), 'The model uses its embeddings as its output layer, but says so only in '
+                  f"text_config. transformers {versions['transformers']} does not look there, and starts with a random "
+                  'output layer.',
+                  'Add "tie_word_embeddings": true beside "text_config".')
+
+# %% ../nbs/20_checks.ipynb #quan0002
+_unpacked = 'fp8', 'mxfp4' # LLaMA-Factory unpacks these when it loads them
+
+def _quantized_findings(recipe):
+    "What LLaMA-Factory refuses to do with weights that are quantized already."
+    try: method = quantized_with(recipe.get('model_name_or_path') or '')
+    except ValueError: return  # another check reports what is wrong with the config
+    if not method or method in _unpacked: return
+    try: stage = zero_stage(read_zero(recipe.get('deepspeed')))
+    except (OSError, ValueError): stage = None
+    if stage == 3:
+        yield Finding('deepspeed', f'The weights are quantized already ({method}), and LLaMA-Factory refuses ZeRO-3 '
+                                   'with them.',
+                      "Use `zero_config('z2')`, or no deepspeed key.")
+    if recipe.get('do_train') and recipe.get('finetuning_type', 'lora') not in ('lora', 'oft'):
+        yield Finding('finetuning_type', f'The weights are quantized already ({method}), and LLaMA-Factory trains such '
+                                         'models only with LoRA or OFT.',
+                      'Set finetuning_type: lora, or use the model that is not quantized.')
 
 # %% ../nbs/20_checks.ipynb #071e26a0
 def _family(recipe):
@@ -635,8 +685,8 @@ def recipe_findings(
     "All findings about a recipe, except its data, that are available immediately and without LLaMA-Factory."
     found, recipe = _kind_findings(recipe) + (_key_findings(recipe, env) if own else []), _usable(recipe)
     return [*found, *_model_path_findings(recipe), *_adapter_findings(recipe), *_prompt_findings(recipe),
-            *_family_findings(recipe, own), *_argument_findings(recipe), *_output_findings(recipe),
-            *_zero_findings(recipe, nproc)]
+            *_family_findings(recipe, own), *_quantized_findings(recipe), *_argument_findings(recipe),
+            *_output_findings(recipe), *_zero_findings(recipe, nproc)]
 
 # %% ../nbs/20_checks.ipynb #473c86ab
 def _without_auto(value):
@@ -678,7 +728,8 @@ def quick_findings(
     "Findings that take a fraction of a second; if the model is a name, its hub is also queried."
     own = Path(python).absolute() == Path(sys.executable).absolute()
     said, recipe = recipe_findings(recipe, ranks, own, env), _usable(recipe)
-    return [*said, *half_findings(recipe), *_version_findings(recipe, versions or installed_versions(python)),
+    versions = versions or installed_versions(python)
+    return [*said, *half_findings(recipe), *_version_findings(recipe, versions), *_head_findings(recipe, versions),
             *hub_findings(recipe, env, python)]
 
 def slow_findings(
@@ -697,7 +748,8 @@ def late_findings(
 )->list: # `Finding`s
     """What LLaMA-Factory itself would find only once the model is loaded: problems with trackers and quantization.
     Takes ten seconds if the recipe has any of these."""
-    is_late = recipe.get('quantization_bit') or recipe.get('report_to') not in (None, 'none', ['none'])
+    quantized = recipe.get('quantization_bit') or quantized_with(recipe.get('model_name_or_path') or '')
+    is_late = quantized or recipe.get('report_to') not in (None, 'none', ['none'])
     return ask_llamafactory(recipe, python) if is_late else []
 
 def check_recipe(

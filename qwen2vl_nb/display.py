@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LABEL', 'ANSWER', 'GREY', 'BLUE', 'ORANGE', 'RED', 'video_frames', 'data_uri', 'thumbnail', 'DrawnBox', 'boxes_svg',
-           'boxed_thumbnail', 'div', 'picture_html', 'card_text', 'PictureGrid', 'plain_axes']
+           'boxed_thumbnail', 'div', 'picture_html', 'card_text', 'PictureGrid', 'plain_axes', 'display_again']
 
 # %% ../nbs/05_display.ipynb #display02
 import base64, html, io, os, unicodedata
@@ -213,3 +213,23 @@ def plain_axes(
     ax.set_axisbelow(True)
     ax.set_xlabel(xlabel, color=GREY)
     ax.set_ylabel(ylabel, color=GREY)
+
+# %% ../nbs/05_display.ipynb #again001
+_ended = '.jp-OutputArea:has(.qvl-again):has(.jupyter-widgets-disconnected, .jp-OutputArea-output.jupyter-widgets)'
+_again_style = f'''<style>
+{_ended} {{display:flex;flex-direction:column}}
+{_ended} .jp-OutputArea-child:has(.qvl-again) {{order:-1}}
+{_ended} .qvl-again {{display:block!important;padding:4px 10px;border:1px solid var(--jp-warn-color1,#ab6a00);
+  border-left-width:5px;border-radius:3px;overflow-wrap:anywhere}}
+{_ended} .jp-OutputArea-output.jupyter-widgets,
+{_ended} .jupyter-widgets-disconnected::before {{display:none!important}}
+{_ended} .jp-OutputArea-output>.jupyter-widgets-disconnected {{opacity:.6}}
+</style>'''
+
+def display_again(
+    text:str, # What to do to see the widget again
+):
+    "Display, below a widget, what to do once its kernel has ended; it is hidden until then."
+    from IPython.display import display
+    said = f'<div hidden class="qvl-again">{html.escape(text)}</div>'
+    display({'text/html': as_text(_again_style + said), 'text/plain': ''}, raw=True)

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['MOST', 'LINE', 'video_endings', 'whole_file', 'write_text', 'write_json', 'reserve', 'sweep', 'Damaged',
            'open_regular', 'read_bytes', 'read_text', 'read_tail', 'parse_json', 'read_json', 'json_or', 'lines_of',
-           'whole_lines', 'file_digest', 'short_path', 'other_name', 'write_new', 'undone_on_error', 'may_replace',
-           'check_replaceable', 'own_file', 'write_own', 'open_picture', 'open_clip']
+           'whole_lines', 'file_digest', 'short_path', 'name_part', 'other_name', 'write_new', 'undone_on_error',
+           'may_replace', 'check_replaceable', 'own_file', 'write_own', 'open_picture', 'open_clip']
 
 # %% ../nbs/01_files.ipynb #2f3b0ec2
-import errno, hashlib, io, json, os, secrets, shutil, stat
+import errno, hashlib, io, json, os, re, secrets, shutil, stat
 from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from pathlib import Path
@@ -238,6 +238,16 @@ def short_path(
 )->str: # The same path, relative to the working directory if that is shorter
     "A path as it is easiest to read and to copy."
     return min(os.path.relpath(path), os.path.abspath(path), key=len)
+
+# %% ../nbs/01_files.ipynb #01filesnamepar1
+def name_part(
+    value, # Text, a number, or anything else
+    most:int=40, # Maximum number of bytes, without the digest
+)->str: # Consists of letters, digits and the characters `_.+-`
+    "A value as a part of a file's name; different for different values."
+    said = str(value)
+    short = re.sub(r'[^\w.+-]+', '_', said).encode()[:most].decode(errors='ignore')
+    return short if short == said else f'{short}.{hashlib.sha256(said.encode()).hexdigest()[:8]}'
 
 # %% ../nbs/01_files.ipynb #0bc0d38b
 def _digest_of_path(path):

@@ -9,11 +9,13 @@ __all__ = ['families', 'supported', 'other_model', 'box_marks', 'box_keys', 'pix
            'processor_config', 'has_processor', 'processor_limits', 'tokens_within', 'image_tokens', 'sampled_frames',
            'video_tokens', 'resized', 'box_frame', 'corner_pairs', 'write_boxes', 'recipe_limits', 'with_system',
            'without_thoughts', 'after_thoughts', 'with_thoughts', 'chat_template', 'model_config', 'head_size',
-           'mlp_size', 'tower_size']
+           'mlp_size', 'tower_size', 'quantized_with']
 
 # %% ../nbs/03_model.ipynb #model02
 import json, math, re
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 
 # %% ../nbs/03_model.ipynb #12a7c1f8
@@ -100,6 +102,16 @@ def family_class(
     names = [prefix + name for prefix in (families[kind].classes, *others*name.endswith('Processor'))]
     return getattr(transformers, next((name for name in names if hasattr(transformers, name)), names[0]))
 
+# A chat template is in one of these; in JSON, it has a backslash more in front of each n
+_template_files = 'chat_template.jinja', 'chat_template.json', 'tokenizer_config.json'
+
+def _text_if_there(file): return file.read_text(encoding='utf-8', errors='replace') if file.is_file() else ''
+
+def _own_name(model):
+    "The name of a model in lower case, without the folders that it is in; in the hub's cache, a folder above has it."
+    parts = Path(model).parts
+    return ''.join(parts[-3] if parts[-2:-1] == ('snapshots',) else parts[-1:]).lower()
+
 def usual_template(
     model:str|Path, # Model folder, or a model's name
 )->str:
@@ -107,9 +119,8 @@ def usual_template(
     For other families and unreadable folders, which `check_recipe` reports, the template is that of Qwen2-VL."""
     try: family = families.get(model_type(model), families['qwen2_vl'])
     except ValueError: return 'qwen2_vl'
-    files = filter(Path.is_file, Path(model).glob('chat_template.*') if str(model) else ())
-    texts = (file.read_text(encoding='utf-8', errors='replace') for file in files)
-    thinks = re.search(family.thinks, str(model).lower()) or any('assistant\\n<think>' in text for text in texts)
+    texts = (text for file in _template_files if (text := _text_if_there(Path(model)/file))) if str(model) else ()
+    thinks = re.search(family.thinks, _own_name(model)) or any(re.search(r'assistant\\+n<think>', t) for t in texts)
     return family.templates[-1 if thinks else 0]
 
 # %% ../nbs/03_model.ipynb #39be7d3e
@@ -144,20 +155,21 @@ def _processor_size(width, height, max_pixels, min_pixels, unit, frames=1):
     return w, h
 
 # %% ../nbs/03_model.ipynb #13a6a07b
+@lru_cache
+def _prefers_nested(): return int(version('transformers').partition('.')[0]) >= 5
+
 def processor_config(
     model:str|Path, # Model folder
     video:bool=False, # The processor of clips instead of that of pictures
 )->dict:
     """The settings of a processor in a model folder, which transformers 4 writes to a file of their own and
-    transformers 5 to `processor_config.json`. Raises `FileNotFoundError` if there are none."""
+    transformers 5 to `processor_config.json`; if a folder has both, each reads its own first.
+    Raises `FileNotFoundError` if there are none."""
     own, nested = Path(model)/'preprocessor_config.json', Path(model)/'processor_config.json'
-    parts = _read_config(nested) if nested.is_file() else {}
-    if video:
-        clips = own.with_name(f'video_{own.name}')
-        if clips.is_file(): return _read_config(clips)
-        if 'video_processor' in parts: return parts['video_processor']
-    if 'image_processor' in parts and not own.is_file(): return parts['image_processor']
-    return _read_config(own)
+    files = [file for file in [own.with_name(f'video_{own.name}')]*video + [own] if file.is_file()]
+    part = (_read_config(nested) if nested.is_file() else {}).get('video_processor' if video else 'image_processor')
+    if part and (not files or _prefers_nested()): return part
+    return _read_config(files[0] if files else own)
 
 def has_processor(
     model:str|Path, # Model folder
@@ -177,6 +189,7 @@ def processor_limits(
         least, most = family.clip if video else family.picture
         return {'min_pixels': least, 'max_pixels': most, 'unit': 2*family.patch}
     config = processor_config(model, video)
+    if video and family.has_times: config = {k: v for k, v in config.items() if k not in ('min_pixels', 'max_pixels')}
     unit, usual = config.get('patch_size', family.patch)*config.get('merge_size', 2), (2*family.patch)**2
     # Without limits in the file, the defaults of the processors' classes apply
     size, least, most = config.get('size') or {}, *((128*usual, 768*usual) if video else (56*56, 1280*28*28))
@@ -447,9 +460,26 @@ def mlp_size(
     if not text.get('num_experts_per_tok'): return text['intermediate_size']
     return text['num_experts_per_tok']*text['moe_intermediate_size'] + text.get('shared_expert_intermediate_size', 0)
 
+_tower_widths = {'qwen2_vl': ('embed_dim', 1280), 'qwen2_5_vl': ('hidden_size', 3584)}
+
 def tower_size(
     config:dict, # As returned by `model_config`
 )->int:
-    "The width of the vision tower; in Qwen2-VL's config, `hidden_size` is the width of its output."
-    vision = config['vision_config']
-    return vision.get('embed_dim') or vision['hidden_size']
+    """The width of the vision tower; in Qwen2-VL's config, `hidden_size` is the width of its output. Many published
+    folders leave out what is the default of the config class."""
+    key, usual = _tower_widths.get(config['model_type'], ('hidden_size', 1152))
+    return config['vision_config'].get(key, usual)
+
+# %% ../nbs/03_model.ipynb #quant0002
+_quantized_names = {'awq': 'awq', 'gptq': 'gptq', 'bnb-': 'bitsandbytes', 'fp8': 'fp8'}
+
+def quantized_with(
+    model:str|Path, # Model folder, or a model's name
+)->str: # As in its config, such as `'awq'`; empty if it is not quantized
+    "The method by which the weights of a model are quantized."
+    file = Path(model)/'config.json'
+    if not file.is_file():
+        return next((kind for part, kind in _quantized_names.items() if part in Path(model).name.lower()), '')
+    given = _read_config(file).get('quantization_config')
+    if not isinstance(given, dict) or not given: return ''
+    return str(given.get('quant_method') or 'bitsandbytes')

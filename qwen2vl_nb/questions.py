@@ -52,27 +52,50 @@ def _string_fault(field, value):
     if 'bool' in words and value.lower() in ('false', 'no', 'off', 'n', 'f', '0'):
         return f'{value!r} is text, which counts as true.', 'Write false, without quotes.'
 
-def _missing_packages(recipe, model, training):
-    "Missing packages that trackers and quantization need, but only after the parser has run."
+def _quantization_in(folder):
+    "How the weights in a model folder are quantized, as its config says; `None` if they aren't."
+    file = Path(folder)/'config.json'
+    return json.loads(file.read_text(encoding='utf-8')).get('quantization_config') if file.is_file() else None
+
+def _configure_quantization(given, model, trains):
+    "Raise an exception if a package is missing that quantized weights or `quantization_bit` need."
     from llamafactory.model.model_utils.quantization import configure_quantization
     from transformers import PretrainedConfig
+    configure_quantization(PretrainedConfig(quantization_config=given), None, model, trains, {})
+    if given and 'bitsandbytes' in given.get('quant_method', 'bitsandbytes'): importlib.import_module('bitsandbytes')
+
+def _missing_packages(recipe, model, training):
+    "Missing packages that trackers and quantization need, but only after the parser has run."
     from transformers.integrations import get_reporting_integration_callbacks
     checks = {}
     if 'report_to' in recipe:
         checks['report_to'] = lambda: [tracker() for tracker in get_reporting_integration_callbacks(training.report_to)]
-    if model.quantization_bit:
-        checks['quantization_bit'] = lambda: configure_quantization(PretrainedConfig(), None, model,
-                                                                    training.do_train, {})
+    quantized = _quantization_in(model.model_name_or_path)
+    if model.quantization_bit or quantized:
+        key = 'model_name_or_path' if quantized else 'quantization_bit'
+        checks[key] = lambda: _configure_quantization(quantized, model, training.do_train)
     for key, check in checks.items():
         try: check()
         except Exception as e:
             why = f"The run would stop once the model is loaded: {' '.join(str(e).split())}"
-            yield key, why, 'Install the missing package, or remove the argument.'
+            cure = 'remove the argument' if key in recipe and key != 'model_name_or_path' else 'use another model'
+            yield key, why, f'Install the missing package, or {cure}.'
     if model.flash_attn == 'fa2' and not importlib.util.find_spec('flash_attn'):
         yield ('flash_attn', 'FlashAttention-2 is not installed, and LLaMA-Factory continues without it.',
                'Install flash-attn, or leave flash_attn out.', 'warning')
 
 # %% ../nbs/07_questions.ipynb #468716b0
+def _processor_error(model):
+    "The exception with which the tokenizer or the processor of a complete model folder can't be loaded."
+    from llamafactory.model import load_tokenizer
+    is_there = lambda *names: any((Path(model.model_name_or_path)/name).is_file() for name in names)
+    processor = 'preprocessor_config.json', 'processor_config.json'
+    if not (is_there('config.json') and is_there('tokenizer.json', 'vocab.json') and is_there(*processor)): return
+    try: load_tokenizer(model)
+    except Exception as e:
+        why = f"LLaMA-Factory cannot load the tokenizer or the processor: {' '.join(str(e).split())[:300]}"
+        yield 'model_name_or_path', why, 'Correct the file in the model folder, or download it again.'
+
 def _unknown_keys(recipe, names):
     "The keys of a recipe that are not arguments of LLaMA-Factory."
     for key in (k for k in recipe if k not in names):
@@ -110,6 +133,7 @@ def arguments(
         model, data, training, *_ = hparams.get_train_args(right)
         yield from _no_template(data.template)
         yield from _missing_packages(recipe, model, training)
+        yield from _processor_error(model)
     except Exception as e: yield _parser_error(recipe, e)
     if not zero: return
     from deepspeed.runtime.config import DeepSpeedConfig

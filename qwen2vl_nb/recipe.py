@@ -190,13 +190,14 @@ def best_measured(
 
 def find_adapter(
     run, # A run, its folder, or the folder of an adapter
+    measured:bool=True, # Whether the checkpoint that `score_checkpoints` found to be the best comes first
 )->Path: # Folder of the adapter
     """The adapter of a run: the checkpoint that `score_checkpoints` found to be the best, else the one that the trainer
     kept as the best, else the last. Incomplete weights are skipped, and so are those of an earlier run in the same
     folder."""
     folder = Path(run).absolute()
-    own, measured = _own_folders(folder), best_measured(folder)
-    for found in (*[measured]*bool(measured), *_best_checkpoint(own), *own):
+    own, best = _own_folders(folder), measured and best_measured(folder)
+    for found in (*[best]*bool(best), *_best_checkpoint(own), *own):
         if is_adapter(found): return found
     why = '; did the run end without an error?' if folder.is_dir() else ': the folder does not exist.'
     raise FileNotFoundError(f'There is no adapter in {folder}{why} '
@@ -255,9 +256,10 @@ def earlier_adapters(
 def adapters_of(
     trained:dict, # The recipe of a training run
     weights:str|os.PathLike, # Its run, the folder of the run, or a checkpoint
+    measured:bool=True, # As for `find_adapter`
 )->str: # Folders, separated by commas
     "The adapters that belong to a model: those that LLaMA-Factory merged before the training, and its own."
-    return ','.join([*earlier_adapters(trained), str(find_adapter(weights))])
+    return ','.join([*earlier_adapters(trained), str(find_adapter(weights, measured))])
 
 # %% ../nbs/10_recipe.ipynb #answ0002b
 def answering_recipe(

@@ -103,7 +103,10 @@ def test_a_notebook_keeps_the_finished_curve_and_one_line(few_steps, tmp_path):
     recipe = few_steps(max_steps=30)
     nb, page = _executed(tmp_path, f'from qwen2vl_nb.all import *\nrun = launch({recipe!r})\nrun.watch()', 'run.wait();')
     watched, waited = (cell.outputs for cell in nb.cells)
+    watched, again = watched[:1], watched[1:]
     assert [o.output_type for o in watched + waited] == ['display_data']*2
+    told, = re.findall('<div (.*?)>The kernel that showed this has ended', again[0].data['text/html'])
+    assert told.split()[0] == 'hidden' and len(again) == 1, 'it is for a widget whose kernel has ended'
     assert re.match('run: done, step 30 of 30, epoch .*, took 0:0.*, ended 20', watched[0].data['text/plain'])
     assert base64.b64decode(watched[0].data['image/png']).startswith(b'\x89PNG')
     assert re.fullmatch(r'run: 100%\|█+\| 30/30 \[\d\d:\d\d, [\d.]+ \S+\]', waited[0].data['text/plain'])

@@ -1,13 +1,14 @@
 "Checkpoints scored by their answers, and answers while a run trains: real runs of the embedded model, killed and resumed, and folders that are not to be trusted."
 import json, math, os, shutil, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import until
+from conftest import small_disk, until
 from qwen2vl_nb.checkpoint import when_written
 from qwen2vl_nb.data.registry import Registry
 from qwen2vl_nb.prediction.engines import predict
@@ -112,6 +113,8 @@ def test_scoring_that_was_killed_asks_only_what_is_missing(scored):
     started = (run.output_dir/'scores'/'car_item_test'/'run.json').stat().st_mtime_ns
     assert {name: dict(of) for name, of in score_checkpoints(run, 'car_item_test', **ASKED).items()} == {name: dict(of) for name, of in found.items()}
     assert (run.output_dir/'scores'/'car_item_test'/'run.json').stat().st_mtime_ns == started, 'nothing is asked twice'
+    with pytest.raises(ValueError) as told: score_checkpoints(run, 'car_item_test', max_new_tokens=8)
+    assert all(f'{name} contains the answers to another question:\n- recipe, max_new_tokens: 24 before, 8 now' in str(told.value) for name in found)
 
 def test_what_is_wrong_is_said_before_anything_is_asked(trained, tmp_path):
     "Nothing that could only fail after the predictions, and nothing that would have every checkpoint give the answers of one."
@@ -184,6 +187,18 @@ def test_incomplete_checkpoints_are_left_out_and_named(trained, tmp_path):
     with pytest.raises(ValueError) as e: score_checkpoints(folder, 'car_item_test')
     assert 'checkpoint-40: it is incomplete' in str(e.value) and 'checkpoint-80: its adapter' in str(e.value)
     with pytest.raises(ValueError, match='it is not a training run'): score_checkpoints(trained.lora.output_dir/'scores'/'car_item_test', 'car_item_test')
+
+def test_what_was_scored_is_found_again_where_nothing_can_be_written(trained, tmp_path):
+    "In another place, on a disk that is read-only by now, as an archive is; what would have to be asked says that it can't be written."
+    few = dict(max_samples=4, max_new_tokens=8)
+    with small_disk(tmp_path/'disk', '64m') as remount:
+        run = Path(shutil.copytree(trained.plain.output_dir, tmp_path/'disk'/'run'))
+        before = score_checkpoints(run, 'car_item_test', **few)
+        run = run.rename(tmp_path/'disk'/'moved')
+        remount('64m,ro')
+        assert score_checkpoints(run, 'car_item_test', **few).table.equals(before.table)
+        with pytest.warns(UserWarning, match='could not be recorded as the best checkpoint: .*Read-only'): score_checkpoints(run, 'car_item_test', 'bleu-4', **few)
+        with pytest.raises(OSError, match='Read-only'): score_checkpoints(run, 'car_item', **few)
 
 def test_a_hostile_record_of_the_best_names_no_other_folder(trained, tmp_path):
     run = tmp_path/'run'

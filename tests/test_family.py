@@ -9,12 +9,13 @@ from safetensors import safe_open
 
 from conftest import until, write_clip
 from qwen2vl_nb.all import attach, check_recipe, export, launch, predict, predict_recipe, read_log, score, train_recipe, zero_config, zero_table
-from qwen2vl_nb.checks import data_findings, model_findings, quick_findings
+from qwen2vl_nb.checks import ask_llamafactory, data_findings, model_findings, quick_findings
 from qwen2vl_nb.data.check import check_samples
 from qwen2vl_nb.data.registry import Registry, dataset_samples
 from qwen2vl_nb.data.tokens import count_tokens
 from qwen2vl_nb.memory.estimate import NotPredicted, predict_memory
-from qwen2vl_nb.model import families, image_tokens, processor_config, processor_limits, usual_template, video_tokens
+from qwen2vl_nb.model import families, family_class, image_tokens, model_config, processor_config, processor_limits, tower_size, usual_template, video_tokens
+from qwen2vl_nb.prediction.hf import token_budget
 from qwen2vl_nb.tiny import tiny_model
 
 @pytest.fixture(scope='session', params=['qwen2_5_vl', 'qwen3_vl'])
@@ -52,6 +53,63 @@ def test_a_folder_as_transformers_5_writes_it_is_a_model(small, tmp_path):
     for part, video in (real.image_processor, False), (real.video_processor, True):
         limits = processor_limits(folder, video)
         assert (limits['min_pixels'], limits['max_pixels']) == (part.size['shortest_edge'], part.size['longest_edge'])
+
+FORMS = { # of the limits in the files of a processor: file → what it contains beside the rest; sizes are (least, most)
+    'as the first folders': {'preprocessor': dict(min_pixels=5000, max_pixels=90_000)},
+    'old names in size': {'preprocessor': dict(min_pixels=5000, max_pixels=90_000, size=dict(min_pixels=1, max_pixels=2))},
+    'size alone': {'preprocessor': dict(size=dict(shortest_edge=5000, longest_edge=90_000))},
+    'both': {'preprocessor': dict(min_pixels=5000, max_pixels=90_000, size=dict(shortest_edge=1, longest_edge=2))},
+    'empty limits': {'preprocessor': dict(min_pixels=None, max_pixels=None, size=dict(shortest_edge=5000, longest_edge=90_000))},
+    'clips, size alone': {'preprocessor': {}, 'video_preprocessor': dict(size=dict(shortest_edge=6000, longest_edge=80_000))},
+    'clips, both': {'preprocessor': {}, 'video_preprocessor': dict(min_pixels=7000, max_pixels=70_000, size=dict(shortest_edge=6000, longest_edge=80_000))},
+    'both layouts': {'preprocessor': dict(size=dict(shortest_edge=5000, longest_edge=90_000)), 'nested image': dict(size=dict(shortest_edge=5001, longest_edge=90_001)),
+                     'nested video': dict(size=dict(shortest_edge=6001, longest_edge=80_001))},
+    'both layouts, all': {'preprocessor': dict(size=dict(shortest_edge=5000, longest_edge=90_000)), 'video_preprocessor': dict(size=dict(shortest_edge=6000, longest_edge=80_000)),
+                          'nested image': dict(size=dict(shortest_edge=5001, longest_edge=90_001)), 'nested video': dict(size=dict(shortest_edge=6001, longest_edge=80_001))},
+}
+
+@pytest.mark.parametrize('form', FORMS)
+def test_limits_in_the_forms_of_published_folders(form, small, tmp_path):
+    "Also where a folder has the files of transformers 4 and 5, and they disagree."
+    from transformers import AutoProcessor
+    folder = shutil.copytree(small, tmp_path/'model', ignore=shutil.ignore_patterns('*processor_config.json'))
+    usual = {video: {k: v for k, v in processor_config(small, video).items() if k not in ('min_pixels', 'max_pixels', 'size')} for video in (False, True)}
+    given = {name: usual['video' in name] | dict(size=dict(shortest_edge=4000, longest_edge=100_000)) | limits for name, limits in FORMS[form].items()}
+    nested = {f'{name[7:]}_processor': given.pop(name) for name in [*given] if name.startswith('nested')}
+    for name, values in given.items(): (folder/f'{name}_config.json').write_text(json.dumps(values))
+    if nested: (folder/'processor_config.json').write_text(json.dumps(nested | {'processor_class': type(AutoProcessor.from_pretrained(small)).__name__}))
+    real = AutoProcessor.from_pretrained(folder, use_fast=True)
+    for part, video in (real.image_processor, False), (real.video_processor, True):
+        limits = processor_limits(folder, video)
+        assert (limits['min_pixels'], limits['max_pixels']) == (part.size['shortest_edge'], part.size['longest_edge']), video
+
+# As transformers 4.44 to 4.51 saved them: what is the default of the config class is left out
+TOWERS = {'qwen2_vl': {'in_chans': 3, 'model_type': 'qwen2_vl', 'spatial_patch_size': 14}, 'qwen2_5_vl': {'hidden_size': 1280, 'in_chans': 3, 'model_type': 'qwen2_5_vl', 'tokens_per_second': 2},
+          'qwen3_vl': {'model_type': 'qwen3_vl', 'out_hidden_size': 4096}}
+
+@pytest.mark.parametrize('kind', TOWERS)
+def test_configs_that_leave_out_defaults(kind, tmp_path):
+    config = model_config({'qwen2_vl': 'Qwen2-VL-7B', 'qwen2_5_vl': 'Qwen2.5-VL-7B', 'qwen3_vl': 'Qwen3-VL-8B'}[kind])
+    (tmp_path/'config.json').write_text(json.dumps(config | {'vision_config': TOWERS[kind]}))
+    real = family_class(kind, 'Config').from_pretrained(tmp_path).vision_config
+    short = model_config(tmp_path)
+    assert tower_size(short) == tower_size(config) == getattr(real, 'embed_dim', real.hidden_size)
+    assert token_budget(short, 0, 80*2**30) == token_budget(config, 0, 80*2**30)
+
+def test_a_processor_under_its_first_name(tmp_path):
+    "The first published folders of Qwen2.5-VL; and any other processor that cannot be loaded."
+    from llamafactory.hparams import ModelArguments
+    from llamafactory.model import load_tokenizer
+    model = tiny_model(tmp_path/'model', family='qwen2_5_vl')
+    file, recipe = model/'preprocessor_config.json', train_recipe(model, 'cars', tmp_path/'run')
+    was = json.loads(file.read_text())
+    asked = lambda: [f for f in ask_llamafactory(recipe | dict(bf16=None)) if f.where == 'model_name_or_path']
+    assert not model_findings(model) and not asked()
+    for changes, words in (dict(image_processor_type='Qwen2_5_VLImageProcessor'), 'Unrecognized image processor'), (dict(size=dict(shortest_edge=336), min_pixels=None, max_pixels=None), 'longest_edge'):
+        file.write_text(json.dumps(was | changes))
+        assert ['has renamed' in f.what for f in model_findings(model)] == [True]*('image_processor_type' in changes)
+        with pytest.raises(ValueError, match=words): load_tokenizer(ModelArguments(model_name_or_path=str(model)))
+        assert ['cannot load the tokenizer or the processor' in f.what and words in f.what for f in asked()] == [True]
 
 def test_image_tokens_are_those_of_the_trainer(small, parts):
     "2,000 random sizes and limits through LLaMA-Factory's steps and the real resize; every tenth through all of the processor."
@@ -221,7 +279,9 @@ def test_from_a_start_to_scored_answers(small, family, data, tmp_path):
     own, theirs = ([row['predict'] for row in p] for p in answers.values())
     assert own == theirs and len(own) == 8 and len(score(answers['hf']).overall)
     merged = export(run, tmp_path/'merged')
-    assert json.loads((merged/'config.json').read_text())['model_type'] == family and '_pad|>' in (merged/'chat_template.jinja').read_text()
+    exported = json.loads((merged/'config.json').read_text())
+    assert exported['model_type'] == family and exported['tie_word_embeddings'] is True  # where transformers 5 looks for it
+    assert '_pad|>' in (merged/'chat_template.jinja').read_text()
 
 @pytest.mark.parametrize('kind', ['qwen3_vl_moe', 'qwen3_5', 'qwen3_5_moe'])
 def test_families_whose_memory_is_not_predicted(kind, factory, data, tmp_path):

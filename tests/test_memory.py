@@ -8,7 +8,7 @@ from itertools import accumulate
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from conftest import TRAINS_KTO, write_clip
+from conftest import TRAINS_KTO, TRANSFORMERS, write_clip
 from qwen2vl_nb.model import family_class, model_config
 from qwen2vl_nb.memory.estimate import predict_memory
 from qwen2vl_nb.memory.plan import zero_table
@@ -160,6 +160,7 @@ def test_counted_as_by_torchs_profiler(medium):
         model = Qwen2VLForConditionalGeneration(config)
         ids = torch.tensor([[config.vision_start_token_id, *[config.image_token_id]*252, *range(5, 40)]])
         pictures = dict(pixel_values=torch.randn(1008, 1176), image_grid_thw=torch.tensor([[1, 28, 36]]))
+        if TRANSFORMERS >= (5, 3): pictures |= dict(mm_token_type_ids=(ids == config.image_token_id).int())
         model(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids), **pictures).loss.backward()
         torch.optim.AdamW(model.parameters(), fused=True).step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile, LiveBytes('cpu') as live: step()
@@ -246,6 +247,8 @@ FAULTS = {
     'another optimizer': (dict(optim='adafactor'), {}, "The optimizer 'adafactor' is not predicted; AdamW is"),
     'another way to train': (dict(finetuning_type='oft'), {}, "finetuning_type 'oft' is not predicted; lora, full and freeze are"),
     'reinforcement': (dict(stage='ppo'), {}, "stage 'ppo' is not predicted"),
+    'weights that are quantized already': (lambda f: _model(f, json.dumps(model_config('Qwen2-VL-7B') | {'quantization_config': {'quant_method': 'awq', 'bits': 4}})), {}, 'are quantized already (awq), which is not predicted'),
+    'weights that are quantized already, by name': (dict(model_name_or_path='Qwen/Qwen2.5-VL-7B-Instruct-AWQ'), {}, 'are quantized already (awq), which is not predicted'),
     'a reference model under ZeRO-3': (dict(stage='dpo', finetuning_type='full'), dict(zero='z3', gpus=2), 'A reference model under ZeRO-3 is not predicted'),
     'another reference model': (dict(stage='dpo', ref_model='other'), {}, 'ref_model is not predicted'),
     'ZeRO-1': ({}, dict(zero={'zero_optimization': {'stage': 1}}), 'ZeRO stage 1 is not predicted'),

@@ -1,5 +1,5 @@
 "The newest versions that `settings.ini` allows, as `pip install` resolves them: they work, and cost no more. Collected by `make test-newest`, which has them."
-import importlib.metadata, importlib.util, inspect, json
+import importlib.metadata, importlib.util, inspect, json, shutil
 
 import pytest
 from packaging.version import Version
@@ -59,6 +59,29 @@ def test_kto_fails_or_learns_wrong_positions(family, data, tmp_path):
     position = lambda **kinds: loaded.model.compute_3d_position_ids(input_ids=ids, inputs_embeds=None, image_grid_thw=grid, video_grid_thw=None, attention_mask=None, past_key_values=None, **kinds)
     right = position(mm_token_type_ids=(ids == loaded.config.image_token_id).int())
     assert not torch.equal(right[1], right[2]) and position() is None, 'so that the model counts tokens in all three'
+
+def test_tied_embeddings_as_transformers_4_writes_them_are_random(few_steps, tiny, data, tmp_path):
+    "It says so in `text_config` alone, and the output layer is random; exported by this package, the folder is sound."
+    from transformers import AutoModelForImageTextToText
+    model = shutil.copytree(tiny, tmp_path/'model')
+    config = json.loads((model/'config.json').read_text())
+    assert config.pop('tie_word_embeddings') and config['text_config']['tie_word_embeddings']
+    (model/'config.json').write_text(json.dumps(config))
+    losses = {}
+    for name, folder in ('as it was', tiny), ('tied in text_config', model):
+        recipe = few_steps(output_dir=tmp_path/name, model_name_or_path=str(folder))
+        found = [f for f in quick_findings(recipe) if 'output layer' in f.what]
+        assert [f.level for f in found] == ['error']*(folder is model)
+        run = launch(recipe, force=True)
+        run.wait()
+        losses[name] = read_log(run).loss.iloc[0]
+    assert losses['tied in text_config'] > 2*losses['as it was'], losses
+    head = AutoModelForImageTextToText.from_pretrained(model)
+    assert not head.lm_head.weight.equal(head.get_input_embeddings().weight)
+    (model/'config.json').write_text(json.dumps(config | {'tie_word_embeddings': True}))  # as the finding says
+    assert not [f for f in quick_findings(recipe) if 'output layer' in f.what]
+    cured = AutoModelForImageTextToText.from_pretrained(model)
+    assert cured.lm_head.weight.equal(cured.get_input_embeddings().weight)
 
 @pytest.fixture(scope='module')
 def counting(data):

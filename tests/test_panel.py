@@ -1,5 +1,5 @@
 "The panel: what its files keep, what they can't do, and the notebook that it writes."
-import json, os, shutil, subprocess, sys, threading
+import html, json, os, shutil, subprocess, sys, threading
 from pathlib import Path
 
 import nbformat
@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from conftest import until
 from qwen2vl_nb.execute import execute
 from qwen2vl_nb.panel.data_step import column_names
 from qwen2vl_nb.panel.form import Panel
@@ -132,14 +133,33 @@ def test_wrong_columns_and_files_are_told_in_the_step(folder):
     assert 'File or folder' in shown(press(panel, 'data.read'))
     fill(panel, 'data', source='none.xlsx')
     assert 'There is no file none.xlsx' in shown(press(panel, 'data.read'))
-    fill(panel, 'data', source='labels.xlsx', image='picture', response='label')
+    fill(panel, 'data', source='labels.xlsx')
+    told = html.unescape(shown(press(panel, 'data.read')))
+    assert '''set "Pictures" to 'photo'.''' in told and 'To be set in this form: "Question" · "Answer" · "Pictures".' in told and 'image=' not in told
+    assert '请在此表单中设置：“提示词” · “回答” · “图片”。' in html.unescape(shown(press(Panel(language='zh'), 'data.read')))
+    fill(panel, 'data', source='labels.xlsx', image='picture', prompt='What?', response='label')
     told = shown(press(panel, 'data.read'))
+    assert 'To be set in this form: "Pictures" · "Answer".' in html.unescape(told)
     assert 'no column' in told and 'photo' in told and 'Traceback' not in told and 'read_samples' in told  # and the code that failed
     (folder/'broken.xlsx').write_bytes(b'PK\3\4 no workbook')
     fill(panel, 'data', source='broken.xlsx', image='', response='')
     assert 'broken.xlsx' in shown(press(panel, 'data.read')) and not (folder/NOTEBOOK).exists()
     assert 'step' in shown(press(panel, 'split.register')) and 'Data' in shown(press(panel, 'split.register'))
     assert 'Model' in shown(press(panel, 'recipe.make'))
+
+def test_messages_speak_of_the_fields_and_buttons_of_the_form(filled):
+    "What checks and splits say about arguments; the test data have 6 rows, and each row has some 20 tokens."
+    fill(filled, 'recipe', cutoff_len=8)
+    press(filled, 'recipe.make')
+    told = html.unescape(shown(press(filled, 'recipe.check')))
+    assert 'Set "Maximum tokens" to ' in told and 'cutoff_len' not in told
+    fill(filled, 'split', test=.25, group='car')
+    told = html.unescape(shown(press(filled, 'split.register')))
+    assert "have no 'car' to group by" in told and 'To be set in this form: "Keep together".' in told
+    fill(filled, 'split', test=100., group='')
+    assert '"Test rows" = 100 takes 100 of 23' in html.unescape(shown(press(filled, 'split.register')))
+    told = html.unescape(shown(press(filled, 'launch.start')))
+    assert '- "Maximum tokens" in the step "Recipe": ' in told and 'cutoff_len' not in told.partition('recipe =')[0].partition('launch(')[0]
 
 def test_text_from_data_is_shown_literally(folder):
     pd.DataFrame({'image': ['photos/0.png'], 'prompt': ['<script>alert(1)</script>'], 'answer': ['<img src=x onerror=alert(1)>']}).to_csv('<b>.csv', index=False)
@@ -275,10 +295,16 @@ def test_what_a_training_was_built_on_is_asked_with_it_and_all_runs_are_listed_w
     assert [p.split('/')[0] for p in sorted(places)] == ['runs', 'saves'] and listed(panel) == places
 
     fill(panel, 'predict', dataset='car_item_test', max_samples=2, max_new_tokens=4)
-    asked = {}
+    asked, step = {}, panel.steps['predict']
+    panel.go('predict')
     for name in ('before', 'after'):
-        box = press(panel, f'predict.{name}')
+        box, at_work = step.boxes[f'predict.{name}'], []
+        box.result.observe(lambda change, at_work=at_work: at_work.append(len(step.work.children)), 'children')
+        box.start()
+        until(lambda: at_work or step.work.look(), 'it is seen at work')
+        box.wait()
         assert 'qvl-error' not in shown(box), shown(box)
+        assert at_work[0] == 0, 'nothing is shown at work beside its result'
         asked[name] = load_recipe(panel.session.names[name].output_dir/RECIPE)
     both = f'{first.output_dir},{second.output_dir}'
     assert [asked[name]['adapter_name_or_path'] for name in asked] == [str(first.output_dir), both]

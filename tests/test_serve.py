@@ -1,5 +1,6 @@
 "A model that stays loaded: the same answers as other predictions, found again, asked by whoever has its key and by nobody else, and gone when it should be."
 import http.client, io, json, re, shutil, socket, subprocess, sys, threading, warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from conftest import PATIENCE, until
+from conftest import PATIENCE, small_disk, until
 from qwen2vl_nb.data.registry import Registry, dataset_samples
 from qwen2vl_nb.prediction.client import MOST_BYTES, ServerGone, request
 from qwen2vl_nb.prediction.engines import predict
@@ -242,6 +243,12 @@ def test_found_again_from_another_kernel(served, picture):
     assert served.is_running and serve(served.recipe['model_name_or_path'], served.output_dir, use_cpu=True, max_new_tokens=9).key == served.key
     with pytest.raises(ValueError, match='use_cpu'): serve(served.recipe['model_name_or_path'], served.output_dir)
 
+def test_two_calls_at_once_find_the_same_process(tiny, tmp_path):
+    "Both see at first that nothing is served; the one that comes second waits for what the first has started."
+    with ThreadPoolExecutor(2) as pool: one, other = [call.result() for call in [pool.submit(serve, tiny, tmp_path/'out', use_cpu=True) for _ in range(2)]]
+    assert one.key == other.key and not (tmp_path/'out'/'earlier').exists()
+    one.stop()
+
 def test_killed_in_the_middle_of_a_prediction(ask, served, other, data, tmp_path):
     "The reason is told, no row is lost, and calling again continues, with another process."
     rows = dataset_samples(Registry(data), 'car_item_test')
@@ -306,3 +313,10 @@ def test_a_model_that_can_not_be_loaded(tiny, tmp_path):
     (broken/'config.json').write_text(json.dumps(config))
     with pytest.raises(RuntimeError, match='mismatch'): serve(broken, tmp_path/'out', use_cpu=True)
     assert attach(tmp_path/'out').status == 'failed'
+
+def test_a_disk_without_room_for_a_reason_is_the_reason(tiny, tmp_path):
+    "The start is written down, and then nothing more; calling again as before works when there is room."
+    with small_disk(tmp_path/'disk', '32k') as enlarge:
+        with pytest.raises(RuntimeError, match=r'has ended: The disk is full\. Why the run ended could not be written down\. serve'): serve(tiny, tmp_path/'disk'/'out', use_cpu=True)
+        enlarge('16m')
+        serve(tiny, tmp_path/'disk'/'out', use_cpu=True).stop()

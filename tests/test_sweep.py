@@ -1,14 +1,14 @@
 "Sweeps: trained side by side, killed and continued, ranked by answers or by evaluations; a run that fails is a row."
-import json, os, re, signal, subprocess, sys
+import json, os, re, signal, subprocess, sys, warnings
 
 import psutil
 import pytest
 
 from conftest import ROOT, until
-from qwen2vl_nb.data.registry import Registry
+from qwen2vl_nb.data.registry import Registry, dataset_samples
 from qwen2vl_nb.prediction.engines import predict
 from qwen2vl_nb.prediction.predictions import Predictions
-from qwen2vl_nb.recipe import argument_names, predict_recipe, save_recipe
+from qwen2vl_nb.recipe import argument_names, find_adapter, predict_recipe, save_recipe
 from qwen2vl_nb.run.folder import RUN, state_or_empty
 from qwen2vl_nb.run.loss import plot_loss, read_log
 from qwen2vl_nb.run.start import attach, launch
@@ -67,6 +67,31 @@ def test_killed_with_its_run_and_continued(few_steps, tmp_path):
     before = {p: p.stat().st_mtime_ns for p in (tmp_path/'run').rglob('*') if p.name in ('run.json', 'predictions.jsonl')}
     assert len(before) == 6 and sweep(base, 'car_item_test', asking=ASKING, learning_rate=[1e-5, 3e-3]).table.equals(table)
     assert {p: p.stat().st_mtime_ns for p in before} == before  # nothing was trained or asked again
+    moved = (tmp_path/'run').rename(tmp_path/'moved')
+    assert sweep(base | {'output_dir': str(moved)}, 'car_item_test', asking=ASKING, learning_rate=[1e-5, 3e-3]).table.equals(table)
+    assert all((moved/p.relative_to(tmp_path/'run')).stat().st_mtime_ns == time for p, time in before.items())
+
+def test_rows_that_change_between_two_calls_are_told(few_steps, data, tmp_path):
+    "The runs that were trained with the earlier rows are named, as long as others can be compared with them; also by resume."
+    registry, values = Registry(tmp_path/'data'), dict(learning_rate=[1e-4, 3e-4])
+    rows = dataset_samples(Registry(data), 'car_item')[:16]
+    registry.add('car_item', rows)
+    base = few_steps(**EVALUATED, dataset_dir=str(registry.dataset_dir), max_steps=4, save_steps=1, plot_loss=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        sweep(base, only=0, **values)
+        registry.add('car_item', rows)  # as a notebook does that is run again
+        one, other = (trial.run for trial in sweep(base, only=[], **values).trials)
+    registry.add('car_item', rows[:12])
+    with pytest.warns(UserWarning, match='car_item: the rows have changed since .* to train them again: learning_rate-0.0001$'): sweep(base, **values)
+    assert (one.status, other.status) == ('done', 'done') and one.progress.begin == 0
+    registry.add('car_item', rows)
+    with pytest.warns(UserWarning, match='again: learning_rate-0.0003$'): sweep(base, only=[], **values)
+    (other.output_dir/'ended.json').unlink()  # as if it had been killed
+    with pytest.warns(UserWarning, match='car_item: the rows have changed since the run was started'): other.resume().wait()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        assert sweep(base, only=[], **values).trials[1].state == 'done'
 
 _other_kernel = '''
 import sys
@@ -102,6 +127,8 @@ def test_a_model_with_added_tokens_is_asked_as_it_was_trained(few_steps, tiny_fp
     assert asked['default_system'] == '<car><bus>' and asked['image_max_pixels'] == 3136
     answers = [[row['predict'] for row in rows] for rows in (Predictions(run.output_dir/'predict-car_item_test'), *scored.predictions.values())]
     assert len(answers) == 2 and answers[0] == answers[1]
+    again = sweep(base, 'car_item_test', asking=ASKING, learning_rate=[1e-3])  # with the weights that it ended with, as before
+    assert again.table.why.tolist() == [''] and find_adapter(run) == run.best == run.output_dir/'checkpoint-2'
     alone = predict_recipe(tiny_fp32, 'car_item_test', tmp_path/'alone', adapter=run, dataset_dir=str(data), use_cpu=True, **ASKING)
     with pytest.warns(UserWarning, match='trained with other prompts'): otherwise = predict(alone)
     assert all(a['prompt_tokens'] != b['prompt_tokens'] for a, b in zip(otherwise, Predictions(run.output_dir/'predict-car_item_test')))

@@ -528,10 +528,10 @@ def _not_turns(rows, columns):
 
 def _table_columns(path, rows, image, video, prompt, response):
     "A dict from LLaMA-Factory's columns to the source's, and the prompt if given; all faults are reported at once."
-    columns, faults = _names_in(rows), []
-    def column(*about):
-        try: return _column(columns, *about)
-        except ValueError as e: faults.append(str(e))
+    columns, faults, wrong = _names_in(rows), [], {}
+    def column(what, *about):
+        try: return _column(columns, what, *about)
+        except ValueError as e: faults.append(wrong.setdefault(what, str(e)))
     is_text = prompt is not None and prompt not in columns and not _is_misspelt(prompt, columns)
     images = image if isinstance(image, (list, tuple)) else [image]
     found = {'images': [c for i in images if (c := column('image', i, False))]}
@@ -541,11 +541,15 @@ def _table_columns(path, rows, image, video, prompt, response):
     if image is None and video is None and not (found['images'] or found['videos']):
         what, name = _unnamed_media(rows, columns) or ('', '')
         if what:
-            faults.append(f'no column for {_column_descriptions[what]}; {name!r} holds paths: pass {what}={name!r}')
+            wrong[what] = f'no column for {_column_descriptions[what]}; {name!r} holds paths: pass {what}={name!r}'
+            faults.append(wrong[what])
     if faults: faults = [*_not_turns(rows, columns), *faults]
     lower = (' Are their names in a lower row? Then read it with pandas and pass that: `pd.read_excel(…, header=1)` '
              'takes the second row.')*any(str(c).startswith('Unnamed: ') for c in columns)
-    if faults: raise ValueError(f'{path} has {"; ".join(faults)}. Its columns: {", ".join(columns)}.{lower}')
+    if faults:
+        error = ValueError(f'{path} has {"; ".join(faults)}. Its columns: {", ".join(columns)}.{lower}')
+        error.arguments = [*wrong]  # for forms, whose fields have other names
+        raise error
     found |= {'query': 'input' if 'input' in columns else None}
     return found | {k: k for k in ('system', 'tools', 'history') if k in columns}, prompt if is_text else None
 

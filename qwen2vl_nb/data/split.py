@@ -69,8 +69,10 @@ def _check_keys(samples, **keys):
     for what, key in keys.items():
         missing = [i for i, s in enumerate(samples) if key and key not in s]
         if not missing: continue
-        raise ValueError(f"Rows {missing[:10]} have no {key!r} to {what} by; "
-                         f"their keys: {', '.join(samples[missing[0]])}.")
+        error = ValueError(f"Rows {missing[:10]} have no {key!r} to {what} by; "
+                           f"their keys: {', '.join(samples[missing[0]])}.")
+        error.arguments = [what]  # for forms, whose fields have other names
+        raise error
 
 def split_samples(
     samples:list, # Samples

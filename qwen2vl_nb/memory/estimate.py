@@ -16,7 +16,8 @@ from filelock import FileLock
 from platformdirs import user_cache_path
 from ..boot import child_env, script
 from ..files import whole_file
-from ..model import families, family_of, has_processor, image_tokens, model_config, recipe_limits
+from ..model import (families, family_of, has_processor, image_tokens, model_config, quantized_with,
+                              recipe_limits)
 from ..stack import GiB
 from ..frozen import describe_spared, is_spared
 from ..recipe import dataset_names
@@ -205,7 +206,7 @@ def _unpredicted_reasons(recipe, config, stage):
     optim = recipe.get('optim', 'adamw_torch_fused')
     offloaded = [part.get('device') for part in (config or {}).get('zero_optimization', {}).values()
                  if isinstance(part, dict)]
-    family = family_of(recipe.get('model_name_or_path') or '')
+    family, method = (f(recipe.get('model_name_or_path') or '') for f in (family_of, quantized_with))
     predicted = ', '.join(other.name for other in families.values() if other.sizes)
     rules = [
         (not family.sizes, f'The memory of {family.name} is not predicted; that of {predicted} is.'),
@@ -215,6 +216,8 @@ def _unpredicted_reasons(recipe, config, stage):
          f"stage {recipe.get('stage')!r} is not predicted; sft, pt, dpo, kto and rm are."),
         (train and recipe.get('stage') in ('dpo', 'kto') and kind != 'lora' and stage == 3 and _compares(recipe),
          'A reference model under ZeRO-3 is not predicted: take z2, or LoRA, which needs none.'),
+        (method, f'The weights of the model are quantized already ({method}), which is not predicted; what is '
+                 'predicted is the model that is not quantized, with quantization_bit: 4.'),
         (bits and (bits != 4 or recipe.get('quantization_method', 'bnb') != 'bnb'),
          'Of quantized models, only those in 4 bits with bitsandbytes are predicted.'),
         (bits and stage == 3, 'A quantized model is not predicted with ZeRO-3: use z2, or no DeepSpeed.'),

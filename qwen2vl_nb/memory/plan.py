@@ -10,6 +10,7 @@ __all__ = ['speed_of', 'ZeroRow', 'describe_gpus', 'ZeroTable', 'gpu_count_and_m
 import html
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import TYPE_CHECKING
 from ..names import progress
 from ..model import recipe_limits
@@ -143,8 +144,7 @@ def gpu_count_and_memory(gpus, gpu_gib):
     if (gpus is None or gpu_gib is None) and not here:
         raise ValueError('No GPU is visible: say which GPUs the run will have, for example gpus=8, gpu_gib=80.')
     gpus, gpu_gib = len(here) if gpus is None else gpus, min(g.total for g in here)/GiB if gpu_gib is None else gpu_gib
-    is_number = lambda n: isinstance(n, (int, float)) and n > 0
-    if not (is_number(gpus) and is_number(gpu_gib)) or gpus < 1:
+    if not (isinstance(gpus, Integral) and gpus > 0 and isinstance(gpu_gib, Real) and gpu_gib > 0):
         raise ValueError(f'gpus={gpus!r}, gpu_gib={gpu_gib!r}: give at least one GPU, with some memory, as numbers.')
     return gpus, gpu_gib
 

@@ -203,7 +203,9 @@ def build_model(
 
 def _with_value_head(model):
     "A reward model: its value head is in fp32."
+    from llamafactory.model.model_utils.visual import configure_visual_model
     from trl import AutoModelForCausalLMWithValueHead
+    configure_visual_model(model.config)  # transformers 5 has the width of the text model only in its own config
     return AutoModelForCausalLMWithValueHead.from_pretrained(model)
 
 def build_reference(

@@ -7,6 +7,7 @@ __all__ = ['SCORE', 'dataset_given', 'limits', 'DatasetStep', 'CheckpointsStep']
 
 # %% ../../nbs/panel/70_checkpoints_step.ipynb #70checkp0002
 import ast
+from contextlib import suppress
 from pathlib import Path
 from ipywidgets import HTML, BoundedIntText, Combobox
 from .chosen_run import AtWork, folders_at_work, registered_names, test_set
@@ -61,6 +62,10 @@ class DatasetStep(Step):
         for box in self.boxes.values(): box.button.on_click(lambda _: self.work.follow(self._is_busy))
         return self.work
 
+    def ended(self):
+        "The views of what has ended go before the result comes."
+        with suppress(OSError, ValueError): self.work.look()
+
     def _is_busy(self): return any(box.is_busy for box in self.boxes.values())
 
     def _folders(self):
@@ -69,6 +74,7 @@ class DatasetStep(Step):
 
     def refresh(self):
         "Suggest data sets, and show what is at work and what can be shown again."
+        if self.work.children: self.ended()
         super().refresh()
         place, control = self.panel.session.form('runs')['_about'].get('dataset_dir'), self.controls['dataset']
         if isinstance(place, str): control.options = registered_names(self.panel.session.project.folder/place)

@@ -23,11 +23,17 @@ CHINESE = {
                          '意外的错误：{error}\n出错位置：{where}。要查看完整的 traceback，请在单元格中运行下面的代'
                          '码。'),
     'panel.fill': ('Fill in "{control}" in the step "{step}" first.', '请先在“{step}”步骤中填写“{control}”。'),
+    'panel.field': ('"{control}"', '“{control}”'),
+    'panel.field_of': ('"{control}" in the step "{step}"', '“{step}”步骤中的“{control}”'),
+    'panel.set': ('To be set in this form: {fields}.', '请在此表单中设置：{fields}。'),
     'panel.elsewhere': ('{name} was not written by this panel or has been changed since. It stays as it is; the '
                         'code is written to {other}.',
                         '{name} 不是由本面板写入的，或者写入后被改动过。该文件保持原样，代码改为写入 {other}。'),
     'panel.ended': ('This form is now shown in another cell. Run this cell again to have it here.',
                     '此表单现在显示在另一个单元格中。重新运行本单元格即可在这里继续使用。'),
+    'panel.run_again': ('The kernel that showed this form has ended. Run this cell again: the form comes back as it '
+                        'was.',
+                        '显示此表单的内核已经结束。重新运行本单元格，表单就会恢复原样。'),
     'panel.refused': ('The form could not be saved: {error}', '无法保存表单：{error}'),
     'panel.first': ('This needs the step "{step}" first: press "{action}" there.',
                     '请先完成“{step}”步骤：在那里点击“{action}”。'),
@@ -220,6 +226,20 @@ CHINESE |= {
     'score.compare.help': ('Before and after, row by row, and whether the difference could be due to chance.',
                            '逐行对比训练前后，并判断差异是否可能出于偶然。'),
     'score.show': ('Look at the answers', '查看回答'),
+    'score.none_right': ('No answer is right.', '没有一个回答是正确的。'),
+    'score.as_common': ('Always giving the most common answer would be as good: it is right in {share} % of the rows.',
+                        '这和始终给出最常见的回答没有区别：后者在 {share} % 的行上就是正确的。'),
+    'score.next.health': ('Look at the training first: {finding}', '请先检查训练：{finding}'),
+    'score.next.falling': ('The loss was still falling when the training ended ({before} → {after}): train longer, '
+                           'with more epochs or steps in the step "Recipe".',
+                           '训练结束时损失仍在下降（{before} → {after}）：请在“训练配置”步骤中增加轮数或步数，'
+                            '延长训练。'),
+    'score.next.few': ('The training had only {steps} steps: train longer, with more epochs or steps in the step '
+                       '"Recipe".',
+                       '训练只有 {steps} 步：请在“训练配置”步骤中增加轮数或步数，延长训练。'),
+    'score.next.look': ('Nothing looks wrong with the training: "{show}" shows whether the answers are nearly right, '
+                        'have another form than the labels, or are about something else.',
+                        '训练看起来没有问题：点击“{show}”，看看回答是接近正确、与标签的形式不同，还是答非所问。'),
     'score.show.help': ('Pictures with their boxes, label and answer; to filter and search.',
                         '显示图片及边界框、标注和回答，可以筛选和搜索。'),
 }

@@ -8,7 +8,7 @@ __all__ = ['about_run', 'registered_names', 'test_set', 'live_view', 'folders_at
 # %% ../../nbs/panel/55_chosen_run.ipynb #55chosen0002
 import time
 from pathlib import Path
-from threading import Thread
+from threading import Lock, Thread
 from ipywidgets import HTML, Layout, VBox
 from ..files import json_or
 from ..recipe import load_recipe
@@ -68,13 +68,14 @@ class AtWork(VBox):
         find, # Function without arguments: the folders of predictions that are at work
         is_shown=lambda: True, # Function without arguments: whether to keep up with them
     ):
-        self._find, self._is_shown, self._thread, self._seen = find, is_shown, None, []
+        self._find, self._is_shown, self._thread, self._seen, self._lock = find, is_shown, None, [], Lock()
         super().__init__(layout=Layout(max_width='100%'))
 
     def look(self):
         "Show the views that belong here now; returns whether something is at work."
-        found = [*self._find()]
-        if found != self._seen: self._seen, self.children = found, [*filter(None, map(live_view, found))]
+        with self._lock:  # so that nobody shows what was found before somebody else has looked
+            found = [*self._find()]
+            if found != self._seen: self._seen, self.children = found, [*filter(None, map(live_view, found))]
         return bool(found)
 
     def follow(self,

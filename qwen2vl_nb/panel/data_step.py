@@ -146,5 +146,5 @@ class DataStep(Step):
         said = self.say('found' if given['findings'] else 'clean', n=given['findings'] or given['samples'],
                         rows=given['rows'])
         table = findings_class()(**{key: given['shown'][key] for key in ('data', 'index', 'columns')})
-        shown = [*[HTML(as_html('qvl-said', given['line']))]*bool(given['line']), as_widget(table)]
+        shown = [*[HTML(as_html('qvl-said', given['line']))]*bool(given['line']), as_widget(self.tell_table(table))]
         return [HTML(as_html('qvl-said', said)), *shown*bool(given['findings'])]

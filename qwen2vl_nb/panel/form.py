@@ -12,6 +12,7 @@ from pathlib import Path
 from threading import Event, Lock, Thread
 from urllib.parse import quote
 from fastcore.basics import patch
+from IPython.display import display
 from ipywidgets import HTML, Box, Button, Layout, Output, VBox
 from .checkpoints_step import CheckpointsStep
 from .data_step import DataStep
@@ -25,6 +26,7 @@ from .score_step import ScoreStep
 from .split_step import SplitStep
 from .session import NOTEBOOK, PANEL, Project, Session
 from .steps import STYLE, as_html
+from ..display import display_again
 from .texts import Texts
 
 # %% ../../nbs/panel/90_form.ipynb #90form0005
@@ -74,6 +76,10 @@ class Panel(VBox):
     def _repr_mimebundle_(self, **kwargs):
         take_over(self)
         return super()._repr_mimebundle_(**kwargs)
+
+    def _ipython_display_(self):
+        display(self._repr_mimebundle_(), raw=True)
+        display_again(self.say('panel.run_again'))
 
 # %% ../../nbs/panel/90_form.ipynb #form0007b
 @patch

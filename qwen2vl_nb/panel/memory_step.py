@@ -12,7 +12,7 @@ from time import sleep
 from fastcore.basics import patch
 from ipywidgets import HTML, BoundedFloatText, BoundedIntText
 from .session import Action, as_call, run_code
-from .steps import Step, as_html, code_html, explain
+from .steps import Step, as_html, code_html
 from ..stack import GiB, gpus
 
 # %% ../../nbs/panel/38_memory_step.ipynb #38memory0004
@@ -116,7 +116,7 @@ def _compute(self:MemoryStep):
         self.table.value = shown + code_html(code[1], say('panel.copy'))
         self._of = code
     except Exception as e:
-        self._of, self.table.value = None, as_html('qvl-said', explain(e, say))
+        self._of, self.table.value = None, as_html('qvl-said', self.tell_error(e))
 
 @patch
 def _has_gpus(self:MemoryStep): return bool(self.values['gpus'] or self.values['gpu_gib'] or gpus())

@@ -140,13 +140,18 @@ class RecipeStep(Step):
         self._show_more()
 
     def show(self, action, value):
-        if action == 'recipe.check': return [as_widget(value)]
+        if action == 'recipe.check': return [as_widget(self._told(value))]
         lines = '\n'.join(f'{k}: {v}' for k, v in value.items())
         summary = f'<summary>{escape(self.say("whole"))}</summary>'
         whole = f'<details class="qvl-said tex2jax_ignore mathjax_ignore">{summary}{escape(lines)}</details>'
         return [HTML(whole)]
 
 # %% ../../nbs/panel/36_recipe_step.ipynb #36recipe0016
+@patch
+def _told(self:RecipeStep, table):
+    "Findings, whose first column names arguments, in the words of the form."
+    return self.tell_table(table).assign(where=[self.tell(f'{name}:').rstrip(':') for name in table['where']])
+
 @patch
 def _search(self:RecipeStep):
     "Show the arguments that are found."

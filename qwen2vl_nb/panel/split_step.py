@@ -10,7 +10,7 @@ import ast
 from ipywidgets import BoundedFloatText, Combobox, Dropdown, Text
 from .paths import suggestions
 from .session import Action, Unfilled, as_call
-from .steps import Step, on_enter
+from .steps import Step, as_widget, on_enter
 
 # %% ../../nbs/panel/34_split_step.ipynb #34splits0004
 def test_name(
@@ -70,6 +70,8 @@ class SplitStep(Step):
         others = [self.button('split.plot', icon='bar-chart', primary=False),
                   self.button('split.load', icon='search', primary=False)]
         return [test, *columns, *names, media, register, *others]
+
+    def show(self, action, value): return [as_widget(self.tell_table(value) if action == 'split.load' else value)]
 
     def _columns(self):
         "The keys of the first sample, if it has been read in this kernel."

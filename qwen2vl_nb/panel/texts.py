@@ -22,9 +22,14 @@ ENGLISH = {
     'panel.unexpected': 'This error was not expected: {error}\nIt was raised in {where}. To see the full traceback, '
                         'run the code below in a cell.',
     'panel.fill': 'Fill in "{control}" in the step "{step}" first.',
+    'panel.field': '"{control}"',
+    'panel.field_of': '"{control}" in the step "{step}"',
+    'panel.set': 'To be set in this form: {fields}.',
     'panel.elsewhere': '{name} was not written by this panel or has been changed since. It stays as it is; '
                        'the code is written to {other}.',
     'panel.ended': 'This form is now shown in another cell. Run this cell again to have it here.',
+    'panel.run_again': 'The kernel that showed this form has ended. Run this cell again: the form comes back as it '
+                       'was.',
     'panel.refused': 'The form could not be saved: {error}',
     'panel.first': 'This needs the step "{step}" first: press "{action}" there.',
     'panel.done': 'done',
@@ -155,6 +160,15 @@ ENGLISH |= {
     'score.compare': 'Compare',
     'score.compare.help': 'Before and after, row by row, and whether the difference could be due to chance.',
     'score.show': 'Look at the answers',
+    'score.none_right': 'No answer is right.',
+    'score.as_common': 'Always giving the most common answer would be as good: it is right in {share} % of the rows.',
+    'score.next.health': 'Look at the training first: {finding}',
+    'score.next.falling': 'The loss was still falling when the training ended ({before} → {after}): train longer, with '
+                          'more epochs or steps in the step "Recipe".',
+    'score.next.few': 'The training had only {steps} steps: train longer, with more epochs or steps in the step '
+                      '"Recipe".',
+    'score.next.look': 'Nothing looks wrong with the training: "{show}" shows whether the answers are nearly right, '
+                       'have another form than the labels, or are about something else.',
     'score.show.help': 'Pictures with their boxes, label and answer; to filter and search.',
 }
 

@@ -240,6 +240,7 @@ def _checked_against(rows):
 
 def _set_aside(path, rows):
     "Move damaged answers and answers to other questions to another file, with a warning."
+    if not os.access(path, os.W_OK): return  # there is none, or it stays as it is
     wrong = set_damaged_aside(path, _checked_against(rows))
     if wrong:
         warn(f'{len(wrong)} line(s) of {path} contain no answer to a row of this question, and were moved to '
@@ -343,11 +344,19 @@ def _begin_in_turn(recipes, folder, about):
              for name,recipe in recipes.items()]
     return _start_workers(first | {'output_dir': str(folder)}, folder, about | {'parts': parts}, _workers(about))
 
+def _refused(folder, asked, rows, is_at_work):
+    "Ask a question; returns why it is refused, or empty text."
+    try: ask_question(folder, asked, rows, is_at_work)
+    except ValueError as e: return str(e)
+    return ''
+
 def _ask_in_turn(recipes, questions, folder, rows, workers):
     "Ask, and start workers if rows are missing; `'at work'` if others are at work, which may answer other questions."
     with asking_lock(folder):
         is_at_work = Run(folder).is_running
-        for name, asked in questions.items(): ask_question(folder/name, asked, rows, is_at_work)
+        faults = [fault for name, asked in questions.items()
+                  if (fault := _refused(folder/name, asked, rows, is_at_work))]
+        if faults: raise ValueError('\n'.join(faults))
         if is_at_work: return 'at work'
         for name in recipes: _set_aside(folder/name/ANSWERS, rows)
         if not any(missing(folder/name/ANSWERS, len(rows)) for name in recipes): return 'done'

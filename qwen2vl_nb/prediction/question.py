@@ -7,7 +7,7 @@ __all__ = ['asked_row', 'treated_alike', 'special_token_findings', 'question', '
 
 # %% ../../nbs/prediction/35_question.ipynb #predictionquestion02
 import hashlib, json, os, re
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from filelock import FileLock
 from ..names import warn
@@ -172,6 +172,14 @@ def read_question(
     raise ValueError(f'{wrong}. Without it, it is unknown which question the answers in this folder belong to. Nothing '
                      'was touched. Restore the file, choose another output_dir, or delete this one.')
 
+def _moved(before, asked):
+    "The keys of a recipe that name weights which are surely the same as before, wherever they are by now."
+    if any(',' in (q['recipe'].get('adapter_name_or_path') or '') for q in (before, asked)):
+        return set()  # the files of several adapters have the same names
+    is_known = lambda part: (any(name.endswith('.safetensors') for name in asked[part])
+                             and all(int(held.split()[1]) <= _max_full_digest for held in asked[part].values()))
+    return {f'{part}_name_or_path' for part in ('model', 'adapter') if before[part] == asked[part] and is_known(part)}
+
 def _changes(folder, before, asked, rows):
     "What differs from the question that the answers in a folder belong to, in words; empty if there is none yet."
     if not before:
@@ -179,17 +187,20 @@ def _changes(folder, before, asked, rows):
         is_other = os.path.lexists(folder/ASKED) and rows_digest(folder/ASKED) != asked['rows']
         return _changed_rows(folder/ASKED, rows) if is_other else []
     engine = _changed_values('', *({'engine': q['engine']} for q in (before, asked)))
-    parts = [_changed_values(f'{part}, ', before[part], asked[part]) for part in ('recipe', 'model', 'adapter')]
+    moved = _moved(before, asked)
+    recipes = [{k: v for k, v in q['recipe'].items() if k not in moved} for q in (before, asked)]
+    parts = [_changed_values(f'{part}, ', before[part], asked[part]) for part in ('model', 'adapter')]
+    parts = [_changed_values('recipe, ', *recipes), *parts]
     same = before['rows'] == asked['rows'] or before['rows'] == _rows_hash(_in_earlier_format(rows))
     return engine + sum(parts, []) + ([] if same else _changed_rows(folder/ASKED, rows))
 
 # %% ../../nbs/prediction/35_question.ipynb #0812981a
 def asking_lock(
     folder:Path, # Folder of a prediction
-)->FileLock:
+)->FileLock|nullcontext:
     "The lock that is held from before a question is asked until the run that answers it has started."
     folder.mkdir(parents=True, exist_ok=True)
-    return FileLock(folder/ASKED_LOCK)
+    return FileLock(folder/ASKED_LOCK) if os.access(folder, os.W_OK) else nullcontext()  # nothing can change there
 
 def _is_unanswered(folder, before, rows):
     "Whether nobody has answered a question."

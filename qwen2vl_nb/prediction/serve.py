@@ -139,6 +139,17 @@ def _begin(recipe, idle, env, python):
               'weights': {part: known[part] for part in ('model', 'adapter')}}
     start(recipe, about, keep_earlier, [about['python'], *script('prediction.warm')])
 
+def _begins(served, *about):
+    "Start the process that holds a model, unless there is one, which another call may be starting just now."
+    is_served = lambda: served.is_running and state_or_empty(served, RUN).get('engine') == SERVED
+    if is_served(): return False
+    try: _begin(*about)
+    except RuntimeError:
+        if not is_served(): raise
+        return False
+    return True
+
+# %% ../../nbs/prediction/55_serve.ipynb #55serve12b
 def _refuse_arguments(changes, idle, python):
     "Raise `ValueError` for arguments that LLaMA-Factory does not have, and for an idle time that is none."
     faults = [] if python else [fault for key in changes if key != 'adapter' and (fault := unknown_argument(key))]
@@ -221,10 +232,9 @@ def serve(
     recipe = _recipe(model, changes)
     folder = Path(output_dir or _folder(recipe)).absolute()
     recipe, served = recipe | {'output_dir': str(folder)}, Served(folder)
-    if served.is_running and state_or_empty(served, RUN).get('engine') == SERVED:
+    if not _begins(served, recipe, idle, env, python):
         refuse_other(served, question(recipe, [], 'hf'))
         _warn_of_kept(served, recipe, idle)
-    else: _begin(recipe, idle, env, python)
     _wait(served)
     return served
 

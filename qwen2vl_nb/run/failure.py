@@ -6,7 +6,7 @@
 __all__ = ['gpu_ran_out', 'Cause', 'find_failure']
 
 # %% ../../nbs/run/40_failure.ipynb #bbb255b0
-import math, re, signal
+import math, re, shutil, signal
 from dataclasses import dataclass
 from pathlib import Path
 from ..files import Damaged, read_tail
@@ -200,6 +200,12 @@ _moved = Finding('run', 'The folder was moved or deleted while the run was in pr
 _gone = Finding('run', 'The run and its waiter ended without leaving a reason: the machine was restarted, or both were '
                        'killed.',
                 'resume() resumes from the newest complete checkpoint.')
+_full = Finding('disk', 'The disk is full. Why the run ended could not be written down.', _cause('No space left').cure)
+
+def _is_full(folder):
+    "Whether there is no room left to write down why a run ended."
+    try: return shutil.disk_usage(folder).free < 2**16
+    except OSError: return False
 
 def find_failure(
     folder, # Folder of a run that has failed
@@ -209,7 +215,8 @@ def find_failure(
     try: refused, ended = (read_state(folder, name) for name in (REFUSED, ENDED))
     except Damaged as e: return _damaged(e)
     if refused: return _refused(refused)
-    if not ended: return _gone
+    if not ended and not folder.exists(): return _moved
+    if not ended: return _full if _is_full(folder) else _gone
     if ended.get('moved'): return _moved
     if ended.get('error'):
         return Finding('command', f"It could not be started: {ended['error']}", 'See run.json for the command.')
@@ -217,4 +224,5 @@ def find_failure(
     who, signal_name = _killing_signal(log, ended, state_or_empty(folder, RUN).get('command', []))
     if who: return _killed(who, signal_name, ended)
     raised = _first_exception(folder)
+    if not raised and not _exception.search(log) and _is_full(folder): return _full
     return _rank_finding(folder, raised) if raised else _failure_from_log(log, ended)

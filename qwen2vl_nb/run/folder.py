@@ -86,6 +86,7 @@ class RunStart:
     preview:int=None # Rows that are answered at each evaluation
     tells:bool=False # Whether it says what it is doing in `doing.json`, as starts of earlier versions did not
     weights:dict=None # For a model that is kept loaded: digests of the files of the model and of its adapter
+    data:dict=None # For a training: data set → digest of its file
 
 def write_start(
     folder, # Folder of the run
@@ -124,7 +125,7 @@ _checks = { # For each field of a file
         versions=_dict(_or_none(_text)), unit=_text, before=_dict(is_count), stale=_dict(_time), engine=_text,
         workers=_list(_object), servers=_list(_object), options=_object, budget=is_count,
         learning_rates=_object, parts=_list(_object), preview=is_count, tells=_flag,
-        weights=_object),
+        weights=_object, data=_dict(_text)),
     SERVER: dict(port=is_count, key=_text, pid=is_count, created=is_count),
     WAITER: dict(pid=is_count, created=_or_none(is_count), started=_time, child=is_count,
                  child_created=_or_none(is_count)),
@@ -239,7 +240,8 @@ def write_best(
     best:Best,
 ):
     "Record the best checkpoint of a run. Raises `FileExistsError` instead of replacing a file of another kind."
-    try: read_state(folder, BEST)
+    try:
+        if read_state(folder, BEST) == asdict(best): return
     except Damaged as e:
         raise FileExistsError(f'{e} It is not replaced: move it elsewhere, and score the checkpoints again.') from None
     write_json(Path(folder)/BEST, asdict(best), state=True)

@@ -6,7 +6,7 @@
 __all__ = ['export']
 
 # %% ../../nbs/run/80_merge.ipynb #runmerge02
-import os, subprocess, sys, tempfile
+import json, os, subprocess, sys, tempfile
 from pathlib import Path
 from ..boot import child_env
 from ..files import write_text
@@ -21,6 +21,13 @@ def _precision(model):
     return config.get('dtype') or config.get('torch_dtype') or 'bfloat16'
 
 # %% ../../nbs/run/80_merge.ipynb #a8501e2c
+def _say_tied(file):
+    """Write into a config that the embeddings are the output layer, too, where transformers 5 looks for it;
+    transformers 4 writes it into `text_config` alone."""
+    config = json.loads(file.read_text(encoding='utf-8'))
+    if not config.get('text_config', {}).get('tie_word_embeddings'): return
+    write_text(file, json.dumps(config | {'tie_word_embeddings': True}, indent=2) + '\n')
+
 _taken = ('model_name_or_path', 'model_revision', 'cache_dir', 'template', 'trust_remote_code', 'add_tokens',
           'add_special_tokens', 'new_special_tokens_config', 'init_special_tokens', 'resize_vocab')
 
@@ -42,5 +49,6 @@ def export(
         if done.returncode: raise RuntimeError(f'LLaMA-Factory could not merge the adapter:\n{done.stdout[-2000:]}')
         # LLaMA-Factory's own template does not support pictures
         write_text(f'{folder}/model/chat_template.jinja', chat_template(recipe['model_name_or_path']))
+        _say_tied(Path(f'{folder}/model/config.json'))
         os.replace(f'{folder}/model', path)
     return path

@@ -14,7 +14,7 @@ from threading import Event, Lock, Thread
 from fastcore.basics import patch
 from IPython.display import display
 from ipywidgets import HTML, Button, HBox, Image, IntProgress, Layout, VBox
-from ..display import GREY, div
+from ..display import GREY, display_again, div
 from ..files import Damaged, short_path
 from ..names import in_notebook
 from .folder import ENDED, PREVIEW, RUN, STOP, STOPPING, state_or_empty
@@ -186,7 +186,8 @@ class RunView(VBox):
         self._resume = self._button('Resume', 'play', 'From the newest complete checkpoint', 'resuming', run.resume)
         self._picture = Image(format='png', layout=Layout(display='none', width='840px', height='432px',
                               max_width='calc(100% - 4px)', object_fit='contain', object_position='left top'))
-        rows = HBox([self._bar, self._head]), HBox([self._stop, self._resume, self._body])
+        wraps = dict(layout=Layout(flex_flow='row wrap'))
+        rows = HBox([self._bar, self._head], **wraps), HBox([self._stop, self._resume, self._body], **wraps)
         self._cards = HTML(layout=Layout(display='none', overflow='visible'))
         super().__init__([*rows, HTML(_line(_folder(run), GREY)), self._red, self._picture, self._faults, self._cards])
 
@@ -202,6 +203,8 @@ class RunView(VBox):
         if _look(self._run).state not in _at_work: self._ended.wait(_patience)
         self._shown = self._repr_mimebundle_()
         display(self._shown, raw=True, display_id=self._id)
+        display_again('The kernel that showed this has ended; the run is not affected by that. To see it again: '
+                      f'attach({short_path(self._run.output_dir)!r}).watch()')
 
     def _button(self, name, icon, tooltip, doing, act):
         "A button whose action takes some time."

@@ -12,6 +12,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from ..names import warn
 from ..checkpoint import checkpoints, file_fault, is_stale, when_written
+from ..files import name_part
 from ..findings import as_text, text_table
 from ..prediction.engines import asked_samples, predict_in_turn
 from ..prediction.question import asked_row
@@ -135,15 +136,17 @@ def _repr_html_(self:CheckpointScores):
 
 # %% ../../nbs/tuning/00_checkpoints.ipynb #chec0041
 def _folder_of(run, dataset):
-    "The folder for the answers to a data set, or to several separated by commas."
-    return run.output_dir/SCORES/re.sub(r'[^\w.+-]', '_', dataset.replace(',', '+'))
+    "The folder for the answers to a data set."
+    return run.output_dir/SCORES/name_part(dataset)
 
 def _record(found, dataset):
     "Record the best checkpoint in the folder of the run."
     row, best = found.table.loc[found.best.name][found.measure], found.best
     low, high = (None if math.isnan(v) else float(v) for v in (row.low, row.high))
-    write_best(found.run, Best(best.name, when_written(best), found.measure, float(row.value), low, high,
-                               found[best.name]['rows'], dataset))
+    about = Best(best.name, when_written(best), found.measure, float(row.value), low, high, found[best.name]['rows'],
+                 dataset)
+    try: write_best(found.run, about)
+    except OSError as e: warn(f'{best.name} could not be recorded as the best checkpoint: {e}')
 
 def score_checkpoints(
     run:str|os.PathLike, # A training run, or its folder

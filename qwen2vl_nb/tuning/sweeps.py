@@ -6,7 +6,7 @@
 __all__ = ['Trial', 'combinations', 'clash', 'gpu_groups', 'train_all', 'asking_recipe', 'Sweep', 'sweep']
 
 # %% ../../nbs/tuning/20_sweep.ipynb #sweep003
-import hashlib, itertools, json, math, os, re, time
+import itertools, json, math, os, time
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -15,32 +15,27 @@ from pathlib import Path
 from filelock import Timeout
 from ..checkpoint import newest_complete
 from ..data.registry import Registry
+from ..files import name_part
 from ..findings import text_table
 from ..hidden import apart
-from ..names import bar_file
 from ..prediction.engines import asked_samples, predict
 from ..prediction.predictions import Predictions
 from ..prediction.question import asked_row
 from ..prediction.scores import check_measure, score, usual_measure
-from ..recipe import (absolute_recipe, answer_arguments, answering_faults, answering_recipe, unknown_argument,
-                               without_time)
+from ..recipe import (absolute_recipe, adapters_of, answer_arguments, answering_faults, answering_recipe,
+                               unknown_argument, without_time)
 from ..run.command import gpus_for
 from ..run.folder import RUN, TRAINER_LOG, state_or_empty
 from ..run.loss import best_evaluation
 from ..run.owner import refuse_stranger
-from ..run.start import Run, launch, start_lock
+from ..names import bar_file, warn
+from ..run.start import Run, changed_data, launch, start_lock
 from ..zero import read_zero
 
 # %% ../../nbs/tuning/20_sweep.ipynb #sweep006
-def _in_words(value):
-    "A value as a part of a folder's name."
-    said = str(value)
-    short = re.sub(r'[^\w.+-]+', '_', said)[:40]
-    return short if short == said else f'{short}.{hashlib.sha256(said.encode()).hexdigest()[:8]}'
-
 def _shorter(values):
     "Values of an argument, and long ones, such as ZeRO configs, as parts of a folder's name."
-    return [_in_words(value) if len(str(value)) > 60 else value for value in values]
+    return [name_part(value) if len(str(value)) > 60 else value for value in values]
 
 @dataclass
 class Trial:
@@ -68,7 +63,7 @@ def combinations(
     found, folder = [], without_time(recipe['output_dir'])
     for some in itertools.product(*values.values()):
         chosen = {k: v.item() if hasattr(v, 'item') else v for k, v in zip(values, some)}  # numpy's numbers, too
-        name = '-'.join(f'{k}-{_in_words(v)}' for k, v in chosen.items())
+        name = name_part('-'.join(f'{k}-{name_part(v)}' for k, v in chosen.items()), 200)
         merged = recipe | chosen | {'output_dir': str(Path(folder, name))}
         found.append(Trial(chosen, {k: v for k, v in merged.items() if v is not None}))
     return found
@@ -85,7 +80,7 @@ def _value_faults(values):
         if isinstance(some, (str, bytes, dict)) or not isinstance(some, Collection):
             yield f'{key}: {some!r} is not a list of values. Give [{some!r}], or set it in the recipe.'
         elif not len(some): yield f'{key}: there are no values to try.'
-        elif len({_in_words(v) for v in some}) < len(some): yield f'{key}: a value occurs twice in {some}.'
+        elif len({name_part(v) for v in some}) < len(some): yield f'{key}: a value occurs twice in {some}.'
 
 def _evaluates(recipe):
     "Whether a run of the recipe logs evaluation losses."
@@ -135,7 +130,7 @@ def _comparable(recipe):
     "What decides the results of a recipe, in the form in which it is written down."
     try: zero = read_zero(recipe.get('deepspeed'))
     except (OSError, ValueError): zero = recipe['deepspeed']  # the file was changed or removed
-    kept = {k: v for k, v in apart(recipe)[1].items() if k not in ('deepspeed', *_own_keys[1:])}
+    kept = {k: v for k, v in apart(recipe)[1].items() if k not in ('deepspeed', *_own_keys)}
     return json.loads(json.dumps(absolute_recipe(kept) | {'deepspeed': zero}, default=os.fspath))
 
 def clash(
@@ -144,11 +139,21 @@ def clash(
     "The difference between a recipe and that of the run that is already in its folder, in words."
     if trial.state == 'not started': return ''
     try: there, wanted = _comparable(trial.run.recipe), _comparable(trial.recipe)
-    except (OSError, ValueError) as e: return f'{trial.run.output_dir}: {e}'
+    except (OSError, ValueError) as e:
+        return f'{e} Restore the file, or delete {trial.run.output_dir} to train the run again.'
     keys = [k for k in there | wanted if there.get(k) != wanted.get(k)]
     said = [f'{k} was {there.get(k)!r}, now {wanted.get(k)!r}'[:120] for k in keys]
     return (f"{trial.run.output_dir} contains a run with another recipe: {'; '.join(said)}. Set another output_dir "
             'in the recipe, or delete that folder.') if said else ''
+
+def _warn_of_other_rows(trials):
+    "Warn if some runs were trained with rows that have changed since, unless all were, and none is to be trained."
+    old = {t.run.output_dir.name: names for t in trials if t.state != 'not started'
+           and (names := changed_data(t.run, t.recipe))}
+    if old and not all(t.state == 'done' and t.run.output_dir.name in old for t in trials):
+        names = ', '.join(dict.fromkeys(itertools.chain(*old.values())))
+        warn(f'{names}: the rows have changed since these runs were started, and the others can\'t be compared with '
+             f'them; delete their folders to train them again: {", ".join(old)}')
 
 # %% ../../nbs/tuning/20_sweep.ipynb #sweep018
 def gpu_groups(
@@ -232,8 +237,11 @@ def asking_recipe(
     asking:dict, # Changes to the recipe
 )->dict: # A recipe for prediction
     "A recipe that asks a run's model about a data set."
-    answers = trial.run.output_dir/f'predict-{_in_words(score_on)}'
-    return answering_recipe(trial.recipe, trial.run, score_on, answers, **asking)
+    answers = trial.run.output_dir/f'predict-{name_part(score_on)}'
+    recipe = answering_recipe(trial.recipe, trial.run, score_on, answers, **asking)
+    if recipe.get('adapter_name_or_path'):
+        recipe['adapter_name_or_path'] = adapters_of(trial.recipe, trial.run, measured=False)
+    return recipe
 
 def _score_answers(trial, score_on, asking, ask):
     "Score a run's answers; if `ask`, those that are missing are predicted first."
@@ -329,6 +337,7 @@ def sweep(
     if wrong := [i for i in chosen if trials and i not in range(len(trials))]:
         faults.append(f'only: there is no combination {wrong[0]}; there are {len(trials)}, from 0.')
     if faults: raise ValueError('This sweep cannot run:\n- ' + '\n- '.join(faults))
+    _warn_of_other_rows(trials)
     train_all([trials[i] for i in chosen], nproc, gpu_groups(gpus_for({}), nproc, at_once))
     for i, trial in enumerate(trials):
         if score_on is not None: _score_answers(trial, score_on, asking or {}, i in chosen)
