@@ -30,6 +30,7 @@ html_theme = 'pydata_sphinx_theme'
 html_title = ini['title']
 html_static_path = ['_static']
 html_css_files = ['site.css']
+html_search_scorer = str(Path(__file__).with_name('_static')/'search.js')
 html_copy_source = html_show_sourcelink = False
 no_sidebar = 'index', 'changelog', 'readme.zh', 'contributing', 'llamafactory', 'comparison', 'safety'
 html_sidebars = {page: [] for page in no_sidebar}

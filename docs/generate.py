@@ -160,13 +160,17 @@ def defines(source):
     if not re.match(r'#\| *export', source): return set()
     return {n.name for n in ast.parse(source).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
 
+def tests(source):
+    "Whether a cell is a test."
+    return re.search(r'^(test_|assert |with expect_fail)', source, re.M)
+
 def examples(name):
-    "The first two cells after a definition in its notebook that use it and have an output."
+    "The first two cells after a definition in its notebook that use it, show something and test nothing."
     path, found, after = notebook_of(home(name)), [], False
     for cell in json.loads((ROOT/path).read_text(encoding='utf-8'))['cells']:
         source = ''.join(cell['source'])
         after = after or (cell['cell_type'] == 'code' and name in defines(source))
-        uses = re.search(rf'\b{name}\b', source) and cell.get('outputs')
+        uses = re.search(rf'\b{name}\b', source) and cell.get('outputs') and not tests(source)
         if after and uses and (shown := site_cell(cell, path)): found.append(shown)
     return found[:2]
 

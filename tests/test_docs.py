@@ -38,6 +38,23 @@ def test_every_how_to_page_is_listed():
     for page in HOWTO:
         assert f']({page.name})' in listed and f'\n{page.stem}\n' in listed
 
+def test_every_tutorial_is_listed_on_the_site_and_how_to_pages_in_the_readme():
+    listed, readme = (ROOT/'docs'/'tutorials'/'index.md').read_text(encoding='utf-8'), (ROOT/'README.md').read_text(encoding='utf-8')
+    for path in (ROOT/'nbs'/'tutorials').iterdir():
+        if path.suffix in ('.md', '.ipynb') and not path.name.startswith('.'): assert f'(../../nbs/tutorials/{path.name})' in listed
+    for page in HOWTO:
+        if page.stem != 'folders': assert f'](docs/howto/{page.name})' in readme  # to which the page on safety leads
+
+def test_the_search_shows_how_to_pages_first(page):
+    "By Sphinx's scores of pages with a word in their text, and of a method of that name."
+    code = (ROOT/'docs'/'_static'/'search.js').read_text(encoding='utf-8')
+    score = "([page, score]) => Scorer.score([page, '', '', null, score, '', ''])"
+    names = '''["howto/runs", 5], ["api/run", Scorer.objPartialMatch + Scorer.objPrio[0]], ["tutorials/video", 5],
+        ["readme.zh", 5], ["changelog", 5]'''
+    scores = page.evaluate(f'() => {{{code}; return [{names}].map({score})}}')
+    assert scores[0] > max(scores[1:3]) and min(scores[1:3]) > max(scores[3:])
+    assert 'html_search_scorer' in (ROOT/'docs'/'conf.py').read_text(encoding='utf-8')
+
 def test_links_of_notebooks_lead_to_their_places_on_the_site():
     moved = generate.relinked("[a](../03_model.ipynb#The-model's-dimensions) [b](../tutorials/slurm.md)", 'nbs/data/15_boxes.ipynb')
     assert moved == '[a](../../notebooks/03_model.ipynb#the-models-dimensions) [b](../../tutorials/slurm.md)'
@@ -53,6 +70,10 @@ def test_chinese_pages_are_on_the_site():
 def test_examples_are_shown_with_their_outputs():
     for name in ('read_samples', 'split_samples', 'zero_table', 'score'):
         assert all(cell['outputs'] for cell in generate.examples(name)) and generate.examples(name)
+
+def test_examples_of_the_reference_are_no_tests():
+    shown = [cell['source'] for name in qwen2vl_nb.__all__ if callable(getattr(qwen2vl_nb, name)) for cell in generate.examples(name)]
+    assert len(shown) > 60 and not [source for source in shown if re.search('^(test_|assert )', source, re.M)]
 
 def _code(page, language='python'):
     return re.findall(rf'^```{language}\n(.*?)^```', page.read_text(encoding='utf-8'), re.M | re.S)

@@ -16,7 +16,7 @@ from qwen2vl_nb.prediction.engines import predict
 from qwen2vl_nb.prediction.predictions import Predictions
 from qwen2vl_nb.recipe import answering_recipe, load_recipe, predict_recipe, save_recipe, train_recipe
 from qwen2vl_nb.run.merge import export
-from qwen2vl_nb.run.start import launch
+from qwen2vl_nb.run.start import Run, launch
 from qwen2vl_nb.tuning.hand_over import model_card, push_to_hub, serving_lines
 
 TOKEN = 'hf_secretOfThisTest'
@@ -92,7 +92,9 @@ run, told = sys.argv[1], []
 for options in json.loads(sys.argv[2]):
     if 'predictions' in options: options['predictions'] = Predictions(options['predictions'])
     with redirect_stdout(io.StringIO()) as said:
-        try: why = push_to_hub(run, options.pop('name', 'me/cars'), **options).url
+        try:
+            print(done := push_to_hub(run, options.pop('name', 'me/cars'), **options))
+            why = done.url
         except Exception as e: why = f'{type(e).__name__}: {e}'
     told.append((said.getvalue(), why))
 print(json.dumps(told))
@@ -165,6 +167,32 @@ def test_answers_of_another_model_are_refused(trained, tmp_path):
     before = Predictions(folder)
     with pytest.raises(ValueError, match='is not the model of'): model_card(run, before)
     with pytest.raises(ValueError, match='is not the model of'): push_to_hub(run, 'me/cars', before, dry_run=True)
+
+def test_a_run_that_was_moved_keeps_its_answers(trained, tmp_path):
+    "It is known by its id: the answers of another run that has taken its old place are refused."
+    run, merged, answers = trained
+    moved = Run(shutil.copytree(run.output_dir, tmp_path/'moved'))
+    assert '12 rows' in model_card(moved, answers).text
+    other = json.loads((moved.output_dir/'run.json').read_text()) | {'id': 'another'}
+    (moved.output_dir/'run.json').write_text(json.dumps(other))
+    with pytest.raises(ValueError, match='is not the model of'): model_card(moved, answers)
+
+def test_lines_for_an_export_that_is_missing_or_incomplete_are_refused(trained, tmp_path):
+    run, merged, _ = trained
+    (half := tmp_path/'half').mkdir()
+    shutil.copy(merged/'config.json', half)
+    for folder, words in ((tmp_path/'gone', 'There is no folder'), (half, 'There is no complete model in')):
+        for call in (serving_lines, lambda run, merged: model_card(run, merged=merged), lambda run, merged: push_to_hub(run, 'me/cars', merged=merged, dry_run=True)):
+            with pytest.raises(ValueError, match=words): call(run, folder)
+
+@pytest.mark.parametrize('folder, name', [('my cars 1', 'user/my-cars-1'), ('车辆 v2', 'user/v2'), ('车辆', 'user/model')])
+def test_a_card_without_a_name_has_lines_that_can_be_copied(folder, name, trained, tmp_path):
+    text = model_card(shutil.copytree(trained[0].output_dir, tmp_path/folder)).text
+    assert text.lstrip().startswith(f'# {folder}\n') and f'\nhf download {name} chat_template.jinja ' in text and f"from_pretrained(model, '{name}')" in text
+
+def test_a_dry_run_is_shown_once(trained, capsys):
+    would = push_to_hub(trained[0], 'me/cars', dry_run=True)
+    assert not capsys.readouterr().out and 'adapter_model.safetensors' in str(would)
 
 def test_an_export_arrives_and_a_name_that_is_taken_is_refused(hub, trained):
     run, merged, _ = trained

@@ -1,5 +1,5 @@
 "The package as it was installed: what it holds, and what importing it costs."
-import ast, builtins, importlib, inspect, json, os, pkgutil, re, subprocess, sys
+import ast, builtins, importlib, inspect, json, os, pkgutil, re, shutil, subprocess, sys
 from configparser import ConfigParser
 from importlib.metadata import distribution, packages_distributions
 
@@ -181,6 +181,22 @@ def test_digests_of_files_are_made_in_one_place():
         found += [(name, n.lineno) for n in calls if ast.unparse(n.func) == 'hashlib.file_digest']
         found += [(name, n.lineno) for n in calls if (ast.unparse(n.func).startswith('hashlib.') or ast.unparse(n.func).endswith('.update')) and reads(n)]
     assert not found
+
+def test_the_readme_on_pypi_has_no_link_that_leads_nowhere(tmp_path):
+    "PyPI knows no files of the repository: their links get the address in settings.ini, and are plain text without one."
+    for name in ('setup.py', 'pyproject.toml', 'README.md'): shutil.copy(ROOT/name, tmp_path)
+    about = []
+    for url in ('', 'https://example.com/me/nb'):
+        (tmp_path/'settings.ini').write_text((ROOT/'settings.ini').read_text(encoding='utf-8').replace('git_url =', f'git_url = {url}'), encoding='utf-8')
+        (to := tmp_path/f'made{len(about)}').mkdir()
+        made = subprocess.run([sys.executable, 'setup.py', '-q', 'dist_info', '--output-dir', to], cwd=tmp_path, capture_output=True, text=True)
+        assert not made.returncode, made.stderr
+        about.append(next(to.glob('*.dist-info/METADATA')).read_text(encoding='utf-8'))
+    alone, linked = about
+    assert ']' + '(' not in alone.partition('\n\n')[2].replace('](https://', '') and 'The how-to pages take one job each: labels and their faults, boxes,' in alone
+    assert '![Before fine-tuning the model describes the vehicle; afterwards it fills in the item card](https://example.com/me/nb/raw/main/nbs/images/result.png)' in linked
+    assert '[CHANGELOG.md](https://example.com/me/nb/blob/main/CHANGELOG.md)' in linked and 'Project-URL: Issues, https://example.com/me/nb/issues' in linked
+    assert 'Project-URL' not in alone and 'Classifier: Development Status :: 3 - Alpha' in alone
 
 def test_the_wheel_brings_the_tutorials(tmp_path):
     written = qwen2vl_nb.tutorial(tmp_path/'first')

@@ -334,6 +334,23 @@ def test_what_llamafactory_cannot_resume_is_said(changes, word, resumed):
     from qwen2vl_nb.recipe import load_recipe, save_recipe
     with pytest.raises(RuntimeError, match=word): resumed(lambda run: save_recipe(load_recipe(run.output_dir/'recipe.yaml') | changes, run.output_dir/'recipe.yaml'))
 
+@pytest.mark.parametrize('old', ['gone', 'still there'])
+def test_a_run_that_was_moved_or_copied_is_resumed_where_it_is(old, stopped, tmp_path):
+    "Its files name the folder that it was started in; a run that is still there is not touched."
+    first = Path(shutil.copytree(stopped.output_dir, tmp_path/'first'))
+    steps = int(checkpoints(first)[-1].name.rpartition('-')[2]) + 2
+    for name in ('run.json', 'recipe.yaml'):
+        text = (first/name).read_text(encoding='utf-8').replace(str(stopped.output_dir), str(first))
+        (first/name).write_text(text.replace('max_steps: 100000', f'max_steps: {steps}'), encoding='utf-8')
+    content = lambda: {p.relative_to(first): p.read_bytes() for p in first.rglob('*') if p.is_file()}
+    before, moved = content(), tmp_path/'moved'
+    if old == 'gone': first.rename(moved)
+    else: shutil.copytree(first, moved)
+    run = attach(moved).resume(trust=True).wait()
+    assert (run.output_dir, run.status, run.progress.step) == (moved, 'done', steps)
+    assert run.recipe['output_dir'] == str(moved) and (moved/f'checkpoint-{steps}').is_dir()
+    assert content() == before if old != 'gone' else not first.exists()
+
 # Whose run it is
 
 def test_a_run_that_nobody_here_started_is_resumed_only_with_trust(resumed, tmp_path):

@@ -93,7 +93,7 @@ def _why_not_own(folder, output_dir):
     noted = json_or({}, _record_path(folder)).get(RUN)
     if not noted:
         return (f'no run in this folder is listed in {_record_path(folder).parent}, which lists the runs that you have '
-                'started')
+                'started by their folders, and not under those to which they were moved or copied')
     return '' if noted == _fingerprint(folder) else 'its run.json was changed after you started it'
 
 def refuse_stranger(

@@ -576,6 +576,16 @@ def launch(
     then(run)
     return run
 
+# %% ../../nbs/run/60_start.ipynb #whereitis0
+def _where_it_is(run):
+    "How a run was started, and its recipe, with the folder that it is in now: it may have been moved or copied since."
+    about, recipe, here = state_or_empty(run, RUN), run.recipe, str(run.output_dir)
+    if not isinstance(recipe.get('output_dir'), str):
+        raise RuntimeError(f"{run.output_dir/RECIPE} was changed after the start: it has no output_dir.")
+    try: is_here = all(os.path.samefile(folder, here) for folder in (about['cwd'], recipe['output_dir']))
+    except OSError: is_here = False
+    return (about, recipe) if is_here else (about | {'cwd': here}, recipe | {'output_dir': here})
+
 # %% ../../nbs/run/60_start.ipynb #0f900c4e
 def _check_resumable(recipe):
     "Raise if LLaMA-Factory can't resume such a recipe, or would silently start it from the beginning."
@@ -603,7 +613,7 @@ def _newest(recipe, ranks, stale):
 # %% ../../nbs/run/60_start.ipynb #startresum1
 def _resume(run, master, trust):
     "Start a run again where it left off."
-    about, recipe = state_or_empty(run, RUN), run.recipe
+    about, recipe = _where_it_is(run)
     if run.is_running or run.status == 'done':
         raise RuntimeError(f'The run in {run.output_dir} is {run.status}: there is nothing to resume.')
     if 'workers' in about:
@@ -611,8 +621,6 @@ def _resume(run, master, trust):
                            'with the missing rows.')
     if about.get('engine') == SERVED:
         raise RuntimeError(f'A model was served in {run.output_dir}: serve(…), called again as before, loads it again.')
-    if not isinstance(recipe.get('output_dir'), str):
-        raise RuntimeError(f"{run.output_dir/RECIPE} was changed after the start: it has no output_dir.")
     if not trust: refuse_stranger(run, about, recipe)
     _check_resumable(recipe)
     last = _newest(recipe, about['nproc']*about['nnodes'], about.get('stale', {}))

@@ -88,6 +88,14 @@ def data_of(
 
 # %% ../../nbs/tuning/40_hand_over.ipynb #hand0022
 def _is_lora(recipe): return recipe.get('finetuning_type', 'lora') in ('lora', 'oft')
+def _complete_model(folder):
+    "The folder as an absolute path. Raises `ValueError` if it does not contain a complete model."
+    folder = Path(folder).absolute()
+    if not folder.is_dir(): raise ValueError(f'There is no folder {folder}: `export(run, folder)` makes one.')
+    if not (folder/'config.json').is_file() or not [*folder.glob('*model*.safetensors'), *folder.glob('*model*.bin')]:
+        raise ValueError(f'There is no complete model in {folder}: config.json or its weights are missing.')
+    return folder
+
 def _join(words): return ' '.join(w if '=' in w and w.startswith('API_') else shlex.quote(w) for w in words)
 
 def _max_pixels(recipe):
@@ -138,7 +146,7 @@ def serving_lines(
     base:str=None, # Name of the base on a hub; `None`: the one in the recipe, or a placeholder if that is a folder
 )->dict: # Commands: `'api'` and `'chat'` for LLaMA-Factory; `'vllm'` for an export or an upload
     "The commands that serve the model of a run as it was trained."
-    recipe, merged = Run(run).recipe, merged and Path(merged).absolute()
+    recipe, merged = Run(run).recipe, merged and _complete_model(merged)
     adapter = adapters_of(recipe, run) if _is_lora(recipe) and not merged else None
     _refuse_several(adapter, name)
     factory = _factory_options(recipe, merged, name, adapter, base)
@@ -168,7 +176,7 @@ def _training_section(run, recipe):
     facts = [('steps', f'{now.step:,} of {now.steps:,}'), ('epochs', f'{now.epoch:.2f}'),
              ('last logged training loss', f'{losses.iloc[-1]:.4g}' if len(losses) else 'not logged'),
              ('lowest evaluation loss', 'not evaluated' if lowest is None else f'{lowest:.4g}'),
-             ('hardware', f"{n} × {', '.join(names)}" if names else f'{n} process(es) on CPUs'),
+             ('hardware', f"{n} × {', '.join(names)}" if names else f"{n} process{'es'*(n > 1)} on CPUs"),
              *sorted(about.get('versions', {}).items())]
     text = yaml.safe_dump(public_recipe(recipe), sort_keys=False, allow_unicode=True).replace('```', '')
     return '\n\n'.join(['## Training', _rows(('', ''), facts), 
@@ -182,12 +190,18 @@ def _asked_by(predictions):
     folder = getattr(predictions, 'output_dir', None)
     return Run(folder).recipe if folder and (folder/RECIPE).is_file() else {}
 
+def _places(run):
+    "The folders of a run: where it is, and where it was trained if it has been moved or copied."
+    trained = Path(run.recipe['output_dir'])
+    is_same = state_or_empty(trained, RUN).get('id') in (None, state_or_empty(run, RUN).get('id'))
+    return [run.output_dir, *[trained]*is_same]
+
 def _refuse_others_answers(run, predictions, merged):
     "Raise `ValueError` if the answers come from another model. What a server served is not known."
     asked = _asked_by(predictions)
     if not asked or next(iter(predictions), {}).get('engine') == 'openai': return
     used = Path(asked.get('adapter_name_or_path') or asked['model_name_or_path'])
-    own = [Path(folder).resolve() for folder in (run.output_dir, merged) if folder]
+    own = [Path(folder).resolve() for folder in (*_places(run), merged) if folder]
     if not any(used.resolve().is_relative_to(folder) for folder in own):
         raise ValueError(f'{predictions.output_dir} has the answers of {used}, which is not the model of '
                          f'{run.output_dir}. Pass the predictions of this run; those of its export need merged=.')
@@ -241,6 +255,10 @@ def _licence_section(recipe, base, data):
     return f'## Base and licence\n\nThe base is {_cell(base or _shown_base(recipe))}. Its licence: {said}.'
 
 # %% ../../nbs/tuning/40_hand_over.ipynb #hand0031
+def _placeholder(run):
+    "A name on a hub for a run; the name of its folder may have blanks and characters that a hub does not allow."
+    return 'user/' + (re.sub(r'\W+', '-', run.output_dir.name, flags=re.ASCII).strip('-') or 'model')
+
 def _summary(recipe, merged):
     kind = 'LoRA adapter' if _is_lora(recipe) and not merged else 'model'
     said = ', with its adapter merged into the base' if merged else ''
@@ -267,19 +285,19 @@ def model_card(
     of another model."""
     from huggingface_hub import ModelCard, ModelCardData
     run = Run(run)
-    recipe, title = run.recipe, name or f'user/{run.output_dir.name}'
+    recipe, title = run.recipe, name.rpartition('/')[2] if name else run.output_dir.name
     if run.status in ('running', 'failed', 'damaged'):
         raise ValueError(f'The run in {run.output_dir} is {run.status}: a card is written once it is done or stopped.')
     results = {}
-    parts = [f'# {_cell(title.rpartition("/")[2])}', _summary(recipe, merged), _data_section(run, recipe),
+    parts = [f'# {_cell(title)}', _summary(recipe, merged), _data_section(run, recipe),
              _training_section(run, recipe)]
     if predictions is not None:
         _refuse_others_answers(run, predictions, merged)
         section, found = _scores(predictions)
-        parts, results = [*parts, section], {'eval_results': found, 'model_name': title.rpartition('/')[2]}
+        parts, results = [*parts, section], {'eval_results': found, 'model_name': title}
     fields = _metadata(recipe, merged) | results | metadata
     base = fields.get('base_model')
-    parts += [_use_section(run, recipe, merged, title, base), _licence_section(recipe, base, fields)]
+    parts += [_use_section(run, recipe, merged, name or _placeholder(run), base), _licence_section(recipe, base, fields)]
     return ModelCard(f'---\n{ModelCardData(**fields).to_yaml()}\n---\n' + '\n\n'.join(parts) + '\n')
 
 # %% ../../nbs/tuning/40_hand_over.ipynb #hand0036
@@ -310,10 +328,7 @@ def _outgoing(folder, recipe, is_adapter, base):
 def _weights(run, recipe, merged):
     "The folder of the weights to upload."
     if _is_lora(recipe) and not merged: return find_adapter(run)
-    folder = Path(merged).absolute() if merged else run.output_dir
-    if not (folder/'config.json').is_file() or not [*folder.glob('*model*.safetensors'), *folder.glob('*model*.bin')]:
-        raise ValueError(f'There is no complete model in {folder}: config.json or its weights are missing.')
-    return folder
+    return _complete_model(merged or run.output_dir)
 
 # %% ../../nbs/tuning/40_hand_over.ipynb #hand0037
 @dataclass
@@ -405,8 +420,8 @@ def push_to_hub(
     files = _outgoing(folder, run.recipe, is_adapter, base) | {'README.md': str(card).encode()}
     sizes = {n: len(f) if isinstance(f, bytes) else f.stat().st_size for n, f in files.items()}
     upload = Upload(name, sizes, sorted({*os.listdir(folder)} - {*files}), private, str(card))
-    print(upload)
     if dry_run: return upload
+    print(f'Uploading {len(sizes)} files, {sum(sizes.values())/1e6:,.1f} MB, to {name} …')
     with _in_words(name):
         api = HfApi()
         _refuse_taken(api, name, files, private, overwrite)
