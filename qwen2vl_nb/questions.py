@@ -97,17 +97,6 @@ def _processor_error(model):
         yield 'model_name_or_path', why, 'Correct the file in the model folder, or download it again.'
 
 # %% ../nbs/07_questions.ipynb #468716b0
-def _processor_error(model):
-    "The exception with which the tokenizer or the processor of a complete model folder can't be loaded."
-    from llamafactory.model import load_tokenizer
-    is_there = lambda *names: any((Path(model.model_name_or_path)/name).is_file() for name in names)
-    processor = 'preprocessor_config.json', 'processor_config.json'
-    if not (is_there('config.json') and is_there('tokenizer.json', 'vocab.json') and is_there(*processor)): return
-    try: load_tokenizer(model)
-    except Exception as e:
-        why = f"LLaMA-Factory cannot load the tokenizer or the processor: {' '.join(str(e).split())[:300]}"
-        yield 'model_name_or_path', why, 'Correct the file in the model folder, or download it again.'
-
 def _unknown_keys(recipe, names):
     "The keys of a recipe that are not arguments of LLaMA-Factory."
     for key in (k for k in recipe if k not in names):
