@@ -35,7 +35,7 @@ from .data.registry import Registry, dataset_samples, entry_faults, entry_source
 from .data.samples import (is_dialogue, media_of, media_paths, sample_turns, trained_turns,
                                      without_tags)
 from .data.tokens import count_tokens, cut_samples, glance_at_samples
-from .memory.estimate import predict_memory
+from .memory.estimate import predict_memory, trains_nothing
 if TYPE_CHECKING: import pandas as pd
 
 # %% ../nbs/20_checks.ipynb #kinds002
@@ -639,6 +639,10 @@ def _family_findings(recipe, own):
     elif template not in family.templates and (template or recipe.get('stage') != 'pt'):  # plain text needs none
         yield Finding('template', f'The template is {template!r}; {family.name} was trained with {usual}.',
                       f'Set template: {usual}.', 'warning')
+    if trains_nothing(recipe):
+        yield Finding('freeze_language_model', 'Nothing would be trained: the language model, the vision tower and the '
+                      'projector are all frozen, and LLaMA-Factory stops.',
+                      'Set freeze_language_model: false, or do not freeze one of the other two.')
     trains_projector = not recipe.get('freeze_multi_modal_projector', True) and recipe.get('freeze_vision_tower', True)
     if trains_projector and 'qwen3_vl' in _recipe_model_type(recipe):
         yield Finding('freeze_multi_modal_projector',

@@ -287,6 +287,8 @@ RECIPES = { # name → the changes of a recipe that runs
     'a model whose config is cut off': lambda r: r.cut('config.json'),
     'weights that are cut off': lambda r: r.cut('model.safetensors'),
     'a processor under its first name': lambda r: r.processor(image_processor_type='Qwen2_5_VLImageProcessor'),
+    'all parts frozen': lambda r: {'freeze_language_model': True},
+    'all parts frozen, fully fine-tuned': lambda r: {'freeze_language_model': True, 'finetuning_type': 'full'},
     'a model of another kind': lambda r: r.model(model_type='llama'),
     'a model that this transformers does not know': lambda r: r.model(model_type='qwen9_vl'),
     **{f'the template {name}': lambda r, name=name: {'template': name} for name in other_templates},

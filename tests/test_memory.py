@@ -247,6 +247,7 @@ FAULTS = {
     'another optimizer': (dict(optim='adafactor'), {}, "The optimizer 'adafactor' is not predicted; AdamW is"),
     'another way to train': (dict(finetuning_type='oft'), {}, "finetuning_type 'oft' is not predicted; lora, full and freeze are"),
     'reinforcement': (dict(stage='ppo'), {}, "stage 'ppo' is not predicted"),
+    'nothing to train': (dict(freeze_language_model=True), {}, 'Nothing would be trained'),
     'weights that are quantized already': (lambda f: _model(f, json.dumps(model_config('Qwen2-VL-7B') | {'quantization_config': {'quant_method': 'awq', 'bits': 4}})), {}, 'are quantized already (awq), which is not predicted'),
     'weights that are quantized already, by name': (dict(model_name_or_path='Qwen/Qwen2.5-VL-7B-Instruct-AWQ'), {}, 'are quantized already (awq), which is not predicted'),
     'a reference model under ZeRO-3': (dict(stage='dpo', finetuning_type='full'), dict(zero='z3', gpus=2), 'A reference model under ZeRO-3 is not predicted'),
