@@ -297,8 +297,8 @@ def model_card(
         parts, results = [*parts, section], {'eval_results': found, 'model_name': title}
     fields = _metadata(recipe, merged) | results | metadata
     base = fields.get('base_model')
-    named = name or _placeholder(run)
-    parts += [_use_section(run, recipe, merged, named, base), _licence_section(recipe, base, fields)]
+    parts += [_use_section(run, recipe, merged, name or _placeholder(run), base),
+              _licence_section(recipe, base, fields)]
     return ModelCard(f'---\n{ModelCardData(**fields).to_yaml()}\n---\n' + '\n\n'.join(parts) + '\n')
 
 # %% ../../nbs/tuning/40_hand_over.ipynb #hand0036
