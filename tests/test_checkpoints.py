@@ -188,6 +188,18 @@ def test_incomplete_checkpoints_are_left_out_and_named(trained, tmp_path):
     assert 'checkpoint-40: it is incomplete' in str(e.value) and 'checkpoint-80: its adapter' in str(e.value)
     with pytest.raises(ValueError, match='it is not a training run'): score_checkpoints(trained.lora.output_dir/'scores'/'car_item_test', 'car_item_test')
 
+def test_a_checkpoint_that_is_deleted_meanwhile_costs_no_other_its_answers(trained, tmp_path):
+    "As by a run that is still training, with save_total_limit: it goes before it was asked."
+    run = Path(shutil.copytree(trained.plain.output_dir, tmp_path/'run'))
+    with ThreadPoolExecutor(1) as pool, pytest.warns(UserWarning, match='Deleted meanwhile, .* left out: checkpoint-160'):
+        call = pool.submit(score_checkpoints, run, 'car_item_test', **ASKED)
+        folder = run/'scores'/'car_item_test'
+        until(lambda: (folder/'checkpoint-40'/'predictions.jsonl').exists() or call.done())
+        for process in (held := marked(state_or_empty(folder, 'run.json')['id'])): process.suspend()
+        shutil.rmtree(run/'checkpoint-160')
+        for process in held: process.resume()
+        assert list(call.result()) == ['checkpoint-40', 'checkpoint-80', 'checkpoint-120']
+
 def test_what_was_scored_is_found_again_where_nothing_can_be_written(trained, tmp_path):
     "In another place, on a disk that is read-only by now, as an archive is; what would have to be asked says that it can't be written."
     few = dict(max_samples=4, max_new_tokens=8)

@@ -139,6 +139,18 @@ def _folder_of(run, dataset):
     "The folder for the answers to a data set."
     return run.output_dir/SCORES/name_part(dataset)
 
+def _predict_all(run, found, dataset, changes, workers):
+    "The predictions of checkpoints, without those that the trainer deletes meanwhile."
+    while True:
+        try:
+            recipes = {p.name: answering_recipe(run.recipe, p, dataset, **changes) for p in found}
+            return predict_in_turn(recipes, _folder_of(run, dataset), *workers, 'score_checkpoints')
+        except (ValueError, RuntimeError, OSError):
+            gone = [p.name for p in found if not p.exists()]
+            if not gone: raise
+            warn(f'Deleted meanwhile, probably because of save_total_limit, and left out: {", ".join(gone)}.')
+            found = complete_checkpoints(run)
+
 def _record(found, dataset):
     "Record the best checkpoint in the folder of the run."
     row, best = found.table.loc[found.best.name][found.measure], found.best
@@ -148,6 +160,7 @@ def _record(found, dataset):
     try: write_best(found.run, about)
     except OSError as e: warn(f'{best.name} could not be recorded as the best checkpoint: {e}')
 
+# %% ../../nbs/tuning/00_checkpoints.ipynb #chec0042
 def score_checkpoints(
     run:str|os.PathLike, # A training run, or its folder
     dataset:str, # Registered data set to predict, with answers
@@ -170,11 +183,10 @@ def score_checkpoints(
     if not trained.get('do_train') or trained.get('stage', 'sft') == 'rm':
         raise ValueError(f'{run.output_dir} has no checkpoints that could answer: it is not a training run, or '
                          'it trained a reward model.')
-    folder, found = _folder_of(run, dataset), complete_checkpoints(run)
-    recipes = {p.name: answering_recipe(trained, p, dataset, **changes) for p in found}
-    rows = [asked_row(i, sample) for i,sample in enumerate(asked_samples(next(iter(recipes.values()))))]
-    check_measure(rows, measure, tolerance, measures)
-    predictions = predict_in_turn(recipes, folder, nproc, env, python, 'score_checkpoints')
+    found = complete_checkpoints(run)
+    samples = asked_samples(answering_recipe(trained, found[0], dataset, **changes))
+    check_measure([asked_row(i, sample) for i,sample in enumerate(samples)], measure, tolerance, measures)
+    predictions = _predict_all(run, found, dataset, changes, (nproc, env, python))
     scores = {name: score(rows, tolerance, measures) for name,rows in predictions.items()}
     scored = CheckpointScores(run, predictions, scores, measure)
     _record(scored, dataset)
