@@ -82,7 +82,7 @@ class ScoreStep(Step):
         for row in value.findings.to_dict('records'):
             text = f"{row['where']}: {row['what']} {row['cure']}"
             shown.value = shown.value.replace(escape(text), escape(self.tell(text)))
-        said = self._next(value) if value.findings.empty else ''
+        said = self._next(value)
         return [*[HTML(as_html('qvl-next', said))]*bool(said), shown]
 
     def _next(self, scores):
@@ -91,6 +91,7 @@ class ScoreStep(Step):
         share = guessed(scores, (row.get('label') for row in session.names['after']))
         if share is None: return ''
         key, values = next_step(session.project.folder/session.form('runs')['run'])
+        if key == 'look' and len(scores.findings): return ''  # they say what is wrong
         right = scores['exact'] or scores.get('json', 0)
         said = self.say('as_common', share=f'{share:.0f}') if right else self.say('none_right')
         buttons = {name: self.say(name) for name in ('show', 'wrong')}
