@@ -240,6 +240,7 @@ FAULTS = {
     'no GPU': ({}, dict(world_size=0), 'gpus must be at least 1, not 0'),
     'fewer than none': ({}, dict(world_size=-2), 'gpus must be at least 1, not -2'),
     'no samples at once': (dict(per_device_train_batch_size=0), {}, 'per_device_train_batch_size must be at least 1'),
+    'text for a number': (dict(per_device_train_batch_size='4', cutoff_len='x'), {}, "per_device_train_batch_size must be a number, not '4'.\ncutoff_len must"),
     'two precisions': (dict(bf16=True, fp16=True), {}, 'bf16 and fp16 are both set: choose one'),
     'quantized and full': (dict(quantization_bit=4, finetuning_type='full'), {}, 'A quantized model can only be trained with LoRA'),
     'quantized under ZeRO-3': (dict(quantization_bit=4), dict(zero='z3'), 'not predicted with ZeRO-3'),

@@ -12,7 +12,8 @@ from ..names import progress
 from ..stack import GiB
 from ..zero import zero_config
 from ..data.batches import grouped_order, padding_share, random_order
-from .estimate import MemoryEstimate, NotPredicted, longest_sample, predict_memory, sample_lengths
+from .estimate import (MemoryEstimate, NotPredicted, longest_sample, predict_memory,
+                                        sample_lengths, wrong_counts)
 from .plan import describe_gpus, gpu_count_and_memory, pick_zero, possible_configs, speed_of
 
 # %% ../../nbs/memory/40_fill.ipynb #40fillp06
@@ -78,7 +79,9 @@ def fitting(
     gpu_gib:float, # Memory of each in GiB
     sample:dict=None, # The longest sample; `None`: from the data or the recipe
 )->list: # `Filled`s, the fastest first; of equally fast ones, the larger micro batch
-    "All combinations of ZeRO config, micro batch and checkpointing that are certain to fit."
+    """All combinations of ZeRO config, micro batch and checkpointing that are certain to fit. Raises `ValueError` for
+    numbers in the recipe that are none."""
+    if wrong := wrong_counts(recipe, gpus): raise ValueError('\n'.join(wrong))
     sample = sample or longest_sample(recipe)[0]
     shares = {_batch(r): padded_share(r, sample['tokens']) for r in _batches(recipe)}
     key = 'disable_gradient_checkpointing'
