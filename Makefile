@@ -54,9 +54,11 @@ demo: setup
 	@$(BIN)/qwen2vl-nb demo $(TUTORIAL)
 	@echo 'Next: `make $(if $(language),language=$(language) )lab` opens that notebook in JupyterLab.'
 
-# Containers often have no other user than root, for whom JupyterLab starts only when told so
+# JupyterLab shows the files in the home folder or, if this clone is elsewhere, those beside it. Containers often have no other
+# user than root, for whom it starts only when told so
+LAB := $(if $(filter 0,$(shell id -u)),--allow-root) --ServerApp.root_dir=$(if $(filter $(HOME)/%,$(CURDIR)),$(HOME),$(dir $(CURDIR)))
 lab: setup
-	@$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) $(TUTORIAL)
+	@$(BIN)/jupyter lab $(LAB) $(TUTORIAL)
 
 # The browser in which the tests look at JupyterLab, by the names that tests/conftest.py knows
 browser:

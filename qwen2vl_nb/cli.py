@@ -100,8 +100,8 @@ def lab(
 ):
     "Open JupyterLab on the first tutorial, which is written into the current folder."
     as_root = ['--allow-root'] if os.geteuid() == 0 else []  # as in most containers; JupyterLab asks for the option
-    notebook = str(tutorial(language=language))
-    os.execv(sys.executable, [sys.executable, '-m', 'jupyter', 'lab', notebook, *as_root, *options])
+    notebook, root = str(tutorial(language=language)), f'--ServerApp.root_dir={Path.cwd()}'  # shows your own files, too
+    os.execv(sys.executable, [sys.executable, '-m', 'jupyter', 'lab', notebook, root, *as_root, *options])
 
 _words = {'demo': demo, 'check': check, 'lab': lab}
 

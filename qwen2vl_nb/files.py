@@ -407,6 +407,10 @@ _alone = {'protocol_whitelist': 'none'}
 def open_clip(
     path, # Path of the clip
 ):
-    "Open a clip with FFmpeg; no other file and no URL is opened."
+    """Open a clip with FFmpeg; no other file and no URL is opened. Raises `ValueError` if FFmpeg has no decoder for
+    its frames: to decode them would end the process."""
     import av
-    with open_regular(path) as f, av.open(f, container_options=_alone) as container: yield container
+    with open_regular(path) as f, av.open(f, container_options=_alone) as container:
+        if any(stream.codec_context is None for stream in container.streams.video[:1]):
+            raise ValueError('FFmpeg has no decoder for its frames.')
+        yield container

@@ -234,7 +234,7 @@ def _explain_choice(table, chosen):
 def _for_the_cpu(recipe):
     "A recipe for one process on the CPU."
     print('No GPU is visible here: the recipe is for the CPU (use_cpu: true; without bf16, which is slow there). That '
-          'is enough to try out a small model. For a run on GPUs, say which: pick_zero(recipe, gpus=8, gpu_gib=80).')
+          'is enough to try out a small model. For a run on GPUs, say which: gpus=8, gpu_gib=80.')
     return {k: v for k,v in recipe.items() if k not in ('deepspeed', 'bf16')} | {'use_cpu': True}
 
 def pick_zero(

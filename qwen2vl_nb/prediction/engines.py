@@ -34,7 +34,7 @@ from .rows import (Index, json_line, load_line, missing, parse_row, put_in_order
 from .vllm import vllm_servers
 from ..run.folder import ANSWERS, ASKED, GENERATED, QUESTION, RUN, SERVED, state_or_empty
 from ..run.owner import refuse_training
-from ..run.start import Run, describe_start, keep_earlier, launch, raise_errors, start
+from ..run.start import Run, changed_data, describe_start, keep_earlier, launch, raise_errors, start
 
 # %% ../../nbs/prediction/45_engines.ipynb #6a8b2104
 def _weights(recipe):
@@ -205,6 +205,19 @@ def _begin_llamafactory(recipe, samples, folder, about):
     return launch(recipe, about['nproc'], env=about['given'], python=about['python'])
 
 # %% ../../nbs/prediction/45_engines.ipynb #askedsam1
+def _warn_of_new_split(recipe):
+    "Warn if rows to ask and rows of a training were both written after that training began: they may be the same."
+    registry = Registry(recipe.get('dataset_dir', 'data'))
+    models = [recipe.get('model_name_or_path') or '', *(recipe.get('adapter_name_or_path') or '').split(',')]
+    places = [place for path in map(Path, filter(None, models)) for place in (path, path.parent)]
+    for folder in {place for place in places if (place/RUN).is_file()}:
+        with suppress(OSError, ValueError, TypeError, LookupError):  # others say what is wrong with the run
+            asked = registry.dataset_dir/registry[recipe['eval_dataset']]['file_name']
+            if asked.stat().st_mtime <= (folder/RUN).stat().st_mtime: continue
+            if changed := changed_data(run := Run(folder), run.recipe):
+                warn(f"{recipe['eval_dataset']} and {', '.join(changed)} were written after the training in {folder} "
+                     'began. If they were split anew, it may have seen rows that are asked now: train again.')
+
 def asked_samples(
     recipe:dict, # A prediction recipe
 )->list: # Samples
@@ -308,6 +321,7 @@ def predict(
         with undone_on_error():
             samples = _sound_samples(samples, folder) if given else asked_samples(recipe)
             if not samples: raise ValueError('There is nothing to predict: no samples.')
+            if not given: _warn_of_new_split(recipe)
             if given: recipe = recipe | {'eval_dataset': _passed_samples}
             asked = [asked_row(i, s) for i, s in enumerate(samples)]
             if engine != 'llamafactory': recipe, asked = treated_alike(recipe, asked)
@@ -377,6 +391,7 @@ def predict_in_turn(
     stop the work; calling again attaches to it or resumes it."""
     folder, first = Path(output_dir).absolute(), next(iter(recipes.values()))
     samples = asked_samples(first)
+    _warn_of_new_split(first)
     if not samples: raise ValueError('There is nothing to predict: no samples.')
     alike, asked = treated_alike(first, [asked_row(i, s) for i,s in enumerate(samples)])
     kept = {k: v for k,v in alike.items() if k not in first}  # whether special tokens are kept

@@ -343,7 +343,7 @@ def run_folders(
     return sorted(Path(p) for p in found[:_most_searched] if os.path.lexists(os.path.join(p, RUN)))
 
 def runs(
-    folder:str|Path, # Folder to search, including its subfolders, without links and hidden ones
+    folder:str|Path='.', # Folder to search, including its subfolders, without links and hidden ones
 )->'pd.DataFrame': # A row for each run: run (its path in the folder), state, started, step, of, loss, …, health, cure
     "List all runs in a folder and its subfolders. Raises `FileNotFoundError` if there is no such folder."
     import pandas as pd
