@@ -37,7 +37,7 @@ def tutorial(
     data, tutorials = _sources()
     for source in filter(Path.is_file, data.rglob('*')):
         _write_missing(folder/'data'/source.relative_to(data), source.read_bytes())
-    for source in filter(Path.is_file, tutorials.iterdir()): # with paths of a folder with `data`, `tutorials` and `runs`
+    for source in filter(Path.is_file, tutorials.iterdir()): # with paths to `data` and `runs` beside them
         _write_missing(folder/'tutorials'/source.name, source.read_bytes().replace(b'../../', b'../'))
     return folder/'tutorials'/_first[language]
 
