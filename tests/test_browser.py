@@ -80,8 +80,6 @@ def test_the_tutorial_is_seen_to_train(lab, page):
         page.locator('.jp-Dialog button.jp-mod-warn').click()
         page.locator('.jp-Dialog').wait_for(state='detached')
         idle(page)
-        page.get_by_text('To see it again: attach(').first.wait_for()
-        keep(page, 'tutorial-restarted')
     page.locator('.jp-CodeCell .jp-InputPrompt').first.click()
     page.keyboard.press('a')
     page.keyboard.press('Enter')
