@@ -321,8 +321,8 @@ def predict(
         with undone_on_error():
             samples = _sound_samples(samples, folder) if given else asked_samples(recipe)
             if not samples: raise ValueError('There is nothing to predict: no samples.')
-            if not given: _warn_of_new_split(recipe)
             if given: recipe = recipe | {'eval_dataset': _passed_samples}
+            else: _warn_of_new_split(recipe)
             asked = [asked_row(i, s) for i, s in enumerate(samples)]
             if engine != 'llamafactory': recipe, asked = treated_alike(recipe, asked)
             rows = [json_line(row).decode() for row in asked]
