@@ -24,15 +24,18 @@ PYTEST := $(AS_ROOT) $(BIN)/python -m pytest -q
 # pip does since 25.1, and the pip that comes with Python is older, silent for minutes while it unpacks 8 GB
 environment = if command -v uv >/dev/null; then uv venv --quiet --allow-existing --python $(PYTHON) $1; else $(PYTHON) -m venv --upgrade-deps $1; fi
 install = if command -v uv >/dev/null; then uv pip install --compile-bytecode --python $1 $2; \
-	else $(told) $1/bin/python -m pip install --disable-pip-version-check $2; fi
+	else $(told) $1/bin/python -m pip install --disable-pip-version-check $$([ $(free) -ge 18 ] || echo --no-cache-dir) $2; fi
 # pip draws no bars into a file or a pipe: there, a line every half minute says how far it is
 told = [ -t 1 ] || { while sleep 30 >/dev/null 2>&1; do echo "… $$(du -sm $1 | cut -f1) MB are installed"; done & trap "kill $$!" EXIT; };
-# What is missing for an installation of so many GB in a folder that is not there yet, all of it at once
+# GB that are free here. pip fetches 4 GB of wheels before it unpacks them, and keeps them twice where there is room
+free = $$(df -Pk . | awk 'NR == 2 {print int($$4/1000000)}')
+# What is missing for an installation of so many GB (with uv; pip's wheels come on top) in a folder that is not there yet, all of it at once
 ready = lacks=; lack() { lacks=1; echo "Missing: $$*"; }; \
 	[ -n "$(PYTHON)" ] || lack "Python 3.11 to 3.13. Name one with make PYTHON=/path/to/python3.11 …"; \
 	[ -z "$(PYTHON)" ] || command -v uv >/dev/null || $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || lack "the venv module of $(PYTHON) (on Debian and Ubuntu: apt-get install python3-venv)."; \
 	command -v g++ >/dev/null || lack "g++, with which DeepSpeed compiles its operators (on Debian and Ubuntu: apt-get install g++)."; \
-	free=$$(df -Pk . | awk 'NR == 2 {print int($$4/1000000)}'); [ -e $2 ] || [ "$$free" -ge $1 ] || lack "disk space: $1 GB are needed here, and $$free GB are free."; \
+	needed=$1; command -v uv >/dev/null || needed=$$(($1 + 4)); \
+	[ -e $2 ] || [ $(free) -ge $$needed ] || lack "disk space: $$needed GB are needed here, and $(free) GB are free."; \
 	[ -z "$$lacks" ] || exit 1
 
 .PHONY: help setup browser demo lab test test-vllm test-newest clean-check soak benchmarks tiny notebooks readme translations docs lock
@@ -41,7 +44,7 @@ help:
 	@sed -n '1,3s/^# //p' Makefile
 
 $(STAMP): $(LOCK) setup.py settings.ini
-	@$(call ready,10,.venv)
+	@$(call ready,9,.venv)
 	@echo "Installing the pinned stack into .venv: 8 GB on disk, once. It takes some minutes …"
 	@$(call environment,.venv)
 	@$(call install,.venv,--no-deps -r $(LOCK))
