@@ -136,6 +136,25 @@ def test_names_are_made_again_when_they_are_needed(filled, folder):
     assert '17 rows for training' in shown(press(fresh, 'split.register'))
     assert len(json.loads((folder/'data'/'twice.json').read_text())) == 17  # without the rows that were dropped
 
+def test_rows_with_chosen_warnings_are_dropped_and_mending_counts_what_is_left(folder):
+    rows = pd.read_excel('labels.xlsx').assign(caption=[' red ', *['red']*10, None, *['red']*13])
+    rows.to_excel('labels.xlsx', index=False)
+    panel = Panel()
+    fill(panel, 'data', source='labels.xlsx', image='photo', prompt='What colour is it?', response='caption')
+    assert panel.steps['data']._kinds.layout.display == 'none'
+    for action, says in {'data.read': '25 rows', 'data.check': 'Findings: 4; rows concerned: 4.', 'data.mend': 'Mended: 1. Left: 3 findings; rows concerned: 3.'}.items(): assert says in shown(press(panel, action))
+    assert 'Findings' not in shown(panel.steps['data'].boxes['data.check'])
+    also = panel.steps['data'].controls['also']
+    assert panel.steps['data']._kinds.layout.display is None and also.options == (('The answer is empty. (1)', 'The answer is empty.'),)
+    assert 'Dropped 2 of 25' in shown(press(panel, 'data.drop'))
+    also.value = ['The answer is empty.']
+    assert 'Dropped 3 of 25' in shown(press(panel, 'data.drop')) and len(panel.session.names['samples']) == 22
+    other = Panel()
+    fill(other, 'split', name='x')
+    assert other.steps['data'].view and other.steps['data'].controls['also'].value == ('The answer is empty.',)
+    assert '22 samples' in shown(press(other, 'split.register')) or len(other.session.names['samples']) == 22
+    assert "also=['The answer is empty.']" in (folder/NOTEBOOK).read_text()
+
 def test_wrong_columns_and_files_are_told_in_the_step(folder):
     panel = Panel()
     assert 'File or folder' in shown(press(panel, 'data.read'))
@@ -186,6 +205,7 @@ HOSTILE = [
     {'ran': {name: {'given': {}, 'when': -1e14, 'said': 'x'} for name in ('memory.pick', 'recipe.make', 'launch.start', 'runs.choose', 'predict.after', 'checkpoints.score', 'score.scores')}},
     {'ran': {'launch.start': {'given': {'run': '\0', 'folder': 'x', 'name': '', 'nproc': 0}, 'when': 1.0, 'said': ''}}},
     {'ran': {'split.register': {'given': dict(test=float('inf'), group='', stratify='', name='x', folder='data', media='refer'), 'when': 1.0, 'said': ''}}},
+    {'values': {'data': {'also': [1, {}, '<script>'], 'header': 1e14}}, 'ran': {'data.mend': {'given': {'findings': 1, 'kinds': {'<script>': []}, 'shown': 0}, 'when': 1, 'said': ''}, 'data.check': {'given': {'kinds': [1]}, 'when': 2, 'said': ''}, 'data.drop': {'given': {'also': {'x': 1}}, 'when': 3, 'said': ''}}},
     {'notebook': 3}, {'notebook': {'name': '../../x.ipynb', 'digest': 0}}, {'notebook': {'name': None}}, {'open': ['x']}, {'open': 'none'}, {'open': 7},
 ]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from ..model import special_tokens
 from ..names import progress
-from ..findings import bulleted, findings_table, show_value
+from ..findings import bulleted, finding_kind, findings_table, show_value
 from .answer_faults import answer_faults_between, missing_media_faults, without_blanks
 from .boxes import box_pieces, known_frame, turn_sample
 from .box_check import box_faults, class_faults
@@ -505,17 +505,29 @@ def _name_rows(samples, findings):
     said = findings.what.str.cat(findings.cure.where(findings.level == 'warning', ''), ' ').str.rstrip()
     return bulleted([f'{name_row(i, samples[i])}: {" ".join(each)}' for i, each in said.groupby(findings.row)])
 
+def _that_say(findings, texts):
+    "Which findings say one of the texts and were not mended; a text that none says is printed."
+    said = (findings.what + '\n' + findings.what.map(finding_kind)).where(findings.level != 'mended', '')
+    chosen = findings.level.isin([])
+    for text in texts:
+        found = said.str.contains(text, regex=False)
+        if not found.any(): print(f'No finding says {show_value(text)}.')
+        chosen |= found
+    return chosen
+
 def drop_samples(
     samples:list, # Samples
     findings:'pd.DataFrame', # What `check_samples` or `mend_samples` found in them, or a part of it
     levels:tuple=('error',), # A row with a finding of one of these levels is dropped
+    also:str|list=(), # Text or texts: a row with a finding that says one of them is dropped, too
 )->list: # The samples that are left, in the same order
     "Drop the samples that have errors, and print which and why; rows with only warnings are kept, and printed, too."
     n = findings.attrs.get('samples', len(samples))
     if n != len(samples):
         raise ValueError(f'The findings are about {n:,} samples, and these are {len(samples):,}: '
                          'check_samples(samples) finds what is wrong with these.')
-    bad = findings[findings.level.isin(levels)]
+    said = _that_say(findings, [also] if isinstance(also, str) else also)
+    bad = findings[findings.level.isin(levels) | said]
     dropped = set(bad.row)
     doubtful = findings[(findings.level == 'warning') & ~findings.row.isin(dropped)]
     if dropped: print(f'Dropped {len(dropped):,} of {n:,} samples:\n{_name_rows(samples, bad)}')

@@ -80,10 +80,17 @@ CHINESE |= {
     'data.mend': ('Mend', '修复'),
     'data.mend.help': ('Repair in copies what can be repaired without guessing',
                        '在副本中修复无需猜测就能修好的问题，原文件保持不变'),
-    'data.drop': ('Drop rows with errors', '丢弃有错误的行'),
-    'data.drop.help': ('Leave out the rows in which an error is left', '去掉仍有错误的行'),
+    'data.also': ('Also drop', '同时丢弃'),
+    'data.also.help': ('Rows with these warnings; in brackets, how many there are. Ctrl and a click choose another '
+                       'one, or drop the choice.',
+                       '有这些警告的行，括号中是行数。按住 Ctrl 点击可以多选或取消选择。'),
+    'data.drop': ('Drop rows', '丢弃行'),
+    'data.drop.help': ('Leave out the rows in which an error is left, and those with the warnings that are chosen',
+                       '去掉仍有错误的行，以及有所选警告的行'),
     'data.clean': ('Nothing found in {n} rows.', '{n} 行中没有发现问题。'),
     'data.found': ('Findings: {n}; rows concerned: {rows}.', '发现 {n} 个问题，涉及 {rows} 行。'),
+    'data.mended': ('Mended: {mended}. Left: {n} findings; rows concerned: {rows}.',
+                    '已修复 {mended} 个问题，还剩 {n} 个，涉及 {rows} 行。'),
 }
 
 # %% ../../nbs/panel/00_chinese.ipynb #zhmodel000

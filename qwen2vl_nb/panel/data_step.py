@@ -10,9 +10,10 @@ import ast, csv, io, json, os
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from ipywidgets import HTML, Checkbox, Combobox
+from fastcore.basics import patch
+from ipywidgets import HTML, Checkbox, Combobox, SelectMultiple
 from ..files import open_regular
-from ..findings import findings_class, worst_findings
+from ..findings import finding_kind, findings_class, worst_findings
 from .paths import PathList, path_row, suggestions
 from .session import Action, Unfilled, as_call, what_ran
 from .steps import Step, as_html, as_widget, on_enter
@@ -90,25 +91,32 @@ def _check_code(given):
 def _mend_code(given):
     return f"samples, findings = {as_call('mend_samples', ast.Name('samples'), **check_arguments(given))}\nfindings"
 
-def _drop_code(given): return 'samples = drop_samples(samples, findings)\nlen(samples)'
+def _drop_code(given):
+    also = {'also': given['also']} if given.get('also') else {}  # older panels have none
+    return f"samples = {as_call('drop_samples', ast.Name('samples'), ast.Name('findings'), **also)}\nlen(samples)"
+
+_most_kinds = 20 # Of warnings
 
 def _found(names):
-    "How many findings there are, in how many rows, and those that are shown."
+    "How many findings are left, in how many rows, and those that are shown; of warnings, kind → number of rows."
     findings, (worst, line) = names['findings'], worst_findings(names['findings'])
-    return {'samples': len(names['samples']), 'findings': len(findings), 'rows': int(findings.row.nunique()),
-            'line': line, 'shown': worst.to_dict('split')}
+    left, warnings = findings[findings.level != 'mended'], findings[findings.level == 'warning']
+    kinds = warnings.row.groupby(warnings.what.map(finding_kind)).nunique().nlargest(_most_kinds)
+    return {'samples': len(names['samples']), 'findings': len(left), 'rows': int(left.row.nunique()), 'line': line,
+            'mended': len(findings) - len(left), 'kinds': kinds.to_dict(), 'shown': worst.to_dict('split')}
 
 ACTIONS = [
     Action('data.read', _read_given, _read_code, gives=('samples',)),
     Action('data.check', _check_given, _check_code, needs=('samples',), gives=('findings',), keeps=_found),
     Action('data.mend', _check_given, _mend_code, needs=('samples',), gives=('samples', 'findings'), keeps=_found),
-    Action('data.drop', lambda form: {}, _drop_code, needs=('samples', 'findings'), gives=('samples',))]
+    Action('data.drop', lambda form: {'also': form('data')['also']}, _drop_code, needs=('samples', 'findings'),
+           gives=('samples',))]
 
 # %% ../../nbs/panel/32_data_step.ipynb #32datast0013
 class DataStep(Step):
     "Read samples, and find, mend or drop what is wrong with them."
     name, done, actions = 'data', 'data.read', ACTIONS
-    defaults = dict(source='', image='', prompt='', response='', media_dir='', boxes=False)
+    defaults = dict(source='', image='', prompt='', response='', media_dir='', boxes=False, also=[])
 
     def build(self):
         folder, say = self.panel.session.project.folder, self.panel.say
@@ -122,7 +130,7 @@ class DataStep(Step):
         read = self.button('data.read', icon='folder-open')
         for name in ('source', 'image', 'prompt', 'response'): on_enter(self.controls[name], read.start)
         others = [self.button('data.check', icon='search'), self.button('data.mend', icon='wrench', primary=False),
-                  self.button('data.drop', icon='eraser', primary=False)]
+                  self._build_kinds(), self.button('data.drop', icon='eraser', primary=False)]
         return [row, *columns, media_row, boxes, read, *others]
 
     def changed(self, name):
@@ -130,7 +138,10 @@ class DataStep(Step):
 
     def restore(self):
         super().restore()
-        if self.controls: self._offer_columns()
+        if not self.controls: return
+        self._offer_columns()
+        self._offer_kinds()
+        if self._is_mended(): self.boxes['data.check'].result.children = ()
 
     def _offer_columns(self):
         names = column_names(self.panel.session.project.folder/os.path.expanduser(self.values['source'] or '.'))
@@ -141,10 +152,41 @@ class DataStep(Step):
         if action == 'data.read': return [as_widget(value)]
         return self.show_kept(action, what_ran(self.panel.session.project)[action].given)
 
-    def show_kept(self, action, given):
-        if 'findings' not in given: return []
-        said = self.say('found' if given['findings'] else 'clean', n=given['findings'] or given['samples'],
-                        rows=given['rows'])
-        table = findings_class()(**{key: given['shown'][key] for key in ('data', 'index', 'columns')})
-        shown = [*[HTML(as_html('qvl-said', given['line']))]*bool(given['line']), as_widget(self.tell_table(table))]
-        return [HTML(as_html('qvl-said', said)), *shown*bool(given['findings'])]
+# %% ../../nbs/panel/32_data_step.ipynb #32datastkinds
+@patch
+def _build_kinds(self:DataStep):
+    "The choice of warnings whose rows are dropped, which is shown if there are any."
+    self._kinds = self.field('also', SelectMultiple(), '640px')
+    self._offer_kinds()
+    return self._kinds
+
+@patch
+def _offer_kinds(self:DataStep):
+    ran = what_ran(self.panel.session.project)
+    found = max((ran[name] for name in ('data.check', 'data.mend') if name in ran), key=lambda r: r.when, default=None)
+    kinds = found.given.get('kinds') if found else {}
+    with self._filling, suppress(Exception):  # foreign files may have anything there
+        options = [(f'{self.tell(kind)} ({n})', kind) for kind, n in kinds.items()]
+        if options == [*self.controls['also'].options]: return
+        self._restoring = True  # other options deselect all, which is no change by the user
+        self.controls['also'].options, self.controls['also'].rows = options, len(options)
+        self._shown.pop('also', None)
+        self._put('also')
+    self._restoring = False
+    self._kinds.layout.display = None if self.controls['also'].options else 'none'
+
+@patch
+def _is_mended(self:DataStep):
+    "Whether what the last check found was mended since, which shows all of it again."
+    ran = what_ran(self.panel.session.project)
+    return {'data.check', 'data.mend'} <= ran.keys() and ran['data.mend'].when > ran['data.check'].when
+
+@patch
+def show_kept(self:DataStep, action, given):
+    if 'findings' not in given or action == 'data.check' and self._is_mended(): return []
+    found, mended = given['findings'], given.get('mended', 0)
+    key = 'mended' if mended else 'found' if found else 'clean'
+    said = self.say(key, n=found or given['samples']*(not mended), rows=given['rows'], mended=mended)
+    table = findings_class()(**{key: given['shown'][key] for key in ('data', 'index', 'columns')})
+    shown = [*[HTML(as_html('qvl-said', given['line']))]*bool(given['line']), as_widget(self.tell_table(table))]
+    return [HTML(as_html('qvl-said', said)), *shown*bool(found or mended)]

@@ -64,10 +64,14 @@ ENGLISH |= {
                        'spoil it',
     'data.mend': 'Mend',
     'data.mend.help': 'Repair in copies what can be repaired without guessing',
-    'data.drop': 'Drop rows with errors',
-    'data.drop.help': 'Leave out the rows in which an error is left',
+    'data.also': 'Also drop',
+    'data.also.help': 'Rows with these warnings; in brackets, how many there are. Ctrl and a click choose another one, '
+                      'or drop the choice.',
+    'data.drop': 'Drop rows',
+    'data.drop.help': 'Leave out the rows in which an error is left, and those with the warnings that are chosen',
     'data.clean': 'Nothing found in {n} rows.',
     'data.found': 'Findings: {n}; rows concerned: {rows}.',
+    'data.mended': 'Mended: {mended}. Left: {n} findings; rows concerned: {rows}.',
 }
 ENGLISH |= {
     'model': 'Model',
