@@ -288,6 +288,20 @@ def test_columns_are_found_without_reading_the_file(folder):
         f.truncate(10**12)  # a terabyte, of which nothing is on the disk
     assert column_names('large.csv') == ['photo', 'text']
 
+def test_a_table_with_a_title_is_read_with_and_without_the_number_of_its_header(folder):
+    rows = [['Colours of 2026'], [], ['photo', 'caption'], *pd.read_excel('labels.xlsx').values.tolist()]
+    pd.DataFrame(rows).to_excel('titled.xlsx', header=False, index=False)
+    panel = Panel()
+    fill(panel, 'data', source='titled.xlsx', prompt='What colour is it?')
+    assert panel.steps['data'].controls['image'].options == ('photo', 'caption')
+    assert '"Header row" = 2 takes the second row of a file' in html.unescape(shown(press(panel, 'data.read')))
+    fill(panel, 'data', image='photo', response='caption')
+    assert '25 rows' in shown(press(panel, 'data.read')) and 'row 27 of titled.xlsx' in shown(press(panel, 'data.check')) + str(panel.session.names['findings'])
+    fill(panel, 'data', header=3)
+    assert '25 rows' in shown(press(panel, 'data.read')) and 'header=3' in panel.session.code('data.read')
+    fill(panel, 'data', header=4)
+    assert panel.steps['data'].controls['image'].options == ('photos/0.png', 'red 0') and 'no column' in shown(press(panel, 'data.read'))
+
 def test_a_folder_that_cannot_be_written_is_told(folder):
     panel = Panel(folder/'file')
     (folder/'file').write_text('mine')

@@ -66,6 +66,10 @@ CHINESE |= {
     'data.response': ('Answer', '回答'),
     'data.response.help': ('Column with the answers. Empty: output, response or answer.',
                            '回答所在的列。留空则为 output、response 或 answer。'),
+    'data.header': ('Header row', '表头行'),
+    'data.header.help': ('Row of a spreadsheet that has the names of the columns. 0: the first one that fits, so '
+                         'that a title above it does no harm.',
+                         '列名在表格的第几行。0 表示自动查找第一个符合的行，表头上方有标题也没有关系。'),
     'data.media_dir': ('Picture folder', '图片目录'),
     'data.media_dir.help': ('Where the pictures are, if not beside the file.',
                             '如果图片不在数据文件旁边，请填写图片所在的目录。'),

@@ -6,12 +6,13 @@
 __all__ = ['table_endings', 'ACTIONS', 'column_names', 'check_arguments', 'DataStep']
 
 # %% ../../nbs/panel/32_data_step.ipynb #32datast0002
-import ast, csv, io, json, os
+import ast, csv, json, os
 from contextlib import suppress
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from fastcore.basics import patch
-from ipywidgets import HTML, Checkbox, Combobox, SelectMultiple
+from ipywidgets import HTML, BoundedIntText, Checkbox, Combobox, SelectMultiple
 from ..files import open_regular
 from ..findings import finding_kind, findings_class, worst_findings
 from .paths import PathList, path_row, suggestions
@@ -20,18 +21,28 @@ from .steps import Step, as_html, as_widget, on_enter
 
 # %% ../../nbs/panel/32_data_step.ipynb #32datast0005
 table_endings = '.csv', '.tsv', '.json', '.jsonl', '.parquet', '.xlsx'
-_most_peeked, _most_columns = 2**20, 200 # Bytes of a text file; columns
+_most_peeked, _most_columns, _most_rows = 2**20, 200, 1000 # Bytes of a text file; columns; rows above the header
 
 def _beginning(file):
     "The first complete lines of a text file."
     text = file.read(_most_peeked).decode('utf-8-sig', errors='replace')
     return text if len(text) < _most_peeked else text.rpartition('\n')[0]
 
-def _sheet_columns(file):
+def _header_in(rows, header):
+    "The cells of the header, which is the first row with several cells if `header` is 0."
+    named = [[cell for cell in cells if cell not in (None, '')] for cells in islice(rows, header or _most_rows)]
+    return named[header - 1] if header else next((cells for cells in named if len(cells) > 1), (named or [[]])[0])
+
+def _sheet_columns(file, header):
     "The header of an Excel file's first sheet."
     import openpyxl
     book = openpyxl.load_workbook(file, read_only=True, data_only=True)
-    return [cell for cell in next(book.worksheets[0].iter_rows(values_only=True, max_row=1)) if cell is not None]
+    return _header_in(book.worksheets[0].iter_rows(values_only=True, max_row=_most_rows), header)
+
+def _text_columns(file, header):
+    "The header of a table in text."
+    lines = ((line, max(',;\t|', key=line.count)) for line in _beginning(file).splitlines())
+    return _header_in((next(csv.reader([line], delimiter=mark), []) for line, mark in lines), header)
 
 def _json_columns(file):
     "The keys of the first object in a JSON file, which may be a list of objects or a line for each."
@@ -40,17 +51,13 @@ def _json_columns(file):
     return [*first]
 
 @lru_cache(8)
-def _columns(path, stamp):
+def _columns(path, stamp, header):
     "The names of a file's columns; `stamp` changes with the file."
     ending, found = Path(path).suffix.lower(), []
     with suppress(Exception), open_regular(path) as file:  # whatever is wrong, `read_samples` says it
-        if ending in ('.csv', '.tsv'):
-            text = _beginning(file)
-            first = text.partition('\n')[0]
-            marks = max(',;\t|', key=first.count)
-            found = next(csv.reader(io.StringIO(text), delimiter=marks), [])
+        if ending in ('.csv', '.tsv'): found = _text_columns(file, header)
         elif ending in ('.json', '.jsonl'): found = _json_columns(file)
-        elif ending == '.xlsx': found = _sheet_columns(file)
+        elif ending == '.xlsx': found = _sheet_columns(file, header)
         elif ending == '.parquet':
             import pyarrow.parquet as pq
             found = pq.read_schema(file).names
@@ -58,11 +65,12 @@ def _columns(path, stamp):
 
 def column_names(
     path:str|Path, # A file of rows
+    header:int=0, # Row of a spreadsheet with the names, counted from 1; 0: the first with several cells
 )->list: # Empty if they can't be found out quickly
     "The names of a file's columns, from its beginning; an unchanged file is not looked at twice."
     try: s = os.stat(path)
     except (OSError, ValueError): return []
-    return _columns(Path(path).absolute(), (s.st_ino, s.st_size, s.st_mtime_ns))
+    return _columns(Path(path).absolute(), (s.st_ino, s.st_size, s.st_mtime_ns), header)
 
 # %% ../../nbs/panel/32_data_step.ipynb #32datast0009
 def _read_given(form):
@@ -73,6 +81,7 @@ def _read_given(form):
 def _read_code(given):
     named = {k: given[k] for k in ('image', 'prompt', 'response') if given[k]}
     if given['media_dir']: named['media_dir'] = given.path('media_dir')
+    if given.get('header'): named['header'] = given['header']  # older panels have none
     if given['boxes']: named['family'] = given.path('model')
     return f"samples = {as_call('read_samples', given.path('source'), **named)}\nshow_samples(samples, n=4)"
 
@@ -116,7 +125,7 @@ ACTIONS = [
 class DataStep(Step):
     "Read samples, and find, mend or drop what is wrong with them."
     name, done, actions = 'data', 'data.read', ACTIONS
-    defaults = dict(source='', image='', prompt='', response='', media_dir='', boxes=False, also=[])
+    defaults = dict(source='', image='', prompt='', response='', media_dir='', boxes=False, header=0, also=[])
 
     def build(self):
         folder, say = self.panel.session.project.folder, self.panel.say
@@ -125,16 +134,17 @@ class DataStep(Step):
         media = Combobox(options=suggestions(folder))
         media_row = path_row(self.field('media_dir', media, '520px'), PathList(media, folder, say))
         columns = [self.field(name, Combobox(options=[])) for name in ('image', 'prompt', 'response')]
+        header = self.field('header', BoundedIntText(min=0, max=_most_rows))
         boxes = self.field('boxes', Checkbox(indent=True))
         self._offer_columns()
         read = self.button('data.read', icon='folder-open')
         for name in ('source', 'image', 'prompt', 'response'): on_enter(self.controls[name], read.start)
         others = [self.button('data.check', icon='search'), self.button('data.mend', icon='wrench', primary=False),
                   self._build_kinds(), self.button('data.drop', icon='eraser', primary=False)]
-        return [row, *columns, media_row, boxes, read, *others]
+        return [row, *columns, header, media_row, boxes, read, *others]
 
     def changed(self, name):
-        if name == 'source': self._offer_columns()
+        if name in ('source', 'header'): self._offer_columns()
 
     def restore(self):
         super().restore()
@@ -144,7 +154,8 @@ class DataStep(Step):
         if self._is_mended(): self.boxes['data.check'].result.children = ()
 
     def _offer_columns(self):
-        names = column_names(self.panel.session.project.folder/os.path.expanduser(self.values['source'] or '.'))
+        path = self.panel.session.project.folder/os.path.expanduser(self.values['source'] or '.')
+        names = column_names(path, self.values['header'])
         for name in ('image', 'prompt', 'response'): self.controls[name].options = names
 
     def show(self, action, value):

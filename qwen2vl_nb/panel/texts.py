@@ -54,6 +54,9 @@ ENGLISH |= {
                         'question.',
     'data.response': 'Answer',
     'data.response.help': 'Column with the answers. Empty: output, response or answer.',
+    'data.header': 'Header row',
+    'data.header.help': 'Row of a spreadsheet that has the names of the columns. 0: the first one that fits, so that '
+                        'a title above it does no harm.',
     'data.media_dir': 'Picture folder',
     'data.media_dir.help': 'Where the pictures are, if not beside the file.',
     'data.boxes': 'Answers are boxes',
