@@ -320,7 +320,7 @@ def test_a_header_below_a_title_is_found_or_given(rows, how, ending, mark, tmp_p
     at = next(i for i, row in enumerate(rows, 1) if {*row} & {'caption', 'answer', 'said', 'class'})
     path, how = _written(tmp_path, rows, ending, mark), dict(image='photo', prompt='What is this?', response='caption') | how
     found = read_samples(path, **how)
-    assert f'with the names of its columns in row {at}' in capsys.readouterr().out
+    assert f'(header in row {at})' in capsys.readouterr().out
     assert found == read_samples(path, header=at, **how) and [s.number for s in found] == [*range(at + 1, len(rows) + 1)]
     with pytest.raises(ValueError, match=f'row {len(rows) + 1} is blank, or there is no such row'): read_samples(path, header=len(rows) + 1, **how)
 

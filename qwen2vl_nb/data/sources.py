@@ -195,7 +195,7 @@ def _split_header(path, rows, header):
         raise ValueError(f'{path}: row {header} is blank, or there is no such row; header=… is the number of the row '
                          'that has the names of the columns, counted from 1.')
     (top, names), *below = rows[at:]
-    return top, names, below, f' with the names of its columns in row {top}'*(at > 0)
+    return top, names, below, f' (header in row {top})'*(at > 0)
 
 def _separator(path, text, header):
     "The character between the cells, as in the header."
