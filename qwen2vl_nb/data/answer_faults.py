@@ -51,7 +51,7 @@ class _Answer(NamedTuple):
 
 def _last_answers(rows):
     "The last answers that are text and not empty."
-    last = [(i, s, turns[-1]) for i, s in rows if not is_ranking(s) and (turns := sample_turns(s))]
+    last = ((i, s, turns[-1]) for i, s in rows if not is_ranking(s) and (turns := sample_turns(s)))
     return [_Answer(i, s, field, text) for i, s, (field, role, text) in last
             if role == 'assistant' and isinstance(text, str) and text.strip()]
 

@@ -68,8 +68,8 @@ ENGLISH |= {
     'data.mend': 'Mend',
     'data.mend.help': 'Repair in copies what can be repaired without guessing',
     'data.also': 'Also drop',
-    'data.also.help': 'Rows with these warnings; in brackets, how many there are. Ctrl and a click choose another one, '
-                      'or drop the choice.',
+    'data.also.help': 'Rows with these warnings; the number of rows is in parentheses. Hold Ctrl and click to choose '
+                      'several, or none.',
     'data.drop': 'Drop rows',
     'data.drop.help': 'Leave out the rows in which an error is left, and those with the warnings that are chosen',
     'data.clean': 'Nothing found in {n} rows.',
