@@ -141,18 +141,19 @@ def test_rows_with_chosen_warnings_are_dropped_and_mending_counts_what_is_left(f
     rows.to_excel('labels.xlsx', index=False)
     panel = Panel()
     fill(panel, 'data', source='labels.xlsx', image='photo', prompt='What colour is it?', response='caption')
-    assert panel.steps['data']._kinds.layout.display == 'none'
+    assert panel.steps['data'].kinds.layout.display == 'none'
     for action, says in {'data.read': '25 rows', 'data.check': 'Findings: 4; rows concerned: 4.', 'data.mend': 'Mended: 1. Left: 3 findings; rows concerned: 3.'}.items(): assert says in shown(press(panel, action))
     assert 'Findings' not in shown(panel.steps['data'].boxes['data.check'])
     also = panel.steps['data'].controls['also']
-    assert panel.steps['data']._kinds.layout.display is None and also.options == (('The answer is empty. (1)', 'The answer is empty.'),)
+    assert panel.steps['data'].kinds.layout.display is None and also.options == (('The answer is empty. (1)', 'The answer is empty.'),)
     assert 'Dropped 2 of 25' in shown(press(panel, 'data.drop'))
     also.value = ['The answer is empty.']
     assert 'Dropped 3 of 25' in shown(press(panel, 'data.drop')) and len(panel.session.names['samples']) == 22
     other = Panel()
     fill(other, 'split', name='x')
     assert other.steps['data'].view and other.steps['data'].controls['also'].value == ('The answer is empty.',)
-    assert '22 samples' in shown(press(other, 'split.register')) or len(other.session.names['samples']) == 22
+    press(other, 'split.register')
+    assert len(other.session.names['samples']) == 22
     assert "also=['The answer is empty.']" in (folder/NOTEBOOK).read_text()
 
 def test_wrong_columns_and_files_are_told_in_the_step(folder):
@@ -296,7 +297,7 @@ def test_a_table_with_a_title_is_read_with_and_without_the_number_of_its_header(
     assert panel.steps['data'].controls['image'].options == ('photo', 'caption')
     assert '"Header row" = 2 takes the second row of a file' in html.unescape(shown(press(panel, 'data.read')))
     fill(panel, 'data', image='photo', response='caption')
-    assert '25 rows' in shown(press(panel, 'data.read')) and 'row 27 of titled.xlsx' in shown(press(panel, 'data.check')) + str(panel.session.names['findings'])
+    assert '25 rows' in shown(press(panel, 'data.read')) and 'row 28 of titled.xlsx' in shown(press(panel, 'data.check'))
     fill(panel, 'data', header=3)
     assert '25 rows' in shown(press(panel, 'data.read')) and 'header=3' in panel.session.code('data.read')
     fill(panel, 'data', header=4)

@@ -14,7 +14,7 @@ from .samples import (is_dialogue, is_ranking, media_key, media_paths, name_row,
                                      sample_turns, without_tags)
 
 # %% ../../nbs/data/38_answer_faults.ipynb #38answer05
-_rare = 10 # What is this many times as rare as the rest is noted
+_rare = 10 # Labels and rows without pictures are noted if others are this many times as frequent
 
 def _prompt_of(sample):
     said = [text for _, role, text in sample_turns(sample) if role == 'user' and isinstance(text, str)]

@@ -167,24 +167,24 @@ class DataStep(Step):
 @patch
 def _build_kinds(self:DataStep):
     "The choice of warnings whose rows are dropped, which is shown if there are any."
-    self._kinds = self.field('also', SelectMultiple(), '640px')
+    self.kinds = self.field('also', SelectMultiple(), '640px')
     self._offer_kinds()
-    return self._kinds
+    return self.kinds
 
 @patch
 def _offer_kinds(self:DataStep):
-    ran = what_ran(self.panel.session.project)
+    ran, control = what_ran(self.panel.session.project), self.controls['also']
     found = max((ran[name] for name in ('data.check', 'data.mend') if name in ran), key=lambda r: r.when, default=None)
-    kinds = found.given.get('kinds') if found else {}
     with self._filling, suppress(Exception):  # foreign files may have anything there
+        kinds = found.given.get('kinds', {}) if found else {}
         options = [(f'{self.tell(kind)} ({n})', kind) for kind, n in kinds.items()]
-        if options == [*self.controls['also'].options]: return
-        self._restoring = True  # other options deselect all, which is no change by the user
-        self.controls['also'].options, self.controls['also'].rows = options, len(options)
-        self._shown.pop('also', None)
-        self._put('also')
+        if options != [*control.options]:
+            self._restoring = True  # other options deselect all, which is no change by the user
+            control.options, control.rows = options, len(options)
+            self._shown.pop('also', None)
+            self._put('also')
     self._restoring = False
-    self._kinds.layout.display = None if self.controls['also'].options else 'none'
+    self.kinds.layout.display = None if control.options else 'none'
 
 @patch
 def _is_mended(self:DataStep):
