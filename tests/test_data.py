@@ -6,7 +6,7 @@ from PIL import Image
 
 from conftest import write_clip
 from qwen2vl_nb.model import image_tokens, video_tokens
-from qwen2vl_nb.data.check import check_samples
+from qwen2vl_nb.data.check import check_samples, mend_samples
 from qwen2vl_nb.data.sources import read_samples
 from qwen2vl_nb.data.tokens import count_tokens
 from qwen2vl_nb.model import sampled_frames
@@ -85,6 +85,20 @@ def test_a_row_is_too_long_exactly_when_it_is_cut(factory, tiny, data, tmp_path)
     Registry(tmp_path).add('x', [row])
     for cutoff, is_cut in ((n, False), (n-1, True)):
         assert (len(factory.prepare(tmp_path, 'x', cutoff_len=cutoff)[0][0]) < n) == is_cut == bool(len(check_samples([row], model=tiny, cutoff_len=cutoff)))
+
+def test_llamafactory_trains_on_rows_that_only_look_like_mistakes_beside_the_others(factory, data, tmp_path):
+    "A row without a picture, another answer to the same question, blanks and another case: each is trained as it is, so each is a warning, in its own row."
+    sound = [s | {'instruction': '<image>Which vehicle?', 'output': json.loads(s['output'])['item']} for s in read_samples(data/'car_item'/'train.json')[:40]]
+    assert check_samples(sound).empty
+    changes = {30: {'output': ' ' + sound[30]['output'] + '\n'}, 31: {'output': sound[31]['output'].title()}, 32: {'images': [], 'instruction': 'Which vehicle?'}, 33: {'images': sound[0]['images'], 'output': 'plane'}, 34: {'images': sound[1]['images'], 'output': sound[1]['output']}}
+    odd = [s | changes.get(i, {}) for i, s in enumerate(sound)]
+    found = check_samples(odd).query("level != 'note'")
+    assert [*zip(found.row, found.level)] == [(i, 'warning') for i in (0, 30, 31, 32, 33)]  # 34 is a copy of 1, which is a note
+    for name, rows in (('sound', sound), ('odd', odd)): Registry(tmp_path).add(name, rows)
+    one, other = (factory.prepare(tmp_path, name)[0] for name in ('sound', 'odd'))
+    assert len(one) == len(other) == 40 and [i for i in range(40) if one[i] != other[i] and i not in (33, 34)] == [30, 31, 32]
+    mended, found = mend_samples(odd)
+    assert found.query("level == 'mended'").row.tolist() == [30] and mended[30] == sound[30] and mended[:30] + mended[31:] == odd[:30] + odd[31:]
 
 def test_image_tokens_follow_the_model_folder(plugin, tiny, tmp_path):
     import shutil

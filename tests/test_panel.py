@@ -136,6 +136,26 @@ def test_names_are_made_again_when_they_are_needed(filled, folder):
     assert '17 rows for training' in shown(press(fresh, 'split.register'))
     assert len(json.loads((folder/'data'/'twice.json').read_text())) == 17  # without the rows that were dropped
 
+def test_rows_with_chosen_warnings_are_dropped_and_mending_counts_what_is_left(folder):
+    rows = pd.read_excel('labels.xlsx').assign(caption=[' red ', *['red']*10, None, *['red']*13])
+    rows.to_excel('labels.xlsx', index=False)
+    panel = Panel()
+    fill(panel, 'data', source='labels.xlsx', image='photo', prompt='What colour is it?', response='caption')
+    assert panel.steps['data'].kinds.layout.display == 'none'
+    for action, says in {'data.read': '25 rows', 'data.check': 'Findings: 4; rows concerned: 4.', 'data.mend': 'Mended: 1. Left: 3 findings; rows concerned: 3.'}.items(): assert says in shown(press(panel, action))
+    assert 'Findings' not in shown(panel.steps['data'].boxes['data.check'])
+    also = panel.steps['data'].controls['also']
+    assert panel.steps['data'].kinds.layout.display is None and also.options == (('The answer is empty. (1)', 'The answer is empty.'),)
+    assert 'Dropped 2 of 25' in shown(press(panel, 'data.drop'))
+    also.value = ['The answer is empty.']
+    assert 'Dropped 3 of 25' in shown(press(panel, 'data.drop')) and len(panel.session.names['samples']) == 22
+    other = Panel()
+    fill(other, 'split', name='x')
+    assert other.steps['data'].view and other.steps['data'].controls['also'].value == ('The answer is empty.',)
+    press(other, 'split.register')
+    assert len(other.session.names['samples']) == 22
+    assert "also=['The answer is empty.']" in (folder/NOTEBOOK).read_text()
+
 def test_wrong_columns_and_files_are_told_in_the_step(folder):
     panel = Panel()
     assert 'File or folder' in shown(press(panel, 'data.read'))
@@ -186,6 +206,7 @@ HOSTILE = [
     {'ran': {name: {'given': {}, 'when': -1e14, 'said': 'x'} for name in ('memory.pick', 'recipe.make', 'launch.start', 'runs.choose', 'predict.after', 'checkpoints.score', 'score.scores')}},
     {'ran': {'launch.start': {'given': {'run': '\0', 'folder': 'x', 'name': '', 'nproc': 0}, 'when': 1.0, 'said': ''}}},
     {'ran': {'split.register': {'given': dict(test=float('inf'), group='', stratify='', name='x', folder='data', media='refer'), 'when': 1.0, 'said': ''}}},
+    {'values': {'data': {'also': [1, {}, '<script>'], 'header': 1e14}}, 'ran': {'data.mend': {'given': {'findings': 1, 'kinds': {'<script>': []}, 'shown': 0}, 'when': 1, 'said': ''}, 'data.check': {'given': {'kinds': [1]}, 'when': 2, 'said': ''}, 'data.drop': {'given': {'also': {'x': 1}}, 'when': 3, 'said': ''}}},
     {'notebook': 3}, {'notebook': {'name': '../../x.ipynb', 'digest': 0}}, {'notebook': {'name': None}}, {'open': ['x']}, {'open': 'none'}, {'open': 7},
 ]
 
@@ -267,6 +288,20 @@ def test_columns_are_found_without_reading_the_file(folder):
         f.write(b'photo,text\n')
         f.truncate(10**12)  # a terabyte, of which nothing is on the disk
     assert column_names('large.csv') == ['photo', 'text']
+
+def test_a_table_with_a_title_is_read_with_and_without_the_number_of_its_header(folder):
+    rows = [['Colours of 2026'], [], ['photo', 'caption'], *pd.read_excel('labels.xlsx').values.tolist()]
+    pd.DataFrame(rows).to_excel('titled.xlsx', header=False, index=False)
+    panel = Panel()
+    fill(panel, 'data', source='titled.xlsx', prompt='What colour is it?')
+    assert panel.steps['data'].controls['image'].options == ('photo', 'caption')
+    assert '"Header row" = 2 takes the second row of a file' in html.unescape(shown(press(panel, 'data.read')))
+    fill(panel, 'data', image='photo', response='caption')
+    assert '25 rows' in shown(press(panel, 'data.read')) and 'row 28 of titled.xlsx' in shown(press(panel, 'data.check'))
+    fill(panel, 'data', header=3)
+    assert '25 rows' in shown(press(panel, 'data.read')) and 'header=3' in panel.session.code('data.read')
+    fill(panel, 'data', header=4)
+    assert panel.steps['data'].controls['image'].options == ('photos/0.png', 'red 0') and 'no column' in shown(press(panel, 'data.read'))
 
 def test_a_folder_that_cannot_be_written_is_told(folder):
     panel = Panel(folder/'file')

@@ -1,7 +1,7 @@
 "Every kind of source, made as people have it: read, registered, and loaded by LLaMA-Factory's own loader, it says the same."
 import base64, json, os, shutil
 
-import pytest
+import pandas as pd, pytest
 from PIL import Image
 
 from qwen2vl_nb.data.check import check_samples, drop_samples, mend_samples
@@ -296,3 +296,45 @@ def test_blank_rows_of_a_sheet_are_counted(tmp_path, capsys, blank, said):
     book.save(tmp_path/'labels.xlsx')
     read_samples(tmp_path/'labels.xlsx', image='photo', prompt='What is this?', response='caption')
     assert f"labels.xlsx: {6 - len(blank)} rows of the sheet 'Sheet' of an Excel workbook{said};" in capsys.readouterr().out
+
+TITLED = { # name → the rows of a table whose header is not the first row, arguments of `read_samples`
+    'a title': ([['Cars of 2026'], [], ['photo', 'caption'], ['a.png', 'a car']], {}),
+    'a title with separators': ([['Cars, trucks, buses', ''], ['photo', 'caption'], ['a.png', 'a car']], {}),
+    'a title and a version': ([['Cars', 'v2', '2026-11-30'], ['photo', 'caption', 'id'], ['a.png', 'a car', '1']], {}),
+    'usual names': ([['Cars'], ['image', 'answer'], ['a.png', 'a car']], dict(image=None, response=None)),
+    'a question in a column': ([['Cars'], ['asked', 'said'], ['What is this?', 'a car']], dict(image=None, prompt='asked', response='said')),
+    'boxes': ([['Cars'], ['filename', 'class', 'xmin', 'ymin', 'xmax', 'ymax'], ['a.png', 'car', 1, 2, 30, 40]], dict(image=None, response=None, family='qwen2_vl')),
+    'names that occur again in a cell': ([['Cars'], ['photo', 'caption'], ['photo', 'caption'], ['a.png', 'a car']], {}),
+}
+
+def _written(folder, rows, ending, mark=','):
+    frame = pd.DataFrame(rows).fillna('').astype(str)
+    if ending == 'xlsx': frame.to_excel(folder/'a.xlsx', header=False, index=False)
+    else: (folder/'a.csv').write_text('\n'.join(mark.join(f'"{cell}"' if mark in cell else cell for cell in map(str, row)) for row in rows))
+    return folder/f'a.{ending}'
+
+@pytest.mark.parametrize('ending,mark', [('xlsx', ''), ('csv', ','), ('csv', ';'), ('csv', '\t')])
+@pytest.mark.parametrize('rows,how', TITLED.values(), ids=TITLED)
+def test_a_header_below_a_title_is_found_or_given(rows, how, ending, mark, tmp_path, capsys):
+    Image.new('RGB', (56, 56)).save(tmp_path/'a.png')
+    at = next(i for i, row in enumerate(rows, 1) if {*row} & {'caption', 'answer', 'said', 'class'})
+    path, how = _written(tmp_path, rows, ending, mark), dict(image='photo', prompt='What is this?', response='caption') | how
+    found = read_samples(path, **how)
+    assert f'(header in row {at})' in capsys.readouterr().out
+    assert found == read_samples(path, header=at, **how) and [s.number for s in found] == [*range(at + 1, len(rows) + 1)]
+    with pytest.raises(ValueError, match=f'row {len(rows) + 1} is blank, or there is no such row'): read_samples(path, header=len(rows) + 1, **how)
+
+@pytest.mark.parametrize('rows', [[['photo', 'caption'], ['a.png', 'caption'], ['photo', 'caption']], [['photo', 'caption'], ['x'], ['a.png', 'a car']], [['photo', 'other', 'caption'], ['photo', 'caption', 'x']]])
+def test_a_first_row_that_fits_is_the_header(rows, tmp_path, capsys):
+    for ending in ('xlsx', 'csv'):
+        samples = read_samples(_written(tmp_path, rows, ending), image='photo', prompt='What is this?', response='caption')
+        assert len(samples) == len(rows) - 1 and 'in row' not in capsys.readouterr().out
+
+def test_a_header_that_is_not_found_can_be_given(tmp_path):
+    rows = [['Cars of 2026'], ['photo', 'caption'], ['a.png', 'a car']]
+    for ending in ('xlsx', 'csv'):
+        with pytest.raises(ValueError, match='header=2 takes the second row of a file'): read_samples(_written(tmp_path, rows, ending), image='picture', prompt='What is this?', response='caption')
+    with pytest.raises(ValueError, match="did you mean 'photo'"): read_samples(tmp_path/'a.xlsx', image='foto', prompt='What is this?', response='caption', header=2)
+    (tmp_path/'a.json').write_text('[{"image": "a.png", "output": "x"}]')
+    for source in (tmp_path/'a.json', tmp_path, [{'output': 'x'}]):
+        with pytest.raises(ValueError, match='header=2 is a row of a CSV file or an Excel sheet'): read_samples(source, prompt='What?', header=2)

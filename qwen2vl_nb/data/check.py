@@ -8,13 +8,13 @@ __all__ = ['check_samples', 'mend_samples', 'drop_samples']
 # %% ../../nbs/data/40_check.ipynb #f6c7731d
 import json, os
 from bisect import bisect_left
-from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 from ..model import special_tokens
 from ..names import progress
-from ..findings import bulleted, findings_table, show_value
+from ..findings import bulleted, finding_kind, findings_table, show_value
+from .answer_faults import answer_faults_between, missing_media_faults, without_blanks
 from .boxes import box_pieces, known_frame, turn_sample
 from .box_check import box_faults, class_faults
 from .media import Fault, look_at_picture, look_at_video, mend_picture, near_duplicates
@@ -273,20 +273,6 @@ def _duplicate_row_faults(rows):
             yield i, '', Fault(f'The row has the same content as {name_row(*first[what])}.',
                                'Drop one of them, unless it should have twice the weight.', 'note')
 
-_imbalance_ratio = 10  # an imbalance is noted if the most frequent answer is this many times as frequent as the rarest
-
-def _balance_faults(rows):
-    "A note about the rarest answer, if the answers are classes and another one is much more frequent."
-    last = [(i, turns[-1][2]) for i, s in rows if not is_ranking(s) and (turns := sample_turns(s))]
-    answers = [(i, text) for i, text in last if isinstance(text, str) and text.strip()]  # an empty one is no class
-    counts = Counter(answer for _, answer in answers).most_common()
-    if not 2 <= len(counts) <= max(2, min(50, len(answers)//5)): return
-    (common, most), (rare, least) = counts[0], counts[-1]
-    if most >= _imbalance_ratio*least:
-        yield next(i for i, a in answers if a == rare), 'output', Fault(
-            f'{show_value(rare)} is the answer of {least} row(s), {show_value(common)} of {most}.',
-            'Collect more rows with this answer, and look at its score separately.', 'note')
-
 # %% ../../nbs/data/40_check.ipynb #33983140
 def _first_rows_by_path(samples, key):
     "Path → number of the first row that shows it; a clip's frames count as pictures."
@@ -376,8 +362,10 @@ def _mended_text(value):
     if isinstance(value, list): return [_mended_text(v) for v in value]
     return {k: _mended_text(v) for k,v in value.items()} if isinstance(value, dict) else value
 
-def _mended_sample(sample, copies, looks):
+def _mended_sample(sample, copies, looks, blanks=()):
+    "The sample with the mended `copies` of its pictures and with mended text; `blanks`: fields to be stripped."
     if not isinstance(sample, dict): return sample
+    for field in blanks: sample = without_blanks(sample, field)
     turns = _turns_in(sample, {path: looks[path] for path in copies})
     if turns and _has_boxes(sample): sample = turn_sample(sample, *turns, known_frame(sample))
     try: text = {k: _mended_text(v) for k,v in sample.items() if k not in ('images', 'image', 'videos', 'video')}
@@ -441,7 +429,8 @@ def _leaked_text_rows(rows, against):
 def _between_rows(rows, told):
     "Faults between rows; each (row, field) in `told` already has a worse finding and is skipped."
     return [*_column_faults(rows, told), *_late_column_faults(rows), *_id_faults(rows), *_duplicate_row_faults(rows),
-            *_balance_faults(rows), *class_faults(rows), *preference_faults_between(rows)]
+            *answer_faults_between(rows), *missing_media_faults(rows, {i for i, _ in told}),
+            *class_faults(rows), *preference_faults_between(rows)]
 
 def _rows_table(found, samples):
     columns = ('row', 'source', 'field', 'what', 'cure', 'level')
@@ -505,8 +494,9 @@ def mend_samples(
     "Repair in copies what can be repaired without guessing; the given samples and all files stay as they are."
     samples = _given(samples)
     found, copies, looks = _check(samples, True, against, model, cutoff_len, media, workers, **limits)
-    noted = lambda f: f._replace(cure='Mended: removed.', level='mended') if f.mends == 'text' else f
-    mended = [_mended_sample(s, copies, looks) for s in samples]
+    noted = lambda f: f._replace(cure='Mended: removed.', level='mended') if f.mends in ('text', 'blanks') else f
+    blanks = {i: [field] for i, field, f in found if f.mends == 'blanks'}
+    mended = [_mended_sample(s, copies, looks, blanks.get(i, ())) for i, s in enumerate(samples)]
     return mended, _rows_table([(i, field, noted(f)) for i, field, f in found], samples)
 
 # %% ../../nbs/data/40_check.ipynb #drop0002
@@ -515,17 +505,29 @@ def _name_rows(samples, findings):
     said = findings.what.str.cat(findings.cure.where(findings.level == 'warning', ''), ' ').str.rstrip()
     return bulleted([f'{name_row(i, samples[i])}: {" ".join(each)}' for i, each in said.groupby(findings.row)])
 
+def _that_say(findings, texts):
+    "Which findings say one of the texts and were not mended; a text that none says is printed."
+    said = (findings.what + '\n' + findings.what.map(finding_kind)).where(findings.level != 'mended', '')
+    chosen = findings.level.isin([])
+    for text in texts:
+        found = said.str.contains(text, regex=False)
+        if not found.any(): print(f'No finding says {show_value(text)}.')
+        chosen |= found
+    return chosen
+
 def drop_samples(
     samples:list, # Samples
     findings:'pd.DataFrame', # What `check_samples` or `mend_samples` found in them, or a part of it
     levels:tuple=('error',), # A row with a finding of one of these levels is dropped
+    also:str|list=(), # Text or texts: a row with a finding that says one of them is dropped, too
 )->list: # The samples that are left, in the same order
     "Drop the samples that have errors, and print which and why; rows with only warnings are kept, and printed, too."
     n = findings.attrs.get('samples', len(samples))
     if n != len(samples):
         raise ValueError(f'The findings are about {n:,} samples, and these are {len(samples):,}: '
                          'check_samples(samples) finds what is wrong with these.')
-    bad = findings[findings.level.isin(levels)]
+    said = _that_say(findings, [also] if isinstance(also, str) else also)
+    bad = findings[findings.level.isin(levels) | said]
     dropped = set(bad.row)
     doubtful = findings[(findings.level == 'warning') & ~findings.row.isin(dropped)]
     if dropped: print(f'Dropped {len(dropped):,} of {n:,} samples:\n{_name_rows(samples, bad)}')

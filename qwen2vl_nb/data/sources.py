@@ -158,7 +158,7 @@ def _read_text(path, encoding=None):
                      "give its encoding, for example encoding='cp1252'.")
 
 # %% ../../nbs/data/20_sources.ipynb #4872fa7c
-def _read_jsonl(path, place, encoding):
+def _read_jsonl(path, place, encoding, header=None):
     text, encoding = _read_text(path, encoding)
     rows, bad, file = [], [], ('line', path.name)
     for i, line in enumerate(text.split('\n'), 1):
@@ -170,7 +170,7 @@ def _read_jsonl(path, place, encoding):
     if bad: raise ValueError(f'{path} has {len(bad)} line(s) that are not JSON. {"; ".join(first_few(bad))}.')
     return rows, f'JSON lines in {encoding}'
 
-def _read_json(path, place, encoding):
+def _read_json(path, place, encoding, header=None):
     text, encoding = _read_text(path, encoding)
     try: return json.loads(text), f'JSON in {encoding}'
     except json.JSONDecodeError as e:
@@ -180,9 +180,30 @@ def _read_json(path, place, encoding):
         raise ValueError(f'{path} cannot be read: {e}') from None
 
 # %% ../../nbs/data/20_sources.ipynb #af3d90fa
-def _separator(path, text):
-    header = re.match(r'\s*([^\r\n]*)', text)[1]
-    return '\t' if path.suffix.lower() == '.tsv' else max(',;\t|', key=header.count)
+_most_above, _most_text = 20, 2**20 # Rows among which the header is looked for; characters that are looked at
+
+def _header_at(rows, header):
+    "Index of the header among rows, given as (number, cells); `None` if no row has its number."
+    names = ([*map(str.strip, cells)] for _, cells in rows[:_most_above])
+    if callable(header): return next((i for i, cells in enumerate(names) if header(cells)), 0)
+    return 0 if header is None else next((i for i, (n, _) in enumerate(rows) if n == header), None)
+
+def _split_header(path, rows, header):
+    "The number and the cells of the header, the rows below it, and what is to be said about it."
+    at = _header_at(rows, header)
+    if at is None:
+        raise ValueError(f'{path}: row {header} is blank, or there is no such row; header=… is the number of the row '
+                         'that has the names of the columns, counted from 1.')
+    (top, names), *below = rows[at:]
+    return top, names, below, f' (header in row {top})'*(at > 0)
+
+def _separator(path, text, header):
+    "The character between the cells, as in the header."
+    if path.suffix.lower() == '.tsv': return '\t'
+    lines = [*enumerate(re.split(r'\r\n?|\n', text[:_most_text]), 1)]
+    lines = [(n, line, max(',;\t|', key=line.count)) for n, line in lines if line.strip()]
+    rows = [(n, [cell.strip(' "') for cell in line.split(mark)]) for n, line, mark in lines]
+    return lines[_header_at(rows, header) or 0][2] if lines else ','
 
 def _open_quote(lines, between, first):
     "Number of the line with the quote that is not closed correctly, in the row that begins in line `first`."
@@ -216,22 +237,26 @@ def _swallowed_rows_note(rows, width, between):
     return (f' ({len(lines)} cell(s) in quotes contain what looks like rows; the first quote opens in line {lines[0]}: '
             'is it closed in the right place?)')
 
-def _read_table(path, place, encoding):
+def _read_table(path, place, encoding, header=None):
     text, encoding = _read_text(path, encoding)
     if hint := re.match(r'sep=([,;\t|])\r?\n', text): text = '\n' + text[hint.end():]  # a line that only Excel reads
-    between = hint[1] if hint else _separator(path, text)
-    (*_, header), *rows = list(_csv_rows(path, text, between)) or [(1, 1, [])]
-    if not any(name.strip() for name in header): raise ValueError(f'{path} is not a CSV file: it has no header.')
-    width, filled = len(header), lambda cells: max((i for i, cell in enumerate(cells, 1) if cell), default=0)
+    between = hint[1] if hint else _separator(path, text, header)
+    rows = list(_csv_rows(path, text, between)) or [(1, 1, [])]
+    # the line with the separator is not a row of the spreadsheet
+    numbered = [(number - bool(hint), cells) for _, number, cells in rows]
+    top, names, numbered, named = _split_header(path, numbered, header)
+    rows = rows[len(rows) - len(numbered):]
+    if not any(name.strip() for name in names): raise ValueError(f'{path} is not a CSV file: it has no header.')
+    width, filled = len(names), lambda cells: max((i for i, cell in enumerate(cells, 1) if cell), default=0)
     wide = [f'line {line} has {len(cells)}' for line, _, cells in rows if filled(cells) > width]
     if wide:
         raise ValueError(f'{path} is not a CSV file, because some rows have more cells than its header ({width}): '
-                         f'{", ".join(first_few(wide))}.')
-    named = {',': 'commas', ';': 'semicolons', '|': 'vertical bars'}.get(between, 'tabs')
-    # the line with the separator is not a row of the spreadsheet
-    numbered = [(number - bool(hint), cells) for _, number, cells in rows]
-    samples, blank = _nonblank_rows(header, numbered, ('row', path.name))
-    return samples, f'a table in {encoding} with {named}{blank}{_swallowed_rows_note(rows, width, between)}'
+                         f'{", ".join(first_few(wide))}. {_is_lower}')
+    marks = {',': 'commas', ';': 'semicolons', '|': 'vertical bars'}.get(between, 'tabs')
+    samples, blank = _nonblank_rows(names, numbered, ('row', path.name))
+    return samples, f'a table in {encoding} with {marks}{named}{blank}{_swallowed_rows_note(rows, width, between)}'
+
+_is_lower = 'Are the columns named in a lower row? header=2 takes the second row of a file.'
 
 def _nonblank_rows(header, rows, file, gaps=0):
     """The rows of a table, given as (number, cells), that are not blank, as dicts, and a note about those that were
@@ -296,7 +321,7 @@ def _first_sheet(path, book):
                          'be read, or save it as CSV.')
     return empty or ('', [], [])
 
-def _read_excel(path, place, encoding):
+def _read_excel(path, place, encoding, header=None):
     import openpyxl
     try:
         with open_regular(path) as f:
@@ -314,10 +339,10 @@ def _read_excel(path, place, encoding):
                          'as CSV.')
     of_several = f' ({len(book.sheetnames)} sheets)' if len(book.sheetnames) > 1 else ''
     wrong = f' ({len(errors)} cell(s) show an error: {", ".join(first_few(errors))})' if errors else ''
-    (top, header), *rows = rows or [(1, [])]
+    top, names, rows, named = _split_header(path, rows or [(1, [])], header)
     gaps = rows[-1][0] - top - len(rows) if rows else 0
-    samples, blank = _nonblank_rows(header + ['']*(width - len(header)), rows, ('row', path.name), gaps)
-    return samples, f'the sheet {name!r} of an Excel workbook{of_several}{blank}{wrong}'
+    samples, blank = _nonblank_rows(names + ['']*(width - len(names)), rows, ('row', path.name), gaps)
+    return samples, f'the sheet {name!r} of an Excel workbook{of_several}{named}{blank}{wrong}'
 
 # %% ../../nbs/data/20_sources.ipynb #7c372d7d
 def _holds_picture(value): return isinstance(value, dict) and value.keys() == {'bytes', 'path'}
@@ -397,7 +422,7 @@ def _check_batches_size(path, batches):
         _check_unpacked(path, size, unpacked)
         yield batch
 
-def _read_parquet(path, place, encoding):
+def _read_parquet(path, place, encoding, header=None):
     import pyarrow as pa, pyarrow.parquet as pq
     try:
         with open_regular(path) as f:
@@ -411,19 +436,21 @@ def _read_parquet(path, place, encoding):
 _readers = {'.csv': _read_table, '.tsv': _read_table, '.json': _read_json, '.jsonl': _read_jsonl,
             '.parquet': _read_parquet, '.xlsx': _read_excel}
 
+_tables = _read_table, _read_excel
+
 def _existing(path):
     path = Path(path)
     if path.is_file(): return path
     raise FileNotFoundError(f'There is no file {path} (working directory: {Path.cwd()}).')
 
-def _read_file(path, place, encoding=None):
+def _read_file(path, place, encoding=None, header=None):
     "The content of a file, and its recognized form."
     ending = path.suffix.lower()
     if ending not in _readers:
         named = path.suffix or 'a file without an extension'
         hint = ' Give the folder of the XML files (Pascal VOC); from CVAT, export COCO 1.0.' if ending == '.xml' else ''
         raise ValueError(f'{path}: cannot read {named}; these are supported: {", ".join(_readers)}.{hint}')
-    try: return _readers[ending](path, place, encoding)
+    try: return _readers[ending](path, place, encoding, header)
     except UnicodeDecodeError as e:
         raise ValueError(f'{path} is not {e.encoding}: {e.reason} at byte {e.start}.') from None
     except LookupError: raise ValueError(f'{path}: Python has no text encoding {encoding!r}.') from None
@@ -508,6 +535,17 @@ def _is_misspelt(prompt, columns):
     "Whether a prompt was probably meant as the name of a column."
     return ' ' not in prompt and bool(get_close_matches(prompt, columns, 1, .8))
 
+# %% ../../nbs/data/20_sources.ipynb #20sourceshead1
+def _header_names(image, prompt, response, video, *others):
+    "A function that recognizes the header of a table by its cells."
+    images = image if isinstance(image, (list, tuple)) else [image]
+    given = {str(name) for name in (*images, response, video, *others) if name is not None}
+    usual = lambda *kinds: {name for kind in kinds for name in _default_column_names[kind]}
+    sets = [{name} for name in given]
+    if response is None and not any(others): sets.append(usual('response'))
+    if len(sets) < 2: sets.append(usual('image', 'video', 'prompt') | {prompt})
+    return lambda cells: all(not names.isdisjoint(cells) for names in sets) or not given and bool(box_columns(cells))
+
 # %% ../../nbs/data/20_sources.ipynb #5264a39d
 def _unnamed_media(rows, columns):
     "A column whose first cells are paths of pictures or clips, and which of the two they are."
@@ -544,8 +582,7 @@ def _table_columns(path, rows, image, video, prompt, response):
             wrong[what] = f'no column for {_column_descriptions[what]}; {name!r} holds paths: pass {what}={name!r}'
             faults.append(wrong[what])
     if faults: faults = [*_not_turns(rows, columns), *faults]
-    lower = (' Are their names in a lower row? Then read it with pandas and pass that: `pd.read_excel(…, header=1)` '
-             'takes the second row.')*any(str(c).startswith('Unnamed: ') for c in columns)
+    lower = f' {_is_lower}'*any(str(c).startswith('Unnamed: ') for c in columns)
     if faults:
         error = ValueError(f'{path} has {"; ".join(faults)}. Its columns: {", ".join(columns)}.{lower}')
         error.arguments = [*wrong]  # for forms, whose fields have other names
@@ -1032,6 +1069,7 @@ def read_rows(
     source, # A file or folder, a pair of files (VQA v2), or `InMemory`
     place, # `MediaPlace` of its pictures
     encoding:str=None, # Encoding of a text file; `None`: UTF-8, UTF-16, UTF-32 or GB18030, judging by its bytes
+    header=None, # Of a table: number of the row with the names of the columns, or a function of its cells
     boxes:bool=False, # Also return the pictures with boxes of annotation tools; `False`: refuse them
 )->tuple: # (rows, the recognized form in words)
     "The rows of a source, as dicts, or `Annotated` pictures."
@@ -1046,7 +1084,7 @@ def read_rows(
     elif isinstance(source, (list, tuple)): rows, taken = _read_vqa(source, place)
     elif Path(source).is_dir(): rows, taken = _read_folder(Path(source), place)
     else:
-        data, taken = _read_file(_existing(source), place, encoding)
+        data, taken = _read_file(_existing(source), place, encoding, header)
         rows, form = _rows_of(source, data, place)
         taken += form
     if rows and isinstance(rows[0], Annotated) and not boxes: raise ValueError(_which_family(source))
@@ -1132,6 +1170,7 @@ def read_samples(
     chosen:str=None, # Column with the better of two answers; `None`: `chosen`, if no `response` is named
     rejected:str=None, # Column with the worse of two answers; `None`: `rejected`
     kto_tag:str=None, # Column that says whether an answer is good, for KTO; `None`: `kto_tag`, or TRL's `label`
+    header:int=None, # Row of a spreadsheet with the names of the columns, from 1; `None`: the first that has them
 )->list: # Questions or dialogues: `images`, `instruction`, `input`, `output` or `messages`, and other columns
     "Read labels as samples, and print which form was recognized."
     given, source = source, in_memory(source, split)
@@ -1141,9 +1180,12 @@ def read_samples(
         return list(given)
     first = source[0] if isinstance(source, (list, tuple)) else source
     path = first if isinstance(first, InMemory) else Path(first)
+    if header is not None and not (isinstance(path, Path) and _readers.get(path.suffix.lower()) in _tables):
+        raise ValueError(f'header={header} is a row of a CSV file or an Excel sheet, and {path} is neither.')
+    if header is None: header = _header_names(image, prompt, response, video, chosen, rejected, kto_tag)
     place = _make_media_place(path, media_dir)
     with undone_on_error():
-        rows, taken = read_rows(source, place, encoding, boxes=True)
+        rows, taken = read_rows(source, place, encoding, header, boxes=True)
         limits = {'image_max_pixels': image_max_pixels, 'image_min_pixels': image_min_pixels}
         rows, boxed = _with_boxes(path, rows, place, family, limits, image, response)
         if boxed: image = response = None

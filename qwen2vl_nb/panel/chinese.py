@@ -66,6 +66,10 @@ CHINESE |= {
     'data.response': ('Answer', '回答'),
     'data.response.help': ('Column with the answers. Empty: output, response or answer.',
                            '回答所在的列。留空则为 output、response 或 answer。'),
+    'data.header': ('Header row', '表头行'),
+    'data.header.help': ('Row of a spreadsheet that has the names of the columns. 0: the first one that fits, so '
+                         'that a title above it does no harm.',
+                         '列名在表格的第几行。0 表示自动查找第一个符合的行，表头上方有标题也没有关系。'),
     'data.media_dir': ('Picture folder', '图片目录'),
     'data.media_dir.help': ('Where the pictures are, if not beside the file.',
                             '如果图片不在数据文件旁边，请填写图片所在的目录。'),
@@ -80,10 +84,17 @@ CHINESE |= {
     'data.mend': ('Mend', '修复'),
     'data.mend.help': ('Repair in copies what can be repaired without guessing',
                        '在副本中修复无需猜测就能修好的问题，原文件保持不变'),
-    'data.drop': ('Drop rows with errors', '丢弃有错误的行'),
-    'data.drop.help': ('Leave out the rows in which an error is left', '去掉仍有错误的行'),
+    'data.also': ('Also drop', '同时丢弃'),
+    'data.also.help': ('Rows with these warnings; the number of rows is in parentheses. Hold Ctrl and click to choose '
+                       'several, or none.',
+                       '有这些警告的行，括号中是行数。按住 Ctrl 点击可以多选或取消选择。'),
+    'data.drop': ('Drop rows', '丢弃行'),
+    'data.drop.help': ('Leave out the rows in which an error is left, and those with the warnings that are chosen',
+                       '去掉仍有错误的行，以及有所选警告的行'),
     'data.clean': ('Nothing found in {n} rows.', '{n} 行中没有发现问题。'),
     'data.found': ('Findings: {n}; rows concerned: {rows}.', '发现 {n} 个问题，涉及 {rows} 行。'),
+    'data.mended': ('Mended: {mended}. Left: {n} findings; rows concerned: {rows}.',
+                    '已修复 {mended} 个问题，还剩 {n} 个，涉及 {rows} 行。'),
 }
 
 # %% ../../nbs/panel/00_chinese.ipynb #zhmodel000

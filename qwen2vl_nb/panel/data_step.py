@@ -6,31 +6,43 @@
 __all__ = ['table_endings', 'ACTIONS', 'column_names', 'check_arguments', 'DataStep']
 
 # %% ../../nbs/panel/32_data_step.ipynb #32datast0002
-import ast, csv, io, json, os
+import ast, csv, json, os
 from contextlib import suppress
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
-from ipywidgets import HTML, Checkbox, Combobox
+from fastcore.basics import patch
+from ipywidgets import HTML, BoundedIntText, Checkbox, Combobox, SelectMultiple
 from ..files import open_regular
-from ..findings import findings_class, worst_findings
+from ..findings import finding_kind, findings_class, worst_findings
 from .paths import PathList, path_row, suggestions
 from .session import Action, Unfilled, as_call, what_ran
 from .steps import Step, as_html, as_widget, on_enter
 
 # %% ../../nbs/panel/32_data_step.ipynb #32datast0005
 table_endings = '.csv', '.tsv', '.json', '.jsonl', '.parquet', '.xlsx'
-_most_peeked, _most_columns = 2**20, 200 # Bytes of a text file; columns
+_most_peeked, _most_columns, _most_rows = 2**20, 200, 1000 # Bytes of a text file; columns; rows above the header
 
 def _beginning(file):
     "The first complete lines of a text file."
     text = file.read(_most_peeked).decode('utf-8-sig', errors='replace')
     return text if len(text) < _most_peeked else text.rpartition('\n')[0]
 
-def _sheet_columns(file):
+def _header_in(rows, header):
+    "The cells of the header, which is the first row with several cells if `header` is 0."
+    named = [[cell for cell in cells if cell not in (None, '')] for cells in islice(rows, header or _most_rows)]
+    return named[header - 1] if header else next((cells for cells in named if len(cells) > 1), (named or [[]])[0])
+
+def _sheet_columns(file, header):
     "The header of an Excel file's first sheet."
     import openpyxl
     book = openpyxl.load_workbook(file, read_only=True, data_only=True)
-    return [cell for cell in next(book.worksheets[0].iter_rows(values_only=True, max_row=1)) if cell is not None]
+    return _header_in(book.worksheets[0].iter_rows(values_only=True, max_row=_most_rows), header)
+
+def _text_columns(file, header):
+    "The header of a table in text."
+    lines = ((line, max(',;\t|', key=line.count)) for line in _beginning(file).splitlines())
+    return _header_in((next(csv.reader([line], delimiter=mark), []) for line, mark in lines), header)
 
 def _json_columns(file):
     "The keys of the first object in a JSON file, which may be a list of objects or a line for each."
@@ -39,17 +51,13 @@ def _json_columns(file):
     return [*first]
 
 @lru_cache(8)
-def _columns(path, stamp):
+def _columns(path, stamp, header):
     "The names of a file's columns; `stamp` changes with the file."
     ending, found = Path(path).suffix.lower(), []
     with suppress(Exception), open_regular(path) as file:  # whatever is wrong, `read_samples` says it
-        if ending in ('.csv', '.tsv'):
-            text = _beginning(file)
-            first = text.partition('\n')[0]
-            marks = max(',;\t|', key=first.count)
-            found = next(csv.reader(io.StringIO(text), delimiter=marks), [])
+        if ending in ('.csv', '.tsv'): found = _text_columns(file, header)
         elif ending in ('.json', '.jsonl'): found = _json_columns(file)
-        elif ending == '.xlsx': found = _sheet_columns(file)
+        elif ending == '.xlsx': found = _sheet_columns(file, header)
         elif ending == '.parquet':
             import pyarrow.parquet as pq
             found = pq.read_schema(file).names
@@ -57,11 +65,12 @@ def _columns(path, stamp):
 
 def column_names(
     path:str|Path, # A file of rows
+    header:int=0, # Row of a spreadsheet with the names, counted from 1; 0: the first with several cells
 )->list: # Empty if they can't be found out quickly
     "The names of a file's columns, from its beginning; an unchanged file is not looked at twice."
     try: s = os.stat(path)
     except (OSError, ValueError): return []
-    return _columns(Path(path).absolute(), (s.st_ino, s.st_size, s.st_mtime_ns))
+    return _columns(Path(path).absolute(), (s.st_ino, s.st_size, s.st_mtime_ns), header)
 
 # %% ../../nbs/panel/32_data_step.ipynb #32datast0009
 def _read_given(form):
@@ -72,6 +81,7 @@ def _read_given(form):
 def _read_code(given):
     named = {k: given[k] for k in ('image', 'prompt', 'response') if given[k]}
     if given['media_dir']: named['media_dir'] = given.path('media_dir')
+    if given.get('header'): named['header'] = given['header']  # older panels have none
     if given['boxes']: named['family'] = given.path('model')
     return f"samples = {as_call('read_samples', given.path('source'), **named)}\nshow_samples(samples, n=4)"
 
@@ -90,25 +100,32 @@ def _check_code(given):
 def _mend_code(given):
     return f"samples, findings = {as_call('mend_samples', ast.Name('samples'), **check_arguments(given))}\nfindings"
 
-def _drop_code(given): return 'samples = drop_samples(samples, findings)\nlen(samples)'
+def _drop_code(given):
+    also = {'also': given['also']} if given.get('also') else {}  # older panels have none
+    return f"samples = {as_call('drop_samples', ast.Name('samples'), ast.Name('findings'), **also)}\nlen(samples)"
+
+_most_kinds = 20 # Of warnings
 
 def _found(names):
-    "How many findings there are, in how many rows, and those that are shown."
+    "How many findings are left, in how many rows, and those that are shown; of warnings, kind → number of rows."
     findings, (worst, line) = names['findings'], worst_findings(names['findings'])
-    return {'samples': len(names['samples']), 'findings': len(findings), 'rows': int(findings.row.nunique()),
-            'line': line, 'shown': worst.to_dict('split')}
+    left, warnings = findings[findings.level != 'mended'], findings[findings.level == 'warning']
+    kinds = warnings.row.groupby(warnings.what.map(finding_kind)).nunique().nlargest(_most_kinds)
+    return {'samples': len(names['samples']), 'findings': len(left), 'rows': int(left.row.nunique()), 'line': line,
+            'mended': len(findings) - len(left), 'kinds': kinds.to_dict(), 'shown': worst.to_dict('split')}
 
 ACTIONS = [
     Action('data.read', _read_given, _read_code, gives=('samples',)),
     Action('data.check', _check_given, _check_code, needs=('samples',), gives=('findings',), keeps=_found),
     Action('data.mend', _check_given, _mend_code, needs=('samples',), gives=('samples', 'findings'), keeps=_found),
-    Action('data.drop', lambda form: {}, _drop_code, needs=('samples', 'findings'), gives=('samples',))]
+    Action('data.drop', lambda form: {'also': form('data')['also']}, _drop_code, needs=('samples', 'findings'),
+           gives=('samples',))]
 
 # %% ../../nbs/panel/32_data_step.ipynb #32datast0013
 class DataStep(Step):
     "Read samples, and find, mend or drop what is wrong with them."
     name, done, actions = 'data', 'data.read', ACTIONS
-    defaults = dict(source='', image='', prompt='', response='', media_dir='', boxes=False)
+    defaults = dict(source='', image='', prompt='', response='', media_dir='', boxes=False, header=0, also=[])
 
     def build(self):
         folder, say = self.panel.session.project.folder, self.panel.say
@@ -117,23 +134,28 @@ class DataStep(Step):
         media = Combobox(options=suggestions(folder))
         media_row = path_row(self.field('media_dir', media, '520px'), PathList(media, folder, say))
         columns = [self.field(name, Combobox(options=[])) for name in ('image', 'prompt', 'response')]
+        header = self.field('header', BoundedIntText(min=0, max=_most_rows))
         boxes = self.field('boxes', Checkbox(indent=True))
         self._offer_columns()
         read = self.button('data.read', icon='folder-open')
         for name in ('source', 'image', 'prompt', 'response'): on_enter(self.controls[name], read.start)
         others = [self.button('data.check', icon='search'), self.button('data.mend', icon='wrench', primary=False),
-                  self.button('data.drop', icon='eraser', primary=False)]
-        return [row, *columns, media_row, boxes, read, *others]
+                  self._build_kinds(), self.button('data.drop', icon='eraser', primary=False)]
+        return [row, *columns, header, media_row, boxes, read, *others]
 
     def changed(self, name):
-        if name == 'source': self._offer_columns()
+        if name in ('source', 'header'): self._offer_columns()
 
     def restore(self):
         super().restore()
-        if self.controls: self._offer_columns()
+        if not self.controls: return
+        self._offer_columns()
+        self._offer_kinds()
+        if self._is_mended(): self.boxes['data.check'].result.children = ()
 
     def _offer_columns(self):
-        names = column_names(self.panel.session.project.folder/os.path.expanduser(self.values['source'] or '.'))
+        path = self.panel.session.project.folder/os.path.expanduser(self.values['source'] or '.')
+        names = column_names(path, self.values['header'])
         for name in ('image', 'prompt', 'response'): self.controls[name].options = names
 
     def show(self, action, value):
@@ -141,10 +163,41 @@ class DataStep(Step):
         if action == 'data.read': return [as_widget(value)]
         return self.show_kept(action, what_ran(self.panel.session.project)[action].given)
 
-    def show_kept(self, action, given):
-        if 'findings' not in given: return []
-        said = self.say('found' if given['findings'] else 'clean', n=given['findings'] or given['samples'],
-                        rows=given['rows'])
-        table = findings_class()(**{key: given['shown'][key] for key in ('data', 'index', 'columns')})
-        shown = [*[HTML(as_html('qvl-said', given['line']))]*bool(given['line']), as_widget(self.tell_table(table))]
-        return [HTML(as_html('qvl-said', said)), *shown*bool(given['findings'])]
+# %% ../../nbs/panel/32_data_step.ipynb #32datastkinds
+@patch
+def _build_kinds(self:DataStep):
+    "The choice of warnings whose rows are dropped, which is shown if there are any."
+    self.kinds = self.field('also', SelectMultiple(), '640px')
+    self._offer_kinds()
+    return self.kinds
+
+@patch
+def _offer_kinds(self:DataStep):
+    ran, control = what_ran(self.panel.session.project), self.controls['also']
+    found = max((ran[name] for name in ('data.check', 'data.mend') if name in ran), key=lambda r: r.when, default=None)
+    with self._filling, suppress(Exception):  # foreign files may have anything there
+        kinds = found.given.get('kinds', {}) if found else {}
+        options = [(f'{self.tell(kind)} ({n})', kind) for kind, n in kinds.items()]
+        if options != [*control.options]:
+            self._restoring = True  # other options deselect all, which is no change by the user
+            control.options, control.rows = options, len(options)
+            self._shown.pop('also', None)
+            self._put('also')
+    self._restoring = False
+    self.kinds.layout.display = None if control.options else 'none'
+
+@patch
+def _is_mended(self:DataStep):
+    "Whether what the last check found was mended since, which shows all of it again."
+    ran = what_ran(self.panel.session.project)
+    return {'data.check', 'data.mend'} <= ran.keys() and ran['data.mend'].when > ran['data.check'].when
+
+@patch
+def show_kept(self:DataStep, action, given):
+    if 'findings' not in given or action == 'data.check' and self._is_mended(): return []
+    found, mended = given['findings'], given.get('mended', 0)
+    key = 'mended' if mended else 'found' if found else 'clean'
+    said = self.say(key, n=found or given['samples']*(not mended), rows=given['rows'], mended=mended)
+    table = findings_class()(**{key: given['shown'][key] for key in ('data', 'index', 'columns')})
+    shown = [*[HTML(as_html('qvl-said', given['line']))]*bool(given['line']), as_widget(self.tell_table(table))]
+    return [HTML(as_html('qvl-said', said)), *shown*bool(found or mended)]

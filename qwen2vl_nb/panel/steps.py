@@ -528,8 +528,8 @@ def _put(self:Step, name):
 def _changed(self:Step, name):
     with self._filling:
         if self._restoring: return
-        self.panel.touched = True
-        self._keep(name, self.controls[name].value)
+        self.panel.touched, value = True, self.controls[name].value
+        self._keep(name, list(value) if isinstance(value, tuple) else value)
     self.changed(name)
     for box in self.boxes.values(): box.restore()
 

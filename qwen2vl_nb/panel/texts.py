@@ -54,6 +54,9 @@ ENGLISH |= {
                         'question.',
     'data.response': 'Answer',
     'data.response.help': 'Column with the answers. Empty: output, response or answer.',
+    'data.header': 'Header row',
+    'data.header.help': 'Row of a spreadsheet that has the names of the columns. 0: the first one that fits, so that '
+                        'a title above it does no harm.',
     'data.media_dir': 'Picture folder',
     'data.media_dir.help': 'Where the pictures are, if not beside the file.',
     'data.boxes': 'Answers are boxes',
@@ -64,10 +67,14 @@ ENGLISH |= {
                        'spoil it',
     'data.mend': 'Mend',
     'data.mend.help': 'Repair in copies what can be repaired without guessing',
-    'data.drop': 'Drop rows with errors',
-    'data.drop.help': 'Leave out the rows in which an error is left',
+    'data.also': 'Also drop',
+    'data.also.help': 'Rows with these warnings; the number of rows is in parentheses. Hold Ctrl and click to choose '
+                      'several, or none.',
+    'data.drop': 'Drop rows',
+    'data.drop.help': 'Leave out the rows in which an error is left, and those with the warnings that are chosen',
     'data.clean': 'Nothing found in {n} rows.',
     'data.found': 'Findings: {n}; rows concerned: {rows}.',
+    'data.mended': 'Mended: {mended}. Left: {n} findings; rows concerned: {rows}.',
 }
 ENGLISH |= {
     'model': 'Model',
