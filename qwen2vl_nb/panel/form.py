@@ -142,7 +142,7 @@ def _show_folder(self:Panel):
     path = project.folder/name
     html = as_html('qvl-help', said).replace('\0', link_to(path))
     if path.is_file() and not way_to(path):
-        html += as_html('qvl-help', self.say('panel.outside', name=name, path=shlex.quote(str(path))))
+        html += as_html('qvl-help', self.say('panel.outside', name=name, path=shlex.quote(str(path.resolve()))))
     output = {'output_type': 'display_data', 'data': {'text/html': html}, 'metadata': {}}
     if self.where.outputs != (output,): self.where.outputs = (output,)
 

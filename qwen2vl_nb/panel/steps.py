@@ -26,14 +26,14 @@ STYLE = '''<style>
 @container (max-width:810px) {.qvl-tabs {grid-template-columns:repeat(5,1fr)}}
 @container (max-width:480px) {
   .qvl-tabs {grid-template-columns:repeat(2,1fr)}
-  .qvl .widget-inline-hbox {flex-wrap:wrap;height:auto;width:100%!important}
+  .qvl .widget-inline-hbox {flex-wrap:wrap;height:auto;width:calc(100% - 2*var(--jp-widgets-margin,2px))!important}
   .qvl .widget-inline-hbox>.widget-label {width:100%!important;text-align:left}
   .qvl .widget-checkbox>.widget-label:first-child {display:none}
   .qvl .widget-inline-hbox.widget-hprogress,.qvl .widget-dropdown>select {height:var(--jp-widgets-inline-height,28px)}
   .qvl .widget-hbox {flex-wrap:wrap}
   .qvl-below {margin-left:4px!important}
 }
-.qvl .widget-html-content,.qvl .jupyter-widget-html-content {line-height:1.45}
+.qvl .widget-html-content,.qvl .jupyter-widget-html-content {line-height:1.45;min-width:0}
 .qvl .widget-label,.qvl .jupyter-widget-label {color:inherit}
 .qvl-help {opacity:.75;line-height:1.35;overflow-wrap:anywhere}
 .qvl-code {position:relative;border:1px solid var(--jp-border-color2,rgba(128,128,128,.35));border-radius:3px;
@@ -52,6 +52,7 @@ STYLE = '''<style>
 .qvl-list button {text-align:left}
 .qvl-said {white-space:pre-wrap;overflow-wrap:anywhere;opacity:.85}
 .qvl .jp-RenderedHTMLCommon {overflow-x:auto}
+.qvl .jp-RenderedHTMLCommon svg {max-width:100%;height:auto}
 .qvl .jp-RenderedHTMLCommon table {margin-left:0}
 .qvl-shown tr:has(td>div) td:last-child {min-width:160px}
 .qvl-shown {overflow-x:auto;max-height:520px;overflow-y:auto}
