@@ -377,8 +377,8 @@ CHINESE |= {
                          'the recipe is prepared for the CPU.',
                          '本机没有 GPU。如果要在别的机器上训练，请填写那台机器的 GPU；不填写，则按 CPU 生成训练配'
                          '置。'),
-    'memory.computing': ('Computing: a training step is simulated for each config …',
-                         '正在计算：为每种配置模拟一步训练……'),
+    'memory.computing': ('Computing: a training step is simulated for each config; the first time, libraries are '
+                         'loaded, too …', '正在计算：为每种配置模拟一步训练；第一次还要加载所需的库……'),
     'memory.later': ('The table is computed as soon as something is changed, or this step is chosen again.',
                      '表单有变动，或者再次打开这一步，就会计算这张表。'),
     'memory.chosen': ('Would be chosen: {name}', '将会选用：{name}'),

@@ -31,7 +31,7 @@ STYLE = '''<style>
   .qvl .widget-checkbox>.widget-label:first-child {display:none}
   .qvl .widget-inline-hbox.widget-hprogress,.qvl .widget-dropdown>select {height:var(--jp-widgets-inline-height,28px)}
   .qvl .widget-hbox {flex-wrap:wrap}
-  .qvl-below {margin-left:4px!important}
+  .qvl-below {margin:0 var(--jp-widgets-margin,2px) 4px!important}
 }
 .qvl .widget-html-content,.qvl .jupyter-widget-html-content {line-height:1.45;min-width:0}
 .qvl .widget-label,.qvl .jupyter-widget-label {color:inherit}

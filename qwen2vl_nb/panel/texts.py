@@ -268,7 +268,8 @@ ENGLISH |= {
     'memory.here': 'On this machine: {gpus}.',
     'memory.none_here': 'This machine has no GPU. For a run on another machine, say which GPUs it has; without, the '
                         'recipe is prepared for the CPU.',
-    'memory.computing': 'Computing: a training step is simulated for each config …',
+    'memory.computing': 'Computing: a training step is simulated for each config; the first time, libraries are '
+                        'loaded, too …',
     'memory.later': 'The table is computed as soon as something is changed, or this step is chosen again.',
     'memory.chosen': 'Would be chosen: {name}',
     'memory.none_fits': 'None of them is certain to fit; "{pick}" says what would.',
