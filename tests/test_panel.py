@@ -12,11 +12,13 @@ from conftest import until
 from qwen2vl_nb.execute import execute
 from qwen2vl_nb.panel.data_step import column_names
 from qwen2vl_nb.panel.form import Panel
-from qwen2vl_nb.panel.session import NOTEBOOK, PANEL, form_values, keep_value, what_ran
+from qwen2vl_nb.panel.launch_step import choose
+from qwen2vl_nb.panel.session import NOTEBOOK, PANEL, form_values, keep_value, run_action, what_ran
 from qwen2vl_nb.prediction.serve import serve
 from qwen2vl_nb.recipe import load_recipe
 from qwen2vl_nb.run.folder import RECIPE, RUN
 from qwen2vl_nb.run.start import attach, launch
+from qwen2vl_nb.stack import gpus
 
 @contextmanager
 def held(served):
@@ -181,6 +183,16 @@ def test_messages_speak_of_the_fields_and_buttons_of_the_form(filled):
     press(filled, 'recipe.make')
     told = html.unescape(shown(press(filled, 'recipe.check')))
     assert 'Set "Maximum tokens" to ' in told and 'cutoff_len' not in told
+    fill(filled, 'recipe', bf16=True)
+    press(filled, 'recipe.make')
+    told = html.unescape(shown(press(filled, 'recipe.check')))
+    assert ('Switch off "bfloat16", or use' in told) == (not gpus()), 'GPUs of another machine were chosen'
+    with filled.session.project.edit() as state: state['ran'].pop('memory.pick')
+    told = html.unescape(shown(press(filled, 'recipe.check')))
+    assert ('Press "Use the fastest that fits" in the step "Memory", or switch off "bfloat16"' in told) == (not gpus())
+    fill(filled, 'memory', gpus=0, gpu_gib=0.)
+    press(filled, 'memory.pick')
+    assert 'bfloat16' not in shown(press(filled, 'recipe.check')), 'what is checked is what would be launched'
     fill(filled, 'split', test=.25, group='car')
     told = html.unescape(shown(press(filled, 'split.register')))
     assert "have no 'car' to group by" in told and 'To be set in this form: "Keep together".' in told
@@ -372,6 +384,15 @@ def test_what_a_training_was_built_on_is_asked_with_it_and_all_runs_are_listed_w
     fill(panel, 'predict', engine='llamafactory', python='', folder='theirs')
     assert 'qvl-error' not in shown(press(panel, 'predict.after'))
     assert attach(folder/'theirs'/'after').progress.unit == 'batch' and listed(panel) == places, 'it is no training'
+
+    job = Panel(folder/'job')  # the kernel is in another folder
+    choose(job.steps['runs'], first.output_dir)
+    run_action(job.session, 'runs.choose')
+    fill(job, 'predict', dataset='car_item_test', engine='served', max_samples=2, max_new_tokens=4)
+    box, saves = press(job, 'predict.before'), folder/'job'/'saves'/tiny_fp32.name
+    assert 'qvl-error' not in shown(box), shown(box)
+    with held(attach(saves/'served')): assert (saves/'predict'/'car_item_test'/RUN).exists()
+    assert not (folder/'saves'/tiny_fp32.name/'served').exists()
 
     assert str(folder) not in json.dumps([ran.given for ran in what_ran(panel.session.project).values()])
     moved = folder.rename(folder.with_name('moved'))

@@ -10,6 +10,8 @@ from nbclient import NotebookClient
 
 from conftest import KEPT, PATIENCE, ROOT, until
 from lab import contrast, idle, menu, notebook, open_notebook, running_lab
+from qwen2vl_nb.panel.form import Panel
+from qwen2vl_nb.panel.session import keep_value, run_action
 from qwen2vl_nb.panel.texts import ENGLISH
 from qwen2vl_nb.recipe import train_recipe, with_time
 from qwen2vl_nb.run.start import attach, launch
@@ -251,3 +253,33 @@ def test_from_a_spreadsheet_with_faults_to_a_score(lab, page):
     assert len([*lab.root.glob('runs/cars-*/waiter.json')]) == 1, 'the chosen run is attached to'
     texts = [json.dumps(c.outputs) for c in nb.cells if c.cell_type == 'code']
     assert any('McNemar' in text for text in texts)
+
+CLIPPED = """root => {
+    const right = e => e.getBoundingClientRect().right, shown = [...root.querySelectorAll('*')].filter(e => e.checkVisibility() && e.clientWidth)
+    const wide = shown.filter(e => right(e) > right(root) + 1 && !e.closest('.qvl-shown, .qvl-code, select'))
+    const moved = shown.filter(e => e.matches('.widget-box') && e.scrollWidth > e.clientWidth)
+    const low = shown.filter(e => e.matches('.widget-dropdown > select') && e.clientHeight < 24)
+    return [wide, moved, low].map(all => all.map(e => e.outerHTML.slice(0, 200)))
+}"""
+
+def test_a_narrow_page_clips_nothing_and_a_folder_that_jupyterlab_does_not_show_has_no_dead_link(lab, page, tmp_path):
+    _spreadsheet(tmp_path)
+    panel = Panel(tmp_path)
+    keep_value(panel.session.project, 'data', source='labels.xlsx', image='picture', prompt='What is this?', response='card')
+    keep_value(panel.session.project, 'model', model=str(ROOT/'data'/'tiny_qwen2vl'))
+    for action in ('data.read', 'data.check', 'recipe.make'): run_action(panel.session, action)
+    notebook(lab.root/'narrow.ipynb', [f'from qwen2vl_nb.all import *\nPanel({str(tmp_path)!r})'])
+    open_notebook(page, lab, 'narrow.ipynb')
+    page.keyboard.press('Control+b')
+    form = _run_all(page)
+    form.says(f'jupyter lab {tmp_path}/panel.ipynb')
+    assert not form.at.locator('a').count()
+    page.set_viewport_size(dict(width=400, height=1100))
+    for step in STEPS:
+        form.go(step)
+        until(form.is_ready, f'{step} is ready')
+        assert form.at.evaluate(CLIPPED) == [[], [], []], step
+    form.go('data')
+    form.keep('narrow')
+    findings = form.at.locator('.qvl-shown table').last
+    assert findings.evaluate('e => e.scrollWidth > e.closest(".qvl-shown").clientWidth'), 'it is scrolled by itself'

@@ -8,6 +8,7 @@ __all__ = ['split_samples']
 # %% ../../nbs/data/50_split.ipynb #datasplit02
 import os, random
 from collections import Counter
+from collections.abc import Hashable
 from ..files import file_digest
 from ..findings import show_value
 from .samples import media_paths, sample_kind, sample_turns, with_each_answer
@@ -25,7 +26,8 @@ def _shared_keys(samples, group):
     same = _same_files({p for s in samples for p in media_paths(s)})
     said = lambda s: repr(sample_turns(s) if sample_kind(s) == 'answers' else sample_turns(with_each_answer(s)[0])[:-1])
     shown = lambda s: [same.get(p, p) for p in media_paths(s)] or [('the same text', said(s))]
-    return [shown(s) + ([(group, s[group])] if group and s[group] not in ('', None) else []) for s in samples]
+    value = lambda s: s[group] if isinstance(s[group], Hashable) else str(s[group])
+    return [shown(s) + ([(group, value(s))] if group and s[group] not in ('', None, []) else []) for s in samples]
 
 def _groups(ties):
     "Lists of row numbers that stay together: rows that have a tie in common, directly or through other rows."

@@ -10,6 +10,8 @@ __all__ = ['CHINESE']
 CHINESE = {
     'panel.folder': ('Folder: {folder}. The form is kept in {form}, and the code that ran in {notebook}.',
                      '目录：{folder}。表单内容保存在 {form}，运行过的代码保存在 {notebook}。'),
+    'panel.outside': ('JupyterLab does not show {name} here. To open it, run this in a terminal: jupyter lab {path}',
+                      '{name} 不在 JupyterLab 当前显示的目录中。要打开它，请在终端运行：jupyter lab {path}'),
     'panel.code': ('The code that this step ran', '这一步运行的代码'),
     'panel.copy': ('Copy', '复制'),
     'panel.no_code': ('The code that this step runs will be shown here.', '这一步运行的代码会显示在这里。'),
@@ -386,7 +388,8 @@ CHINESE |= {
                          'the recipe is prepared for the CPU.',
                          '本机没有 GPU。如果要在别的机器上训练，请填写那台机器的 GPU；不填写，则按 CPU 生成训练配'
                          '置。'),
-    'memory.computing': ('Computing …', '正在计算……'),
+    'memory.computing': ('Computing: a training step is simulated for each config; the first time, libraries are '
+                         'loaded, too …', '正在计算：为每种配置模拟一步训练；第一次还要加载所需的库……'),
     'memory.later': ('The table is computed as soon as something is changed, or this step is chosen again.',
                      '表单有变动，或者再次打开这一步，就会计算这张表。'),
     'memory.chosen': ('Would be chosen: {name}', '将会选用：{name}'),

@@ -22,10 +22,12 @@ _registry = 'dataset_info.json'
 def about_run(
     run:Path, # Folder of a run
     folder:Path, # The panel's folder
-)->dict: # `model` and `dataset_dir`
-    "Where the model and the data of a run are. Raises `ValueError` or `OSError` if its recipe can't be read."
+)->dict: # `model`, `dataset_dir`; `adapter` that it began with, `trained` if it writes a whole model; empty: none
+    "Where a run has its model and data, and what it writes. Raises `ValueError`, `OSError` without a readable recipe."
     recipe = load_recipe(run/RECIPE)
-    places = {'model': recipe.get('model_name_or_path'), 'dataset_dir': recipe.get('dataset_dir')}
+    is_whole = recipe.get('finetuning_type', 'lora') not in ('lora', 'oft')
+    places = {'model': recipe.get('model_name_or_path'), 'dataset_dir': recipe.get('dataset_dir'),
+              'adapter': recipe.get('adapter_name_or_path'), 'trained': is_whole and run}
     return {key: near(str(place or ''), folder) for key, place in places.items()}
 
 def registered_names(

@@ -11,7 +11,7 @@ from threading import Lock, Thread
 from time import sleep
 from fastcore.basics import patch
 from ipywidgets import HTML, BoundedFloatText, BoundedIntText
-from .session import Action, as_call, run_code
+from .session import Action, as_call, last_lines, overheard, run_code
 from .steps import Step, as_html, code_html
 from ..stack import GiB, gpus
 
@@ -79,6 +79,7 @@ class MemoryStep(Step):
             self._asked += 1
             if self._thread: return
             self._thread = Thread(target=self._follow, daemon=True, name='memory')
+            self._thread.shows_progress = True
             self._thread.start()
 
     def wait(self):
@@ -107,11 +108,14 @@ def _compute(self:MemoryStep):
     try:
         code = [session.next_code('recipe.make')[1], table_code(self.values)]
         if code == self._of: return
-        self.table.value = as_html('qvl-help', say('memory.computing')) + (self.table.value if self._of else '')
-        names = dict(session.names)
-        if not names: run_code('from qwen2vl_nb.all import *', names)
-        run_code(code[0], names)
-        shown = marked_table(run_code(code[1], names), say)
+        before, names = self.table.value if self._of else '', dict(session.names)
+        def tell(said=''):
+            self.table.value = as_html('qvl-help', say('memory.computing')) + as_html('qvl-help', said) + before
+        tell()
+        with overheard(lambda text: last_lines(text) and tell(last_lines(text))):
+            if not names: run_code('from qwen2vl_nb.all import *', names)
+            run_code(code[0], names)
+            shown = marked_table(run_code(code[1], names), say)
         shown = f'<div class="jp-RenderedHTMLCommon qvl-shown">{shown}</div>'
         self.table.value = shown + code_html(code[1], say('panel.copy'))
         self._of = code

@@ -60,10 +60,12 @@ class PathList(VBox):
         field.observe(lambda _: self.at and self.look(self._place()), 'value')
 
     def _place(self):
-        "The folder of the path in the field, or the nearest one above it."
-        at = Path(os.path.normpath(self.folder/os.path.expanduser(self.field.value)))
+        "The folder of the path in the field, or the nearest one above it; above, too, if there is nothing to choose."
+        at = self._typed()
         while not at.is_dir() and at != at.parent: at = at.parent
-        return at
+        return at if entries(at, self.endings) else at.parent
+
+    def _typed(self): return Path(os.path.normpath(self.folder/os.path.expanduser(self.field.value)))
 
     def toggle(self):
         "Open or close the list."
@@ -81,11 +83,12 @@ def look(self:PathList,
 ):
     "Show a folder."
     self.at, self._list.layout.display = at, None
-    typed = self.folder/os.path.expanduser(self.field.value)
+    typed = self._typed()
     begin = '' if os.path.lexists(typed) else typed.name
+    icon = lambda name: 'check' if at/name == typed else 'folder' if name.endswith('/') else 'file'
     names = entries(at, self.endings, begin) or entries(at, self.endings)
     shown = [self._row(self.say('panel.up'), at.parent, 'arrow-up')] if at != at.parent else []
-    shown += [self._row(n, at/n, 'folder' if n.endswith('/') else 'file') for n in names[:_most_shown]]
+    shown += [self._row(n, at/n, icon(n)) for n in names[:_most_shown]]
     if not names: shown.append(HTML(as_html('qvl-help', self.say('panel.nothing'))))
     if len(names) > _most_shown:
         shown.append(HTML(as_html('qvl-help', self.say('panel.more', n=len(names) - _most_shown))))
@@ -107,7 +110,6 @@ def choose(self:PathList,
     is_inside = path.is_relative_to(self.folder) and path != self.folder
     if path.is_file(): self.close_list()
     self.field.value = str(path.relative_to(self.folder)) if is_inside else str(path)
-    if self.at: self.look(path)
 
 # %% ../../nbs/panel/25_paths.ipynb #293af556
 def path_row(

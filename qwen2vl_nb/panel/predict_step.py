@@ -16,31 +16,36 @@ from .steps import as_html
 from ..run.folder import SERVED
 
 # %% ../../nbs/panel/75_predict_step.ipynb #75predic0004
+def _place(given, path): return Given({'place': path}, given.folder).path('place', new=True)
+
+def _in_saves(given, model, name):
+    "The argument for a folder that would be below `saves` where the code runs, if that isn't the panel's folder."
+    usual = f'saves/{Path(model or "").name}/{name}'
+    return {'output_dir': _place(given, usual)} if model and _place(given, usual) != usual else {}
+
+def _served(given, weights):
+    "The call that keeps a model loaded; an adapter has its folder beside it."
+    model = given.get('trained') if weights else not given.get('adapter') and given['model']
+    named = {} if weights else {'adapter': None}
+    return as_call('serve', ast.Name('run'), **named, **_in_saves(given, model, SERVED))
+
 def _engine(given, weights):
     "The arguments that name an engine; none for the usual one."
-    if given['engine'] == SERVED: return {'engine': ast.Name('serve(run)' if weights else 'serve(run, adapter=None)')}
+    if given['engine'] == SERVED: return {'engine': ast.Name(_served(given, weights))}
     named = {'engine': given['engine']} if given['engine'] != 'hf' else {}
     python = {'python': given.path('python')} if given['python'] and given['engine'] != 'openai' else {}
     return named | python | ({'base_url': given['base_url']} if given['engine'] == 'openai' else {})
 
-def _place(given, path): return Given({'place': path}, given.folder).path('place', new=True)
-
-def _asked(given, weights, place):
-    "The code of the recipe and of the prediction; `place` is empty for the usual folder."
-    named = {'output_dir': _place(given, place)} if place else {}
+def _asked(given, name, weights, model):
+    "The code of the recipe and of the prediction; `model`: the one below whose name it lies by default, if any."
+    own = given['folder'] and {'output_dir': _place(given, f'{given["folder"]}/{name}')}
+    named = own or _in_saves(given, model, f'predict/{given["dataset"]}')
     named |= {'dataset_dir': given.path('dataset_dir')} if given['dataset_dir'] else {}
     asked = as_call('answering_recipe', ast.Name('run.recipe'), weights, given['dataset'], **named, **limits(given))
-    return asked, as_call('predict', ast.Name('asked'), **_engine(given, weights))
+    return f'asked = {asked}\n{name} = {as_call("predict", ast.Name("asked"), **_engine(given, weights))}\n{name}'
 
-def _before(given):
-    usual = f'saves/{Path(given["model"]).name}/predict/{given["dataset"]}'
-    elsewhere = usual if _place(given, usual) != usual else ''  # the code runs in another folder than the panel's
-    asked, call = _asked(given, None, f'{given["folder"]}/before' if given['folder'] else elsewhere)
-    return f'asked = {asked}\nbefore = {call}\nbefore'
-
-def _after(given):
-    asked, call = _asked(given, ast.Name('run'), f'{given["folder"]}/after' if given['folder'] else '')
-    return f'run.wait()\nasked = {asked}\nafter = {call}\nafter'
+def _before(given): return _asked(given, 'before', None, given['model'])
+def _after(given): return 'run.wait()\n' + _asked(given, 'after', ast.Name('run'), given.get('trained'))
 
 def _again(name): return lambda given: f'{name} = {as_call("Predictions", given.path("answers", new=True))}'
 def _keeps(name): return lambda names: {'answers': names[name].output_dir, 'rows': len(names[name])}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PANEL', 'NOTEBOOK', 'Given', 'near', 'as_call', 'Action', 'overheard', 'last_lines', 'without_bars', 'run_code',
-           'Project', 'form_values', 'keep_value', 'Ran', 'what_ran', 'Session', 'earlier', 'NotYet', 'Unfilled',
-           'make_names', 'notebook_text', 'notebook_path', 'write_notebook', 'run_action', 'result_again']
+           'Project', 'form_values', 'keep_value', 'Ran', 'what_ran', 'in_order', 'Session', 'earlier', 'NotYet',
+           'Unfilled', 'make_names', 'notebook_text', 'notebook_path', 'write_notebook', 'run_action', 'result_again']
 
 # %% ../../nbs/panel/10_session.ipynb #10sessio0002
 import ast, io, os, re, sys, time
@@ -227,14 +227,24 @@ def what_ran(
     return found
 
 # %% ../../nbs/panel/10_session.ipynb #10sessio0023
+def in_order(
+    actions:list, # `Action`s, in the order of their steps
+)->list: # In the order in which they are done
+    "Actions that give nothing come after all those that change what they look at."
+    def place(action):
+        changes = [i for i, a in enumerate(actions) if {*a.gives} & {*action.needs}]
+        return max([actions.index(action), *changes*(not action.gives)]), not action.gives
+    return sorted(actions, key=place)
+
 class Session:
     "The actions of a panel, the names that their code has set, and the files."
     def __init__(self,
         project:Project, # The files
-        actions:list, # `Action`s, in the order in which they are done
+        actions:list, # `Action`s, in the order of their steps
         defaults:dict, # Step → defaults of its form
     ):
-        self.project, self.actions, self.defaults = project, {a.name: a for a in actions}, defaults
+        self.project, self.defaults = project, defaults
+        self.actions = {a.name: a for a in in_order(actions)}
         self.names, self.made, self.lock = {}, {}, RLock()  # namespace; action → the code that made its names
 
     def form(self,

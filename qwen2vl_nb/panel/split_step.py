@@ -8,6 +8,7 @@ __all__ = ['ACTIONS', 'test_name', 'SplitStep']
 # %% ../../nbs/panel/34_split_step.ipynb #34splits0002
 import ast
 from ipywidgets import BoundedFloatText, Combobox, Dropdown, Text
+from .data_step import source_columns
 from .paths import suggestions
 from .session import Action, Unfilled, as_call
 from .steps import Step, as_widget, on_enter
@@ -19,20 +20,26 @@ def test_name(
     "The name under which the test data are registered."
     return f'{name}_test'
 
+_keys = {'image': 'images', 'prompt': 'instruction', 'response': 'output'} # Field of a column → its key in samples
+
+def _as_key(data, column):
+    "What samples call a column of the table."
+    return next((key for name, key in _keys.items() if column and data[name] == column), column)
+
 def _register_given(form):
+    split, data = form('split'), form('data')
     for key in ('name', 'folder'):
-        if not form('split')[key]: raise Unfilled(f'split.{key}')
-    return form('split')
+        if not split[key]: raise Unfilled(f'split.{key}')
+    return split | {key: _as_key(data, split[key]) for key in ('group', 'stratify')}
 
 def _adds(name, samples, media):
-    return as_call('registry.add', name, ast.Name(samples), **({'media': media} if media != 'refer' else {}))
+    added = as_call('registry.add', name, ast.Name(samples), **({'media': media} if media != 'refer' else {}))
+    return f'print({added})'
 
 def _register_code(given):
     name, media, test = given['name'], given['media'], given['test']
     registry = f"registry = {as_call('Registry', given.path('folder', new=True))}"
-    if not test:
-        told = "print(f'{len(samples)} rows for training')"
-        return '\n'.join([registry, _adds(name, 'samples', media), told])
+    if not test: return '\n'.join([registry, _adds(name, 'samples', media)])
     named = {k: given[k] for k in ('group', 'stratify') if given[k]}
     split = as_call('split_samples', ast.Name('samples'), test=test if test < 1 else int(test), **named)
     adds = [_adds(name, 'train', media), _adds(test_name(name), 'test', media)]
@@ -74,9 +81,10 @@ class SplitStep(Step):
     def show(self, action, value): return [as_widget(self.tell_table(value) if action == 'split.load' else value)]
 
     def _columns(self):
-        "The keys of the first sample, if it has been read in this kernel."
+        "The columns of the table; if it has none, the keys of the first sample that was read in this kernel."
         samples = self.panel.session.names.get('samples')
-        return [*samples[0]] if isinstance(samples, list) and samples and isinstance(samples[0], dict) else []
+        keys = [*samples[0]] if isinstance(samples, list) and samples and isinstance(samples[0], dict) else []
+        return source_columns(self.panel.session) or keys
 
     def restore(self):
         super().restore()

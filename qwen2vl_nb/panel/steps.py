@@ -26,16 +26,16 @@ STYLE = '''<style>
 @container (max-width:810px) {.qvl-tabs {grid-template-columns:repeat(5,1fr)}}
 @container (max-width:480px) {
   .qvl-tabs {grid-template-columns:repeat(2,1fr)}
-  .qvl .widget-inline-hbox {flex-wrap:wrap;height:auto;width:100%!important}
+  .qvl .widget-inline-hbox {flex-wrap:wrap;height:auto;width:calc(100% - 2*var(--jp-widgets-margin,2px))!important}
   .qvl .widget-inline-hbox>.widget-label {width:100%!important;text-align:left}
   .qvl .widget-checkbox>.widget-label:first-child {display:none}
-  .qvl .widget-inline-hbox.widget-hprogress {height:var(--jp-widgets-inline-height,28px)}
+  .qvl .widget-inline-hbox.widget-hprogress,.qvl .widget-dropdown>select {height:var(--jp-widgets-inline-height,28px)}
   .qvl .widget-hbox {flex-wrap:wrap}
-  .qvl-below {margin-left:4px!important}
+  .qvl-below {margin:0 var(--jp-widgets-margin,2px) 4px!important}
 }
-.qvl .widget-html-content,.qvl .jupyter-widget-html-content {line-height:1.45}
+.qvl .widget-html-content,.qvl .jupyter-widget-html-content {line-height:1.45;min-width:0}
 .qvl .widget-label,.qvl .jupyter-widget-label {color:inherit}
-.qvl-help {opacity:.75;line-height:1.35}
+.qvl-help {opacity:.75;line-height:1.35;overflow-wrap:anywhere}
 .qvl-code {position:relative;border:1px solid var(--jp-border-color2,rgba(128,128,128,.35));border-radius:3px;
   background:var(--jp-cell-editor-background,rgba(128,128,128,.08))}
 .qvl-code pre {margin:0;padding:8px 70px 8px 10px;overflow-x:auto;line-height:1.4;
@@ -51,6 +51,8 @@ STYLE = '''<style>
 .qvl-next {border-left:5px solid var(--jp-warn-color1,#ab6a00);padding:2px 10px;margin:4px 0;overflow-wrap:anywhere}
 .qvl-list button {text-align:left}
 .qvl-said {white-space:pre-wrap;overflow-wrap:anywhere;opacity:.85}
+.qvl .jp-RenderedHTMLCommon {overflow-x:auto}
+.qvl .jp-RenderedHTMLCommon svg {max-width:100%;height:auto}
 .qvl .jp-RenderedHTMLCommon table {margin-left:0}
 .qvl-shown tr:has(td>div) td:last-child {min-width:160px}
 .qvl-shown {overflow-x:auto;max-height:520px;overflow-y:auto}
@@ -128,6 +130,9 @@ _buttons = {'read_samples': 'data.read', 'check_samples': 'data.check', 'mend_sa
 _others = {'family': 'data.boxes', 'model': 'model.model', 'model_name_or_path': 'model.model', 'gpus': 'memory.gpus',
            'gpu_gib': 'memory.gpu_gib', 'dataset_dir': 'split.folder', 'max_new_tokens': 'predict.max_new_tokens'}
 
+# What a message about code asks to do → (what to do in the form, the button or the field for it)
+_deeds = {'set use_cpu: true': ('press', 'memory.pick'), 'leave bf16 out': ('switch off', 'recipe.bf16')}
+
 def fields_of(
     step:str, # Name of a step
     defaults:dict, # Step → defaults of its form
@@ -143,6 +148,9 @@ def as_in_form(
     called, # Function: key of a field or a button → what it is called
 )->str:
     "A message with the names of fields and buttons, in place of arguments and functions."
+    def deed(found):
+        do, key = _deeds[found[0].lower()]
+        return f'{do.capitalize() if found[0][0].isupper() else do} {called(key)}'
     def button(found): return called(next(key for name, key in _buttons.items() if re.fullmatch(name, found[1])))
     def field(found):
         passed, start, name, given = found.groups()
@@ -155,7 +163,8 @@ def as_in_form(
     names = '|'.join(sorted(fields, key=len, reverse=True)) or '(?!)'
     value = r"(?:=(?:…|'[^']*'|[\w.]*\w)?)"
     start = '(pass )?(^|(?<=\n)|- |recipe, )?'
-    return re.sub(rf"{start}(?<![\w./'\"-])`?({names})({value})?`?(?![\w/(]|\.\w)", field, text)
+    text = re.sub(rf"{start}(?<![\w./'\"-])`?({names})({value})?`?(?![\w/(]|\.\w)", field, text)
+    return re.sub('|'.join(_deeds), deed, text, flags=re.I)
 
 # %% ../../nbs/panel/20_steps.ipynb #20steps0016
 _patience = 5 # Seconds

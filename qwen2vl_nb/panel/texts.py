@@ -11,6 +11,7 @@ from .chinese import CHINESE
 # %% ../../nbs/panel/00_texts.ipynb #00texts0004
 ENGLISH = {
     'panel.folder': 'Folder: {folder}. The form is kept in {form}, and the code that ran in {notebook}.',
+    'panel.outside': 'JupyterLab does not show {name} here. To open it, run this in a terminal: jupyter lab {path}',
     'panel.code': 'The code that this step ran',
     'panel.copy': 'Copy',
     'panel.no_code': 'The code that this step runs will be shown here.',
@@ -274,7 +275,8 @@ ENGLISH |= {
     'memory.here': 'On this machine: {gpus}.',
     'memory.none_here': 'This machine has no GPU. For a run on another machine, say which GPUs it has; without, the '
                         'recipe is prepared for the CPU.',
-    'memory.computing': 'Computing …',
+    'memory.computing': 'Computing: a training step is simulated for each config; the first time, libraries are '
+                        'loaded, too …',
     'memory.later': 'The table is computed as soon as something is changed, or this step is chosen again.',
     'memory.chosen': 'Would be chosen: {name}',
     'memory.none_fits': 'None of them is certain to fit; "{pick}" says what would.',
