@@ -497,9 +497,10 @@ def _matched(first, second):
     place, wanted = {k: i for i,k in enumerate(known)}, set(asked)
     gone, new = [k for k in asked if k not in place], [k for k in known if k not in wanted]
     if gone or new:
-        raise ValueError(f'The two do not have the same rows. By `{key}`, {len(gone)} of the first are not in '
-                         f'the second ({", ".join(first_few(gone))}), and {len(new)} the other way round '
-                         f'({", ".join(first_few(new))}). '
+        sides = ('first', 'second', gone), ('second', 'first', new)
+        said = [f'{len(lost)} of the {one} are not in the {other} ({", ".join(first_few(lost))})'
+                for one,other,lost in sides if lost]
+        raise ValueError(f'The two do not have the same rows. By `{key}`, {", and ".join(said)}. '
                          'Compare only the rows that both have.')
     found = _Reordered(second, map(place.get, asked))
     text = lambda row: (row.get('label') or '').strip()
