@@ -205,12 +205,14 @@ def _begin_llamafactory(recipe, samples, folder, about):
     return launch(recipe, about['nproc'], env=about['given'], python=about['python'])
 
 # %% ../../nbs/prediction/45_engines.ipynb #askedsam1
-def _warn_of_new_split(recipe):
-    "Warn if rows to ask and rows of a training were both written after that training began: they may be the same."
+def _warn_of_new_split(recipe, *others):
+    """Warn if rows to ask and rows of a training were both written after that training began: they may be the same.
+    `others`: recipes that ask the same rows of other models."""
     registry = Registry(recipe.get('dataset_dir', 'data'))
-    models = [recipe.get('model_name_or_path') or '', *(recipe.get('adapter_name_or_path') or '').split(',')]
-    places = [place for path in map(Path, filter(None, models)) for place in (path, path.parent)]
-    for folder in {place for place in places if (place/RUN).is_file()}:
+    keys = 'model_name_or_path', 'adapter_name_or_path'
+    models = [name for each in (recipe, *others) for key in keys for name in (each.get(key) or '').split(',')]
+    places = dict.fromkeys(place for path in map(Path, filter(None, models)) for place in (path, path.parent))
+    for folder in [place for place in places if (place/RUN).is_file()]:
         with suppress(OSError, ValueError, TypeError, LookupError):  # others say what is wrong with the run
             asked = registry.dataset_dir/registry[recipe['eval_dataset']]['file_name']
             if asked.stat().st_mtime <= (folder/RUN).stat().st_mtime: continue
@@ -391,7 +393,7 @@ def predict_in_turn(
     stop the work; calling again attaches to it or resumes it."""
     folder, first = Path(output_dir).absolute(), next(iter(recipes.values()))
     samples = asked_samples(first)
-    _warn_of_new_split(first)
+    _warn_of_new_split(*recipes.values())
     if not samples: raise ValueError('There is nothing to predict: no samples.')
     alike, asked = treated_alike(first, [asked_row(i, s) for i,s in enumerate(samples)])
     kept = {k: v for k,v in alike.items() if k not in first}  # whether special tokens are kept

@@ -116,7 +116,8 @@ def _or_none(check): return lambda v: v is None or check(v)
 def _object(v): return isinstance(v, dict)
 
 # %% ../../nbs/run/00_folder.ipynb #d10b0016
-_step = dict(step=is_count, steps=is_count, epoch=_or_none(is_number), time=_time, began=_time, from_step=is_count)
+_step = dict(step=is_count, steps=is_count, epoch=_or_none(is_number), time=_time, began=_or_none(_time),
+             from_step=is_count)
 _checks = { # For each field of a file
     RUN: dict(id=_text, command=_list(_text), cwd=_text, python=_text, env=_dict(_text), given=_dict(_text),
         inherited=_dict(_text),
@@ -186,7 +187,7 @@ def write_progress(
     folder, # Folder of the run
     step:int, # Steps that are done; for a prediction, rows
     steps:int, # Total number of steps
-    began:float, # When this start began its first step, in seconds since 1970
+    began:float, # When this start began its first step, in seconds since 1970; `None`: its pace isn't known yet
     from_step:int, # Steps that were done before this start
     epoch:float=None, # Passes over the data
 ):
