@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import psutil
 from fastcore.basics import patch
 from filelock import FileLock
-from ..names import bar_file, warn
+from ..names import bar_file, progress as progress_bar, warn
 from .. import hidden
 from ..boot import script
 from ..files import Damaged, file_digest, parse_json, read_tail, sweep, write_json
@@ -34,8 +34,8 @@ from .command import (child_environment, gpus_for, inherited_environment, port_f
                                     secrets_of, visible_gpus)
 from .failure import find_failure, gpu_ran_out
 from .folder import (ANSWERS, DOING, EARLIER, ENDED, PROGRESS, RANK_ERR, RANK_OUT, RANKS, RECIPE, REFUSED,
-                                   RUN, RUN_LOCK, RUN_LOG, SERVED, TRAINER_LOG, WAITER, files_of, is_count, is_number,
-                                   last_start, state_or_empty, write_doing, write_start)
+                                   RUN, RUN_LOCK, RUN_LOG, SERVED, STOP, STOPPING, TRAINER_LOG, WAITER, files_of,
+                                   is_count, is_number, last_start, state_or_empty, write_doing, write_start)
 from .health import health_findings
 from .learning_rates import rate_findings
 from .loss import Log, best_evaluation
@@ -274,13 +274,28 @@ def wait(self:Run):
     return self
 
 # %% ../../nbs/run/60_start.ipynb #0efd8116
+def _describe_stop(run):
+    "What a run does that was asked to stop, in words."
+    now, there = run.progress, lambda name: (run.output_dir/name).exists()
+    begun = now.unit == 'step' and now.steps and run.is_running
+    if begun and there(STOP): return f'stopping, step {min(now.step + 1, now.steps)} of {now.steps} is being computed'
+    return f'stopping, {"a checkpoint is being saved" if begun and there(STOPPING) else "its processes are ending"}'
+
 @patch
 def stop(self:Run,
     patience:float=120, # Seconds to wait for the end of a step; 0: end the run at once, without a checkpoint
 ):
     """End the run at the next step, with a checkpoint; end it by force if no step ends within `patience`.
     Returns when none of its processes is left."""
-    try: life.stop(self.output_dir, patience)
+    bar = progress_bar(what=self.output_dir.name)
+    bar.bar_format = '{desc} [{elapsed}]'
+    def tell(doing):
+        bar.set_description_str(f'{self.output_dir.name}: {doing}', refresh=False)
+        bar.update(0)
+    try:
+        with bar:
+            life.stop(self.output_dir, patience, lambda: tell(_describe_stop(self)))
+            tell(', '.join(filter(None, [self.status, self.progress.place])))
     except psutil.AccessDenied as e:
         raise PermissionError(f'The run in {self.output_dir} belongs to another user: only they can end it (process '
                               f'{e.pid}).') from None
