@@ -32,7 +32,7 @@ from .question import (ask_question, asked_row, asking_lock, question, read_ques
 from .rows import (Index, json_line, load_line, missing, parse_row, put_in_order,
                                         set_damaged_aside, without_question)
 from .vllm import vllm_servers
-from ..run.folder import ANSWERS, ASKED, GENERATED, QUESTION, RUN, SERVED, state_or_empty
+from ..run.folder import ANSWERS, ASKED, GENERATED, QUESTION, RUN, SERVED, state_or_empty, trained_in
 from ..run.owner import refuse_training
 from ..run.start import Run, changed_data, describe_start, keep_earlier, launch, raise_errors, start
 
@@ -209,10 +209,7 @@ def _warn_of_new_split(recipe, *others):
     """Warn if rows to ask and rows of a training were both written after that training began: they may be the same.
     `others`: recipes that ask the same rows of other models."""
     registry = Registry(recipe.get('dataset_dir', 'data'))
-    keys = 'model_name_or_path', 'adapter_name_or_path'
-    models = [name for each in (recipe, *others) for key in keys for name in (each.get(key) or '').split(',')]
-    places = dict.fromkeys(place for path in map(Path, filter(None, models)) for place in (path, path.parent))
-    for folder in [place for place in places if (place/RUN).is_file()]:
+    for folder in trained_in(recipe, *others):
         with suppress(OSError, ValueError, TypeError, LookupError):  # others say what is wrong with the run
             asked = registry.dataset_dir/registry[recipe['eval_dataset']]['file_name']
             if asked.stat().st_mtime <= (folder/RUN).stat().st_mtime: continue

@@ -7,7 +7,8 @@ __all__ = ['RUN', 'RECIPE', 'RUN_LOG', 'RANKS', 'RANK_OUT', 'RANK_ERR', 'TRAINER
            'BEST', 'SCORES', 'STOP', 'STOPPING', 'REFUSED', 'ENDED', 'EARLIER', 'QUESTION', 'ASKED', 'MISSING',
            'ANSWERS', 'GENERATED', 'SERVED', 'RUN_LOCK', 'ASKED_LOCK', 'SERVER', 'failure_file', 'RunStart',
            'write_start', 'is_number', 'is_count', 'read_state', 'state_or_empty', 'write_progress', 'write_doing',
-           'end_doing', 'write_failure', 'Best', 'write_best', 'parts_of', 'last_start', 'files_of']
+           'end_doing', 'write_failure', 'Best', 'write_best', 'parts_of', 'trained_in', 'is_training', 'last_start',
+           'files_of']
 
 # %% ../../nbs/run/00_folder.ipynb #d10b0003
 import os, re, time
@@ -255,6 +256,22 @@ def parts_of(
     "The parts of a prediction, in the order in which they are answered."
     alone = {'folder': '.', 'recipe': {}, 'budget': about.get('budget')}
     return [(Path(folder)/part['folder'], part['recipe'], part['budget']) for part in about.get('parts', [alone])]
+
+# %% ../../nbs/run/00_folder.ipynb #weights02
+def trained_in(
+    *recipes:dict, # Recipes for predictions
+)->list: # Folders, without repetitions
+    "The folders of the runs, here on this machine, in which the weights of recipes were trained."
+    keys = 'model_name_or_path', 'adapter_name_or_path'
+    names = [name for recipe in recipes for key in keys for name in str(recipe.get(key) or '').split(',')]
+    places = dict.fromkeys(place for path in map(Path, filter(None, names)) for place in (path, path.parent))
+    return [place for place in places if os.path.isfile(place/RUN) and is_training(place)]
+
+def is_training(
+    folder, # Folder of a run
+)->bool:
+    "Whether a run trains, and is not a prediction or a model that is kept loaded."
+    return state_or_empty(folder, RUN).get('unit', 'step') == 'step'
 
 # %% ../../nbs/run/00_folder.ipynb #d10b000a
 _always_noted = {'id', 'command', 'cwd', 'python', 'versions', 'host', 'nproc', 'nnodes', 'node_rank', 'master',
