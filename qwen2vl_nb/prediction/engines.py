@@ -27,8 +27,8 @@ from ..memory.estimate import NotPredicted, predict_memory
 from .client import server_of
 from .openai import server_options
 from .predictions import Predictions, parse_generated, without_end
-from .question import (ask_question, asked_row, asking_lock, question, read_question,
-                                            special_token_findings, treated_alike)
+from .question import (OtherQuestion, ask_question, asked_row, asking_lock, question,
+                                            read_question, special_token_findings, treated_alike)
 from .rows import (Index, json_line, load_line, missing, parse_row, put_in_order,
                                         set_damaged_aside, without_question)
 from .vllm import vllm_servers
@@ -358,19 +358,22 @@ def _begin_in_turn(recipes, folder, about):
              for name,recipe in recipes.items()]
     return _start_workers(first | {'output_dir': str(folder)}, folder, about | {'parts': parts}, _workers(about))
 
-def _refused(folder, asked, rows, is_at_work):
-    "Ask a question; returns why it is refused, or empty text."
-    try: ask_question(folder, asked, rows, is_at_work)
-    except ValueError as e: return str(e)
-    return ''
+def _ask_all(questions, folder, rows, is_at_work):
+    "Ask the question of each part. Raises `ValueError` if one is refused; what has changed is said once for all parts."
+    faults, changes = [], {}
+    for name, asked in questions.items():
+        try: ask_question(folder/name, asked, rows, is_at_work)
+        except OtherQuestion as e: changes |= dict.fromkeys(e.changes)
+        except ValueError as e: faults.append(str(e))
+    cure = 'To have the rows asked again, delete this folder.'
+    if changes: faults.append(str(OtherQuestion(folder, [*changes], cure)))
+    if faults: raise ValueError('\n'.join(faults))
 
 def _ask_in_turn(recipes, questions, folder, rows, workers):
     "Ask, and start workers if rows are missing; `'at work'` if others are at work, which may answer other questions."
     with asking_lock(folder):
         is_at_work = Run(folder).is_running
-        faults = [fault for name, asked in questions.items()
-                  if (fault := _refused(folder/name, asked, rows, is_at_work))]
-        if faults: raise ValueError('\n'.join(faults))
+        _ask_all(questions, folder, rows, is_at_work)
         if is_at_work: return 'at work'
         for name in recipes: _set_aside(folder/name/ANSWERS, rows)
         if not any(missing(folder/name/ANSWERS, len(rows)) for name in recipes): return 'done'
