@@ -132,6 +132,17 @@ def test_other_data_make_what_came_from_the_old_ones_out_of_date(filled, folder)
     assert {*what_ran(filled.session.project)} == {'data.read', 'recipe.make', 'memory.pick'}
     assert (folder/'data'/'colours.json').exists()
 
+def test_a_new_split_makes_a_training_and_its_answers_out_of_date(filled):
+    given = {'launch.start': dict(run='runs/a', folder='runs', name='', nproc=0)}
+    names = 'launch.start', 'checkpoints.score', 'predict.after', 'score.scores'
+    with filled.session.project.edit() as state: state['ran'] |= {name: dict(given=given.get(name, {}), when=1., said='') for name in names}
+    ticks = lambda: [name for name, tab in filled.tabs.items() if tab.icon]
+    press(filled, 'split.register')
+    assert {*names} < {*what_ran(filled.session.project)} and {'launch', 'checkpoints', 'predict', 'score'} < {*ticks()}, 'it is the same split'
+    fill(filled, 'split', test=.5)
+    assert 'qvl-error' not in shown(press(filled, 'split.register'))
+    assert ticks() == ['data', 'split', 'model', 'recipe', 'memory'] and not {*names} & {*what_ran(filled.session.project)}
+
 def test_names_are_made_again_when_they_are_needed(filled, folder):
     fresh = Panel()
     fill(fresh, 'split', name='twice')

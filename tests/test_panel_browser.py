@@ -236,6 +236,12 @@ def test_from_a_spreadsheet_with_faults_to_a_score(lab, page):
     open_notebook(second, lab, 'second.ipynb')
     other = _run_all(second)
     assert other.state() == shown
+    other.go('recipe')
+    drawn = """all => all.map(e => [Math.round((e.clientHeight - 16)/parseFloat(getComputedStyle(e).lineHeight)),
+                                   e.textContent.trimEnd().split('\\n').length, e.scrollWidth > e.clientWidth])"""
+    lines, written, scrolls = zip(*other.at.locator('.qvl-code pre').evaluate_all(drawn))
+    assert lines == written and any(scrolls), 'on a narrow page, a long line of code scrolls, and none is broken'
+    assert other.at.evaluate('panel => panel.scrollWidth - panel.clientWidth') <= 8
     again.go('launch')
     again.fill('launch', name='other')
     other.go('launch')

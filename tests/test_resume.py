@@ -264,6 +264,13 @@ def test_the_newest_complete_checkpoint_is_named_to_llamafactory(resumed, stoppe
     command, said = resumed()
     assert command == f'resume_from_checkpoint={checkpoints(stopped)[-1].name}' and not said
 
+def test_the_training_data_is_read_once_and_noted_as_it_was_compared(resumed, stopped, monkeypatch):
+    from qwen2vl_nb.run import start as module
+    read, digest = [], module.file_digest
+    monkeypatch.setattr(module, 'file_digest', lambda path, **options: read.append(path) or digest(path, **options))
+    command, said = resumed()
+    assert command and not said and len(read) == len(state_or_empty(stopped, 'run.json')['data']) == 1
+
 @pytest.mark.parametrize('what, word', [(_damage, 'is damaged'), (lambda file: file.write_bytes(file.read_bytes()[:-100]), 'is cut off'), (Path.unlink, 'is missing')])
 def test_a_damaged_checkpoint_is_passed_over_and_left_alone(what, word, resumed, stopped):
     before, last = checkpoints(stopped)[-2:]

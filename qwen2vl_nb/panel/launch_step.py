@@ -30,7 +30,7 @@ def attached(
     return f"run = {as_call('attach', given.path('run', new=True))}"
 
 LAUNCH = Action('launch.start', lambda form: form('launch') | {'folder': form('runs')['folder']}, _started,
-                needs=('recipe',), gives=('run',), again=attached,
+                needs=('recipe',), gives=('run',), reads=('registry',), again=attached,
                 keeps=lambda names: {'run': names['run'].output_dir})
 
 # %% ../../nbs/panel/60_launch_step.ipynb #60launch0009

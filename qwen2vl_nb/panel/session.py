@@ -71,6 +71,7 @@ class Action:
     code:Callable # `Given` → lines of Python; if the last is an expression, its value is shown
     needs:tuple=() # Names that the code uses
     gives:tuple=() # Names that the code sets
+    reads:tuple=() # Names whose files the code reads, if there are any: it is out of date when they are written anew
     again:Callable=None # `Given` → lines that set the names once more; `None`: the code itself
     follows:bool=False # It is cheap: it runs again by itself when its form, or something before it, has changed
     keeps:Callable=None # Names → values that are kept with the given ones; a `Path` is kept as `near` gives it
@@ -275,11 +276,11 @@ class Session:
 def depends(self:Session,
     name:str, # Name of an action
 )->list: # Names of later actions
-    "The actions that use what this one gives, directly or through others."
+    "The actions that use what this one gives or writes, directly or through others."
     _, *later = [*self.actions.values()][[*self.actions].index(name):]
     given, found = {*self.actions[name].gives}, []
     for action in later:
-        if given.isdisjoint(action.needs): continue
+        if given.isdisjoint(action.needs + action.reads): continue
         given.update(action.gives)
         found.append(action.name)
     return found

@@ -39,6 +39,7 @@ STYLE = '''<style>
 .qvl-code {position:relative;border:1px solid var(--jp-border-color2,rgba(128,128,128,.35));border-radius:3px;
   background:var(--jp-cell-editor-background,rgba(128,128,128,.08))}
 .qvl-code pre {margin:0;padding:8px 70px 8px 10px;overflow-x:auto;line-height:1.4;
+  white-space:pre;word-break:normal;overflow-wrap:normal;
   color:var(--jp-content-font-color1,inherit);
   background:none;font-family:var(--jp-code-font-family,monospace);font-size:var(--jp-code-font-size,13px)}
 .qvl-code button {position:absolute;right:6px;top:6px;border:1px solid var(--jp-border-color1,#999);border-radius:3px;

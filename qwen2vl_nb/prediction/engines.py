@@ -27,12 +27,12 @@ from ..memory.estimate import NotPredicted, predict_memory
 from .client import server_of
 from .openai import server_options
 from .predictions import Predictions, parse_generated, without_end
-from .question import (ask_question, asked_row, asking_lock, question, read_question,
-                                            special_token_findings, treated_alike)
+from .question import (OtherQuestion, ask_question, asked_row, asking_lock, question,
+                                            read_question, special_token_findings, treated_alike)
 from .rows import (Index, json_line, load_line, missing, parse_row, put_in_order,
                                         set_damaged_aside, without_question)
 from .vllm import vllm_servers
-from ..run.folder import ANSWERS, ASKED, GENERATED, QUESTION, RUN, SERVED, state_or_empty
+from ..run.folder import ANSWERS, ASKED, GENERATED, QUESTION, RUN, SERVED, state_or_empty, trained_in
 from ..run.owner import refuse_training
 from ..run.start import Run, changed_data, describe_start, keep_earlier, launch, raise_errors, start
 
@@ -205,12 +205,11 @@ def _begin_llamafactory(recipe, samples, folder, about):
     return launch(recipe, about['nproc'], env=about['given'], python=about['python'])
 
 # %% ../../nbs/prediction/45_engines.ipynb #askedsam1
-def _warn_of_new_split(recipe):
-    "Warn if rows to ask and rows of a training were both written after that training began: they may be the same."
+def _warn_of_new_split(recipe, *others):
+    """Warn if rows to ask and rows of a training were both written after that training began: they may be the same.
+    `others`: recipes that ask the same rows of other models."""
     registry = Registry(recipe.get('dataset_dir', 'data'))
-    models = [recipe.get('model_name_or_path') or '', *(recipe.get('adapter_name_or_path') or '').split(',')]
-    places = [place for path in map(Path, filter(None, models)) for place in (path, path.parent)]
-    for folder in {place for place in places if (place/RUN).is_file()}:
+    for folder in trained_in(recipe, *others):
         with suppress(OSError, ValueError, TypeError, LookupError):  # others say what is wrong with the run
             asked = registry.dataset_dir/registry[recipe['eval_dataset']]['file_name']
             if asked.stat().st_mtime <= (folder/RUN).stat().st_mtime: continue
@@ -359,19 +358,22 @@ def _begin_in_turn(recipes, folder, about):
              for name,recipe in recipes.items()]
     return _start_workers(first | {'output_dir': str(folder)}, folder, about | {'parts': parts}, _workers(about))
 
-def _refused(folder, asked, rows, is_at_work):
-    "Ask a question; returns why it is refused, or empty text."
-    try: ask_question(folder, asked, rows, is_at_work)
-    except ValueError as e: return str(e)
-    return ''
+def _ask_all(questions, folder, rows, is_at_work):
+    "Ask the question of each part. Raises `ValueError` if one is refused; what has changed is said once for all parts."
+    faults, changes = [], {}
+    for name, asked in questions.items():
+        try: ask_question(folder/name, asked, rows, is_at_work)
+        except OtherQuestion as e: changes |= dict.fromkeys(e.changes)
+        except ValueError as e: faults.append(str(e))
+    cure = 'To have the rows asked again, delete this folder.'
+    if changes: faults.append(str(OtherQuestion(folder, [*changes], cure)))
+    if faults: raise ValueError('\n'.join(faults))
 
 def _ask_in_turn(recipes, questions, folder, rows, workers):
     "Ask, and start workers if rows are missing; `'at work'` if others are at work, which may answer other questions."
     with asking_lock(folder):
         is_at_work = Run(folder).is_running
-        faults = [fault for name, asked in questions.items()
-                  if (fault := _refused(folder/name, asked, rows, is_at_work))]
-        if faults: raise ValueError('\n'.join(faults))
+        _ask_all(questions, folder, rows, is_at_work)
         if is_at_work: return 'at work'
         for name in recipes: _set_aside(folder/name/ANSWERS, rows)
         if not any(missing(folder/name/ANSWERS, len(rows)) for name in recipes): return 'done'
@@ -391,7 +393,7 @@ def predict_in_turn(
     stop the work; calling again attaches to it or resumes it."""
     folder, first = Path(output_dir).absolute(), next(iter(recipes.values()))
     samples = asked_samples(first)
-    _warn_of_new_split(first)
+    _warn_of_new_split(*recipes.values())
     if not samples: raise ValueError('There is nothing to predict: no samples.')
     alike, asked = treated_alike(first, [asked_row(i, s) for i,s in enumerate(samples)])
     kept = {k: v for k,v in alike.items() if k not in first}  # whether special tokens are kept

@@ -399,6 +399,7 @@ def work(
     gc.enable()
     beginning.tell('loading the model')
     beginning.follow_bars()
+    beginning.before('qwen2vl_nb.prediction.hf', 'answerer', 'computing the first answers')
     models = Models(tokenizer, args, swaps=len(parts) > 1)
     for part, changes, budget in parts:
         todo = set(read_json(part/MISSING, list))

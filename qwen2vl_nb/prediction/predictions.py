@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import orjson
 from fastcore.basics import patch
 from ..names import warn
-from ..files import Damaged, open_regular, whole_lines
+from ..files import Damaged, json_or, open_regular, whole_lines
 from ..findings import bulleted, text_table
 from .rows import Index, is_at, load_line, parse_row, with_own_keys
-from ..run.folder import ANSWERS, ASKED, GENERATED
+from ..run.folder import ANSWERS, ASKED, GENERATED, PROGRESS, QUESTION, state_or_empty, trained_in
 from ..run.life import status
 if TYPE_CHECKING: import pandas as pd
 
@@ -106,6 +106,12 @@ class Predictions(Sequence):
         return f'Predictions({str(self.output_dir)!r}): {len(self)}{left} rows' + f', {failed} failed'*bool(failed)
 
 # %% ../../nbs/prediction/40_predictions.ipynb #eed4d55f
+def _early_end(folder):
+    "That a training has ended before its last step, in words; empty if it has not."
+    now, how = state_or_empty(folder, PROGRESS), {'stopped': 'was stopped', 'failed': 'failed'}.get(status(folder))
+    if not how or now.get('step', 0) >= now.get('steps', 0): return ''
+    return f'The training in {folder} {how} at step {now["step"]} of {now["steps"]}.'
+
 @patch
 def _row(self:Predictions, k):
     at, number = self._index.starts[k], self._index.numbers[k]
@@ -125,6 +131,15 @@ def rows(self:Predictions):
 def failed(self:Predictions):
     "The rows that have an error instead of an answer."
     return [self._row(k) for k, failed in enumerate(self._index.failed) if failed]
+
+@patch(as_prop=True)
+def remarks(self:Predictions):
+    "What a reader of scores should know, as sentences: that rows were not reached, or that a training ended early."
+    missed = (f'Only {len(self)} of the {len(self) + self._left} rows that were asked have an answer; predicting again '
+              'asks the others.')
+    recipe = json_or({}, self.output_dir/QUESTION).get('recipe')
+    ends = map(_early_end, trained_in(recipe) if isinstance(recipe, dict) else ())
+    return [*[missed]*bool(self._left), *filter(None, ends)]
 
 @patch
 def to_pandas(self:Predictions)->'pd.DataFrame':

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from fastcore.basics import patch
 from ..findings import as_text, findings_table, first_few, text_table
 from ..model import after_thoughts
+from .predictions import Predictions
 from ..run.answers import AnswerFaults, answer_findings
 from .boxes import (box_measures, box_table, measure_boxes, measure_points, point_measures,
                                          point_side, stated_boxes, stated_points)
@@ -436,6 +437,7 @@ def scores(self:_Measured, given):
     notes = [_lost_tokens(self.marked, self.token)]*bool(self.marked and not self.are_kept)
     if self.has_points and self._all_have('boxes.parsed') and not self._all_have('points.parsed'):
         notes.append(_unknown_side)
+    if isinstance(given, Predictions): notes += given.remarks
     return Scores(given, pd.DataFrame({'id': ids} | columns, index, copy=False), self.failed, judged, notes,
                   answer_findings(self.faults))
 
@@ -497,9 +499,10 @@ def _matched(first, second):
     place, wanted = {k: i for i,k in enumerate(known)}, set(asked)
     gone, new = [k for k in asked if k not in place], [k for k in known if k not in wanted]
     if gone or new:
-        raise ValueError(f'The two do not have the same rows. By `{key}`, {len(gone)} of the first are not in '
-                         f'the second ({", ".join(first_few(gone))}), and {len(new)} the other way round '
-                         f'({", ".join(first_few(new))}). '
+        sides = ('first', 'second', gone), ('second', 'first', new)
+        said = [f'{len(lost)} of the {one} are not in the {other} ({", ".join(first_few(lost))})'
+                for one,other,lost in sides if lost]
+        raise ValueError(f'The two do not have the same rows. By `{key}`, {", and ".join(said)}. '
                          'Compare only the rows that both have.')
     found = _Reordered(second, map(place.get, asked))
     text = lambda row: (row.get('label') or '').strip()

@@ -7,7 +7,8 @@ __all__ = ['RUN', 'RECIPE', 'RUN_LOG', 'RANKS', 'RANK_OUT', 'RANK_ERR', 'TRAINER
            'BEST', 'SCORES', 'STOP', 'STOPPING', 'REFUSED', 'ENDED', 'EARLIER', 'QUESTION', 'ASKED', 'MISSING',
            'ANSWERS', 'GENERATED', 'SERVED', 'RUN_LOCK', 'ASKED_LOCK', 'SERVER', 'failure_file', 'RunStart',
            'write_start', 'is_number', 'is_count', 'read_state', 'state_or_empty', 'write_progress', 'write_doing',
-           'end_doing', 'write_failure', 'Best', 'write_best', 'parts_of', 'last_start', 'files_of']
+           'end_doing', 'write_failure', 'Best', 'write_best', 'parts_of', 'trained_in', 'is_training', 'last_start',
+           'files_of']
 
 # %% ../../nbs/run/00_folder.ipynb #d10b0003
 import os, re, time
@@ -116,7 +117,8 @@ def _or_none(check): return lambda v: v is None or check(v)
 def _object(v): return isinstance(v, dict)
 
 # %% ../../nbs/run/00_folder.ipynb #d10b0016
-_step = dict(step=is_count, steps=is_count, epoch=_or_none(is_number), time=_time, began=_time, from_step=is_count)
+_step = dict(step=is_count, steps=is_count, epoch=_or_none(is_number), time=_time, began=_or_none(_time),
+             from_step=is_count)
 _checks = { # For each field of a file
     RUN: dict(id=_text, command=_list(_text), cwd=_text, python=_text, env=_dict(_text), given=_dict(_text),
         inherited=_dict(_text),
@@ -186,7 +188,7 @@ def write_progress(
     folder, # Folder of the run
     step:int, # Steps that are done; for a prediction, rows
     steps:int, # Total number of steps
-    began:float, # When this start began its first step, in seconds since 1970
+    began:float, # When this start began its first step, in seconds since 1970; `None`: its pace isn't known yet
     from_step:int, # Steps that were done before this start
     epoch:float=None, # Passes over the data
 ):
@@ -254,6 +256,22 @@ def parts_of(
     "The parts of a prediction, in the order in which they are answered."
     alone = {'folder': '.', 'recipe': {}, 'budget': about.get('budget')}
     return [(Path(folder)/part['folder'], part['recipe'], part['budget']) for part in about.get('parts', [alone])]
+
+# %% ../../nbs/run/00_folder.ipynb #weights02
+def trained_in(
+    *recipes:dict, # Recipes for predictions
+)->list: # Folders, without repetitions
+    "The folders of the runs, here on this machine, in which the weights of recipes were trained."
+    keys = 'model_name_or_path', 'adapter_name_or_path'
+    names = [name for recipe in recipes for key in keys for name in str(recipe.get(key) or '').split(',')]
+    places = dict.fromkeys(place for path in map(Path, filter(None, names)) for place in (path, path.parent))
+    return [place for place in places if os.path.isfile(place/RUN) and is_training(place)]
+
+def is_training(
+    folder, # Folder of a run
+)->bool:
+    "Whether a run trains, and is not a prediction or a model that is kept loaded."
+    return state_or_empty(folder, RUN).get('unit', 'step') == 'step'
 
 # %% ../../nbs/run/00_folder.ipynb #d10b000a
 _always_noted = {'id', 'command', 'cwd', 'python', 'versions', 'host', 'nproc', 'nnodes', 'node_rank', 'master',

@@ -88,6 +88,7 @@ def _wake(processes):
 def stop(
     folder, # Folder of a run
     patience:float, # Seconds within which the current step must end; 0: end the run at once
+    meanwhile=lambda: None, # Function to call a few times a second while waiting
 ):
     "Ask a run to stop, and wait until it has ended; end it by force if that takes too long."
     end = time.monotonic() + patience + 2*waiter.GRACE
@@ -102,4 +103,5 @@ def stop(
                 raise RuntimeError(f"The run in {folder} is still running on "
                                    f"{state_or_empty(folder, RUN).get('host')}: call stop() there.")
             return end_all(_processes_of(folder), waiter.GRACE)
+        meanwhile()
         time.sleep(.1)

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 import psutil
 from fastcore.basics import patch
 from filelock import FileLock
-from ..names import bar_file, warn
+from ..names import bar_file, progress as progress_bar, warn
 from .. import hidden
 from ..boot import script
 from ..files import Damaged, file_digest, parse_json, read_tail, sweep, write_json
-from ..findings import Finding, text_table
+from ..findings import Finding, full_table, text_table
 from ..stack import GiB, gpus, installed_versions
 from ..checkpoint import checkpoints, newest_complete, when_written
 from ..checks import data_findings, late_findings, quick_findings, slow_findings
@@ -34,8 +34,8 @@ from .command import (child_environment, gpus_for, inherited_environment, port_f
                                     secrets_of, visible_gpus)
 from .failure import find_failure, gpu_ran_out
 from .folder import (ANSWERS, DOING, EARLIER, ENDED, PROGRESS, RANK_ERR, RANK_OUT, RANKS, RECIPE, REFUSED,
-                                   RUN, RUN_LOCK, RUN_LOG, SERVED, TRAINER_LOG, WAITER, files_of, is_count, is_number,
-                                   last_start, state_or_empty, write_doing, write_start)
+                                   RUN, RUN_LOCK, RUN_LOG, SERVED, STOP, STOPPING, TRAINER_LOG, WAITER, files_of,
+                                   is_count, is_number, last_start, state_or_empty, write_doing, write_start)
 from .health import health_findings
 from .learning_rates import rate_findings
 from .loss import Log, best_evaluation
@@ -165,7 +165,8 @@ def progress(self:Run):
                                              'epoch': row.get('epoch', 0)}
     if not now['steps'] and 'before' in about and status != 'running':
         now |= about['before']  # it was resumed, and ended before its first step
-    took, did = now.get('time', 0) - now.get('began', 0), now['step'] - now.get('from_step', 0)
+    began, did = now.get('began'), now['step'] - now.get('from_step', 0)
+    took = now.get('time', 0) - began if began is not None else 0
     rate = did/took if did > 0 and took > 0 else None
     left = (now['steps'] - now['step'])/rate if rate and status == 'running' else None
     begins = now['step'] <= now.get('from_step', 0) and status != 'done'
@@ -273,13 +274,28 @@ def wait(self:Run):
     return self
 
 # %% ../../nbs/run/60_start.ipynb #0efd8116
+def _describe_stop(run):
+    "What a run does that was asked to stop, in words."
+    now, there = run.progress, lambda name: (run.output_dir/name).exists()
+    begun = now.unit == 'step' and now.steps and run.is_running
+    if begun and there(STOP): return f'stopping, step {min(now.step + 1, now.steps)} of {now.steps} is being computed'
+    return f'stopping, {"a checkpoint is being saved" if begun and there(STOPPING) else "its processes are ending"}'
+
 @patch
 def stop(self:Run,
     patience:float=120, # Seconds to wait for the end of a step; 0: end the run at once, without a checkpoint
 ):
     """End the run at the next step, with a checkpoint; end it by force if no step ends within `patience`.
     Returns when none of its processes is left."""
-    try: life.stop(self.output_dir, patience)
+    bar = progress_bar(what=self.output_dir.name)
+    bar.bar_format = '{desc} [{elapsed}]'
+    def tell(doing):
+        bar.set_description_str(f'{self.output_dir.name}: {doing}', refresh=False)
+        bar.update(0)
+    try:
+        with bar:
+            life.stop(self.output_dir, patience, lambda: tell(_describe_stop(self)))
+            tell(', '.join(filter(None, [self.status, self.progress.place])))
     except psutil.AccessDenied as e:
         raise PermissionError(f'The run in {self.output_dir} belongs to another user: only they can end it (process '
                               f'{e.pid}).') from None
@@ -350,14 +366,15 @@ def runs(
     folder = Path(folder).absolute()
     if not folder.is_dir(): raise FileNotFoundError(f'There is no folder {folder}.')
     found = [*map(Run, run_folders(folder))]
-    # The part of a run on another machine is not a run of its own
-    first = [run for run in found if not state_or_empty(run, RUN).get('node_rank')]
-    rows = [{'run': str(run.output_dir.relative_to(folder))} | _known_row(run) for run in first]
+    # Neither the part of a run on another machine is a run of its own nor a model that is kept loaded
+    is_run = lambda about: not about.get('node_rank') and about.get('engine') != SERVED
+    own = [run for run in found if is_run(state_or_empty(run, RUN))]
+    rows = [{'run': str(run.output_dir.relative_to(folder))} | _known_row(run) for run in own]
     table = pd.DataFrame(rows,
                          columns=['run', 'state', 'started', 'step', 'of', 'loss', 'best eval_loss', 'health',
                                   'cure'])
     table['started'] = pd.to_datetime(table.started, unit='s').dt.floor('s')
-    return text_table(table)
+    return full_table(table)
 
 # %% ../../nbs/run/60_start.ipynb #ad8cc676
 def raise_errors(
@@ -392,13 +409,14 @@ def _data_digests(recipe):
             found[name] = file_digest(registry.dataset_dir/registry[name]['file_name'], whole=2**24)
     return found
 
+def _changed(before, now): return [name for name in now if before.get(name, now[name]) != now[name]]
+
 def changed_data(
     run, # A training run
     recipe:dict, # Its recipe
 )->list: # Names; empty for a run of an earlier version, which has not noted what they contained
     "The data sets whose files have changed since a run was started."
-    before, now = state_or_empty(run, RUN).get('data', {}), _data_digests(recipe)
-    return [name for name in now if before.get(name, now[name]) != now[name]]
+    return _changed(state_or_empty(run, RUN).get('data', {}), _data_digests(recipe))
 
 # %% ../../nbs/run/60_start.ipynb #8ce1a50c
 def _clear(folder):
@@ -624,12 +642,13 @@ def _resume(run, master, trust):
     if not trust: refuse_stranger(run, about, recipe)
     _check_resumable(recipe)
     last = _newest(recipe, about['nproc']*about['nnodes'], about.get('stale', {}))
-    if changed := changed_data(run, recipe):
+    data = _data_digests(recipe)
+    if changed := _changed(about.get('data', {}), data):
         warn(f"{', '.join(changed)}: the rows have changed since the run was started, and it continues with the new "
              'ones.')
     recipe = {k: v for k,v in recipe.items() if k != 'resume_from_checkpoint'} | {'overwrite_output_dir': False}
     about |= {'id': uuid.uuid4().hex, 'master': master or about['master'], 'host': socket.gethostname(),
-              'versions': installed_versions(about['python']), 'data': _data_digests(recipe)}
+              'versions': installed_versions(about['python']), 'data': data}
     then = _check_before_start(recipe | {'resume_from_checkpoint': str(last)}, about)
     run = start(recipe, about, keep_earlier,
                 [*run_command(recipe, about), f"resume_from_checkpoint={os.path.relpath(last, about['cwd'])}"])

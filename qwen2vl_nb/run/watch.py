@@ -205,7 +205,7 @@ class RunView(VBox):
         self._shown = self._repr_mimebundle_()
         display(self._shown, raw=True, display_id=self._id)
         display_again('The kernel that showed this has ended; the run is not affected by that. To see it again: '
-                      f'attach({short_path(self._run.output_dir)!r}).watch()')
+                      f'attach({str(self._run.output_dir)!r}).watch()')
 
     def _button(self, name, icon, tooltip, doing, act):
         "A button whose action takes some time."

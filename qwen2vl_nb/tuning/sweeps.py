@@ -16,7 +16,7 @@ from filelock import Timeout
 from ..checkpoint import newest_complete
 from ..data.registry import Registry
 from ..files import name_part
-from ..findings import text_table
+from ..findings import full_table
 from ..hidden import apart
 from ..prediction.engines import asked_samples, predict
 from ..prediction.predictions import Predictions
@@ -294,7 +294,7 @@ class Sweep:
                 | {'run': t.run.output_dir.name} for t in self.trials]
         table = pd.DataFrame(rows).rename_axis('trial')
         for name in {self.measure, 'low', 'high'} & {*table}: table[name] = pd.to_numeric(table[name])
-        return text_table(table.sort_values(self.measure, ascending=self.score_on is None, kind='stable'))
+        return full_table(table.sort_values(self.measure, ascending=self.score_on is None, kind='stable'))
 
     @property
     def best(self):
