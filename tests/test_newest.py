@@ -108,3 +108,17 @@ def test_frozen_weights_take_no_memory(zero, ranks, most, counting, tmp_path, mo
         assert given.tensors == estimate.tensors and given.assumptions == estimate.assumptions
         found[spared] = counted
     assert found['1'] < most*found['0']
+
+def test_adapters_stay_in_fp32_under_zero_3(counting, tmp_path):
+    "In a recipe in bf16, since DeepSpeed 0.19.2: counted, predicted, and in the checkpoint."
+    from safetensors.torch import load_file
+    counting.register_pictures(tmp_path/'data')
+    recipe = counting.make_recipe(tmp_path, 'run', counting.make_model(tmp_path/'model'), 'z3', bf16=True, save_strategy='steps', save_steps=2)
+    (counted, sample), = counting.count(tmp_path/'count', {'run': recipe}, 2).values()
+    estimate = predict_memory(recipe, None, 2, gpu=False, sample=sample)
+    assert estimate.tensors == pytest.approx(counted, rel=.01)
+    saved = tmp_path/'run'/'checkpoint-2'
+    weights = load_file(saved/'adapter_model.safetensors')
+    assert {str(w.dtype) for w in weights.values()} == {'torch.float32'}
+    assert 2*estimate.parts['adapters'] == sum(w.nbytes for w in weights.values())
+    assert estimate.disk == pytest.approx(sum(f.stat().st_size for pattern in ('adapter_model.safetensors', 'global_step2/*_optim_states.pt') for f in saved.glob(pattern)), rel=.01)

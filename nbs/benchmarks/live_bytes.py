@@ -86,9 +86,15 @@ def forget():
     unset_hf_deepspeed_config()
     gc.collect()
 
+def set_device(state):
+    "A rank's device. Accelerate calls it `cpu:0`, for which torch copies each batch; on a GPU none is copied."
+    state.device = torch.device('cpu')
+
 def main(file):
+    from accelerate.state import PartialState
     from deepspeed.runtime.zero import partition_parameters
     from transformers import training_args
+    PartialState.set_device = set_device
     partition_parameters.dist.all_gather_into_tensor = blocking(partition_parameters.dist.all_gather_into_tensor)
     training_args.is_torch_bf16_gpu_available = lambda: True # else bf16 is refused for DeepSpeed's ranks without a GPU
     torch.distributed.destroy_process_group = lambda: None # as `run_exp` would; all recipes share the ranks' group

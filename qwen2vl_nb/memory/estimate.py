@@ -109,7 +109,7 @@ def _job(recipe, config, stage, sample, gpu, env):
     return {'config': model, 'recipe': kept, 'dtype': dtype,
             'cast': half or ('float32' if stage == 3 else None) if engine else None, 'autocast': None
             if engine else half,
-            'half': half, 'copy': (half or 'float32') if engine and ('stage' in kept or not half) else None,
+            'half': half, 'copy': (half or 'float32') if engine else None,
             'zero_3': engine and stage == 3,
             'pairs': kept.get('stage') in ('dpo', 'rm'), 'reference': compares,
             'labels': train, 'backward': train, 'spares_tower': is_spared('transformers', recipe, stage, env),
@@ -119,7 +119,8 @@ def _job(recipe, config, stage, sample, gpu, env):
 # %% ../../nbs/memory/20_estimate.ipynb #21e816eb
 def _cache_file(job):
     "The file for a job's result, named after the job, the simulation's code and the installed versions."
-    versions = [importlib.metadata.version(p) for p in ('torch', 'transformers', 'peft', 'accelerate', 'llamafactory')]
+    packages = 'torch', 'transformers', 'peft', 'accelerate', 'llamafactory', 'deepspeed'
+    versions = [importlib.metadata.version(p) for p in packages]
     code = Path(find_spec('qwen2vl_nb.memory.simulate').origin).read_text(encoding='utf-8')
     name = json.dumps([job, versions, code], sort_keys=True)
     return user_cache_path('qwen2vl_nb')/'steps'/f'{hashlib.sha256(name.encode()).hexdigest()[:24]}.json.gz'
@@ -289,9 +290,8 @@ def _checkpoint_bytes(step, recipe, stage, half):
     "Bytes of a checkpoint, as seen in real ones; up to stage 2, DeepSpeed writes the weights a second time."
     without = step['unlearned'] if stage is None else ()
     trained = sum(p[0] for i,p in enumerate(step['parameters']) if len(p) == 3 and i not in without)
-    size = lambda p: 2 if half and stage is not None else p[1]
     saved = [p for p in step['parameters'] if len(p) == 3 or recipe.get('finetuning_type', 'lora') != 'lora']
-    weights = sum(p[0]*size(p) for p in saved)
+    weights = sum(p[0]*p[1] for p in saved)
     if recipe.get('save_only_model'): return weights
     has_master = stage in (2, 3) or stage == 0 and half
     return weights*(2 if stage in (0, 2) else 1) + (12 if has_master else 8)*trained

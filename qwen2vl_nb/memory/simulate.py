@@ -11,8 +11,10 @@ import gc, json, math, sys, weakref
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from functools import partial
+from importlib.metadata import version
 import torch
 from fastcore.basics import patch
+from packaging.version import Version
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -119,7 +121,7 @@ class Autocast(TorchFunctionMode):
     "What autocast does on a GPU, for tensors on the meta device."
     def __init__(self,
         dtype:torch.dtype, # bf16 or fp16
-        on_cpu:bool=False, # Whether the Trainer computes the whole loss under autocast, as it does on a CPU
+        on_cpu:bool=False, # Whether it is that of a CPU, where layer norms keep the type of their input
     ):
         super().__init__()
         self.dtype, self.depth, self._casts, self.on_cpu = dtype, 0, {}, on_cpu
@@ -132,7 +134,7 @@ class Autocast(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if self.depth and func in _low_precision_ops: args = [self._cast(a) for a in args]
-        elif self.depth and func is _F.layer_norm:
+        elif self.depth and func is _F.layer_norm and not self.on_cpu:
             args = [a.float() if isinstance(a, torch.Tensor) else a for a in args]
         return func(*args, **(kwargs or {}))
 
@@ -194,12 +196,18 @@ def build_model(
         made = family_class(kind, 'ForConditionalGeneration')
         model = made._from_config(config, dtype=getattr(torch, job['dtype']), **kernel)
         model.tie_weights()
+        created = list(model.parameters())
         if recipe.get('quantization_bit'): pack_linear_layers(model)
         if trains: prepare_model_for_training(model, arguments)
         model = init_adapter(config, model, arguments, _parse_arguments(FinetuningArguments, recipe), trains)
         if recipe.get('stage') == 'rm': model = _with_value_head(model)
-    if job['cast']: model.to(getattr(torch, job['cast']))
+    if job['cast']: _cast(model, created, getattr(torch, job['cast']), job['zero_3'])
     return model.train() if trains else model.eval().requires_grad_(False)
+
+def _cast(model, created, dtype, zero_3):
+    "Cast a model as DeepSpeed does; `created`: the weights that it had before LLaMA-Factory prepared it."
+    if Version(version('deepspeed')) < Version('0.19.2'): return model.to(dtype)
+    for p in created if zero_3 else model.parameters(): p.data = p.data.to(dtype)
 
 def _with_value_head(model):
     "A reward model: its value head is in fp32."
@@ -367,7 +375,9 @@ def _patch_libraries(job):
         modeling_qwen3_vl.create_causal_mask = lambda *, attention_mask, **_: attention_mask['full_attention']
     if job['zero_3']:
         from deepspeed.runtime.zero.linear import zero3_linear_wrap
+        from llamafactory.model import adapter
         torch.nn.functional.linear = zero3_linear_wrap # it keeps the inputs of frozen layers, too
+        adapter.is_deepspeed_zero3_enabled = lambda: True # it leaves the type of trained weights to DeepSpeed
     half = Autocast(getattr(torch, job['autocast']), job['kernel'] == 'cpu') if job['autocast'] else None
     torch.autocast = torch.amp.autocast = half.region if half else lambda *_, **__: nullcontext()
     torch.is_autocast_enabled = lambda *_: bool(half and half.depth) # checkpointing asks this for its second pass
@@ -450,7 +460,7 @@ def _step(model, reference, job, n, half, recorder):
         recorder.note('start')
         given = dict(batch)
         if job['copy'] and 'pixel_values' in batch:
-            given['pixel_values'] = torch.empty_like(batch['pixel_values'], dtype=getattr(torch, job['copy']))
+            given['pixel_values'] = batch['pixel_values'].to(getattr(torch, job['copy']))
         live.part = 'language'
         kind = losses.get(job['recipe'].get('stage'), _ordinary_loss)
         with half.region() if half and half.on_cpu and kind is not _ordinary_loss else nullcontext():

@@ -55,7 +55,9 @@ class Rank:
         else: self.held['weights'] = sum(p[0]*p[1] for p in step['parameters'])
         if step.get('reference'): self.held['reference'] = step['reference']
 
-    def bytes_of(self, i): return self.numel[i]*self.step_['parameters'][i][1]
+    def size_of(self, i): return self.step_['parameters'][i][1]
+
+    def bytes_of(self, i): return self.numel[i]*self.size_of(i)
 
     @cached_property
     def groups(self):
@@ -244,9 +246,9 @@ class Stage3(Rank):
         self.holds_recomputed = self.is_new and not is_spared('deepspeed', self.recipe, 3, self.env)
         self.bucket = int(self.zero['reduce_bucket_size'])
         share = sum(map(self._piece, self.trained))
-        frozen = sum(map(self._piece, self.frozen))
-        if self.offload_weights: self.host += self.size*(frozen + share)
-        else: self.held += Counter({'weights': self.size*frozen}) + Counter({self.own: self.size*share})
+        frozen, own = (sum(map(self._piece_bytes, params)) for params in (self.frozen, self.trained))
+        if self.offload_weights: self.host += frozen + own
+        else: self.held += Counter({'weights': frozen}) + Counter({self.own: own})
         if self.offload: self.host += (16 + self.size)*share
         else: self.held += Counter(optimizer=12*share, gradients=self.size*share)
         self.held['communication'] += self.size*self.bucket
@@ -255,6 +257,8 @@ class Stage3(Rank):
         self._plan()
 
     def _piece(self, i): return math.ceil(self.numel[i]/self.ranks)
+
+    def _piece_bytes(self, i): return self._piece(i)*self.size_of(i)
 
     def _plan(self):
         "The order in which modules are used, when each parameter is used, and how many weights were used before."
@@ -279,7 +283,7 @@ class Stage3(Rank):
 @patch
 def _hold_gathered(self:Stage3, i, n):
     "Parameter `i` is gathered, with `n` weights; a single rank already holds all of it, unless it is on the host."
-    self.there[i] = self.size*n if self.ranks > 1 or self.offload_weights else 0
+    self.there[i] = self.size_of(i)*n if self.ranks > 1 or self.offload_weights else 0
     self.held['communication'] += self.there[i]
 
 @patch
@@ -289,14 +293,14 @@ def _release_gathered(self:Stage3, i): self.held['communication'] -= self.there.
 def _gather(self:Stage3, params):
     params = [i for i in params if i not in self.there and i not in self.coming]
     self.live += sum(self.numel[i] for i in params)
-    padded = sum(self.ranks*self._piece(i) for i in params)
+    padded = self.ranks*sum(map(self._piece_bytes, params))
     self.gathered += padded
     is_flat = len(params) > 1 and self.ranks > 1
-    buffer = {'params': params, 'left': set(params), 'flat': self.size*padded if is_flat else 0, 'done': False}
+    buffer = {'params': params, 'left': set(params), 'flat': padded if is_flat else 0, 'done': False}
     self.held['communication'] += buffer['flat']
     self.coming |= dict.fromkeys(params, buffer)
     if params and not is_flat:
-        for i in params: self._hold_gathered(i, padded if len(params) == 1 else self.numel[i])
+        for i in params: self._hold_gathered(i, self.ranks*self._piece(i) if len(params) == 1 else self.numel[i])
         buffer['done'] = True
 
 @patch
@@ -366,7 +370,7 @@ def release(self:Stage3, module, back):
 @patch
 def gradient(self:Stage3, i, first):
     if self.waiting and self.pile + self.numel[i] > self.bucket: self._flush()
-    if self.pile + self.numel[i] > self.bucket: self.held['gradients'] += self.size*self.numel[i]
+    if self.pile + self.numel[i] > self.bucket: self.held['gradients'] += self.bytes_of(i)
     self.waiting.append(i)
     self.pile += self.numel[i]
 
@@ -375,7 +379,7 @@ def _flush(self:Stage3):
     "Each rank receives its pieces of the gradients in the bucket, in a flat copy."
     if len(self.waiting) > 1 or any(self.numel[i] % self.ranks for i in self.waiting):
         self.see(self.work, 'backward', communication=self.size*self.ranks*sum(map(self._piece, self.waiting)))
-    self.held['gradients'] -= self.size*sum(self.numel[i] for i in self.waiting if self.numel[i] > self.bucket)
+    self.held['gradients'] -= sum(self.bytes_of(i) for i in self.waiting if self.numel[i] > self.bucket)
     self.waiting, self.pile = [], 0
 
 @patch
@@ -431,6 +435,6 @@ def traffic(self:Stage2, rounds): return self._received((rounds + 1)*self._own_b
 
 @patch
 def traffic(self:Stage3, rounds):
-    gathered = rounds*self.size*self.gathered # in the last micro batch of `run`
+    gathered = rounds*self.gathered # in the last micro batch of `run`
     over_bus = gathered//self.ranks if self.offload_weights else 0
     return self._received(gathered + rounds*self._own_bytes()), self._host_traffic(rounds) + over_bus
