@@ -227,6 +227,12 @@ def test_make_opens_the_tutorial_of_a_language_and_installs_with_a_pip_that_show
     assert '`make lab` opens' in planned('demo') and '`make language=zh lab` opens' in planned('language=zh', 'demo')
     assert '-m venv --upgrade-deps .venv' in planned('--always-make', 'setup')
 
+def test_make_regenerates_every_notebook_but_the_benchmarks():
+    planned = subprocess.run(['make', '-n', 'notebooks'], cwd=ROOT, capture_output=True, text=True, check=True,
+                             env={k: v for k, v in os.environ.items() if k not in ('MAKEFLAGS', 'MAKELEVEL')}).stdout
+    notebooks = {str(p.relative_to(ROOT)) for p in (ROOT/'nbs').rglob('*.ipynb') if not any(part.startswith('.') for part in p.parts)}
+    assert {word for word in planned.split() if word.endswith('.ipynb')} == {name for name in notebooks if not name.startswith('nbs/benchmarks/')}
+
 def test_a_full_disk_leaves_no_truncated_tutorial(tmp_path):
     disk = tmp_path/'disk'
     with small_disk(disk, '2m') as resize:
