@@ -125,7 +125,7 @@ tiny: setup
 
 # Outputs of the notebooks, made anew
 notebooks: setup
-	$(EXECUTE) $(addsuffix /*.ipynb,nbs nbs/data nbs/memory nbs/run nbs/prediction nbs/tuning nbs/tutorials) && $(BIN)/nbdev_clean
+	$(EXECUTE) $(filter-out nbs/benchmarks/%,$(wildcard nbs/*.ipynb nbs/*/*.ipynb)) && $(BIN)/nbdev_clean
 
 readme: setup
 	$(BIN)/jupyter nbconvert --to markdown --output-dir . --output README nbs/index.ipynb

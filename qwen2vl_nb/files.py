@@ -400,7 +400,7 @@ def open_picture(
     file = open_regular(path) if isinstance(path, (str, os.PathLike)) else nullcontext(path)
     with file as f, Image.open(f, formats=_picture_formats()) as im: yield im
 
-# For the file alone: passed on to streams as well, options end the process if a stream is found only later, as in FLV
+# For the file alone: options that apply to streams as well crash the process if a stream is found only later, as in FLV
 _alone = {'protocol_whitelist': 'none'}
 
 @contextmanager
@@ -408,7 +408,7 @@ def open_clip(
     path, # Path of the clip
 ):
     """Open a clip with FFmpeg; no other file and no URL is opened. Raises `ValueError` if FFmpeg has no decoder for
-    its frames: to decode them would end the process."""
+    its frames: decoding them would crash the process."""
     import av
     with open_regular(path) as f, av.open(f, container_options=_alone) as container:
         if any(stream.codec_context is None for stream in container.streams.video[:1]):

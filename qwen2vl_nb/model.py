@@ -102,13 +102,13 @@ def family_class(
     names = [prefix + name for prefix in (families[kind].classes, *others*name.endswith('Processor'))]
     return getattr(transformers, next((name for name in names if hasattr(transformers, name)), names[0]))
 
-# A chat template is in one of these; in JSON, it has a backslash more in front of each n
+# A chat template is in one of these; in JSON, each n has one more backslash in front of it
 _template_files = 'chat_template.jinja', 'chat_template.json', 'tokenizer_config.json'
 
 def _text_if_there(file): return file.read_text(encoding='utf-8', errors='replace') if file.is_file() else ''
 
 def _own_name(model):
-    "The name of a model in lower case, without the folders that it is in; in the hub's cache, a folder above has it."
+    "The name of a model in lower case, without the folders above it; in the hub's cache, one of these has the name."
     parts = Path(model).parts
     return ''.join(parts[-3] if parts[-2:-1] == ('snapshots',) else parts[-1:]).lower()
 

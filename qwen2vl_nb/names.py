@@ -42,9 +42,15 @@ def _signature(f):
     text = textwrap.dedent(''.join(lines[start:end + 1]))
     return f'{text}    pass' if text.splitlines()[-1].partition('#')[0].rstrip().endswith(':') else text
 
+def _class_source(cls):
+    "The source of a class; `inspect.getsource` would parse all of its module to find it."
+    lines = linecache.getlines(inspect.getsourcefile(cls))
+    start = next(i for i, line in enumerate(lines) if re.match(rf'class {cls.__name__}\b', line))
+    return lines[start] + ''.join(takewhile(lambda line: not line.strip() or line[0].isspace(), lines[start + 1:]))
+
 def _docstring_sections(thing):
     "The sections of a docstring: the parameters of a function or the fields of a dataclass, and what is returned."
-    source = textwrap.dedent(inspect.getsource(thing)) if inspect.isclass(thing) else _signature(inspect.unwrap(thing))
+    source = _class_source(thing) if inspect.isclass(thing) else _signature(inspect.unwrap(thing))
     lines, node = source.splitlines(), ast.parse(source).body[0]
     if isinstance(node, ast.ClassDef):
         given, back = [_format_entry(n.target.id, n.annotation, None, _comment(lines[n.lineno - 1])) for n in node.body

@@ -247,7 +247,7 @@ def wrong_counts(
     recipe:dict, # A recipe
     ranks:int=1, # Number of GPUs
 )->list: # What is wrong with each, in words
-    "The numbers in a recipe by which its memory grows and that are less than 1, or no numbers."
+    "What is wrong with the numbers in a recipe that its memory depends on: less than 1, or not a number."
     batch = f"per_device_{'train' if recipe.get('do_train') else 'eval'}_batch_size"
     counts = {'gpus': ranks} | {key: recipe.get(key, 1) for key in (batch, 'cutoff_len', 'gradient_accumulation_steps')}
     return [f'{key} must be at least 1, not {value}.' if isinstance(value, Real) else

@@ -90,7 +90,7 @@ ENGLISH |= {
     'model.download': '{family}. It is downloaded when the run starts. Template: {template}.',
 }
 
-# %% ../../nbs/panel/00_texts.ipynb #00textsg2
+# %% ../../nbs/panel/00_texts.ipynb #txtlaunch00
 ENGLISH |= {
     'launch': 'Launch',
     'launch.about': 'Start the run in processes of its own: it goes on if this page or its kernel is closed. The '
@@ -101,6 +101,10 @@ ENGLISH |= {
     'launch.nproc.help': 'On this machine; 0: one for each GPU, or one if there is none.',
     'launch.start': 'Launch',
     'launch.start.help': 'Start the recipe in a new folder.',
+}
+
+# %% ../../nbs/panel/00_texts.ipynb #txtruns00
+ENGLISH |= {
     'runs': 'Runs',
     'runs.about': 'All trainings in the folder of this panel, also those that were started without it. The steps '
                   'after this one are about the run that is chosen here: the one that was launched last, unless '
@@ -117,6 +121,10 @@ ENGLISH |= {
     'runs.count': '{shown} of {n} runs, the newest first. The chosen run: {run}.',
     'runs.listing': 'Reading the folders of the runs …',
     'runs.none': 'none yet',
+}
+
+# %% ../../nbs/panel/00_texts.ipynb #txtcheckp00
+ENGLISH |= {
     'checkpoints': 'Checkpoints',
     'checkpoints.about': 'Let each checkpoint of the run answer a data set, and score the answers. The best checkpoint '
                          'is used from then on.',
@@ -131,6 +139,10 @@ ENGLISH |= {
     'checkpoints.score': 'Score the checkpoints',
     'checkpoints.score.help': 'Waits until the run has ended. If it is interrupted, it continues with the missing '
                               'rows.',
+}
+
+# %% ../../nbs/panel/00_texts.ipynb #txtpredic00
+ENGLISH |= {
     'predict': 'Predict',
     'predict.about': 'Answers to a whole data set, written row by row. If a prediction is interrupted, it continues '
                      'with the missing rows.',
@@ -159,6 +171,10 @@ ENGLISH |= {
     'predict.before.help': 'With the model as it was, to compare.',
     'predict.after': 'Predict after training',
     'predict.after.help': 'With what the run has trained: its best checkpoint, or its last. Waits until it has ended.',
+}
+
+# %% ../../nbs/panel/00_texts.ipynb #txtscore00
+ENGLISH |= {
     'score': 'Scores',
     'score.about': 'How good the answers are, what has changed since before the training, and which answers are wrong.',
     'score.measure': 'Measure',
@@ -183,7 +199,7 @@ ENGLISH |= {
     'score.show.help': 'Pictures with their boxes, label and answer; to filter and search.',
 }
 
-# %% ../../nbs/panel/00_texts.ipynb #textstep2
+# %% ../../nbs/panel/00_texts.ipynb #txtsplit00
 ENGLISH |= {
     'split': 'Split',
     'split.about': 'Hold rows back for the test, and register both parts in the folder of a registry, under names that '
@@ -208,6 +224,10 @@ ENGLISH |= {
     'split.load': 'Load with LLaMA-Factory',
     'split.load.help': 'Ask LLaMA-Factory’s own loader whether it would load them; takes some seconds',
 }
+ENGLISH |= {
+}
+
+# %% ../../nbs/panel/00_texts.ipynb #txtrecipe00
 ENGLISH |= {
     'recipe': 'Recipe',
     'recipe.about': 'What is trained, and how. An empty field, or one that is left as it is, keeps the usual value.',
@@ -241,6 +261,10 @@ ENGLISH |= {
     'recipe.lr_scheduler_type': 'Schedule',
     'recipe.lr_scheduler_type.help': 'How the learning rate falls.',
     'recipe.warmup_ratio': 'Warm-up',
+}
+
+# %% ../../nbs/panel/00_texts.ipynb #txtrecipe01
+ENGLISH |= {
     'recipe.warmup_ratio.help': 'Share of the steps in which the learning rate rises.',
     'recipe.eval_dataset': 'Evaluated on',
     'recipe.eval_dataset.help': 'Registered data set whose loss is computed now and then. Empty: none.',
@@ -264,6 +288,8 @@ ENGLISH |= {
     'recipe.check.help': 'With LLaMA-Factory’s own parser, and every row of the data; takes some seconds',
     'recipe.whole': 'The whole recipe',
 }
+
+# %% ../../nbs/panel/00_texts.ipynb #txtmemory00
 ENGLISH |= {
     'memory': 'Memory',
     'memory.about': 'The memory that each ZeRO config needs on each GPU, for the recipe as it is in the form. It is '

@@ -206,7 +206,7 @@ def _begin_llamafactory(recipe, samples, folder, about):
 
 # %% ../../nbs/prediction/45_engines.ipynb #askedsam1
 def _warn_of_new_split(recipe, *others):
-    """Warn if rows to ask and rows of a training were both written after that training began: they may be the same.
+    """Warn if the rows to ask and those of a training were both written after the training began: some may be in both.
     `others`: recipes that ask the same rows of other models."""
     registry = Registry(recipe.get('dataset_dir', 'data'))
     for folder in trained_in(recipe, *others):
@@ -215,7 +215,8 @@ def _warn_of_new_split(recipe, *others):
             if asked.stat().st_mtime <= (folder/RUN).stat().st_mtime: continue
             if changed := changed_data(run := Run(folder), run.recipe):
                 warn(f"{recipe['eval_dataset']} and {', '.join(changed)} were written after the training in {folder} "
-                     'began. If they were split anew, it may have seen rows that are asked now: train again.')
+                     'began. If the data was split anew, the model may have seen rows that it is asked about now: '
+                     'train again.')
 
 def asked_samples(
     recipe:dict, # A prediction recipe

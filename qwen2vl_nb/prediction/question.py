@@ -204,7 +204,7 @@ def asking_lock(
     return FileLock(folder/ASKED_LOCK) if os.access(folder, os.W_OK) else nullcontext()  # nothing can change there
 
 def _is_unanswered(folder, before, rows):
-    "Whether nobody has answered a question."
+    "Whether a question has no answers yet."
     if any(os.path.lexists(path) and path.lstat().st_size for path in (folder/ANSWERS, folder/GENERATED)): return False
     return before['rows'] == rows or not (folder/'data').exists()  # which contains samples that were given
 
