@@ -204,6 +204,13 @@ def _studio(folder, change=lambda result: result):
     _drawn(folder/'images')
     return _json(folder/'project-1.json', _tasks(change)), {'media_dir': folder/'images'}
 
+def _two_pictures(folder):
+    "The first task shows two pictures side by side, and both have a box."
+    tasks = _tasks()
+    for name, result in zip('lr', tasks[0]['annotations'][0]['result']): result['to_name'] = name
+    _drawn(folder)
+    return _json(folder/'a.json', [tasks[0] | {'data': {'left': 'a.png', 'right': 'b.png'}}, *tasks[1:]]), {}
+
 def _studio_min(folder):
     _drawn(folder/'images')
     rows = [{'image': f'/data/local-files/?d=images/{name}', 'id': i, 'label': [result['value'] | {'original_width': 120, 'original_height': 90} for result in (_result(*box) for box in boxes)],
@@ -466,6 +473,7 @@ BAD = { # name → what makes the files, and the words with which they are refus
     'Label Studio: a box without numbers': (lambda f: _studio(f, lambda r: r | {'value': r['value'] | {'x': None}}), ['task 0, result 0 has no numbers for its place']),
     'Label Studio: predictions only': (lambda f: (_json(f/'a.json', [task | {'annotations': [], 'predictions': task['annotations']} for task in _tasks()]), {}), ['none of its 3 task(s) has an annotation; predictions are not read']),
     'Label Studio, JSON-MIN: an outline': (lambda f: (_json(f/'a.json', [{'id': 1, 'image': 'a.png', 'label': [{'points': [[1, 2]], 'labels': ['dog'], 'original_width': 120}]}]), {}), ['task 0, result 0 is of type points; only']),
+    'Label Studio: boxes in two pictures of a task': (lambda f: _two_pictures(f), ['task 0 has several pictures (left, right), and it is not known which of them its boxes are in']),
     'Label Studio: tasks without a picture': (lambda f: (_json(f/'a.json', [task | {'data': {'text': 'x'}} for task in _tasks()]), {}), ['task 0 names no picture']),
     'a table with words for numbers': (lambda f: _table(f, rows=[f'{ROW},1,2,3,wide']), ['boxes.csv', 'row 0 (row 2 of boxes.csv) has something that is not a number in xmin, ymin, xmax, ymax']),
     'a table with a corner missing': (lambda f: _table(f, rows=[f'{ROW},1,2,3,']), ['row 0 (row 2 of boxes.csv) has something that is not a number']),

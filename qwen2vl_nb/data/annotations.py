@@ -10,7 +10,9 @@ __all__ = ['Annotated', 'is_number', 'coco_pictures', 'yolo_names', 'yolo_boxes'
 # %% ../../nbs/data/05_annotations.ipynb #a3b5fa69
 import re
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from urllib.parse import parse_qs, unquote, urlparse
+from ..files import picture_endings
 
 # %% ../../nbs/data/05_annotations.ipynb #81a209e0
 @dataclass
@@ -274,8 +276,24 @@ def is_studio(
     return any(map(_min_results, data)) and all('data' not in task for task in data)
 
 # %% ../../nbs/data/05_annotations.ipynb #5f5ee280
-def _is_picture(key, value):
-    return key in ('image', 'img', 'photo') or bool(re.search(r'\.[A-Za-z]{3,4}$', studio_paths(value)[-1]))
+_usual = 'image', 'img', 'photo' # Names of the data that are pictures whatever their extension is
+
+def _named_pictures(task):
+    "The texts of a task that name a picture, by their keys."
+    texts = {k: v for k, v in task.get('data', task).items() if isinstance(v, str)}
+    ending = lambda text: PurePosixPath(studio_paths(text)[-1]).suffix.lower()
+    known = {k: v for k, v in texts.items() if k in _usual or ending(v) in picture_endings}
+    return known or {k: v for k, v in texts.items() if re.fullmatch(r'\.[a-z]{3,4}', ending(v))}
+
+def _marked_picture(task, about):
+    "The address of the picture that the results are `about`; raises `ValueError` if there is none, or several."
+    there = _named_pictures(task)
+    if not there: raise ValueError('names no picture')
+    likely = about & there.keys() or {k for k in _usual if k in there and 'data' in task} or there
+    if len(there) > 1 and len(about) > 1 or len(likely) > 1:
+        raise ValueError(f'has several pictures ({", ".join(there)}), and it is not known which of them its boxes are '
+                         'in: give each picture a task of its own')
+    return there[next(iter(likely))]
 
 def _labels_by_id(results):
     "The labels of places whose name is a result of its own."
@@ -284,16 +302,18 @@ def _labels_by_id(results):
 
 def _studio_picture(task, faults, where):
     results, n = _chosen_results(task) if 'data' in task else (_min_results(task), 1)
-    paths = next((v for k, v in task.get('data', task).items() if isinstance(v, str) and _is_picture(k, v)), None)
-    names = _labels_by_id(results)
-    picture = Annotated(studio_paths(paths), frame=(100, 100), more={k: task[k] for k in ('id',) if k in task})
-    if not paths: faults.append(f'{where} names no picture')
+    names, about = _labels_by_id(results), set()
+    picture = Annotated([], frame=(100, 100), more={k: task[k] for k in ('id',) if k in task})
     for i, result in enumerate(results):
         if not isinstance(result, dict): continue
         picture.size = picture.size or _size(result.get('original_width'), result.get('original_height'))
         try: found = _studio_box(result, names)
         except ValueError as e: faults.append(f'{where}, result {i} {e}')
-        else: picture.boxes += [found] if found else []
+        else:
+            if found: about.add(str(result.get('to_name')))
+            picture.boxes += [found] if found else []
+    try: picture.image = studio_paths(_marked_picture(task, about))
+    except ValueError as e: faults.append(f'{where} {e}')
     return picture, n
 
 def studio_pictures(
