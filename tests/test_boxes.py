@@ -245,10 +245,12 @@ def _table(folder, header='filename,width,height,class,xmin,ymin,xmax,ymax', row
 
 def _shares(folder): return _table(folder, 'image,label,x,y,w,h', [f'{name},{label},{",".join(str(n/s) for n, s in zip(_sized(*box), (120, 90, 120, 90)))}' for name, boxes in PICTURES.items() for label, box in boxes] + ['c.png,,,,,'])
 
+def _sides(folder): return _table(folder, 'image,label,left,top,width,height', [f'{name},{label},{",".join(map(str, _sized(*box)))}' for name, boxes in PICTURES.items() for label, box in boxes] + ['c.png,,,,,'])
+
 FORMS = {'COCO': _coco_file, 'YOLO': _yolo, 'YOLO of Label Studio': _yolo_by('Label Studio'), 'YOLO of labelImg': _yolo_by('labelImg'), 'YOLO of CVAT': _yolo_by('CVAT'),
          'Pascal VOC': _voc, 'Pascal VOC in lower case': _voc_lower, 'LabelMe, four corners': _labelme_apart, 'Label Studio for OCR': _studio_parts,
          'Label Studio for OCR, JSON-MIN': _studio_min_parts, 'LabelMe': _labelme, 'Label Studio': _studio, 'Label Studio, JSON-MIN': _studio_min, 'a table with corners': _table,
-         'a table with fractions': _shares}
+         'a table with fractions': _shares, 'a table with corners and sizes': _sides, 'YOLO with names by text': lambda folder: _yolo(folder, yaml='names: {"0": cat, "1": dog}\n')}
 
 @pytest.mark.parametrize('family', families)
 @pytest.mark.parametrize('make', FORMS.values(), ids=FORMS.keys())
@@ -283,6 +285,14 @@ def test_what_was_read_goes_through_llamafactorys_loader(tmp_path, factory):
         assert dataset_samples(registry, 'boxes') == samples
         rows = factory.load(registry.dataset_dir, 'boxes')
         assert [row['_response'][0]['content'] for row in rows] == [s['output'] for s in samples]
+
+@pytest.mark.parametrize('how', [{}, {'prompt': 'question'}])
+def test_a_table_may_ask_several_questions_about_a_picture(how, tmp_path):
+    "Each has the boxes of its rows; a table whose column is called prompt is not asked something else."
+    rows = [f'{name},{label},{",".join(map(str, box))},Where is the {label}?' for name, boxes in PICTURES.items() for label, box in boxes]
+    source, _ = _table(tmp_path, 'image,label,x1,y1,x2,y2,question', rows)
+    samples = read_samples(source, family='qwen3_vl', **how)
+    assert [(s['instruction'], *(box.label for box in sample_boxes(s, PICTURE))) for s in samples] == [(f'<image>Where is the {row.split(",")[1]}?', row.split(',')[1]) for row in rows]
 
 # --- pictures that are turned, or were scaled
 
@@ -426,6 +436,8 @@ BAD = { # name → what makes the files, and the words with which they are refus
     'COCO: two pictures with one id': (lambda f: _coco_file(f, images=_coco()['images'] + _coco()['images'][:1]), ['images[3] has the id 10 of another picture']),
     'COCO: images that are no list': (lambda f: _coco_file(f, images={}), ['instances.json has no list of images']),
     'COCO: panoptic masks': (lambda f: _coco_file(f, annotations=[{'image_id': 10, 'file_name': 'a.png', 'segments_info': [{'id': 1}]}]), ['only an outline or a mask']),
+    'COCO: annotations that are null': (lambda f: _coco_file(f, annotations=None), ['instances.json has no list of annotations']),
+    'COCO: an id of two classes': (lambda f: _coco_file(f, categories=_coco()['categories'] + [_coco()['categories'][0] | {'name': 'cow'}]), ['categories[2] has the id', 'of another class']),
     'COCO: the file is cut off': (lambda f: (_bytes(_coco_file, 'annotations/instances.json', json.dumps(_coco())[:-40])(f)), ['instances.json is not JSON', 'line 1']),
     'COCO: boxes for another picture': (lambda f: _coco_file(f, images=[image | {'width': 300} for image in _coco()['images']]), ['picture 0 (', 'for 300×90 pixels, and the picture has 120×90']),
     'COCO: a rotated box of CVAT': (_changed(1, attributes={'occluded': False, 'rotation': 30.0}), ['annotations[1] is rotated; only upright boxes']),
@@ -437,6 +449,7 @@ BAD = { # name → what makes the files, and the words with which they are refus
     'YOLO: names instead of numbers': (lambda f: _yolo(f, 'dog .5 .5 .2 .2\n'), ['a.txt: line 1 has something that is not a number']),
     'YOLO: a line that is cut off': (lambda f: _yolo(f, '0 .5 .5\n'), ['a.txt: line 1 has fewer than five numbers']),
     'YOLO: infinity': (lambda f: _yolo(f, '0 inf .5 .2 .2\n'), ['a.txt: line 1 has something that is not a number']),
+    'YOLO: names that are text': (lambda f: _yolo(f, yaml='nc: 2\nnames: cat, dog\n'), ['data.yaml should list its classes under names']),
     'YOLO: YAML that is none': (lambda f: _yolo(f, yaml='names: [cat, dog\n'), ['data.yaml is not YAML']),
     'YOLO: YAML that would run code': (lambda f: _yolo(f, yaml='names: !!python/object/apply:os.system ["touch ran"]\n'), ['data.yaml is not YAML', 'python/object']),
     'YOLO: YAML that is nested too deeply': (lambda f: _yolo(f, yaml='names: ' + '['*5000), ['data.yaml is not YAML']),

@@ -788,12 +788,13 @@ def _boxed_row(picture, place, family, limits):
     boxes, whole, is_turned = fitted(picture, size, orientation)
     form = family_of(family)
     if not (form.grid or size or picture.size):
-        raise ValueError(f'the picture cannot be read, and the boxes of {form.name} depend on its size')
+        raise ValueError(f'the picture cannot be read, and the boxes of {form.name} depend on its size; media_dir=… '
+                         'names the folder of the pictures')
     frame = box_frame(*whole, family, **limits)
     inside = lambda numbers: [n*frame[i%2]/whole[i%2] for i, n in enumerate(numbers)]
     answer = write_boxes([(label, inside(numbers)) for label, numbers in boxes], form.boxes)
     found = {'image': path or (paths or [''])[0], 'output': answer, 'box_frame': [*frame]}
-    return {'instruction': 'Locate every object in the picture.'} | picture.more | found, is_turned
+    return picture.more | found, is_turned
 
 # %% ../../nbs/data/20_sources.ipynb #0695b099
 def _check_faults(path, faults):
@@ -805,11 +806,13 @@ def _boxed_rows(path, pictures, place, family, limits):
     "Rows of pictures with boxes in a family's form, and what is to be said about them."
     if not family: raise ValueError(_which_family(path))
     rows, faults, turned = [], [], 0
+    has_prompts = any(name in picture.more for picture in pictures for name in _default_column_names['prompt'])
+    asked = {} if has_prompts else {'instruction': 'Locate every object in the picture.'}
     for i, picture in enumerate(pictures):
         try: row, is_turned = _boxed_row(picture, place, family, limits)
-        except ValueError as e: faults.append(f'picture {i} ({_short_path(picture.image)}): {e}')
+        except ValueError as e: faults.append(f'picture {i} ({_short_path(picture.image)}): {str(e).rstrip(".")}')
         else:
-            rows.append(row)
+            rows.append(asked | row)
             turned += is_turned
     _check_faults(path, faults)
     named = [label for picture in pictures for label, _ in picture.boxes]
@@ -835,7 +838,7 @@ def _is_coco_boxes(data):
 def _boxed_json(path, data, place):
     "(`Annotated` pictures, name of the form) in the content of a JSON file; `None` for other content."
     if isinstance(data, dict) and {'images', 'annotations'} <= data.keys() and _is_coco_boxes(data):
-        _listed(path, data, 'images')
+        for name in ('images', 'annotations'): _listed(path, data, name)
         (pictures, faults, remark), form = coco_pictures(data), 'COCO boxes'
     elif is_labelme(data): return _labelme_pictures([Path(path)], path, place)
     elif is_studio(data): (pictures, faults, remark), form = studio_pictures(data), 'Label Studio'
@@ -893,6 +896,8 @@ def _yolo_classes(folder):
             if file.stem == 'data': raise
             continue
         if names := yolo_names(data): return file, names, data
+        if file.stem == 'data' and isinstance(data, dict) and 'names' in data:
+            raise ValueError(f'{file} should list its classes under names, as in names: [cat, dog].')
 
 _darknet = 'obj_train_data', 'obj_valid_data', 'obj_test_data' # Folders that CVAT makes for its splits
 
@@ -1086,10 +1091,11 @@ def _read_each(path, rows, make):
     if bad: raise ValueError(f'{path} has {len(bad)} row(s) that cannot be read. {"; ".join(first_few(bad))}.')
     return made
 
-def _table_boxes(path, rows, image, label):
+def _table_boxes(path, rows, image, label, prompt):
     "`Annotated` pictures of a table with a row for each box; `None` for other tables."
     names = _names_in(rows)
-    columns = box_columns(names, image, label)
+    asked = [name for name in (_default_column_names['prompt'] if prompt is None else [prompt]) if name in names]
+    columns = box_columns(names, image, label, next(iter(asked), None))
     if not columns or not label and any(name in names for name in _default_column_names['response']): return
     missing = [f'{name!r}' for name in (image, label) if name and name not in names]
     if missing: raise ValueError(f'{path} has no column {" and ".join(missing)}. Its columns: {", ".join(names)}.')
@@ -1099,12 +1105,12 @@ def _table_boxes(path, rows, image, label):
     for picture in pictures: picture.more = at_place(picture.more, rows[picture.row])
     return pictures
 
-def _with_boxes(path, rows, place, family, limits, image, label):
+def _with_boxes(path, rows, place, family, limits, image, label, prompt):
     "Rows in which boxes, if there are any, are answers in a family's form, and what is to be said about them."
     limits = {k: v for k, v in limits.items() if v is not None}
     if not isinstance(rows[0], Annotated):
         if _turns_key(rows): pictures = None
-        else: pictures = _table_boxes(path, rows, image, label) if family or not label else None
+        else: pictures = _table_boxes(path, rows, image, label, prompt) if family or not label else None
         if not pictures and family:
             raise ValueError(f'{path} has no boxes that could be written in the form of a family. Leave family= out; '
                              '`to_boxes` converts boxes that are in answers already.')
@@ -1141,7 +1147,7 @@ def read_samples(
     with undone_on_error():
         rows, taken = read_rows(source, place, encoding, boxes=True)
         limits = {'image_max_pixels': image_max_pixels, 'image_min_pixels': image_min_pixels}
-        rows, boxed = _with_boxes(path, rows, place, family, limits, image, response)
+        rows, boxed = _with_boxes(path, rows, place, family, limits, image, response, prompt)
         if boxed: image = response = None
         preferred, rows, convert, said = find_preferences(path, rows, chosen, rejected, kto_tag, prompt, response)
         if preferred: rows = _read_each(path, rows, convert)
