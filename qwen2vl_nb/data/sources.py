@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime, time
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlparse
@@ -376,16 +377,24 @@ def _plain_rows(path, batches, place):
         for row in found: rows.append({k: plain(k, v) for k,v in row.items()})
     return rows
 
-def _batch_rows(batch):
+def _cells(path, name, column):
+    "The values of an Arrow column."
+    try: return column.to_pylist()
+    except Exception as e:  # a date, a time zone or bytes that only other programs can represent
+        raise ValueError(f'{path}: the column {name!r} has a value that Python cannot represent ({e}). Write it as '
+                         'text.') from None
+
+def _batch_rows(path, batch):
     "The rows of an Arrow table, with the names of classes instead of their numbers."
-    classes, rows = _class_names(batch.schema), batch.to_pylist()
+    classes, names = _class_names(batch.schema), batch.schema.names
+    rows = [dict(zip(names, row)) for row in zip(*map(partial(_cells, path), names, batch.columns))]
     named = lambda row: {k: names[row[k]] for k, names in classes.items()
                          if isinstance(row[k], int) and 0 <= row[k] < len(names)}
     return [row | named(row) for row in rows]
 
 def _arrow_rows(path, batches, place):
     "Rows of Arrow tables as dicts of plain values."
-    return _plain_rows(path, map(_batch_rows, batches), place)
+    return _plain_rows(path, map(partial(_batch_rows, path), batches), place)
 
 def _check_batches_size(path, batches):
     "Yield the batches; raise an error once they contain more than a file of this size plausibly can."
