@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
+from qwen2vl_nb.data.annotations import turn_numbers
 from qwen2vl_nb.data.box_check import box_faults
 from qwen2vl_nb.data.boxes import Box, count_boxes, format_boxes, parse_boxes, sample_boxes, to_boxes
 from qwen2vl_nb.data.check import check_samples, mend_samples
@@ -386,6 +387,24 @@ def test_where_label_studio_keeps_its_pictures(tmp_path):
         source = _json(tmp_path/f'{i}.json', [_tasks()[0] | {'data': {'scan': address} if i == 0 else {'image': address}}])
         sample, = read_samples(source, family='qwen2_5_vl')
         assert Image.open(sample['images'][0]).size == PICTURE and len(sample_boxes(sample, PICTURE)) == 2
+
+@pytest.mark.parametrize('as_turns', [False, True])
+@pytest.mark.parametrize('family', ['qwen2_5_vl', 'qwen3_vl'])
+def test_both_answers_of_a_ranking_are_converted_and_turned(family, as_turns, tmp_path):
+    _turned(tmp_path/'photos', 6)
+    answer = lambda *box: format_boxes([Box('dog', *box)], PICTURE, 'qwen2_vl')
+    asked = {'images': [str(tmp_path/'photos'/'a.png')], 'instruction': '<image>Where?', 'input': ''}
+    pair = asked | {'chosen': answer(10, 20, 40, 70), 'rejected': answer(50, 20, 80, 70)}
+    if as_turns: pair = {'images': asked['images'], 'messages': [{'role': 'user', 'content': '<image>Where?'}]} | {k: {'role': 'assistant', 'content': pair[k]} for k in ('chosen', 'rejected')}
+    text = lambda sample, key: sample[key]['content'] if as_turns else sample[key]
+    there = to_boxes(pair, family)
+    for key in ('chosen', 'rejected'):
+        assert parse_boxes(text(there, key), PICTURE, family)[0].coordinates == pytest.approx(parse_boxes(text(pair, key), PICTURE, 'qwen2_vl')[0].coordinates, abs=.7)
+    [mended], _ = mend_samples([there])
+    assert Image.open(mended['images'][0]).size == PICTURE[::-1]
+    wanted = [turn_numbers(box.coordinates, PICTURE, 6) for box in sample_boxes(there, PICTURE)]
+    assert [box.coordinates for box in sample_boxes(mended, PICTURE[::-1])] == [pytest.approx(box, abs=.7) for box in wanted]
+    assert text(mended, 'chosen') != text(there, 'chosen') and text(mended, 'rejected') != text(there, 'rejected')
 
 # --- bad input, each kind in the files of a tool
 
