@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
+from qwen2vl_nb.data.annotations import turn_numbers
 from qwen2vl_nb.data.box_check import box_faults
 from qwen2vl_nb.data.boxes import Box, count_boxes, format_boxes, parse_boxes, sample_boxes, to_boxes
 from qwen2vl_nb.data.check import check_samples, mend_samples
@@ -204,6 +205,13 @@ def _studio(folder, change=lambda result: result):
     _drawn(folder/'images')
     return _json(folder/'project-1.json', _tasks(change)), {'media_dir': folder/'images'}
 
+def _two_pictures(folder):
+    "The first task shows two pictures side by side, and both have a box."
+    tasks = _tasks()
+    for name, result in zip('lr', tasks[0]['annotations'][0]['result']): result['to_name'] = name
+    _drawn(folder)
+    return _json(folder/'a.json', [tasks[0] | {'data': {'left': 'a.png', 'right': 'b.png'}}, *tasks[1:]]), {}
+
 def _studio_min(folder):
     _drawn(folder/'images')
     rows = [{'image': f'/data/local-files/?d=images/{name}', 'id': i, 'label': [result['value'] | {'original_width': 120, 'original_height': 90} for result in (_result(*box) for box in boxes)],
@@ -238,10 +246,12 @@ def _table(folder, header='filename,width,height,class,xmin,ymin,xmax,ymax', row
 
 def _shares(folder): return _table(folder, 'image,label,x,y,w,h', [f'{name},{label},{",".join(str(n/s) for n, s in zip(_sized(*box), (120, 90, 120, 90)))}' for name, boxes in PICTURES.items() for label, box in boxes] + ['c.png,,,,,'])
 
+def _sides(folder): return _table(folder, 'image,label,left,top,width,height', [f'{name},{label},{",".join(map(str, _sized(*box)))}' for name, boxes in PICTURES.items() for label, box in boxes] + ['c.png,,,,,'])
+
 FORMS = {'COCO': _coco_file, 'YOLO': _yolo, 'YOLO of Label Studio': _yolo_by('Label Studio'), 'YOLO of labelImg': _yolo_by('labelImg'), 'YOLO of CVAT': _yolo_by('CVAT'),
          'Pascal VOC': _voc, 'Pascal VOC in lower case': _voc_lower, 'LabelMe, four corners': _labelme_apart, 'Label Studio for OCR': _studio_parts,
          'Label Studio for OCR, JSON-MIN': _studio_min_parts, 'LabelMe': _labelme, 'Label Studio': _studio, 'Label Studio, JSON-MIN': _studio_min, 'a table with corners': _table,
-         'a table with fractions': _shares}
+         'a table with fractions': _shares, 'a table with corners and sizes': _sides, 'YOLO with names by text': lambda folder: _yolo(folder, yaml='names: {"0": cat, "1": dog}\n')}
 
 @pytest.mark.parametrize('family', families)
 @pytest.mark.parametrize('make', FORMS.values(), ids=FORMS.keys())
@@ -276,6 +286,14 @@ def test_what_was_read_goes_through_llamafactorys_loader(tmp_path, factory):
         assert dataset_samples(registry, 'boxes') == samples
         rows = factory.load(registry.dataset_dir, 'boxes')
         assert [row['_response'][0]['content'] for row in rows] == [s['output'] for s in samples]
+
+@pytest.mark.parametrize('how', [{}, {'prompt': 'question'}])
+def test_a_table_may_ask_several_questions_about_a_picture(how, tmp_path):
+    "Each has the boxes of its rows; a table whose column is called prompt is not asked something else."
+    rows = [f'{name},{label},{",".join(map(str, box))},Where is the {label}?' for name, boxes in PICTURES.items() for label, box in boxes]
+    source, _ = _table(tmp_path, 'image,label,x1,y1,x2,y2,question', rows)
+    samples = read_samples(source, family='qwen3_vl', **how)
+    assert [(s['instruction'], *(box.label for box in sample_boxes(s, PICTURE))) for s in samples] == [(f'<image>Where is the {row.split(",")[1]}?', row.split(',')[1]) for row in rows]
 
 # --- pictures that are turned, or were scaled
 
@@ -370,6 +388,24 @@ def test_where_label_studio_keeps_its_pictures(tmp_path):
         sample, = read_samples(source, family='qwen2_5_vl')
         assert Image.open(sample['images'][0]).size == PICTURE and len(sample_boxes(sample, PICTURE)) == 2
 
+@pytest.mark.parametrize('as_turns', [False, True])
+@pytest.mark.parametrize('family', ['qwen2_5_vl', 'qwen3_vl'])
+def test_both_answers_of_a_ranking_are_converted_and_turned(family, as_turns, tmp_path):
+    _turned(tmp_path/'photos', 6)
+    answer = lambda *box: format_boxes([Box('dog', *box)], PICTURE, 'qwen2_vl')
+    asked = {'images': [str(tmp_path/'photos'/'a.png')], 'instruction': '<image>Where?', 'input': ''}
+    pair = asked | {'chosen': answer(10, 20, 40, 70), 'rejected': answer(50, 20, 80, 70)}
+    if as_turns: pair = {'images': asked['images'], 'messages': [{'role': 'user', 'content': '<image>Where?'}]} | {k: {'role': 'assistant', 'content': pair[k]} for k in ('chosen', 'rejected')}
+    text = lambda sample, key: sample[key]['content'] if as_turns else sample[key]
+    there = to_boxes(pair, family)
+    for key in ('chosen', 'rejected'):
+        assert parse_boxes(text(there, key), PICTURE, family)[0].coordinates == pytest.approx(parse_boxes(text(pair, key), PICTURE, 'qwen2_vl')[0].coordinates, abs=.7)
+    [mended], _ = mend_samples([there])
+    assert Image.open(mended['images'][0]).size == PICTURE[::-1]
+    wanted = [turn_numbers(box.coordinates, PICTURE, 6) for box in sample_boxes(there, PICTURE)]
+    assert [box.coordinates for box in sample_boxes(mended, PICTURE[::-1])] == [pytest.approx(box, abs=.7) for box in wanted]
+    assert text(mended, 'chosen') != text(there, 'chosen') and text(mended, 'rejected') != text(there, 'rejected')
+
 # --- bad input, each kind in the files of a tool
 
 def _changed(i, **changes):
@@ -419,6 +455,8 @@ BAD = { # name → what makes the files, and the words with which they are refus
     'COCO: two pictures with one id': (lambda f: _coco_file(f, images=_coco()['images'] + _coco()['images'][:1]), ['images[3] has the id 10 of another picture']),
     'COCO: images that are no list': (lambda f: _coco_file(f, images={}), ['instances.json has no list of images']),
     'COCO: panoptic masks': (lambda f: _coco_file(f, annotations=[{'image_id': 10, 'file_name': 'a.png', 'segments_info': [{'id': 1}]}]), ['only an outline or a mask']),
+    'COCO: annotations that are null': (lambda f: _coco_file(f, annotations=None), ['instances.json has no list of annotations']),
+    'COCO: an id of two classes': (lambda f: _coco_file(f, categories=_coco()['categories'] + [_coco()['categories'][0] | {'name': 'cow'}]), ['categories[2] has the id', 'of another class']),
     'COCO: the file is cut off': (lambda f: (_bytes(_coco_file, 'annotations/instances.json', json.dumps(_coco())[:-40])(f)), ['instances.json is not JSON', 'line 1']),
     'COCO: boxes for another picture': (lambda f: _coco_file(f, images=[image | {'width': 300} for image in _coco()['images']]), ['picture 0 (', 'for 300×90 pixels, and the picture has 120×90']),
     'COCO: a rotated box of CVAT': (_changed(1, attributes={'occluded': False, 'rotation': 30.0}), ['annotations[1] is rotated; only upright boxes']),
@@ -430,6 +468,7 @@ BAD = { # name → what makes the files, and the words with which they are refus
     'YOLO: names instead of numbers': (lambda f: _yolo(f, 'dog .5 .5 .2 .2\n'), ['a.txt: line 1 has something that is not a number']),
     'YOLO: a line that is cut off': (lambda f: _yolo(f, '0 .5 .5\n'), ['a.txt: line 1 has fewer than five numbers']),
     'YOLO: infinity': (lambda f: _yolo(f, '0 inf .5 .2 .2\n'), ['a.txt: line 1 has something that is not a number']),
+    'YOLO: names that are text': (lambda f: _yolo(f, yaml='nc: 2\nnames: cat, dog\n'), ['data.yaml should list its classes under names']),
     'YOLO: YAML that is none': (lambda f: _yolo(f, yaml='names: [cat, dog\n'), ['data.yaml is not YAML']),
     'YOLO: YAML that would run code': (lambda f: _yolo(f, yaml='names: !!python/object/apply:os.system ["touch ran"]\n'), ['data.yaml is not YAML', 'python/object']),
     'YOLO: YAML that is nested too deeply': (lambda f: _yolo(f, yaml='names: ' + '['*5000), ['data.yaml is not YAML']),
@@ -466,6 +505,7 @@ BAD = { # name → what makes the files, and the words with which they are refus
     'Label Studio: a box without numbers': (lambda f: _studio(f, lambda r: r | {'value': r['value'] | {'x': None}}), ['task 0, result 0 has no numbers for its place']),
     'Label Studio: predictions only': (lambda f: (_json(f/'a.json', [task | {'annotations': [], 'predictions': task['annotations']} for task in _tasks()]), {}), ['none of its 3 task(s) has an annotation; predictions are not read']),
     'Label Studio, JSON-MIN: an outline': (lambda f: (_json(f/'a.json', [{'id': 1, 'image': 'a.png', 'label': [{'points': [[1, 2]], 'labels': ['dog'], 'original_width': 120}]}]), {}), ['task 0, result 0 is of type points; only']),
+    'Label Studio: boxes in two pictures of a task': (lambda f: _two_pictures(f), ['task 0 has several pictures (left, right), and it is not known which of them its boxes are in']),
     'Label Studio: tasks without a picture': (lambda f: (_json(f/'a.json', [task | {'data': {'text': 'x'}} for task in _tasks()]), {}), ['task 0 names no picture']),
     'a table with words for numbers': (lambda f: _table(f, rows=[f'{ROW},1,2,3,wide']), ['boxes.csv', 'row 0 (row 2 of boxes.csv) has something that is not a number in xmin, ymin, xmax, ymax']),
     'a table with a corner missing': (lambda f: _table(f, rows=[f'{ROW},1,2,3,']), ['row 0 (row 2 of boxes.csv) has something that is not a number']),

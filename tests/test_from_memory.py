@@ -76,6 +76,10 @@ def test_from_memory_to_llamafactory(make, factory, tiny, tmp_path, capsys):
         with Image.open(row['_images'][0]) as im: assert im.tobytes() == picture.tobytes()
     assert read_samples(samples) == samples == [dict(s) for s in read_samples(make(), media_dir=tmp_path/'pictures')], 'samples come through unchanged, and the same pictures have the same names'
 
+def test_the_rows_of_a_data_set_are_those_of_its_transform():
+    rows = datasets.Dataset.from_list([{'question': 'q', 'answer': 3}]).with_transform(lambda batch: batch | {'answer': [f'{n} cars' for n in batch['answer']]})
+    assert [s['output'] for s in read_samples(rows)] == ['3 cars']
+
 def test_cells_of_all_dtypes():
     frame = pd.DataFrame({'question': ['q']*2, 'answer': pd.Categorical(['yes', None]), 'f32': np.array([1.5, np.nan], 'float32'), 'flag': pd.array([True, pd.NA], 'boolean'),
         'when': pd.to_datetime(['2026-03-01 10:00', None]), 'day': [date(2026, 3, 1), pd.NaT], 'price': [Decimal('1.50'), None], 'box': [np.array([1, 2, 3, 4]), None], 'text': [b'caf\xc3\xa9', None],
@@ -240,6 +244,10 @@ class Labelled:
     answer:str = 'a'
 
 PHOTO = Image.new('RGB', (60, 40))
+class Failing:
+    "As the result of a query whose connection is closed; each library has exceptions of its own."
+    def __arrow_c_stream__(self, schema=None): raise RuntimeError('the connection is closed')
+
 BAD = { # name → source, other arguments, words
     'a picture and no folder': (lambda: [_row(), _row(image=PHOTO)], {}, r"The list: row 1, column 'image' contains a picture or clip itself. media_dir=… names"),
     'pictures of a Dataset and no folder': (lambda: _data_set(_pictures()), {}, "The Dataset: row 0, column 'image' contains a picture"),
@@ -282,6 +290,10 @@ BAD = { # name → source, other arguments, words
     'a split of a file': (lambda: 'labels.csv', {'split': 'train'}, "split='train' is for a DatasetDict"),
     'objects as polars exports them': (lambda: pa.table({'image': pa.array([b'12345678'], pa.binary(8))}), {}, r"Python objects or fixed-size bytes in the column 'image'.*to_dicts\(\)"),
     'an Arrow column': (lambda: pa.chunked_array([['a']]), {}, 'The ChunkedArray is not a table with named columns'),
+    'a time that Python has no room for': (lambda: pa.table({'question': ['q'], 'answer': pa.array([2**62], pa.timestamp('s'))}), {}, "The Table: the column 'answer' has a value that Python cannot represent .*Write it as text"),
+    'a time zone that nobody knows': (lambda: pa.table({'question': ['q'], 'answer': pa.array([0], pa.timestamp('s', tz='Nowhere/Else'))}), {}, "column 'answer' has a value that Python cannot represent .'Nowhere/Else'"),
+    'text that is not UTF-8': (lambda: pa.table({'question': ['q'], 'answer': pa.array([b'\xff']).view(pa.string())}), {}, "column 'answer' has a value that Python cannot represent .*utf-8"),
+    'a table of another library that fails': (Failing, {}, 'The Failing is not a table with named columns .the connection is closed'),
     'a part of an unknown kind': (lambda: [{'messages': [{'role': 'user', 'content': [{'type': 'sound', 'sound': 'x'}]}]}], {}, r"row 0: messages\[0\] has a content part of an unknown kind"),
     # rows that are no dicts
     'named tuples': (lambda: [Pair('q', 'a')], {}, 'row 0 is a Pair, not a dict'),

@@ -234,6 +234,15 @@ def test_mcnemar():
     assert line.tolist() == ['a', 'a', 'c 0', -100] and [(r['id'], r['predict']) for r in c.worse] == [(0, 'c 0')]
     assert c.difference['low'] < 56 < c.difference['high']
 
+@pytest.mark.parametrize('n', [2, 30, 100])
+def test_a_change_of_all_rows_is_not_certain(n):
+    "The interval is that of the share of rows that have changed, as in `score`."
+    wrong, right = (rows_of([('a', answer)]*n) for answer in 'ba')
+    least = 100*stats.binomtest(n, n).proportion_ci(method='wilson').low
+    found, back = compare(wrong, right).difference, compare(right, wrong).difference
+    assert [found[k] for k in ('value', 'low', 'high')] == pytest.approx([100, least, 100]) and least < 97
+    assert [back[k] for k in ('value', 'low', 'high')] == pytest.approx([-100, -100, -least])
+
 def test_permutation():
     rng = random.Random(6)
     labels = [' '.join(rng.choices('red blue car truck bus van'.split(), k=6)) for _ in range(12)]

@@ -1,6 +1,8 @@
 "Sweeps: trained side by side, killed and continued, ranked by answers or by evaluations; a run that fails is a row."
 import json, os, re, signal, subprocess, sys, warnings
 
+import numpy as np
+import pandas as pd
 import psutil
 import pytest
 
@@ -151,6 +153,12 @@ def test_what_is_wrong_is_said_before_the_start(few_steps, data, tmp_path):
     for wrong in (None, 'recipe.yaml'):
         with pytest.raises(ValueError, match='is not a recipe'): sweep(wrong, learning_rate=[1e-4])
     with pytest.raises(ValueError, match='is not the name of a data set'): sweep(base, ['car_item_test'], learning_rate=[1e-4])
+    with pytest.raises(ValueError, match='has no order'): sweep(base, 'car_item_test', lora_rank={4, 8})  # only= would count in another order elsewhere
+    with pytest.raises(ValueError, match='learning_rate: 0.5 is not a list'): sweep(base, 'car_item_test', learning_rate=np.array(.5))
+    with pytest.raises(ValueError, match='no combination 7; there are 2'): sweep(base, 'car_item_test', only=np.int64(7), learning_rate=np.array([.5, .25]))
+    found = sweep(base, 'car_item_test', only=np.arange(0), nproc=np.int64(1), learning_rate=pd.Series([.5, .25]))
+    assert [type(trial.values['learning_rate']) for trial in found.trials] == [float, float]
+    with pytest.raises(ValueError, match='No run has a score: not started'): found.best
     assert not (tmp_path/'run').exists()
 
 def test_folders_with_other_runs_and_foreign_files(few_steps, tmp_path):

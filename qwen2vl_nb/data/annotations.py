@@ -10,7 +10,9 @@ __all__ = ['Annotated', 'is_number', 'coco_pictures', 'yolo_names', 'yolo_boxes'
 # %% ../../nbs/data/05_annotations.ipynb #a3b5fa69
 import re
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from urllib.parse import parse_qs, unquote, urlparse
+from ..files import picture_endings
 
 # %% ../../nbs/data/05_annotations.ipynb #81a209e0
 @dataclass
@@ -45,10 +47,14 @@ def _short(value):
     return text if len(text) <= 80 else f'{text[:80]} …'
 
 # %% ../../nbs/data/05_annotations.ipynb #e642bfe7
-def _coco_names(data):
-    kinds = data.get('categories')
-    return {c['id']: c['name'] for c in kinds if isinstance(c, dict) and isinstance(c.get('id'), (int, str))
-            and isinstance(c.get('name'), str)} if isinstance(kinds, list) else {}
+def _coco_names(kinds, faults):
+    "The names of the classes by their ids."
+    names = {}
+    for i, kind in enumerate(kinds if isinstance(kinds, list) else []):
+        number, name = (kind.get('id'), kind.get('name')) if isinstance(kind, dict) else (None, None)
+        if isinstance(number, (int, str)) and isinstance(name, str) and names.setdefault(number, name) != name:
+            faults.append(f'categories[{i}] has the id {number!r} of another class')
+    return names
 
 def _coco_pictures(images, faults):
     "The pictures by their ids."
@@ -80,8 +86,8 @@ def coco_pictures(
     data:dict, # `images`, `annotations` and `categories`
 )->tuple: # (`Annotated` pictures, descriptions of the faults, a remark)
     "The pictures and boxes of COCO instances."
-    faults, crowds, names = [], 0, _coco_names(data)
-    pictures = _coco_pictures(data['images'], faults)
+    faults, crowds = [], 0
+    names, pictures = _coco_names(data.get('categories'), faults), _coco_pictures(data['images'], faults)
     for i, note in enumerate(data['annotations']):
         fault = _coco_fault(note, pictures, names)
         if fault: faults.append(f'annotations[{i}] {fault}')
@@ -96,8 +102,10 @@ def yolo_names(
     "The names of the classes of a YOLO data set."
     names = data.get('names') if isinstance(data, dict) else None
     if isinstance(names, list): names = dict(enumerate(names))
-    if not isinstance(names, dict) or not names: return
-    return {n: str(name) for n, name in names.items() if isinstance(n, int) and isinstance(name, (str, int, float))}
+    if not isinstance(names, dict): return
+    as_number = lambda n: int(n) if isinstance(n, str) and n.isdecimal() else n
+    named = {as_number(n): str(name) for n, name in names.items() if isinstance(name, (str, int, float))}
+    return {n: name for n, name in named.items() if isinstance(n, int)} or None
 
 def _yolo_fault(words, numbers, names):
     if len(words) != 5:
@@ -274,8 +282,24 @@ def is_studio(
     return any(map(_min_results, data)) and all('data' not in task for task in data)
 
 # %% ../../nbs/data/05_annotations.ipynb #5f5ee280
-def _is_picture(key, value):
-    return key in ('image', 'img', 'photo') or bool(re.search(r'\.[A-Za-z]{3,4}$', studio_paths(value)[-1]))
+_usual = 'image', 'img', 'photo' # Names of the data that are pictures whatever their extension is
+
+def _named_pictures(task):
+    "The texts of a task that name a picture, by their keys."
+    texts = {k: v for k, v in task.get('data', task).items() if isinstance(v, str)}
+    ending = lambda text: PurePosixPath(studio_paths(text)[-1]).suffix.lower()
+    known = {k: v for k, v in texts.items() if k in _usual or ending(v) in picture_endings}
+    return known or {k: v for k, v in texts.items() if re.fullmatch(r'\.[a-z]{3,4}', ending(v))}
+
+def _marked_picture(task, about):
+    "The address of the picture that the results are `about`; raises `ValueError` if there is none, or several."
+    there = _named_pictures(task)
+    if not there: raise ValueError('names no picture')
+    likely = about & there.keys() or {k for k in _usual if k in there and 'data' in task} or there
+    if len(there) > 1 and len(about) > 1 or len(likely) > 1:
+        raise ValueError(f'has several pictures ({", ".join(there)}), and it is not known which of them its boxes are '
+                         'in: give each picture a task of its own')
+    return there[next(iter(likely))]
 
 def _labels_by_id(results):
     "The labels of places whose name is a result of its own."
@@ -284,16 +308,18 @@ def _labels_by_id(results):
 
 def _studio_picture(task, faults, where):
     results, n = _chosen_results(task) if 'data' in task else (_min_results(task), 1)
-    paths = next((v for k, v in task.get('data', task).items() if isinstance(v, str) and _is_picture(k, v)), None)
-    names = _labels_by_id(results)
-    picture = Annotated(studio_paths(paths), frame=(100, 100), more={k: task[k] for k in ('id',) if k in task})
-    if not paths: faults.append(f'{where} names no picture')
+    names, about = _labels_by_id(results), set()
+    picture = Annotated([], frame=(100, 100), more={k: task[k] for k in ('id',) if k in task})
     for i, result in enumerate(results):
         if not isinstance(result, dict): continue
         picture.size = picture.size or _size(result.get('original_width'), result.get('original_height'))
         try: found = _studio_box(result, names)
         except ValueError as e: faults.append(f'{where}, result {i} {e}')
-        else: picture.boxes += [found] if found else []
+        else:
+            if found: about.add(str(result.get('to_name')))
+            picture.boxes += [found] if found else []
+    try: picture.image = studio_paths(_marked_picture(task, about))
+    except ValueError as e: faults.append(f'{where} {e}')
     return picture, n
 
 def studio_pictures(
@@ -310,7 +336,7 @@ def studio_pictures(
 
 # %% ../../nbs/data/05_annotations.ipynb #fffb6d8a
 _corner_columns = (('xmin', 'ymin', 'xmax', 'ymax'), ('x1', 'y1', 'x2', 'y2'), ('left', 'top', 'right', 'bottom'),
-                   ('x', 'y', 'w', 'h'), ('x', 'y', 'width', 'height'))
+                   ('x', 'y', 'w', 'h'), ('x', 'y', 'width', 'height'), ('left', 'top', 'width', 'height'))
 _label_columns = ('label', 'class', 'classname', 'category', 'name', 'object', 'labelname')
 _image_columns = ('image', 'filename', 'imagepath', 'path', 'file', 'imageid')
 
@@ -318,13 +344,14 @@ def box_columns(
     columns:list, # Names of the columns of a table
     image:str=None, # Column with the picture's path; `None`: one with a usual name
     label:str=None, # Column with the object's name; `None`: one with a usual name
-)->dict: # The names of the columns with the `image`, the `label`, the `corners` and the `size`; `None` if none are
+    prompt:str=None, # Column with the prompt, if there is one
+)->dict: # Names of the columns: `image`, `label`, `prompt`, `corners`, `size`; `None` if there are no boxes
     "The columns of a table that contain the boxes."
     by_name = {re.sub('[ _-]', '', name.lower()): name for name in columns}
     corners = next((names for names in _corner_columns if all(name in by_name for name in names)), None)
     if not corners: return
     usual = lambda names: next((by_name[name] for name in names if name in by_name), None)
-    return {'image': image or usual(_image_columns), 'label': label or usual(_label_columns),
+    return {'image': image or usual(_image_columns), 'label': label or usual(_label_columns), 'prompt': prompt,
             'corners': [by_name[name] for name in corners], 'has_size': corners[2] in ('w', 'width'),
             'size': [by_name[k] for k in ('width', 'height') if k in by_name and k not in corners]}
 
@@ -354,7 +381,8 @@ def table_pictures(
     rows:list, # Rows of a table
     columns:dict, # As from `box_columns`
 )->tuple: # (`Annotated` pictures, the (index of a row, its fault) of each that cannot be read, a remark)
-    "The pictures and boxes of a table; columns that have the same value in all rows of a picture are kept."
+    """The pictures and boxes of a table, once for each prompt. Other columns are kept if they have the same value in
+    all rows of a picture."""
     pictures, faults = {}, []
     for i, row in enumerate(rows):
         try: path, box, more = _table_box(row, columns)
@@ -363,7 +391,7 @@ def table_pictures(
             continue
         size = _cells(row, columns['size']) or ()
         new = Annotated(path, size=_size(*size) if len(size) == 2 else None, more=more, row=i)
-        picture = pictures.setdefault(path, new)
+        picture = pictures.setdefault((path, str(row.get(columns['prompt']))), new)
         picture.more = {k: v for k, v in picture.more.items() if more.get(k) == v}
         if box: picture.boxes.append(box)
     fractions = _are_fractions(pictures.values())
@@ -411,7 +439,9 @@ def fitted(
                              f'{size[0]}×{size[1]}')
         upright, orientation = size, 1  # it was annotated as stored, not upright
     to = upright or told or picture.frame
-    if not to: raise ValueError('the picture cannot be read, and the annotation does not say its size')
+    if not to:
+        raise ValueError('the picture cannot be read, and the annotation does not say its size; media_dir=… names the '
+                         'folder of the pictures')
     now = picture.frame or told or to
     scaled = [(label, tuple(n*to[i%2]/now[i%2] for i, n in enumerate(numbers))) for label, numbers in picture.boxes]
     back = {6: 8, 8: 6}.get(orientation, orientation)

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 from ..files import open_picture
 from ..model import box_frame, box_keys, box_marks, corner_pairs, family_of, write_boxes
-from .annotations import turn_numbers, turned_size
-from .samples import is_dialogue, media_of, sample_turns
+from .annotations import is_number, turn_numbers, turned_size
+from .samples import answer_keys, is_dialogue, media_of, sample_turns
 
 # %% ../../nbs/data/15_boxes.ipynb #2b7571df
 @dataclass
@@ -77,7 +77,7 @@ def _json_piece(text, at, has_more):
         return Piece(at, at + len(part), 'json', '', None, None) if is_cut or _key.search(part) else None
     n = next((n for n, key in box_keys.items() if key in found), None)
     if n is None: return
-    label = found.get('label', '')
+    label = '' if found.get('label') is None else found['label']
     label = label if isinstance(label, str) else json.dumps(label, ensure_ascii=False)
     return Piece(at, end, 'json', label, _numbers_of(found[box_keys[n]], n), found)
 
@@ -103,6 +103,10 @@ def _scaled(numbers, size, frame):
     "Coordinates in a picture of the given size, converted to a picture of the size `frame`."
     return tuple(number*frame[i%2]/size[i%2] for i, number in enumerate(numbers))
 
+def _check_size(size):
+    if len(size) != 2 or not all(is_number(side) and side > 0 for side in size):
+        raise ValueError(f'The size of the picture is {size}, not (width, height) in pixels.')
+
 def read_boxes(
     text, # Text of a turn
     size:tuple, # (width, height) of the picture in pixels
@@ -119,6 +123,7 @@ def parse_boxes(
     **limits, # `image_max_pixels` and `image_min_pixels`, as in the recipe; they matter for Qwen2.5-VL
 )->list: # `Box`es; `None` if nothing in the text is written as a box
     "The boxes in an answer from a model of a family; malformed ones are left out, see `count_boxes`."
+    _check_size(size)
     return read_boxes(text, size, box_frame(*size, family, **limits))
 
 def count_boxes(
@@ -135,7 +140,10 @@ def format_boxes(
     family:str|Path, # Model folder, a model's name, or a key of `families`
     **limits, # `image_max_pixels` and `image_min_pixels`, as in the recipe; they matter for Qwen2.5-VL
 )->str: # An answer
-    "Boxes as a model of a family writes them."
+    "Boxes as a model of a family writes them. Raises `ValueError` for coordinates that are no numbers."
+    _check_size(size)
+    bad = [box for box in boxes if not all(map(is_number, box.coordinates))]
+    if bad: raise ValueError(f'{bad[0]} has coordinates that are not numbers.')
     frame = box_frame(*size, family, **limits)
     return write_boxes([(box.label, _scaled(box.coordinates, size, frame)) for box in boxes], family_of(family).boxes)
 
@@ -145,9 +153,11 @@ def _texts_of(sample): return [text for _, _, text in sample_turns(sample)]
 def _with_texts(sample, change):
     "The sample with `change(text)` for each text of its turns."
     new = lambda value: change(value) if isinstance(value, str) else value
-    kept = sample | {key: new(sample[key]) for key in ('system', 'instruction', 'input', 'output') if key in sample}
+    turn = lambda said: said | {'content': new(said.get('content'))} if isinstance(said, dict) else new(said)
+    keys = 'system', 'instruction', 'input', 'output', *answer_keys
+    kept = sample | {key: turn(sample[key]) for key in keys if key in sample}
     if sample.get('history'): kept['history'] = [list(map(new, pair)) for pair in sample['history']]
-    if is_dialogue(sample): kept['messages'] = [t | {'content': new(t['content'])} for t in sample['messages']]
+    if is_dialogue(sample): kept['messages'] = list(map(turn, sample['messages']))
     return kept
 
 def _stored_size(path):
@@ -249,6 +259,9 @@ def to_boxes(
 )->dict: # A new sample, with the column `box_frame`; a sample without boxes is returned as it is
     """A sample with its boxes in a family's form and coordinates.
     Raises `ValueError` if they are malformed, or if it is not known how they are written."""
+    if not isinstance(sample, dict):
+        raise ValueError(f'This is a {type(sample).__name__}, not a sample: write [to_boxes(sample, …) for sample in '
+                         'samples].')
     if all(box_pieces(text) is None for text in _texts_of(sample)): return sample
     now = known_frame(sample, source, **limits)
     if now is None:

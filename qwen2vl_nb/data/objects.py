@@ -153,7 +153,7 @@ def _arrow_batches(table):
     "Record batches of at most `_batch` rows, with unique column names."
     import pyarrow as pa
     try: reader = pa.RecordBatchReader.from_stream(table)
-    except (pa.ArrowException, TypeError, ValueError) as e:
+    except Exception as e:  # each library has its own
         raise ValueError(f'The {type(table).__name__} is not a table with named columns ({e}).') from None
     odd = [f.name for f in reader.schema if pa.types.is_fixed_size_binary(f.type)]
     if odd:
@@ -241,6 +241,7 @@ def _data_set(source, split, name, taken):
     if not _is_a(source, 'datasets', 'Dataset'):
         raise ValueError(f'{name} is a stream, whose end is not known. Give as many of its rows as you need, as in '
                          'list(stream.take(1000)).')
+    if source.format['type'] == 'custom': return InMemory(name, taken, _plain_batches(source))  # it has a transform
     return InMemory(name, taken, source.with_format('arrow').iter(_batch), True)
 
 def _other(source):

@@ -537,7 +537,7 @@ class Comparison:
     measure:str # The measure that was compared
     before:float # Its mean, in percent
     after:float # The mean in the second prediction, in percent
-    difference:dict # `value`, `low`, `high`: their difference in points, with its 95 % bootstrap interval
+    difference:dict # `value`, `low`, `high`: their difference in points, with its 95 % interval
     p:float # How likely such a difference is if there is no real difference
     test:str # The test that gives `p`: 'exact McNemar' or 'paired permutation'
     table:object # A `DataFrame`: how many rows were and are right or wrong, or how many are worse, the same, better
@@ -565,6 +565,14 @@ def _table(one, two, is_sharp):
     return pd.crosstab(side(one).rename('before'), side(two).rename('after')).reindex(
         index=sides.rename('before'), columns=sides.rename('after'), fill_value=0)
 
+def _difference(change):
+    "The mean of the changes of all rows, in points, with its 95 % interval."
+    found = _summary(change.to_frame()).iloc[0]
+    if set(change) in ({100}, {-100}):  # the bootstrap knows no other change
+        share = _shares(change.abs().to_frame()).iloc[0]
+        found = share if found.value > 0 else (-share).set_axis(['value', 'high', 'low'])
+    return found.to_dict()
+
 def compare(
     before:Sequence, # `Predictions`, or any sequence of their rows
     after:Sequence, # Other predictions of the same rows
@@ -588,6 +596,6 @@ def compare(
                   what=_kind_of_change(one[i], two[i], is_sharp), change=change[i])
              for i,a,b in pairs if change[i] or answer(a) != answer(b)]
     changed = text_table(pd.DataFrame(lines, columns=['id', 'label', 'before', 'after', 'what', 'change']))
-    return Comparison(measure, one.mean(), two.mean(), _summary(change.to_frame()).iloc[0].to_dict(),
+    return Comparison(measure, one.mean(), two.mean(), _difference(change),
                       *_p_value(change.to_numpy(), is_sharp), text_table(_table(one, two, is_sharp)), changed,
                       [second[i] for i in one.index if change[i] < 0])

@@ -174,7 +174,7 @@ def score_checkpoints(
 )->CheckpointScores:
     """Predict a data set with every complete checkpoint of a run, score the answers, and record the best checkpoint.
     Interrupting does not stop the work; calling again attaches to it or resumes it. Raises `ValueError` before anything
-    is asked if an argument is wrong, or if the data set has no labels."""
+    is asked if an argument is wrong, or if the data set has no labels, and `KeyError` if it is not registered."""
     run, faults = attach(run), answering_faults(changes)
     if not isinstance(dataset, str) or not dataset:
         faults = [f'dataset={dataset!r}: name a registered data set.', *faults]

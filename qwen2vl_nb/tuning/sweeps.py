@@ -37,6 +37,10 @@ def _shorter(values):
     "Values of an argument, and long ones, such as ZeRO configs, as parts of a folder's name."
     return [name_part(value) if len(str(value)) > 60 else value for value in values]
 
+def _plain(value):
+    "Numbers and arrays of NumPy, and columns of pandas, as those of Python; anything else as it is."
+    return value.tolist() if hasattr(value, 'tolist') else value
+
 @dataclass
 class Trial:
     "A combination of values, and its run."
@@ -62,7 +66,7 @@ def combinations(
     "Every combination of some values."
     found, folder = [], without_time(recipe['output_dir'])
     for some in itertools.product(*values.values()):
-        chosen = {k: v.item() if hasattr(v, 'item') else v for k, v in zip(values, some)}  # numpy's numbers, too
+        chosen = {k: _plain(v) for k, v in zip(values, some)}
         name = name_part('-'.join(f'{k}-{name_part(v)}' for k, v in chosen.items()), 200)
         merged = recipe | chosen | {'output_dir': str(Path(folder, name))}
         found.append(Trial(chosen, {k: v for k, v in merged.items() if v is not None}))
@@ -79,6 +83,7 @@ def _value_faults(values):
         elif fault := unknown_argument(key): yield fault
         if isinstance(some, (str, bytes, dict)) or not isinstance(some, Collection):
             yield f'{key}: {some!r} is not a list of values. Give [{some!r}], or set it in the recipe.'
+        elif isinstance(some, (set, frozenset)): yield f'{key}: {some!r} has no order. Give a list: {[*some]!r}.'
         elif not len(some): yield f'{key}: there are no values to try.'
         elif len({name_part(v) for v in some}) < len(some): yield f'{key}: a value occurs twice in {some}.'
 
@@ -301,7 +306,8 @@ class Sweep:
         "The recipe of the best run, whose `output_dir` is the run's folder. Raises `ValueError` if none has a score."
         table = self.table
         if math.isnan(table[self.measure].iloc[0]):
-            raise ValueError('No run has a score: ' + ' '.join(dict.fromkeys(filter(None, table.why))))
+            reasons = dict.fromkeys(table.why.where(table.why != '', table.state))
+            raise ValueError(f'No run has a score: {" ".join(reasons)}')
         return self.trials[table.index[0]].recipe
 
     def _shown(self):
@@ -323,6 +329,7 @@ def sweep(
 )->Sweep:
     """Train with every combination of some values, and rank the runs. Called again, it continues where it was
     interrupted. Raises `ValueError` if the arguments are wrong, with all reasons."""
+    values, nproc, at_once, only = {k: _plain(v) for k, v in values.items()}, *map(_plain, (nproc, at_once, only))
     faults = [*_value_faults(values), *_recipe_faults(recipe, score_on),
               *_argument_faults(asking, nproc, at_once, only)]
     if not faults and score_on: faults += _ranking_faults(recipe, score_on, asking or {}, measure)
