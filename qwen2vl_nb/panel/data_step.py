@@ -44,6 +44,7 @@ def _text_columns(file, header):
     lines = ((line, max(',;\t|', key=line.count)) for line in _beginning(file).splitlines())
     return _header_in((next(csv.reader([line], delimiter=mark), []) for line, mark in lines), header)
 
+# %% ../../nbs/panel/32_data_step.ipynb #32datastcols
 def _json_columns(file):
     "The keys of the first object in a JSON file, which may be a list of objects or a line for each."
     text = _beginning(file)
@@ -173,7 +174,7 @@ class DataStep(Step):
 @patch
 def _build_kinds(self:DataStep):
     "The choice of warnings whose rows are dropped, which is shown if there are any."
-    self.kinds = self.field('also', SelectMultiple(), '640px')
+    self.kinds = self.field('also', SelectMultiple(), '900px')
     self._offer_kinds()
     return self.kinds
 
@@ -183,7 +184,7 @@ def _offer_kinds(self:DataStep):
     found = max((ran[name] for name in ('data.check', 'data.mend') if name in ran), key=lambda r: r.when, default=None)
     with self._filling, suppress(Exception):  # foreign files may have anything there
         kinds = found.given.get('kinds', {}) if found else {}
-        options = [(f'{self.tell(kind)} ({n})', kind) for kind, n in kinds.items()]
+        options = [(f'({n}) {self.tell(kind)}', kind) for kind, n in kinds.items()]
         if options != [*control.options]:
             self._restoring = True  # other options deselect all, which is no change by the user
             control.options, control.rows = options, len(options)
