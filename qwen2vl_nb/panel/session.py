@@ -116,7 +116,7 @@ def last_lines(
     return '\n'.join(re.sub(r'^<panel>:\d+: \w+: ', '', line.rstrip()) for line in lines).strip()
 
 # %% ../../nbs/panel/10_session.ipynb #sess0012b
-_bar = re.compile(r'^(.*\d+%\|.*\|.*|.*: loading )\[.*\]$', re.M)
+_bar = re.compile(r'.*\[(\d+:)?\d\d:\d\d.*\]$') # It ends with the time that it took
 
 def without_bars(
     text:str, # What `last_lines` returned
