@@ -225,6 +225,10 @@ def model_findings(
     if kind not in families:
         found.append(Finding('model_name_or_path', f'{folder} contains a {kind} model; supported are {supported}.',
                              other_model))
+    if has_its_processor and not processor_config(folder).get('do_resize', True):
+        found.append(Finding(str(folder/'preprocessor_config.json'), 'do_resize is off: LLaMA-Factory stops at the '
+                             'first picture whose sides are not multiples of the size of a token.',
+                             'Set do_resize to true, as in the published folder.', 'warning'))
     return found
 
 # %% ../nbs/20_checks.ipynb #head0002

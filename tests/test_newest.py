@@ -1,4 +1,4 @@
-"The newest versions that `settings.ini` allows, as `pip install` resolves them: they work, and cost no more. Collected by `make test-newest`, which has them."
+"The newest versions that `settings.ini` allows, as `pip install` resolves them: they work, and cost hardly more. Collected by `make test-newest`, which has them."
 import importlib.metadata, importlib.util, inspect, json, shutil
 
 import pytest
