@@ -100,13 +100,21 @@ def _recipe_model_type(recipe):
     try: return model_type(recipe.get('model_name_or_path') or '')
     except ValueError: return ''
 
+def _trains_two_types(recipe):
+    "Whether ZeRO-3 trains weights of the model and others that were added to it, in half precision."
+    try: zero = read_zero(recipe.get('deepspeed')).get('zero_optimization') or {}
+    except (OSError, ValueError, AttributeError): return False  # another check reports what is wrong
+    is_lora, is_half = recipe.get('finetuning_type', 'lora') == 'lora', recipe.get('bf16') or recipe.get('fp16')
+    has_both = recipe.get('additional_target') if is_lora else recipe.get('stage') == 'rm'
+    return is_half and has_both and zero.get('stage') == 3 and 'offload_param' not in zero
+
 def _version_findings(recipe, versions):
     "Combinations of versions that are known to fail in what the recipe uses."
     kind = _recipe_model_type(recipe)
     positions = kind != 'qwen2_5_vl' or _has_columns(recipe, 'images', 'videos')  # it takes text as it is
     uses = {'scores': recipe.get('predict_with_generate'), 'DeepSpeed': recipe.get('deepspeed'),
             'video': _has_columns(recipe, 'videos'), 'Qwen3.5': 'qwen3_5' in kind,
-            'KTO': recipe.get('stage') == 'kto' and positions,
+            'KTO': recipe.get('stage') == 'kto' and positions, 'ZeRO-3 with two types': _trains_two_types(recipe),
             'LoRA with DeepSpeed': recipe.get('deepspeed') and recipe.get('finetuning_type', 'lora') == 'lora'}
     return [f for f in version_findings(versions, [use for use in uses if uses[use]]) if f.level == 'error']
 
@@ -225,6 +233,10 @@ def model_findings(
     if kind not in families:
         found.append(Finding('model_name_or_path', f'{folder} contains a {kind} model; supported are {supported}.',
                              other_model))
+    if has_its_processor and not processor_config(folder).get('do_resize', True):
+        found.append(Finding(str(folder/'preprocessor_config.json'), 'do_resize is off: LLaMA-Factory stops at the '
+                             'first picture whose sides are not multiples of the size of a token.',
+                             'Set do_resize to true, as in the published folder.', 'warning'))
     return found
 
 # %% ../nbs/20_checks.ipynb #head0002

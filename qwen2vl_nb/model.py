@@ -16,6 +16,7 @@ import json, math, re
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.metadata import version
+from numbers import Real
 from pathlib import Path
 
 # %% ../nbs/03_model.ipynb #12a7c1f8
@@ -158,18 +159,34 @@ def _processor_size(width, height, max_pixels, min_pixels, unit, frames=1):
 @lru_cache
 def _prefers_nested(): return int(version('transformers').partition('.')[0]) >= 5
 
+def _limits(config):
+    "The limits in a processor's settings; `None` for those that are not there."
+    size = config.get('size') or {}
+    return {'min_pixels': config.get('min_pixels') or size.get('shortest_edge'),
+            'max_pixels': config.get('max_pixels') or size.get('longest_edge')}
+
+def _with_numbers(config, file):
+    "A processor's settings, if what the size of a picture is computed from are numbers."
+    used = _limits(config) | {key: config.get(key) for key in ('patch_size', 'merge_size')}
+    wrong = [f'{key} must be a number, not {value!r}' for key, value in used.items()
+             if not (value is None or isinstance(value, Real))]
+    if wrong: raise ValueError(f'{file}: {", ".join(wrong)}')
+    return config
+
 def processor_config(
     model:str|Path, # Model folder
     video:bool=False, # The processor of clips instead of that of pictures
 )->dict:
     """The settings of a processor in a model folder, which transformers 4 writes to a file of their own and
     transformers 5 to `processor_config.json`; if a folder has both, each reads its own first.
-    Raises `FileNotFoundError` if there are none."""
+    Raises `FileNotFoundError` if there are none, and `ValueError` if a limit on pictures is no number."""
     own, nested = Path(model)/'preprocessor_config.json', Path(model)/'processor_config.json'
     files = [file for file in [own.with_name(f'video_{own.name}')]*video + [own] if file.is_file()]
     part = (_read_config(nested) if nested.is_file() else {}).get('video_processor' if video else 'image_processor')
-    if part and (not files or _prefers_nested()): return part
-    return _read_config(files[0] if files else own)
+    is_nested = part and (not files or _prefers_nested())
+    file = nested if is_nested else files[0] if files else own
+    config = part if is_nested else _read_config(file)
+    return config if video else _with_numbers(config, file)
 
 def has_processor(
     model:str|Path, # Model folder
@@ -194,9 +211,9 @@ def processor_limits(
         config = {k: v for k, v in config.items() if k not in ('min_pixels', 'max_pixels')}
     unit, usual = config.get('patch_size', family.patch)*config.get('merge_size', 2), (2*family.patch)**2
     # Without limits in the file, the defaults of the processors' classes apply
-    size, least, most = config.get('size') or {}, *((128*usual, 768*usual) if video else (56*56, 1280*28*28))
-    return {'min_pixels': config.get('min_pixels') or size.get('shortest_edge') or least,
-            'max_pixels': config.get('max_pixels') or size.get('longest_edge') or most, 'unit': unit}
+    least, most = (128*usual, 768*usual) if video else (56*56, 1280*28*28)
+    limits = _limits(config)
+    return {'min_pixels': limits['min_pixels'] or least, 'max_pixels': limits['max_pixels'] or most, 'unit': unit}
 
 # %% ../nbs/03_model.ipynb #b0a830a8
 def tokens_within(

@@ -64,6 +64,11 @@ bad_pairs = [
         'Unmodified, this release keeps frozen weights gathered until the end of the backward pass with ZeRO-3 and '
         'LoRA: 10 GiB for 7B on four GPUs (counted on small models, predicted for 7B). `launch` avoids that.',
         'Start training with `launch`; with `llamafactory-cli`, allow for the additional memory.', 'note'),
+    BadPair({'deepspeed': '>=0.19.2'},
+        'In half precision under ZeRO-3, this release leaves in fp32 what is added to a model, such as adapters and a '
+        'value head, and stops without a message (AssertionError in defragment) if it trains weights in both types.',
+        'Choose z2 or z0 instead of z3.',
+        breaks='ZeRO-3 with two types'),
     BadPair({'transformers': '>5.6.0'},
         'LLaMA-Factory 0.9.5 refuses transformers above 5.6.0 as soon as it is imported.',
         _transformers),

@@ -97,6 +97,16 @@ def test_configs_that_leave_out_defaults(kind, tmp_path):
     assert tower_size(short) == tower_size(config) == getattr(real, 'embed_dim', real.hidden_size)
     assert token_budget(short, 0, 80*2**30) == token_budget(config, 0, 80*2**30)
 
+def test_a_processor_that_does_not_resize(tiny, tmp_path):
+    "It is a warning: pictures with sides that are multiples of a token's are taken as they are."
+    from transformers import AutoImageProcessor
+    model = shutil.copytree(tiny, tmp_path/'model')
+    (model/'preprocessor_config.json').write_text(json.dumps(processor_config(tiny) | {'do_resize': False}))
+    assert [(f.level, 'do_resize is off' in f.what) for f in model_findings(model)] == [('warning', True)]
+    real = AutoImageProcessor.from_pretrained(model)
+    assert real(images=[Image.new('RGB', (112, 84))], return_tensors='pt')['image_grid_thw'].tolist() == [[1, 6, 8]]
+    with pytest.raises(RuntimeError, match='is invalid for input of size'): real(images=[Image.new('RGB', (301, 203))], return_tensors='pt')
+
 def test_a_processor_under_its_first_name(tmp_path):
     "The first published folders of Qwen2.5-VL; and any other processor that cannot be loaded."
     from llamafactory.hparams import ModelArguments

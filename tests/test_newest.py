@@ -1,4 +1,4 @@
-"The newest versions that `settings.ini` allows, as `pip install` resolves them: they work, and cost no more. Collected by `make test-newest`, which has them."
+"The newest versions that `settings.ini` allows, as `pip install` resolves them: they work, and cost hardly more. Collected by `make test-newest`, which has them."
 import importlib.metadata, importlib.util, inspect, json, shutil
 
 import pytest
@@ -122,3 +122,13 @@ def test_adapters_stay_in_fp32_under_zero_3(counting, tmp_path):
     assert {str(w.dtype) for w in weights.values()} == {'torch.float32'}
     assert 2*estimate.parts['adapters'] == sum(w.nbytes for w in weights.values())
     assert estimate.disk == pytest.approx(sum(f.stat().st_size for pattern in ('adapter_model.safetensors', 'global_step2/*_optim_states.pt') for f in saved.glob(pattern)), rel=.01)
+
+@pytest.mark.parametrize('changes', [dict(additional_target='embed_tokens'), dict(stage='rm', finetuning_type='full', dataset='ranked')], ids=['LoRA', 'reward model'])
+def test_weights_of_two_types_stop_under_zero_3(changes, counting, tmp_path):
+    "As `check_recipe` says: weights of the model are in bf16, and those that were added to it in fp32."
+    counting.register_pictures(tmp_path/'data')
+    ranked = [{k: v for k, v in s.items() if k != 'output'} | {'chosen': s['output'], 'rejected': 'A dog.'} for s in json.loads((tmp_path/'data'/'single.json').read_text())]
+    Registry(tmp_path/'data').add('ranked', ranked)
+    recipe = counting.make_recipe(tmp_path, 'run', counting.make_model(tmp_path/'model'), 'z3', bf16=True) | changes
+    assert any('it trains weights in both types' in f.what for f in quick_findings(recipe))
+    with pytest.raises(RuntimeError, match='in defragment(.|\n)*AssertionError'): counting.count(tmp_path/'count', {'run': recipe}, 2)

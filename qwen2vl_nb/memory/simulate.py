@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from functools import partial
 from importlib.metadata import version
+from types import SimpleNamespace
 import torch
 from fastcore.basics import patch
 from packaging.version import Version
@@ -445,6 +446,12 @@ def _reward_loss(model, batch, half, job, reference=None):
 losses = {'dpo': _dpo_loss, 'kto': _kto_loss, 'rm': _reward_loss} # Stage → the loss of its batch, as a graph
 
 # %% ../../nbs/memory/00_simulate.ipynb #1f133499
+def _around_loss(half):
+    "What the installed Trainer computes a loss in: on a CPU, that of transformers 4 uses autocast."
+    from transformers import Trainer
+    trainer = SimpleNamespace(use_cpu_amp=bool(half and half.on_cpu), amp_dtype=half and half.dtype)
+    return Trainer.autocast_smart_context_manager(trainer)
+
 def _held_by(model): return [*model.parameters(), *model.buffers()] if model else []
 
 def _step(model, reference, job, n, half, recorder):
@@ -463,7 +470,7 @@ def _step(model, reference, job, n, half, recorder):
             given['pixel_values'] = batch['pixel_values'].to(getattr(torch, job['copy']))
         live.part = 'language'
         kind = losses.get(job['recipe'].get('stage'), _ordinary_loss)
-        with half.region() if half and half.on_cpu and kind is not _ordinary_loss else nullcontext():
+        with _around_loss(half) if kind is not _ordinary_loss else nullcontext():
             loss = kind(model, given, half, job, reference)
         del given
         recorder.note('backward')
