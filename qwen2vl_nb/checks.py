@@ -565,7 +565,7 @@ def _preference_findings(recipe):
               if k in recipe and stage not in stages]
     if unused:
         yield Finding(unused[0], f'LLaMA-Factory ignores {" and ".join(unused)} at stage {stage}.',
-                      'Set the stage that is meant, or remove the key.', 'warning')
+                      'Set the stage that you mean, or remove the key.', 'warning')
     loss = recipe.get('pref_loss', 'sigmoid') if stage == 'dpo' else 'sigmoid'
     if loss not in ('sigmoid', 'orpo', 'simpo'):
         yield Finding('pref_loss',
@@ -664,8 +664,8 @@ def _family_findings(recipe, own):
     adapts = recipe.get('do_train') and recipe.get('finetuning_type', 'lora') == 'lora'
     if adapts and _recipe_model_type(recipe).endswith('_moe'):
         yield Finding('finetuning_type',
-                      'LoRA adapts linear layers. The experts to which tokens are routed are none, and stay as they '
-                      'are.',
+                      'LoRA adapts linear layers. The experts to which tokens are routed are not, and stay '
+                      'as they are.',
                       'Use full fine-tuning to train the experts, too.', 'note')
 
 # %% ../nbs/20_checks.ipynb #ad8a5285

@@ -80,7 +80,7 @@ def fitting(
     sample:dict=None, # The longest sample; `None`: from the data or the recipe
 )->list: # `Filled`s, the fastest first; of equally fast ones, the larger micro batch
     """All combinations of ZeRO config, micro batch and checkpointing that are certain to fit. Raises `ValueError` if
-    a setting in the recipe that must be a number is none."""
+    a setting in the recipe that must be a number is not one."""
     if wrong := wrong_counts(recipe, gpus): raise ValueError('\n'.join(wrong))
     sample = sample or longest_sample(recipe)[0]
     shares = {_batch(r): padded_share(r, sample['tokens']) for r in _batches(recipe)}

@@ -156,7 +156,7 @@ class Project:
     ):
         self.folder = Path(folder).absolute()
         self.path, self._lock, self._stamp, self.state = self.folder/PANEL, RLock(), None, {}
-        self._is_news = False  # whether somebody has written something that `read` has not told yet
+        self._is_news = False  # whether somebody has written something that `read` has not reported yet
         self.read()
 
     def read(self)->bool: # Whether somebody else has changed it since the last call

@@ -154,7 +154,7 @@ def _begins(served, *about):
 
 # %% ../../nbs/prediction/55_serve.ipynb #55serve12b
 def _refuse_arguments(changes, idle, python):
-    "Raise `ValueError` for arguments that LLaMA-Factory does not have, and for an idle time that is none."
+    "Raise `ValueError` for arguments that LLaMA-Factory does not have, and for an idle time that is not a number."
     faults = [] if python else [fault for key in changes if key != 'adapter' and (fault := unknown_argument(key))]
     if isinstance(idle, bool) or not isinstance(idle, (int, float)) or not idle > 0:
         faults.append(f'idle={idle!r}: give a number of seconds above 0.')

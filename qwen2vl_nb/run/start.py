@@ -435,7 +435,7 @@ def keep_earlier(
     for p in found: p.rename(earlier/p.name)
 
 def _refuse_counts(nproc, nnodes, node_rank, env):
-    "Raise `ValueError` for numbers of processes and machines that can't be, and for an environment that is none."
+    "Raise `ValueError` for numbers of processes and machines that can't be, and for an environment that is not one."
     is_whole = lambda n, least: isinstance(n, int) and not isinstance(n, bool) and n >= least
     faults = [f'{name}={n!r}: give a number of at least 1.' for name, n in dict(nproc=nproc, nnodes=nnodes).items()
               if not is_whole(n, 1) and not (name == 'nproc' and n is None)]

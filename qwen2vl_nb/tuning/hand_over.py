@@ -408,7 +408,7 @@ def push_to_hub(
     private:bool=True, # Whether only you see it
     card:str=None, # Another card, such as an edited `model_card(…)`; `None`: the one that `model_card` writes
     overwrite:bool=False, # Add a commit to a model that has files already
-    dry_run:bool=False, # Show what would be uploaded, and connect to nobody
+    dry_run:bool=False, # Show what would be uploaded, and connect to no hub
 )->Upload: # What was uploaded: names, sizes and the address
     """Upload the adapter of a run, or a complete model, with its card, and nothing else from the folder.
     Raises an exception in words before anything is sent if there is no token, or if the name is taken."""
