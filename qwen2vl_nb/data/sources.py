@@ -1125,8 +1125,9 @@ def _with_boxes(path, rows, place, family, limits, image, label, prompt):
         if _turns_key(rows): pictures = None
         else: pictures = _table_boxes(path, rows, image, label, prompt) if family or not label else None
         if not pictures and family:
-            raise ValueError(f'{path} has no boxes that could be written in the form of a family. Leave family= out; '
-                             '`to_boxes` converts boxes that are in answers already.')
+            raise ValueError(f'{path} has no boxes that could be written in the form of a family. A table has them in '
+                             'four columns, such as xmin, ymin, xmax and ymax, or x, y, width and height. If there are '
+                             'none, leave family= out; `to_boxes` converts boxes that are in answers already.')
         if not pictures: return rows, ''
         rows = pictures
     return _boxed_rows(path, rows, place, family, limits)
