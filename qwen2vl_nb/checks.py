@@ -41,8 +41,8 @@ if TYPE_CHECKING: import pandas as pd
 # %% ../nbs/20_checks.ipynb #kinds002
 _numbers = {*pixel_limits, 'save_total_limit', 'max_samples', 'quantization_bit', *(
     k for k, v in train_recipe('', '').items() if isinstance(v, (int, float)) and not isinstance(v, bool))}
-_texts = ('model_name_or_path', 'adapter_name_or_path', 'output_dir', 'dataset_dir', 'media_dir', 'template', 'stage',
-          'finetuning_type')
+_texts = ('model_name_or_path', 'ref_model', 'adapter_name_or_path', 'output_dir', 'dataset_dir', 'media_dir',
+          'template', 'stage', 'finetuning_type')
 
 def _kind_fault(key, value):
     "What is wrong with the kind of a value, and what to do; `None` if nothing is."
@@ -689,14 +689,19 @@ def _output_findings(recipe):
         'overwrite_output_dir: true.')]
 
 # %% ../nbs/20_checks.ipynb #f56185f5
-def _model_path_findings(recipe):
-    model, give = recipe.get('model_name_or_path') or '', 'Set it to the folder of the model.'
-    if model and Path(model).is_dir(): return model_findings(model)
+def _has_reference(recipe):
+    "Whether the training loads a reference model that the recipe names."
+    stage, loss = recipe.get('stage'), recipe.get('pref_loss')
+    return bool(recipe.get('ref_model')) and (stage == 'kto' or stage == 'dpo' and loss not in ('orpo', 'simpo'))
+
+def _model_path_findings(recipe, key='model_name_or_path'):
+    model, give = recipe.get(key) or '', 'Set it to the folder of the model.'
+    if model and Path(model).is_dir(): return model_findings(model) if key == 'model_name_or_path' else []
     if not model or model[0] in './~' or model.count('/') > 1:
         what = f'There is no folder {model}.' if model else 'The recipe names no model.'
-        return [Finding('model_name_or_path', what, give)]
+        return [Finding(key, what, give)]
     hub = f'There is no folder {model} here: LLaMA-Factory will look for {model!r} on a model hub.'
-    return [Finding('model_name_or_path', hub, give, 'warning')]
+    return [Finding(key, hub, give, 'warning')]
 
 def recipe_findings(
     recipe:dict, # The recipe
@@ -706,8 +711,10 @@ def recipe_findings(
 )->list: # `Finding`s
     "All findings about a recipe, except its data, that are available immediately and without LLaMA-Factory."
     found, recipe = _kind_findings(recipe) + (_key_findings(recipe, env) if own else []), _usable(recipe)
-    return [*found, *_model_path_findings(recipe), *_adapter_findings(recipe), *_prompt_findings(recipe),
-            *_family_findings(recipe, own), *_quantized_findings(recipe), *_argument_findings(recipe),
+    models = ['model_name_or_path', *['ref_model']*_has_reference(recipe)]
+    return [*found, *(f for key in models for f in _model_path_findings(recipe, key)), *_adapter_findings(recipe),
+            *_prompt_findings(recipe), *_family_findings(recipe, own), *_quantized_findings(recipe),
+            *_argument_findings(recipe),
             *_output_findings(recipe), *_zero_findings(recipe, nproc)]
 
 # %% ../nbs/20_checks.ipynb #473c86ab

@@ -262,6 +262,11 @@ class Room:
         (self.folder/'dataset_info.json').write_text(json.dumps({'rows': entry}))
         return {'dataset': 'rows', 'dataset_dir': str(self.folder)}
 
+    def preferences(self, columns):
+        rows = [{'instruction': f'What is number {i}?', 'chosen': 'A car.', 'rejected': 'A bus.', 'good': i % 2 == 0} for i in range(4)]
+        entry = {'file_name': 'rows.json', 'columns': {'prompt': 'instruction'} | columns} | ({'ranking': True} if 'rejected' in columns else {})
+        return self.rows(rows, entry)
+
     def adapter(self):
         for name in ('adapter_config.json', 'adapter_model.safetensors'): self.write(name, '{}')
         return {'adapter_name_or_path': str(self.folder)}
@@ -280,6 +285,8 @@ def _picture(path): return {'images': [str(path)], 'instruction': '<image>What?'
 
 RECIPES = { # name → the changes of a recipe that runs
     'no model': lambda r: {'model_name_or_path': '/nowhere/model_7b'},
+    **{f'no reference model for {stage}': lambda r, stage=stage, entry=entry: r.preferences(entry) | {'stage': stage, 'ref_model': '/nowhere/model_7b'}
+       for stage, entry in {'dpo': {'chosen': 'chosen', 'rejected': 'rejected'}, 'kto': {'response': 'chosen', 'kto_tag': 'good'}}.items()},
     'a model without its config': lambda r: r.model(['config.json']),
     'a model without its weights': lambda r: r.model(['model.safetensors']),
     'a model without its processor': lambda r: r.model(['preprocessor_config.json']),

@@ -8,11 +8,9 @@ __all__ = ['Annotated', 'is_number', 'coco_pictures', 'yolo_names', 'yolo_boxes'
            'turn_numbers', 'fitted']
 
 # %% ../../nbs/data/05_annotations.ipynb #a3b5fa69
-import re
+import mimetypes, re
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
 from urllib.parse import parse_qs, unquote, urlparse
-from ..files import picture_endings
 
 # %% ../../nbs/data/05_annotations.ipynb #81a209e0
 @dataclass
@@ -281,15 +279,16 @@ def is_studio(
     if all(map(is_task, data)): return True
     return any(map(_min_results, data)) and all('data' not in task for task in data)
 
-# %% ../../nbs/data/05_annotations.ipynb #5f5ee280
+# %% ../../nbs/data/05_annotations.ipynb #annots0001
 _usual = 'image', 'img', 'photo' # Names of the data that are pictures whatever their extension is
 
 def _named_pictures(task):
     "The texts of a task that name a picture, by their keys."
     texts = {k: v for k, v in task.get('data', task).items() if isinstance(v, str)}
-    ending = lambda text: PurePosixPath(studio_paths(text)[-1]).suffix.lower()
-    known = {k: v for k, v in texts.items() if k in _usual or ending(v) in picture_endings}
-    return known or {k: v for k, v in texts.items() if re.fullmatch(r'\.[a-z]{3,4}', ending(v))}
+    paths = {k: studio_paths(v)[-1] for k, v in texts.items()}
+    kind = lambda path: mimetypes.guess_type(path, strict=False)[0] or ''
+    known = {k: v for k, v in texts.items() if k in _usual or kind(paths[k]).startswith('image/')}
+    return known or {k: v for k, v in texts.items() if re.search(r'\.[A-Za-z]{3,4}$', paths[k])}
 
 def _marked_picture(task, about):
     "The address of the picture that the results are `about`; raises `ValueError` if there is none, or several."
@@ -301,6 +300,7 @@ def _marked_picture(task, about):
                          'in: give each picture a task of its own')
     return there[next(iter(likely))]
 
+# %% ../../nbs/data/05_annotations.ipynb #5f5ee280
 def _labels_by_id(results):
     "The labels of places whose name is a result of its own."
     named = [one for one in results if isinstance(one, dict) and one.get('type') == 'labels']

@@ -94,6 +94,8 @@ def _is_packed(text):
     return bool(re.match(r'''\s*\[\s*\{\s*(["'])(role|from|content|value)\1\s*:''', text))
 
 # %% ../../nbs/data/17_preferences.ipynb #128b2f33
+_like_prompts = *_prompts, 'query', 'input', 'user', 'ask' # Names of columns, but for their case
+
 def _pair_row(row, pair, prompt):
     "A row with `chosen` and `rejected` as texts or as turns; `prompt` is the column that has the prompt, if any."
     good, bad = (row.get(k) for k in pair)
@@ -103,6 +105,8 @@ def _pair_row(row, pair, prompt):
     rest, asked = {k: v for k,v in row.items() if k not in pair}, row.get(prompt)
     if isinstance(good, str) and isinstance(bad, str) and not prompt:
         if _is_transcript(good): return rest | _from_turns([], *map(_transcript_turns, (good, bad)))
+        likely = next((k for k, v in rest.items() if v and str(k).strip().lower() in _like_prompts), None)
+        if likely: raise ValueError(f'is the prompt in {likely!r}? Then name the column of the prompts with prompt=')
         return rest | _from_texts(good, bad)
     has_turns = isinstance(asked, list) or isinstance(good, list) or isinstance(bad, list)
     if not has_turns and (_has_turns([row]) or not (isinstance(good, dict) and isinstance(asked, str))):

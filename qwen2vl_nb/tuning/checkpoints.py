@@ -120,8 +120,10 @@ def _shown(self:CheckpointScores):
 
 @patch
 def _title(self:CheckpointScores):
-    row = self.table.loc[self.best.name][self.measure]
-    return f'Best by {self.measure}: {self.best.name}, {_interval(row)}. In parentheses: the 95 % interval.'
+    row, values = self.table.loc[self.best.name][self.measure], self.table[self.measure, 'value']
+    n = int((values == row.value).sum())
+    tied = f' {n} of {len(values)} have this value; the answers of this one are most like the labels.'*(n > 1)
+    return f'Best by {self.measure}: {self.best.name}, {_interval(row)}.{tied} In parentheses: the 95 % interval.'
 
 @patch
 def __repr__(self:CheckpointScores): return f'{self._title()}\n{self._shown().to_string()}'

@@ -305,9 +305,8 @@ class Sweep:
     def best(self):
         "The recipe of the best run, whose `output_dir` is the run's folder. Raises `ValueError` if none has a score."
         table = self.table
-        if math.isnan(table[self.measure].iloc[0]):
-            reasons = dict.fromkeys(table.why.where(table.why != '', table.state))
-            raise ValueError(f'No run has a score: {" ".join(reasons)}')
+        why = ' '.join(dict.fromkeys(table.why.where(table.why > '', table.state)))
+        if math.isnan(table[self.measure].iloc[0]): raise ValueError(f'No run has a score: {why}')
         return self.trials[table.index[0]].recipe
 
     def _shown(self):
