@@ -383,8 +383,9 @@ def test_pictures_without_objects_are_read_from_coco(tmp_path):
 def test_where_label_studio_keeps_its_pictures(tmp_path):
     _drawn(tmp_path)
     data = base64.b64encode((tmp_path/'a.png').read_bytes()).decode()
-    for i, address in enumerate(('https://bucket.example.com/set/a.png?X-Amz-Date=1', '/data/local-files/?d=Users%5Cme%5Ca.png', 's3://bucket/a.png', f'data:image/png;base64,{data}')):
-        source = _json(tmp_path/f'{i}.json', [_tasks()[0] | {'data': {'scan': address} if i == 0 else {'image': address}}])
+    (tmp_path/'17').write_bytes((tmp_path/'a.png').read_bytes())
+    for i, address in enumerate(('https://bucket.example.com/set/a.png?X-Amz-Date=1', '/data/local-files/?d=Users%5Cme%5Ca.png', 's3://bucket/a.png', f'data:image/png;base64,{data}', 'https://example.com/pictures/17')):
+        source = _json(tmp_path/f'{i}.json', [_tasks()[0] | {'data': {'scan': address} if i in (0, 4) else {'image': address}}])
         sample, = read_samples(source, family='qwen2_5_vl')
         assert Image.open(sample['images'][0]).size == PICTURE and len(sample_boxes(sample, PICTURE)) == 2
 

@@ -278,6 +278,7 @@ BAD = { # name → source, other arguments, words
     'a dict of columns': (lambda: _table(_pictures()), {}, r'a dict of columns: wrap it in pd.DataFrame\(…\)'),
     'nothing': (lambda: None, {}, 'this is nothing'),
     'a number': (lambda: 7, {}, 'this is an object of type int'),
+    'a path that is empty': (lambda: '', {}, 'The path of the samples is empty'),  # Path('') would be the working folder
     'one column': (lambda: pd.Series(['a']), {}, r'series.to_frame\(\)'),
     'a generator': (lambda: (row for row in [_row()]), {}, 'this is an object of type generator'),
     'a picture alone': (lambda: PHOTO, {}, 'this is an object of type Image'),

@@ -15,7 +15,7 @@ from qwen2vl_nb.data.registry import Registry, dataset_samples
 from qwen2vl_nb.prediction.client import MOST_BYTES, ServerGone, request
 from qwen2vl_nb.prediction.engines import predict
 from qwen2vl_nb.prediction.predictions import Predictions
-from qwen2vl_nb.prediction.serve import serve
+from qwen2vl_nb.prediction.serve import Served, serve
 from qwen2vl_nb.processes import marked
 from qwen2vl_nb.recipe import load_recipe, predict_recipe
 from qwen2vl_nb.run.folder import state_or_empty
@@ -109,6 +109,10 @@ def test_asked_by_hand(served, picture, data, capsys):
     broken = io.BytesIO(b'no picture at all')
     for media, why in (('/nowhere.png', 'There is no file'), ('/dev/zero', 'not a regular file'), (str(data), 'not a regular file'), (broken, 'array of uint8')):
         with pytest.raises((OSError, ValueError), match=why): served.ask(media, 'What is this?')
+
+@pytest.mark.parametrize('settings,words', [({'max_new_tokens': '16'}, "max_new_tokens is '16': give numbers"), ({'temperature': None, 'seed': 1}, 'temperature is None'), ({'temp': 1}, 'no setting temp')])
+def test_settings_of_the_wrong_kind_are_said_before_anything_is_asked(settings, words, tmp_path):
+    with pytest.raises(TypeError, match=words): Served(tmp_path).ask(None, 'What?', **settings)
 
 def test_other_programs_can_ask(ask, served, picture, tmp_path, monkeypatch):
     "An OpenAI client finds what it expects, and so does our own engine for such servers."

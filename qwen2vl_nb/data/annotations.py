@@ -288,7 +288,8 @@ def _named_pictures(task):
     paths = {k: studio_paths(v)[-1] for k, v in texts.items()}
     kind = lambda path: mimetypes.guess_type(path, strict=False)[0] or ''
     known = {k: v for k, v in texts.items() if k in _usual or kind(paths[k]).startswith('image/')}
-    return known or {k: v for k, v in texts.items() if re.search(r'\.[A-Za-z]{3,4}$', paths[k])}
+    other = {k: v for k, v in texts.items() if re.search(r'\.[A-Za-z]{3,4}$', paths[k])}
+    return known or other or {k: v for k, v in texts.items() if re.fullmatch(r'\S+/\S+', v)}
 
 def _marked_picture(task, about):
     "The address of the picture that the results are `about`; raises `ValueError` if there is none, or several."

@@ -269,6 +269,7 @@ def in_memory(
     split:str=None, # Which split, if there are several
 ): # `InMemory`, or the path or paths as they are
     "Recognize rows that are in memory, or on a hub."
+    if isinstance(source, str) and not source.strip(): raise ValueError('The path of the samples is empty.')
     if is_hub_name(source): return _data_set(_from_hub(source), split, source, 'a data set from the hub')
     if _is_a(source, 'datasets', 'Dataset', 'DatasetDict', 'IterableDataset', 'IterableDatasetDict'):
         return _data_set(source, split, f'The {type(source).__name__}', _kinds['Dataset'])

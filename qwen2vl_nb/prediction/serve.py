@@ -202,6 +202,8 @@ class Served(Run):
         if unknown:
             known = ', '.join(answer_settings)
             raise TypeError(f"There is no setting {', '.join(sorted(unknown))}; available: {known}.")
+        if wrong := [f'{k} is {v!r}' for k, v in settings.items() if not isinstance(v, (int, float))]:
+            raise TypeError(f"{', '.join(wrong)}: give numbers, or True and False.")
         messages = [message(media, prompt)]
         until_ready(self)
         answer = stream(self, messages, settings, lambda piece: print(piece, end='', flush=True))
