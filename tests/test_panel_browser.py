@@ -9,7 +9,7 @@ import pytest
 from nbclient import NotebookClient
 
 from conftest import KEPT, PATIENCE, ROOT, until
-from lab import contrast, idle, menu, notebook, open_notebook, running_lab
+from lab import contrast, idle, menu, notebook, open_notebook, reload_page, running_lab
 from qwen2vl_nb.panel.form import Panel
 from qwen2vl_nb.panel.session import keep_value, run_action
 from qwen2vl_nb.panel.texts import ENGLISH
@@ -241,8 +241,7 @@ def test_from_a_spreadsheet_with_faults_to_a_score(lab, page):
     form.keep('restarted')
     signs = "all => all.filter(e => getComputedStyle(e, '::before').display != 'none').length"
     assert page.locator('.jupyter-widgets-disconnected').count() and not page.locator('.jupyter-widgets-disconnected').evaluate_all(signs)
-    page.reload()
-    page.locator('.jp-Notebook').wait_for()
+    reload_page(page, lab.root/'form.ipynb')
     idle(page)
     page.get_by_text(ENGLISH['panel.run_again']).wait_for()
     again = _run_all(page)
