@@ -196,6 +196,7 @@ def has_processor(
     except FileNotFoundError: return False
     return True
 
+# %% ../nbs/03_model.ipynb #model0limits
 def processor_limits(
     model:str|Path=None, # Model folder, or a name for the published limits of its family; `None`: those of Qwen2-VL
     video:bool=False, # Return the limits on clips instead of those on pictures; see `Family`

@@ -49,8 +49,7 @@ bad_pairs = [
         'LLaMA-Factory 0.9.5 does not pass them in this stage. Training fails (ValueError: … mm_token_type_ids is '
         'missing), or the model learns wrong positions of pictures and clips (Qwen2.5-VL).',
         f"{_torch_28} transformers==4.57.6, or train on pairs of answers (stage: dpo).", breaks='KTO'),
-    BadPair({'transformers': '<5'},
-        'transformers 4 does not know Qwen3.5.',
+    BadPair({'transformers': '<5'}, 'transformers 4 does not know Qwen3.5.',
         'pip install torch==2.11.0 torchaudio==2.11.0 transformers==5.6.0', breaks='Qwen3.5'),
     BadPair({'transformers': '==5.6.0'},
         'FlashAttention 2 is broken in this release (transformers issue 45588).',
@@ -67,8 +66,7 @@ bad_pairs = [
     BadPair({'deepspeed': '>=0.19.2'},
         'In half precision under ZeRO-3, this release leaves in fp32 what is added to a model, such as adapters and a '
         'value head, and stops without a message (AssertionError in defragment) if it trains weights in both types.',
-        'Choose z2 or z0 instead of z3.',
-        breaks='ZeRO-3 with two types'),
+        'Choose z2 or z0 instead of z3.', breaks='ZeRO-3 with two types'),
     BadPair({'transformers': '>5.6.0'},
         'LLaMA-Factory 0.9.5 refuses transformers above 5.6.0 as soon as it is imported.',
         _transformers),

@@ -210,6 +210,7 @@ def _cast(model, created, dtype, zero_3):
     if Version(version('deepspeed')) < Version('0.19.2'): return model.to(dtype)
     for p in created if zero_3 else model.parameters(): p.data = p.data.to(dtype)
 
+# %% ../../nbs/memory/00_simulate.ipynb #00simulatep63
 def _with_value_head(model):
     "A reward model: its value head is in fp32."
     from llamafactory.model.model_utils.visual import configure_visual_model

@@ -55,9 +55,7 @@ class Rank:
         else: self.held['weights'] = sum(p[0]*p[1] for p in step['parameters'])
         if step.get('reference'): self.held['reference'] = step['reference']
 
-    def size_of(self, i): return self.step_['parameters'][i][1]
-
-    def bytes_of(self, i): return self.numel[i]*self.size_of(i)
+    def bytes_of(self, i): return self.numel[i]*self.step_['parameters'][i][1]
 
     @cached_property
     def groups(self):
@@ -257,6 +255,8 @@ class Stage3(Rank):
         self._plan()
 
     def _piece(self, i): return math.ceil(self.numel[i]/self.ranks)
+
+    def size_of(self, i): return self.step_['parameters'][i][1]
 
     def _piece_bytes(self, i): return self._piece(i)*self.size_of(i)
 
