@@ -63,6 +63,13 @@ def test_bleu_and_rouge_of_many_random_texts(metric):
     means, ours = metric(pairs)[1], score(rows_of(pairs))
     assert {k: ours[k] for k in means} == pytest.approx(means, abs=1e-6)
 
+def test_answers_with_hundreds_of_boxes_are_scored():
+    "A table with an entry for each pair of words would have 80 million of them."
+    rng, n = random.Random(2), 600
+    boxes = [{'bbox_2d': rng.choices(range(1000), k=4), 'label': 'car'} for _ in range(n)]
+    s = score(rows_of([(json.dumps(boxes[:n//2]), json.dumps(boxes))]))
+    assert s['rouge-l'] == pytest.approx(100*2*.5/1.5, abs=.1), 'half of the words, in their order'
+
 # Which rows count
 
 def test_rows_that_failed_are_wrong_and_rows_without_a_label_are_left_out():

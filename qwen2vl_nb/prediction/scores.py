@@ -65,12 +65,27 @@ def _words(text):
     jieba.setLogLevel(60)
     return ' '.join(jieba.cut(text))
 
+def _in_common(a, b):
+    "The length of the longest common subsequence of two lists; each bit of an integer is a place in `a`."
+    places, left = {}, (1 << len(a)) - 1
+    for i, word in enumerate(a): places[word] = places.get(word, 0) | 1 << i
+    for word in b:
+        met = left & places.get(word, 0)
+        left = left + met | left - met
+    return len(a) - (left & (1 << len(a)) - 1).bit_count()
+
 def _rouge(predict, label):
     "ROUGE-1, -2 and -l of two texts, 0 to 100."
     from rouge_chinese import Rouge
-    hypothesis, reference = _words(predict), _words(label)
-    if not hypothesis.split() or not reference.split(): return {'rouge-1': 0., 'rouge-2': 0., 'rouge-l': 0.}
-    return {k: round(v['f']*100, 4) for k,v in Rouge().get_scores(hypothesis, reference)[0].items()}
+    rouge, pair = Rouge(['rouge-1', 'rouge-2'], ['f']), (_words(predict), _words(label))
+    if not all(map(str.split, pair)): return {'rouge-1': 0., 'rouge-2': 0., 'rouge-l': 0.}
+    found = {k: v['f'] for k,v in rouge.get_scores(*pair)[0].items()}
+    given, wanted = ([word for part in rouge.cut_sent(text) if part for word in ' '.join(part.split()).split(' ')]
+                     for text in pair)
+    n = _in_common(given, wanted)
+    precision, recall = n/len(given), n/len(wanted)
+    found['rouge-l'] = 2*(precision*recall / (precision + recall + 1e-8))
+    return {k: round(f*100, 4) for k,f in found.items()}
 
 def _bleu(predict, label):
     "BLEU-4 of two texts by characters, 0 to 100."
