@@ -1,5 +1,5 @@
 "The package as it was installed: what it holds, and what importing it costs."
-import ast, builtins, importlib, inspect, json, os, pkgutil, re, shutil, subprocess, sys
+import ast, builtins, importlib, inspect, io, json, os, pkgutil, re, shutil, subprocess, sys, tokenize
 from configparser import ConfigParser
 from importlib.metadata import distribution, packages_distributions
 
@@ -165,6 +165,26 @@ def test_public_definitions_are_followed_by_an_example_with_output_and_by_a_test
 @pytest.mark.parametrize('path,cells', [*_notebooks()], ids=lambda x: x if isinstance(x, str) else '')
 def test_exported_cells_are_short(path, cells):
     assert not [source for source, _ in cells if source.startswith('#| export') and len(source.splitlines()) > 51]
+
+def _lines_of_code(source):
+    "How many lines are neither blank nor a comment nor a docstring."
+    layout = tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER
+    tokens = [t for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type not in layout]
+    is_text = lambda n: isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant) and isinstance(n.value.value, str)
+    texts = [n for n in ast.walk(ast.parse(source)) if is_text(n)]
+    over = lambda found: {line for first, last in found for line in range(first, last + 1)}
+    return len(over((t.start[0], t.end[0]) for t in tokens) - over((n.lineno, n.end_lineno) for n in texts))
+
+def test_notebooks_have_three_words_of_prose_for_each_line_of_code():
+    "All together, but for the panel's tables of texts; none has only half of that."
+    words, lines = {}, {}
+    for path in sorted((ROOT/'nbs').rglob('*.ipynb')):
+        if {'tutorials', 'benchmarks'} & {*path.parts} or path.name in ('00_texts.ipynb', '00_chinese.ipynb'): continue
+        cells = [(c['cell_type'], ''.join(c['source'])) for c in json.loads(path.read_text(encoding='utf-8'))['cells']]
+        code = [_lines_of_code(source) for kind, source in cells if kind == 'code' and source.startswith('#| export')]
+        if code: words[path], lines[path] = sum(len(text.split()) for kind, text in cells if kind == 'markdown'), sum(code)
+    assert sum(words.values()) >= 3*sum(lines.values())
+    assert not [path.name for path in words if words[path] < 1.5*lines[path]]
 
 @pytest.mark.parametrize('name', [name for name in qwen2vl_nb.__all__ if callable(getattr(qwen2vl_nb, name))])
 def test_help_explains_every_parameter(name):
