@@ -86,6 +86,17 @@ def test_a_row_is_too_long_exactly_when_it_is_cut(factory, tiny, data, tmp_path)
     for cutoff, is_cut in ((n, False), (n-1, True)):
         assert (len(factory.prepare(tmp_path, 'x', cutoff_len=cutoff)[0][0]) < n) == is_cut == bool(len(check_samples([row], model=tiny, cutoff_len=cutoff)))
 
+def test_a_row_is_an_error_exactly_when_its_picture_is_cut(factory, tiny, data, tmp_path):
+    "A long answer is cut before a short prompt, so its row is trained."
+    row = read_samples(data/'car_item'/'test.json')[0] | {'output': 'A car. '*100}
+    Registry(tmp_path).add('x', [row])
+    media, cut = count_tokens([row], tiny).media[0], {}
+    for n in (20, 40, 60, 80, 120, 200, 400):
+        [kept], tokenizer = factory.encode(tmp_path, 'x', 'sft', cutoff_len=n)
+        cut[n] = kept['input_ids'].count(tokenizer.convert_tokens_to_ids('<|image_pad|>')) < media
+    found = {n: check_samples([row], model=tiny, cutoff_len=n).level.tolist() for n in cut}
+    assert found == {n: ['error' if is_cut else 'warning'] for n, is_cut in cut.items()} and len({*cut.values()}) == 2
+
 def test_llamafactory_trains_on_rows_that_only_look_like_mistakes_beside_the_others(factory, data, tmp_path):
     "A row without a picture, another answer to the same question, blanks and another case: each is trained as it is, so each is a warning, in its own row."
     sound = [s | {'instruction': '<image>Which vehicle?', 'output': json.loads(s['output'])['item']} for s in read_samples(data/'car_item'/'train.json')[:40]]

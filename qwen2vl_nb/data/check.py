@@ -22,8 +22,8 @@ from .objects import is_table
 from .preference_faults import preference_faults, preference_faults_between
 from .samples import (as_list, is_dialogue, is_ranking, map_media, media_key, media_of, media_paths,
                                      media_tags, name_row, place_of, sample_kind, sample_turns, without_tags)
-from .tokens import (clip_sampling, known_limits, look_at_samples, media_tokens, refused_clips,
-                                    text_tokens)
+from .tokens import (clip_sampling, cut_samples, known_limits, look_at_samples, media_tokens,
+                                    refused_clips, text_tokens)
 if TYPE_CHECKING: import pandas as pd
 
 # %% ../../nbs/data/40_check.ipynb #930ce439
@@ -321,20 +321,32 @@ def _refused_faults(samples, looks, model, limits):
     return [(i, media_key(samples[i], 'videos'), Fault(why, 'Scale the clip up or crop it, or drop the row.'))
             for i, why in refused_clips(samples, looks, model, limits)]
 
-def _length_faults(rows, text, media, cutoff_len):
-    "Rows with more tokens than LLaMA-Factory keeps."
-    for i, s in rows:
-        total = text[i] + (media[i] or 0)
-        if total <= cutoff_len: continue
-        share, level, ends, smaller = '', 'warning', 'cut off', 'shorten the text'
-        if media[i] and sample_kind(s) != 'answers' and media[i] <= cutoff_len:
-            # a long answer is cut before the prompt is
-            share, ends = f', {media[i]} of them for its pictures or clips', 'cut off, perhaps inside a picture'
-        elif media[i]:
-            share, level = f', {media[i]} of them for its pictures or clips', 'error'
-            ends, smaller = 'cut in the middle of a picture, and training stops', 'set a smaller image_max_pixels'
-        yield i, '', Fault(f'It takes {total} tokens{share}: above cutoff_len {cutoff_len} it is {ends}.',
-                           f'Set cutoff_len to {total} or more, or {smaller}.', level)
+
+# %% ../../nbs/data/40_check.ipynb #40chklen02
+def _rows_with_cut_media(rows, media, cutoff_len, asking):
+    "Those of the rows, row → sample, in which a picture or clip is cut."
+    cut = {i for i in rows if media[i] > cutoff_len}
+    for are_preferences in (False, True):  # whose prompt and answer are cut at once
+        asked = [i for i in rows if i not in cut and (sample_kind(rows[i]) != 'answers') == are_preferences]
+        if asked: cut |= {asked[k] for k in asking([rows[i] for i in asked], at_once=are_preferences)}
+    return cut
+
+def _length_faults(rows, text, media, cutoff_len, wrong, asking):
+    """Rows with more tokens than LLaMA-Factory keeps. `wrong`: rows that have errors; `asking`: as `cut_samples`, given
+    samples and `at_once`."""
+    total = {i: text[i] + (media[i] or 0) for i, _ in rows}
+    long = {i: s for i, s in rows if total[i] > cutoff_len}
+    right = {i: s for i, s in long.items() if media[i] and i not in wrong}
+    cut = _rows_with_cut_media(right, media, cutoff_len, asking)
+    for i in long:
+        share = f', {media[i]} of them for its pictures or clips' if media[i] else ''
+        ends, smaller, level = 'cut off', 'shorten the text', 'warning'
+        if i in cut:
+            ends, level = 'cut in the middle of a picture, and training stops', 'error'
+            smaller = 'set a smaller image_max_pixels'
+        yield i, '', Fault(f'It takes {total[i]} tokens{share}: above cutoff_len {cutoff_len} it is {ends}.',
+                           f'Set cutoff_len to {total[i]} or more, or {smaller}.', level)
+
 
 # %% ../../nbs/data/40_check.ipynb #53c1f2d0
 def _mend_pictures(seen, kept):
@@ -464,7 +476,8 @@ def _check(samples, fix, against, model, cutoff_len, media, workers, **limits):
     text = text_tokens(samples, model, looks, fps=limits['video_fps']) if model else [0]*len(samples)
     shown = media_tokens(samples, looks, model, limits) if media else [0]*len(samples)
     found += _refused_faults(samples, looks, model, limits) if media else []
-    return [*found, *_length_faults(rows, text, shown, cutoff_len)], copies, looks[0]
+    asking, wrong = partial(cut_samples, model=model, cutoff_len=cutoff_len, **limits), {i for i, _ in told}
+    return [*found, *_length_faults(rows, text, shown, cutoff_len, wrong, asking)], copies, looks[0]
 
 # %% ../../nbs/data/40_check.ipynb #mend0001
 def check_samples(
