@@ -29,12 +29,15 @@ def _served(given, weights):
     named = {} if weights else {'adapter': None}
     return as_call('serve', ast.Name('run'), **named, **_in_saves(given, model, SERVED))
 
+_own_field = {'vllm': 'python', 'llamafactory': 'python', 'openai': 'base_url'} # Engine → the field that only it needs
+
 def _engine(given, weights):
     "The arguments that name an engine; none for the usual one."
     if given['engine'] == SERVED: return {'engine': ast.Name(_served(given, weights))}
     named = {'engine': given['engine']} if given['engine'] != 'hf' else {}
-    python = {'python': given.path('python')} if given['python'] and given['engine'] != 'openai' else {}
-    return named | python | ({'base_url': given['base_url']} if given['engine'] == 'openai' else {})
+    own = _own_field.get(given['engine'])
+    python = {'python': given.path('python')} if own == 'python' and given['python'] else {}
+    return named | python | ({'base_url': given['base_url']} if own == 'base_url' else {})
 
 def _asked(given, name, weights, model):
     "The code of the recipe and of the prediction; `model`: the one below whose name it lies by default, if any."
@@ -85,8 +88,8 @@ class PredictStep(DatasetStep):
 
     def refresh(self):
         super().refresh()
-        for row, hides in zip(self.others, (('hf', SERVED, 'openai'), ('hf', SERVED, 'vllm', 'llamafactory'))):
-            row.layout.display = 'none' if self.values['engine'] in hides else None
+        for name, row in zip(('python', 'base_url'), self.others):
+            row.layout.display = None if _own_field.get(self.values['engine']) == name else 'none'
         run = self.panel.session.form('runs')['run']
         is_offered = self.values['engine'] == 'hf' and run and is_loaded(self.panel.session.project.folder/run)
         self.loaded.value = as_html('qvl-help', self.say('loaded', served=self.say(SERVED)) if is_offered else '')
