@@ -16,7 +16,7 @@ from IPython.display import display
 from ipywidgets import HTML, Button, HBox, Image, IntProgress, Layout, VBox
 from ..display import GREY, display_again, div
 from ..files import Damaged, short_path
-from ..names import in_notebook
+from ..names import heard_warnings, in_notebook
 from .folder import ENDED, PREVIEW, RUN, STOP, STOPPING, state_or_empty
 from .health import health_findings
 from .life import is_here
@@ -223,11 +223,11 @@ def _press(self:RunView, doing, act):
 
 @patch
 def _act(self:RunView, act):
-    trouble = ''
-    try: act()
-    except Exception as e: trouble = str(e)
+    with heard_warnings() as said:
+        try: act()
+        except Exception as e: said.append(str(e))
     self._doing = ''
-    self.follow(trouble)
+    self.follow('\n'.join(said))
 
 @patch
 def follow(self:RunView,
