@@ -20,6 +20,7 @@ CHINESE = {
     'panel.cancelled': ('Cancelled.', '已取消。'),
     'panel.again': ('Running the code of earlier steps again …', '正在重新运行前面步骤的代码……'),
     'panel.ran': ('Ran on {when}.', '运行时间：{when}。'),
+    'panel.changed': ('Changed since: press "{action}" again.', '之后有改动：请再次点击“{action}”。'),
     'panel.unexpected': ('This error was not expected: {error}\nIt was raised in {where}. To see the full '
                          'traceback, run the code below in a cell.',
                          '意外的错误：{error}\n出错位置：{where}。要查看完整的 traceback，请在单元格中运行下面的代'

@@ -20,6 +20,7 @@ ENGLISH = {
     'panel.cancelled': 'Cancelled.',
     'panel.again': 'Running the code of earlier steps again …',
     'panel.ran': 'Ran on {when}.',
+    'panel.changed': 'Changed since: press "{action}" again.',
     'panel.unexpected': 'This error was not expected: {error}\nIt was raised in {where}. To see the full traceback, '
                         'run the code below in a cell.',
     'panel.fill': 'Fill in "{control}" in the step "{step}" first.',
