@@ -108,6 +108,8 @@ CHINESE |= {
                     '要微调的模型：已下载模型的目录，或者模型名称（训练启动时由 LLaMA-Factory 下载）。'),
     'model.model': ('Model', '模型'),
     'model.model.help': ('Qwen2-VL, Qwen2.5-VL or Qwen3-VL.', 'Qwen2-VL、Qwen2.5-VL 或 Qwen3-VL。'),
+    'model.no_config': ('There is no config.json in this folder.', '该目录中没有 config.json。'),
+    'model.meant': ('Did you mean {names}?', '是不是想选 {names}？'),
     'model.hint': ('Folder or name', '目录或名称'),
     'model.folder': ('{family}, in a folder on this machine. Template: {template}.',
                      '{family}，位于本机目录中。对话模板：{template}。'),
@@ -288,6 +290,11 @@ CHINESE |= {
     'split.refer': ('stay where they are', '留在原处'),
     'split.copy': ('are copied into the folder', '复制到该目录'),
     'split.link': ('are linked into the folder', '链接到该目录'),
+    'split.errors': ('rows with errors: {n}', '有错误的行：{n} 行'),
+    'split.left': ('No rows were dropped since the last check. Still in: {found}. To leave them out, press "{drop}" '
+                   'in the step "{step}".',
+                   '上次检查之后没有丢弃任何行，数据中仍有：{found}。要去掉它们，'
+                   '请在“{step}”步骤中点击“{drop}”。'),
     'split.register': ('Split and register', '划分并注册'),
     'split.plot': ('Plot', '画图'),
     'split.plot.help': ('Lengths, picture sizes and answers of the rows for training',

@@ -84,6 +84,8 @@ ENGLISH |= {
                    'LLaMA-Factory downloads when the run starts.',
     'model.model': 'Model',
     'model.model.help': 'Qwen2-VL, Qwen2.5-VL or Qwen3-VL.',
+    'model.no_config': 'There is no config.json in this folder.',
+    'model.meant': 'Did you mean {names}?',
     'model.hint': 'Folder or name',
     'model.folder': '{family}, in a folder on this machine. Template: {template}.',
     'model.unknown': 'There is no such folder, and the name does not say which family the model belongs to; it is '
@@ -219,6 +221,9 @@ ENGLISH |= {
     'split.refer': 'stay where they are',
     'split.copy': 'are copied into the folder',
     'split.link': 'are linked into the folder',
+    'split.errors': 'rows with errors: {n}',
+    'split.left': 'No rows were dropped since the last check. Still in: {found}. To leave them out, press "{drop}" in '
+                  'the step "{step}".',
     'split.register': 'Split and register',
     'split.plot': 'Plot',
     'split.plot.help': 'Lengths, picture sizes and answers of the rows for training',
