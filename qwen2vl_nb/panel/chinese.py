@@ -88,7 +88,7 @@ CHINESE |= {
     'data.mend.help': ('Repair in copies what can be repaired without guessing',
                        '在副本中修复无需猜测就能修好的问题，原文件保持不变'),
     'data.also': ('Also drop', '同时丢弃'),
-    'data.also.help': ('Rows with these warnings; the number of rows is in parentheses. Hold Ctrl and click to choose '
+    'data.also.help': ('Rows with these findings; the number of rows is in parentheses. Hold Ctrl and click to choose '
                        'several, or none.',
                        '有这些警告的行，括号中是行数。按住 Ctrl 点击可以多选或取消选择。'),
     'data.drop': ('Drop rows', '丢弃行'),

@@ -13,7 +13,7 @@ from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from fastcore.basics import patch
-from ipywidgets import HTML, BoundedIntText, Checkbox, Combobox, SelectMultiple
+from ipywidgets import HTML, BoundedIntText, Checkbox, Combobox, Layout, SelectMultiple
 from ..files import open_regular
 from ..findings import finding_kind, findings_class, worst_findings
 from .paths import PathList, path_row, suggestions
@@ -114,17 +114,18 @@ def _drop_code(given):
     return f"samples = {as_call('drop_samples', ast.Name('samples'), ast.Name('findings'), **also)}\nlen(samples)"
 
 # %% ../../nbs/panel/32_data_step.ipynb #foundcode1
-_most_kinds = 20 # Of warnings
+_most_kinds = 20 # Of findings that are no errors
 
 def _found(names):
-    "How many findings are left, in how many rows, and those that are shown; of warnings, kind → number of rows."
+    "How many findings are left, in how many rows, and those that are shown; of what is no error, kind → number of rows."
     findings, (worst, line) = names['findings'], worst_findings(names['findings'])
-    left, warnings = findings[findings.level != 'mended'], findings[findings.level == 'warning']
-    kinds = warnings.row.groupby(warnings.what.map(finding_kind)).nunique().nlargest(_most_kinds)
+    left, others = findings[findings.level != 'mended'], findings[findings.level.isin(['warning', 'note'])]
+    kind = others.what.map(finding_kind)
+    kinds, levels = others.row.groupby(kind).nunique().nlargest(_most_kinds), others.level.groupby(kind).first()
     errors = int(findings[findings.level == 'error'].row.nunique())
     return {'samples': len(names['samples']), 'findings': len(left), 'rows': int(left.row.nunique()), 'line': line,
             'errors': errors, 'mended': len(findings) - len(left),
-            'kinds': kinds.to_dict(), 'shown': worst.to_dict('split')}
+            'kinds': kinds.to_dict(), 'levels': levels[kinds.index].to_dict(), 'shown': worst.to_dict('split')}
 
 ACTIONS = [
     Action('data.read', _read_given, _read_code, gives=('samples',)),
@@ -194,8 +195,8 @@ class DataStep(Step):
 # %% ../../nbs/panel/32_data_step.ipynb #32datastkinds
 @patch
 def _build_kinds(self:DataStep):
-    "The choice of warnings whose rows are dropped, which is shown if there are any."
-    self.kinds = self.field('also', SelectMultiple(), '900px')
+    "The choice of warnings and notes whose rows are dropped, which is shown if there are any."
+    self.kinds = self.field('also', SelectMultiple(layout=Layout(min_width='0', max_width='98%')), '900px')
     self._offer_kinds()
     return self.kinds
 
@@ -203,8 +204,8 @@ def _build_kinds(self:DataStep):
 def _offer_kinds(self:DataStep):
     found, control = last_findings(self.panel.session), self.controls['also']
     with self._filling, suppress(Exception):  # foreign files may have anything there
-        kinds = found.given.get('kinds', {}) if found else {}
-        options = [(f'({n}) {self.tell(kind)}', kind) for kind, n in kinds.items()]
+        kinds, levels = (found.given.get(key, {}) if found else {} for key in ('kinds', 'levels'))
+        options = [(f'{levels.get(kind, "warning")} ({n}): {self.tell(kind)}', kind) for kind, n in kinds.items()]
         if options != [*control.options]:
             self._restoring = True  # other options deselect all, which is no change by the user
             control.options, control.rows = options, len(options)

@@ -35,6 +35,8 @@ STYLE = '''<style>
 }
 .qvl .widget-html-content,.qvl .jupyter-widget-html-content {line-height:1.45;min-width:0}
 .qvl .widget-label,.qvl .jupyter-widget-label {color:inherit}
+.qvl select[multiple] {min-width:0}
+.qvl select[multiple]>option {white-space:normal}
 .qvl-help {opacity:.75;line-height:1.35;overflow-wrap:anywhere}
 .qvl-code {position:relative;border:1px solid var(--jp-border-color2,rgba(128,128,128,.35));border-radius:3px;
   background:var(--jp-cell-editor-background,rgba(128,128,128,.08))}

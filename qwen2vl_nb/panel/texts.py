@@ -70,7 +70,7 @@ ENGLISH |= {
     'data.mend': 'Mend',
     'data.mend.help': 'Repair in copies what can be repaired without guessing',
     'data.also': 'Also drop',
-    'data.also.help': 'Rows with these warnings; the number of rows is in parentheses. Hold Ctrl and click to choose '
+    'data.also.help': 'Rows with these findings; the number of rows is in parentheses. Hold Ctrl and click to choose '
                       'several, or none.',
     'data.drop': 'Drop rows',
     'data.drop.help': 'Leave out the rows in which an error is left, and those with the warnings that are chosen',
