@@ -90,10 +90,10 @@ CHINESE |= {
     'data.also': ('Also drop', '同时丢弃'),
     'data.also.help': ('Rows with these findings; the number of rows is in parentheses. Hold Ctrl and click to choose '
                        'several, or none.',
-                       '有这些警告的行，括号中是行数。按住 Ctrl 点击可以多选或取消选择。'),
+                       '有这些问题的行，括号中是行数。按住 Ctrl 点击可以多选或取消选择。'),
     'data.drop': ('Drop rows', '丢弃行'),
-    'data.drop.help': ('Leave out the rows in which an error is left, and those with the warnings that are chosen',
-                       '去掉仍有错误的行，以及有所选警告的行'),
+    'data.drop.help': ('Leave out the rows in which an error is left, and those with the findings that are chosen',
+                       '去掉仍有错误的行，以及有所选问题的行'),
     'data.clean': ('Nothing found in {n} rows.', '{n} 行中没有发现问题。'),
     'data.found': ('Findings: {n}; rows concerned: {rows}.', '发现 {n} 个问题，涉及 {rows} 行。'),
     'data.mended': ('Mended: {mended}. Left: {n} findings; rows concerned: {rows}.',

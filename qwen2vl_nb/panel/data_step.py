@@ -117,7 +117,7 @@ def _drop_code(given):
 _most_kinds = 20 # Of findings that are no errors
 
 def _found(names):
-    "How many findings are left, in how many rows, and those that are shown; of what is no error, kind → number of rows."
+    "How many findings are left, in how many rows, and those that are shown; of others than errors, kind → rows."
     findings, (worst, line) = names['findings'], worst_findings(names['findings'])
     left, others = findings[findings.level != 'mended'], findings[findings.level.isin(['warning', 'note'])]
     kind = others.what.map(finding_kind)

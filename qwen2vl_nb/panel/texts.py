@@ -73,7 +73,7 @@ ENGLISH |= {
     'data.also.help': 'Rows with these findings; the number of rows is in parentheses. Hold Ctrl and click to choose '
                       'several, or none.',
     'data.drop': 'Drop rows',
-    'data.drop.help': 'Leave out the rows in which an error is left, and those with the warnings that are chosen',
+    'data.drop.help': 'Leave out the rows in which an error is left, and those with the findings that are chosen',
     'data.clean': 'Nothing found in {n} rows.',
     'data.found': 'Findings: {n}; rows concerned: {rows}.',
     'data.mended': 'Mended: {mended}. Left: {n} findings; rows concerned: {rows}.',
