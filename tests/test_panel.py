@@ -158,7 +158,7 @@ def test_rows_with_chosen_warnings_are_dropped_and_mending_counts_what_is_left(f
     for action, says in {'data.read': '25 rows', 'data.check': 'Findings: 4; rows concerned: 4.', 'data.mend': 'Mended: 1. Left: 3 findings; rows concerned: 3.'}.items(): assert says in shown(press(panel, action))
     assert 'Findings' not in shown(panel.steps['data'].boxes['data.check'])
     also = panel.steps['data'].controls['also']
-    assert panel.steps['data'].kinds.layout.display is None and also.options == (('(1) The answer is empty.', 'The answer is empty.'),)
+    assert panel.steps['data'].kinds.layout.display is None and also.options == (('warning (1): The answer is empty.', 'The answer is empty.'),)
     assert 'Dropped 2 of 25' in shown(press(panel, 'data.drop'))
     also.value = ['The answer is empty.']
     assert 'Dropped 3 of 25' in shown(press(panel, 'data.drop')) and len(panel.session.names['samples']) == 22

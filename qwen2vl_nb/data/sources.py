@@ -186,7 +186,7 @@ _most_above, _most_text = 20, 2**20 # Rows among which the header is looked for;
 def _header_at(rows, header):
     "Index of the header among rows, given as (number, cells); `None` if no row has its number."
     names = ([*map(str.strip, cells)] for _, cells in rows[:_most_above])
-    if callable(header): return next((i for i, cells in enumerate(names) if header(cells)), 0)
+    if callable(header): return max(enumerate(map(header, names)), key=lambda found: found[1], default=(0, 0))[0]
     return 0 if header is None else next((i for i, (n, _) in enumerate(rows) if n == header), None)
 
 def _split_header(path, rows, header):
@@ -546,14 +546,17 @@ def _is_misspelt(prompt, columns):
 
 # %% ../../nbs/data/20_sources.ipynb #20sourceshead1
 def _header_names(image, prompt, response, video, *others):
-    "A function that recognizes the header of a table by its cells."
+    "A function that says by its cells how well a row fits as the header of a table: 1 is a row that has all."
     images = image if isinstance(image, (list, tuple)) else [image]
     given = {str(name) for name in (*images, response, video, *others) if name is not None}
     usual = lambda *kinds: {name for kind in kinds for name in _default_column_names[kind]}
     sets = [{name} for name in given]
     if response is None and not any(others): sets.append(usual('response'))
     if len(sets) < 2: sets.append(usual('image', 'video', 'prompt') | {prompt})
-    return lambda cells: all(not names.isdisjoint(cells) for names in sets) or not given and bool(box_columns(cells))
+    def fit(cells):
+        if all(not names.isdisjoint(cells) for names in sets) or not given and box_columns(cells): return 1
+        return len(given & {*cells})/len(given) if given - {*cells} else 0  # what lacks one is refused later
+    return fit
 
 # %% ../../nbs/data/20_sources.ipynb #5264a39d
 def _unnamed_media(rows, columns):
@@ -1083,7 +1086,7 @@ def read_rows(
     source, # A file or folder, a pair of files (VQA v2), or `InMemory`
     place, # `MediaPlace` of its pictures
     encoding:str=None, # Encoding of a text file; `None`: UTF-8, UTF-16, UTF-32 or GB18030, judging by its bytes
-    header=None, # Of a table: number of the row with the names of the columns, or a function of its cells
+    header=None, # Of a table: number of the row with the names of the columns, or a function: cells → how well it fits
     boxes:bool=False, # Also return the pictures with boxes of annotation tools; `False`: refuse them
 )->tuple: # (rows, the recognized form in words)
     "The rows of a source, as dicts, or `Annotated` pictures."

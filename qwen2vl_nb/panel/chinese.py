@@ -20,6 +20,7 @@ CHINESE = {
     'panel.cancelled': ('Cancelled.', '已取消。'),
     'panel.again': ('Running the code of earlier steps again …', '正在重新运行前面步骤的代码……'),
     'panel.ran': ('Ran on {when}.', '运行时间：{when}。'),
+    'panel.changed': ('Changed since: press "{action}" again.', '之后有改动：请再次点击“{action}”。'),
     'panel.unexpected': ('This error was not expected: {error}\nIt was raised in {where}. To see the full '
                          'traceback, run the code below in a cell.',
                          '意外的错误：{error}\n出错位置：{where}。要查看完整的 traceback，请在单元格中运行下面的代'
@@ -87,12 +88,12 @@ CHINESE |= {
     'data.mend.help': ('Repair in copies what can be repaired without guessing',
                        '在副本中修复无需猜测就能修好的问题，原文件保持不变'),
     'data.also': ('Also drop', '同时丢弃'),
-    'data.also.help': ('Rows with these warnings; the number of rows is in parentheses. Hold Ctrl and click to choose '
+    'data.also.help': ('Rows with these findings; the number of rows is in parentheses. Hold Ctrl and click to choose '
                        'several, or none.',
-                       '有这些警告的行，括号中是行数。按住 Ctrl 点击可以多选或取消选择。'),
+                       '有这些问题的行，括号中是行数。按住 Ctrl 点击可以多选或取消选择。'),
     'data.drop': ('Drop rows', '丢弃行'),
-    'data.drop.help': ('Leave out the rows in which an error is left, and those with the warnings that are chosen',
-                       '去掉仍有错误的行，以及有所选警告的行'),
+    'data.drop.help': ('Leave out the rows in which an error is left, and those with the findings that are chosen',
+                       '去掉仍有错误的行，以及有所选问题的行'),
     'data.clean': ('Nothing found in {n} rows.', '{n} 行中没有发现问题。'),
     'data.found': ('Findings: {n}; rows concerned: {rows}.', '发现 {n} 个问题，涉及 {rows} 行。'),
     'data.mended': ('Mended: {mended}. Left: {n} findings; rows concerned: {rows}.',
@@ -107,6 +108,8 @@ CHINESE |= {
                     '要微调的模型：已下载模型的目录，或者模型名称（训练启动时由 LLaMA-Factory 下载）。'),
     'model.model': ('Model', '模型'),
     'model.model.help': ('Qwen2-VL, Qwen2.5-VL or Qwen3-VL.', 'Qwen2-VL、Qwen2.5-VL 或 Qwen3-VL。'),
+    'model.no_config': ('There is no config.json in this folder.', '该目录中没有 config.json。'),
+    'model.meant': ('Did you mean {names}?', '是不是想选 {names}？'),
     'model.hint': ('Folder or name', '目录或名称'),
     'model.folder': ('{family}, in a folder on this machine. Template: {template}.',
                      '{family}，位于本机目录中。对话模板：{template}。'),
@@ -287,6 +290,11 @@ CHINESE |= {
     'split.refer': ('stay where they are', '留在原处'),
     'split.copy': ('are copied into the folder', '复制到该目录'),
     'split.link': ('are linked into the folder', '链接到该目录'),
+    'split.errors': ('rows with errors: {n}', '有错误的行：{n} 行'),
+    'split.left': ('No rows were dropped since the last check. Still in: {found}. To leave them out, press "{drop}" '
+                   'in the step "{step}".',
+                   '上次检查之后没有丢弃任何行，数据中仍有：{found}。要去掉它们，'
+                   '请在“{step}”步骤中点击“{drop}”。'),
     'split.register': ('Split and register', '划分并注册'),
     'split.plot': ('Plot', '画图'),
     'split.plot.help': ('Lengths, picture sizes and answers of the rows for training',

@@ -53,6 +53,8 @@ class LaunchStep(Step):
         return [name, self.field('nproc', BoundedIntText(min=0, max=1024), '220px'),
                 self.button('launch.start', hears=False), self.live]
 
+    def is_behind(self, action): return False
+
     def show(self, action, value):
         choose(self, self.panel.session.names['run'].output_dir)
         return []

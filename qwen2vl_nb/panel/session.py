@@ -446,3 +446,15 @@ def _note(session, name, given, said):
         for other in session.replaces(name) + outdated: ran.pop(other, None)
         session.made[name] = session.code(name, again=True)
     write_notebook(session)
+
+# %% ../../nbs/panel/10_session.ipynb #changedcd1
+@patch
+def has_changed(self:Session,
+    name:str, # Name of an action
+)->bool: # `False` if it did not run, or runs again by itself
+    "Whether the form differs from what an action last ran with."
+    before = self.code(name)
+    if not before or self.actions[name].follows: return False
+    try: return self.next_code(name)[1] != before
+    except Unfilled: return True
+    except Exception: return False  # the file does not have what it needs

@@ -7,11 +7,12 @@ __all__ = ['ACTIONS', 'test_name', 'SplitStep']
 
 # %% ../../nbs/panel/34_split_step.ipynb #34splits0002
 import ast
-from ipywidgets import BoundedFloatText, Combobox, Dropdown, Text
-from .data_step import source_columns
+from contextlib import suppress
+from ipywidgets import HTML, BoundedFloatText, Combobox, Dropdown, Text
+from .data_step import source_columns, still_in
 from .paths import suggestions
 from .session import Action, Unfilled, as_call
-from .steps import Step, as_widget, on_enter
+from .steps import Step, as_html, as_widget, on_enter
 
 # %% ../../nbs/panel/34_split_step.ipynb #34splits0004
 def test_name(
@@ -76,7 +77,9 @@ class SplitStep(Step):
         for name in ('group', 'stratify', 'name', 'folder'): on_enter(self.controls[name], register.start)
         others = [self.button('split.plot', icon='bar-chart', primary=False),
                   self.button('split.load', icon='search', primary=False)]
-        return [test, *columns, *names, media, register, *others]
+        self.left = HTML()
+        self._tell_left()
+        return [test, *columns, *names, media, self.left, register, *others]
 
     def show(self, action, value): return [as_widget(self.tell_table(value) if action == 'split.load' else value)]
 
@@ -90,3 +93,13 @@ class SplitStep(Step):
         super().restore()
         for name in ('group', 'stratify'):
             if name in self.controls: self.controls[name].options = self._columns()
+        if self.controls: self._tell_left()
+
+    def _tell_left(self):
+        "Say which faults were found and are still in the rows, as nothing was dropped."
+        session, say, self.left.value = self.panel.session, self.panel.say, ''
+        with suppress(Exception):  # foreign files may have anything there
+            errors, kinds = still_in(session)
+            found = [*[self.say('errors', n=errors)]*bool(errors), *(f'{self.tell(k)} ({n})' for k, n in kinds.items())]
+            told = self.say('left', found=' · '.join(found), drop=say('data.drop'), step=say('data')) if found else ''
+            self.left.value = as_html('qvl-next', told)

@@ -35,6 +35,8 @@ STYLE = '''<style>
 }
 .qvl .widget-html-content,.qvl .jupyter-widget-html-content {line-height:1.45;min-width:0}
 .qvl .widget-label,.qvl .jupyter-widget-label {color:inherit}
+.qvl select[multiple] {min-width:0}
+.qvl select[multiple]>option {white-space:normal}
 .qvl-help {opacity:.75;line-height:1.35;overflow-wrap:anywhere}
 .qvl-code {position:relative;border:1px solid var(--jp-border-color2,rgba(128,128,128,.35));border-radius:3px;
   background:var(--jp-cell-editor-background,rgba(128,128,128,.08))}
@@ -236,8 +238,9 @@ class ActionBox(VBox):
         self.stop = Button(description=say('panel.cancel'), icon='stop', layout=Layout(width='auto', display='none'))
         self.stop.on_click(lambda _: self.cancel())
         self.line, self.result = HTML(layout=Layout(flex='0 1 auto')), VBox(layout=Layout(max_width='100%'))
+        self.behind = HTML() # Says that the form has changed since
         looks = Layout(flex_flow='row wrap', align_items='baseline')
-        super().__init__([HBox([self.button, self.stop, self.line], layout=looks), self.result],
+        super().__init__([HBox([self.button, self.stop, self.line], layout=looks), self.behind, self.result],
                          layout=Layout(margin='4px 0', max_width='100%'))
         self.restore()
 
@@ -247,7 +250,9 @@ class ActionBox(VBox):
         "Show when the action ran and what is kept of it, if its result is not on the screen."
         ran = self._ran()
         is_shown = self._failed_at == self._basis() if self._failed_at else self._of == (ran and ran.when)
-        if self._thread or self.result.children and is_shown: return
+        if self._thread: return
+        self._compare(is_shown and self._failed_at)
+        if self.result.children and is_shown: return
         when = ran and time.strftime('%Y-%m-%d %H:%M', time.localtime(ran.when))
         said = [self.step.panel.say('panel.ran', when=when), ran.said] if ran else []
         self._end('\n'.join(filter(None, said)), self._kept(ran))
@@ -307,6 +312,7 @@ def _run(self:ActionBox):
     self.button.disabled, self._due, self._is_cancelled = True, 0, False
     self._began, self.stop.disabled, failed = time.monotonic(), False, None
     self.line.value, self.result.children = as_html('qvl-said', self.step.panel.say('panel.running')), ()
+    self.behind.value = ''
     try:
         value = run_action(self.step.panel.session, self.action.name, self._hear)
         said = self._ran().said
@@ -322,6 +328,14 @@ def _end(self:ActionBox, said, shown, failed=None):
     self._of, self._failed_at = (ran := self._ran()) and ran.when, failed
     self.line.value, self.result.children = as_html('qvl-said', self.step.tell(said)), tuple(filter(None, shown))
     self.button.disabled, self.stop.layout.display = False, 'none'
+    self._compare(failed)
+
+@patch
+def _compare(self:ActionBox, failed):
+    "Say whether the form has changed since the action ran, unless its new values have failed."
+    is_behind = not failed and self.step.is_behind(self.action.name)
+    told = self.step.panel.say('panel.changed', action=self.step.panel.say(self.action.name)) if is_behind else ''
+    self.behind.value = as_html('qvl-next', told)
 
 # %% ../../nbs/panel/20_steps.ipynb #step0018c
 @patch
@@ -399,8 +413,8 @@ class Step:
 
     @property
     def is_done(self):
-        "Whether the step has done what it is for."
-        return self.done in what_ran(self.panel.session.project)
+        "Whether the step has done what it is for, with what is in the form now."
+        return self.done in what_ran(self.panel.session.project) and not self.is_behind(self.done)
 
     @property
     def view(self):
@@ -423,6 +437,13 @@ def show(self:Step,
 )->list:
     "The widgets that show the result of an action."
     return [as_widget(value)]
+
+@patch
+def is_behind(self:Step,
+    action:str, # Name of an action
+)->bool:
+    "Whether the form has changed since an action ran, so that it has to run again."
+    return self.panel.session.has_changed(action)
 
 @patch
 def ended(self:Step):

@@ -20,6 +20,7 @@ ENGLISH = {
     'panel.cancelled': 'Cancelled.',
     'panel.again': 'Running the code of earlier steps again …',
     'panel.ran': 'Ran on {when}.',
+    'panel.changed': 'Changed since: press "{action}" again.',
     'panel.unexpected': 'This error was not expected: {error}\nIt was raised in {where}. To see the full traceback, '
                         'run the code below in a cell.',
     'panel.fill': 'Fill in "{control}" in the step "{step}" first.',
@@ -69,10 +70,10 @@ ENGLISH |= {
     'data.mend': 'Mend',
     'data.mend.help': 'Repair in copies what can be repaired without guessing',
     'data.also': 'Also drop',
-    'data.also.help': 'Rows with these warnings; the number of rows is in parentheses. Hold Ctrl and click to choose '
+    'data.also.help': 'Rows with these findings; the number of rows is in parentheses. Hold Ctrl and click to choose '
                       'several, or none.',
     'data.drop': 'Drop rows',
-    'data.drop.help': 'Leave out the rows in which an error is left, and those with the warnings that are chosen',
+    'data.drop.help': 'Leave out the rows in which an error is left, and those with the findings that are chosen',
     'data.clean': 'Nothing found in {n} rows.',
     'data.found': 'Findings: {n}; rows concerned: {rows}.',
     'data.mended': 'Mended: {mended}. Left: {n} findings; rows concerned: {rows}.',
@@ -83,6 +84,8 @@ ENGLISH |= {
                    'LLaMA-Factory downloads when the run starts.',
     'model.model': 'Model',
     'model.model.help': 'Qwen2-VL, Qwen2.5-VL or Qwen3-VL.',
+    'model.no_config': 'There is no config.json in this folder.',
+    'model.meant': 'Did you mean {names}?',
     'model.hint': 'Folder or name',
     'model.folder': '{family}, in a folder on this machine. Template: {template}.',
     'model.unknown': 'There is no such folder, and the name does not say which family the model belongs to; it is '
@@ -218,6 +221,9 @@ ENGLISH |= {
     'split.refer': 'stay where they are',
     'split.copy': 'are copied into the folder',
     'split.link': 'are linked into the folder',
+    'split.errors': 'rows with errors: {n}',
+    'split.left': 'No rows were dropped since the last check. Still in: {found}. To leave them out, press "{drop}" in '
+                  'the step "{step}".',
     'split.register': 'Split and register',
     'split.plot': 'Plot',
     'split.plot.help': 'Lengths, picture sizes and answers of the rows for training',
