@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import Lock, Thread
 from ipywidgets import HTML, Layout, VBox
 from ..files import json_or
-from ..recipe import load_recipe
+from ..recipe import dataset_names, load_recipe
 from ..run.folder import RECIPE, RUN, SCORES, SERVED, state_or_empty
 from .session import near
 from .steps import as_html
@@ -22,13 +22,14 @@ _registry = 'dataset_info.json'
 def about_run(
     run:Path, # Folder of a run
     folder:Path, # The panel's folder
-)->dict: # `model`, `dataset_dir`; `adapter` that it began with, `trained` if it writes a whole model; empty: none
+)->dict: # `model`, `dataset_dir`, `data_sets`; `adapter` it began with, `trained` if it writes a whole model; empty: none
     "Where a run has its model and data, and what it writes. Raises `ValueError`, `OSError` without a readable recipe."
     recipe = load_recipe(run/RECIPE)
     is_whole = recipe.get('finetuning_type', 'lora') not in ('lora', 'oft')
     places = {'model': recipe.get('model_name_or_path'), 'dataset_dir': recipe.get('dataset_dir'),
               'adapter': recipe.get('adapter_name_or_path'), 'trained': is_whole and run}
-    return {key: near(str(place or ''), folder) for key, place in places.items()}
+    found = {key: near(str(place or ''), folder) for key, place in places.items()}
+    return found | {'data_sets': dataset_names({'dataset': recipe.get('dataset')})}
 
 def registered_names(
     folder:Path, # Folder of a registry
@@ -38,9 +39,13 @@ def registered_names(
 
 def test_set(
     names:list, # Names of data sets
+    learned:list=(), # Names of those that a run learns from; their own test sets come first
 )->str: # Empty if there is none
     "The data set that is meant for testing, by its name."
-    return next((name for word in ('test', 'val', 'eval') for name in names if word in name.lower()), '')
+    others = [name for name in names if name not in learned]
+    own = [name for of in learned for name in others if name.startswith(f'{of}_')]
+    return next((name for found in (own, others) for word in ('test', 'val', 'eval') for name in found
+                 if word in name.lower()), '')
 
 # %% ../../nbs/panel/55_chosen_run.ipynb #55chosen0008
 def live_view(
