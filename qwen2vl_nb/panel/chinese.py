@@ -162,6 +162,9 @@ CHINESE |= {
                    '共 {n} 个训练任务，显示 {shown} 个，最新的在前。当前选中：{run}。'),
     'runs.listing': ('Reading the folders of the runs …', '正在读取训练任务的目录……'),
     'runs.none': ('none yet', '无'),
+    'runs.other': ('The chosen run is {run}. To watch, stop or resume the one that is selected in the list, press '
+                   '"{choose}" first.',
+                   '当前选中的是 {run}。要查看、停止或恢复列表中高亮的训练任务，请先点击“{choose}”。'),
 }
 
 # %% ../../nbs/panel/00_chinese.ipynb #zhcheckpoi

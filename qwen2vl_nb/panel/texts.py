@@ -124,6 +124,8 @@ ENGLISH |= {
     'runs.count': '{shown} of {n} runs, the newest first. The chosen run: {run}.',
     'runs.listing': 'Reading the folders of the runs …',
     'runs.none': 'none yet',
+    'runs.other': 'The chosen run is {run}. To watch, stop or resume the one that is selected in the list, press '
+                  '"{choose}" first.',
 }
 
 # %% ../../nbs/panel/00_texts.ipynb #txtcheckp00
