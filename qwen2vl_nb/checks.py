@@ -290,7 +290,9 @@ def _has_processor(model):
     try: return has_processor(model)
     except ValueError: return False
 
-def _check_samples_hint(name): return f'See `check_samples(dataset_samples(registry, {name!r}))` for each of them.'
+def _check_samples_hint(name):
+    return (f'See `check_samples(dataset_samples(registry, {name!r}))` for each of them, leave them out with '
+            '`drop_samples`, and register the rest.')
 
 def _about_tokens(recipe):
     "What else the tokens of a row depend on."

@@ -15,7 +15,7 @@ from qwen2vl_nb.panel.form import Panel
 from qwen2vl_nb.panel.launch_step import choose
 from qwen2vl_nb.panel.session import NOTEBOOK, PANEL, form_values, keep_value, run_action, what_ran
 from qwen2vl_nb.prediction.serve import serve
-from qwen2vl_nb.recipe import load_recipe
+from qwen2vl_nb.recipe import load_recipe, save_recipe, train_recipe
 from qwen2vl_nb.run.folder import RECIPE, RUN
 from qwen2vl_nb.run.start import attach, launch
 from qwen2vl_nb.stack import gpus
@@ -357,6 +357,8 @@ def test_what_a_training_was_built_on_is_asked_with_it_and_all_runs_are_listed_w
     assert 'cannot run' in told and 'qwen2_vl' in told and not (folder/'runs').exists(), 'what would fail is said before the start'
     keep_value(panel.session.project, 'recipe', more=own)
     for action in ('recipe.make', 'launch.start'): assert 'qvl-error' not in shown(press(panel, action))
+    press(panel, 'launch.start')
+    assert 'still training' in panel.steps['launch'].held.value, 'nothing is started beside the run that is training'
     second = panel.session.names['run'].wait()
     places = {str(run.output_dir.relative_to(folder)) for run in (first, second)}
     assert [p.split('/')[0] for p in sorted(places)] == ['runs', 'saves'] and listed(panel) == places
@@ -413,6 +415,28 @@ def test_what_a_training_was_built_on_is_asked_with_it_and_all_runs_are_listed_w
     assert listed(there) == places and 'qvl-error' not in shown(press(there, 'score.scores'))
     assert there.session.names['run'].output_dir == moved/second.output_dir.relative_to(folder)
     assert (moved/'panel.ipynb').exists()
+
+@pytest.mark.parametrize('name', ['checkpoints', 'predict'])
+def test_the_test_set_of_the_chosen_run_is_suggested_unless_the_user_names_another(name, folder, tiny):
+    (folder/'data').mkdir()
+    names = [f'{of}{end}' for of in ('cars', 'birds') for end in ('', '_test')]
+    (folder/'data'/'dataset_info.json').write_text(json.dumps({of: {'file_name': f'{of}.json'} for of in names}))
+    def chosen(of):
+        save_recipe(train_recipe(tiny, of, folder/'runs'/of, dataset_dir=str(folder/'data')), folder/'runs'/of/RECIPE)
+        choose(panel.steps['runs'], folder/'runs'/of)
+        panel.refresh()
+        return control.value
+    panel = Panel()
+    panel.go(name)
+    control = panel.steps[name].controls['dataset']
+    assert [chosen(of) for of in ('birds', 'cars')] == ['birds_test', 'cars_test']
+    panel = Panel()  # as after a restart
+    panel.go(name)
+    control = panel.steps[name].controls['dataset']
+    assert chosen('birds') == 'birds_test', 'the last suggestion was nobody’s choice'
+    for theirs in ('cars', ''):
+        control.value = theirs
+        assert [chosen(of) for of in ('cars', 'birds')] == [theirs]*2
 
 def test_the_path_of_a_run_as_older_panels_kept_it_is_still_read(folder):
     old = {'given': {'run': str(folder/'runs'/'a'), 'folder': 'runs', 'name': '', 'nproc': 0}, 'when': 1.0, 'said': ''}

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from ipywidgets import HTML, BoundedIntText, Combobox
 from .chosen_run import AtWork, folders_at_work, registered_names, test_set
-from .session import Action, Unfilled, as_call, what_ran
+from .session import Action, Unfilled, as_call, keep_value, what_ran
 from .steps import Step
 
 # %% ../../nbs/panel/70_checkpoints_step.ipynb #70checkp0004
@@ -23,7 +23,7 @@ def dataset_given(
     runs, own = form('runs'), form(step)
     if not runs['run'] or not runs['_about']: raise Unfilled('runs.run')
     if not own['dataset']: raise Unfilled(f'{step}.dataset')
-    return runs['_about'] | own
+    return runs['_about'] | {name: value for name, value in own.items() if name != '_suggested'}
 
 def limits(
     given, # `Given` with `max_samples` and `max_new_tokens`
@@ -50,7 +50,6 @@ _most_rows = 20_000 # Answers that are scored again when a panel is opened
 class DatasetStep(Step):
     "A step about a data set and the chosen run."
     places = () # Patterns of folders, below the panel's, in which it predicts, too
-    _suggested = False # Not again if the user removes it
 
     def dataset_field(self):
         "The control for the data set."
@@ -76,13 +75,19 @@ class DatasetStep(Step):
         "Suggest data sets, and show what is at work and what can be shown again."
         if self.work.children: self.ended()
         super().refresh()
-        place, control = self.panel.session.form('runs')['_about'].get('dataset_dir'), self.controls['dataset']
-        if isinstance(place, str): control.options = registered_names(self.panel.session.project.folder/place)
-        found = not self._suggested and not control.value and test_set([*control.options])
-        if found: self._suggested, control.value = True, found
+        self._suggest()
         self.work.follow(self._is_busy)
         for name, ran in what_ran(self.panel.session.project).items():
             if name in self.boxes and self.is_cheap(name, ran.given): self.boxes[name].show_again()
+
+    def _suggest(self):
+        about, control = self.panel.session.form('runs')['_about'], self.controls['dataset']
+        place, learned, last = about.get('dataset_dir'), about.get('data_sets'), self.values['_suggested']
+        if isinstance(place, str): control.options = registered_names(self.panel.session.project.folder/place)
+        found = test_set([*control.options], learned if isinstance(learned, list) else [])
+        if found == last or control.value != last: return  # what the user has put there, or removed, stays
+        keep_value(self.panel.session.project, self.name, _suggested=found)
+        control.value = found
 
     def is_cheap(self,
         action:str, # Name of an action that ran
@@ -95,7 +100,7 @@ class DatasetStep(Step):
 class CheckpointsStep(DatasetStep):
     "Score the checkpoints of the chosen run."
     name, done, actions = 'checkpoints', 'checkpoints.score', (SCORE,)
-    defaults = {'dataset': '', 'measure': '', 'max_samples': 0, 'max_new_tokens': 128}
+    defaults = {'dataset': '', 'measure': '', 'max_samples': 0, 'max_new_tokens': 128, '_suggested': ''}
 
     def build(self):
         return [self.dataset_field(), self.field('measure', Combobox(options=_measures)),

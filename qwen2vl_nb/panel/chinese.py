@@ -135,6 +135,11 @@ CHINESE |= {
                           '本机上的进程数；0 表示每块 GPU 一个进程，没有 GPU 则为一个进程。'),
     'launch.start': ('Launch', '启动训练'),
     'launch.start.help': ('Start the recipe in a new folder.', '在新目录中按这份训练配置启动训练。'),
+    'launch.busy': ('Nothing was started, because {run} was still training. Wait until it is done, or end it in the '
+                    'step "{runs}" with "Stop"; then press "{start}" again. To have several trainings at once, '
+                    'choose another run in the step "{runs}" first.',
+                    '{run} 当时仍在训练，因此没有启动新的训练。请等它结束，或在“{runs}”步骤中用“Stop”停止它，然后再次'
+                    '点击“{start}”。如果要同时进行多个训练，请先在“{runs}”步骤中选择另一个训练任务。'),
 }
 
 # %% ../../nbs/panel/00_chinese.ipynb #zhruns0000
@@ -160,6 +165,9 @@ CHINESE |= {
                    '共 {n} 个训练任务，显示 {shown} 个，最新的在前。当前选中：{run}。'),
     'runs.listing': ('Reading the folders of the runs …', '正在读取训练任务的目录……'),
     'runs.none': ('none yet', '无'),
+    'runs.other': ('The chosen run is {run}. To watch, stop or resume the one that is selected in the list, press '
+                   '"{choose}" first.',
+                   '当前选中的是 {run}。要查看、停止或恢复列表中高亮的训练任务，请先点击“{choose}”。'),
 }
 
 # %% ../../nbs/panel/00_chinese.ipynb #zhcheckpoi

@@ -71,7 +71,7 @@ class PredictStep(DatasetStep):
     name, done, actions = 'predict', 'predict.after', (BEFORE, AFTER)
     places = 'saves/*/predict/*', '*/before', '*/after'
     defaults = {'dataset': '', 'engine': 'hf', 'python': '', 'base_url': '', 'max_samples': 0, 'max_new_tokens': 128,
-                'folder': ''}
+                'folder': '', '_suggested': ''}
 
     def build(self):
         self.others, self.loaded = [self.field('python', Text()), self.field('base_url', Text())], HTML()

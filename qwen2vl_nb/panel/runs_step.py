@@ -69,13 +69,14 @@ class RunsStep(Step):
 
     def build(self):
         self.rows, self._thread, self._watched, self.live = None, None, None, VBox()
-        self._wake = Event()
+        self._wake, self._is_listing, self.other = Event(), False, HTML()
         self.select = Select(rows=7, layout=Layout(width='100%', max_width='840px'), description=self.say('run'))
         self.select.style.description_width = '130px'
+        self.select.observe(lambda _: self._is_listing or self._offer(), 'value')
         self.count = HTML(as_html('qvl-help', self.say('listing')))
         self.boxes['runs.choose'] = ChooseBox(self, CHOOSE, icon='check')
         return [self.field('folder', Text()), self.field('filter', Text()), self.select, self.count,
-                self.boxes['runs.choose'], self.live]
+                self.boxes['runs.choose'], self.other, self.live]
 
     def show(self, action, value): return []  # the view is below, also without a choice
 
@@ -129,6 +130,15 @@ def take_selected(self:RunsStep)->bool: # Whether its code has to run: not for t
     return False
 
 @patch
+def _offer(self:RunsStep):
+    "Show the chosen run, with its buttons, unless another one is selected."
+    selected, run = self.select.value, self.values['run']
+    is_other = bool(run and selected and selected != run)
+    self.live.layout.display = 'none' if is_other else None
+    said = self.say('other', run=run, choose=self.say('choose')) if is_other else ''
+    self.other.value = as_html('qvl-help', said)
+
+@patch
 def _show_list(self:RunsStep):
     "Show the runs that match the filter."
     if self.rows is None: self.count.value = as_html('qvl-help', self.say('listing'))
@@ -137,7 +147,10 @@ def _show_list(self:RunsStep):
     lines = [line for line in lines if word in line[0].lower()]
     kept, run = self.select.value, self.values['run']
     there = [place for _, place in lines[:_most_listed]]
+    self._is_listing = True  # new options select another run for a moment
     if [*self.select.options] != lines[:_most_listed]: self.select.options = lines[:_most_listed]
     self.select.value = next((place for place in (kept, run) if place in there), None)
+    self._is_listing = False
+    self._offer()
     said = self.say('count', shown=len(there), n=len(self.rows), run=run or self.say('none'))
     self.count.value = as_html('qvl-help', said)

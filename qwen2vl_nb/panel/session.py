@@ -112,7 +112,13 @@ def last_lines(
     text:str, # What was printed
 )->str: # Bars that were drawn over themselves are there once
     "Printed text as a terminal shows it in the end."
-    lines = [line.rstrip('\r').rpartition('\r')[2] for line in text.split('\n')]
+    lines, at, is_at_left = [''], 0, True
+    for part in re.split('(\r|\n|\x1b\\[A)', text):
+        if part == '\x1b[A': at = max(at - 1, 0)
+        elif part in ('\r', '\n'):
+            at, is_at_left = at + (part == '\n'), True
+            if at == len(lines): lines.append('')
+        elif part: lines[at], is_at_left = part if is_at_left else lines[at] + part, False
     return '\n'.join(re.sub(r'^<panel>:\d+: \w+: ', '', line.rstrip()) for line in lines).strip()
 
 # %% ../../nbs/panel/10_session.ipynb #sess0012b

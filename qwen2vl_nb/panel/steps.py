@@ -133,6 +133,8 @@ _buttons = {'read_samples': 'data.read', 'check_samples': 'data.check', 'mend_sa
 _others = {'family': 'data.boxes', 'model': 'model.model', 'model_name_or_path': 'model.model', 'gpus': 'memory.gpus',
            'gpu_gib': 'memory.gpu_gib', 'dataset_dir': 'split.folder', 'max_new_tokens': 'predict.max_new_tokens'}
 
+_call = r'\((?:[^()]|\([^()]*\))*\)' # What a function is called with, which may be another call
+
 # What a message about code asks to do → (what to do in the form, the button or the field for it)
 _deeds = {'set use_cpu: true': ('press', 'memory.pick'), 'leave bf16 out': ('switch off', 'recipe.bf16')}
 
@@ -162,7 +164,7 @@ def as_in_form(
         value = (given or '').strip('=…')
         said = called(fields[name]) + (f' to {value}' if passed and value else f' = {value}' if value else '')
         return ('set '*bool(passed)) + (start or '') + said
-    for name in _buttons: text = re.sub(rf'(?<![\w.])`?({name})(?:\([^)]*\))?`?(?![\w(])', button, text)
+    for name in _buttons: text = re.sub(rf'(?<![\w.])`?({name})(?:{_call})?`?(?![\w(])', button, text)
     names = '|'.join(sorted(fields, key=len, reverse=True)) or '(?!)'
     value = r"(?:=(?:…|'[^']*'|[\w.]*\w)?)"
     start = '(pass )?(^|(?<=\n)|- |recipe, )?'

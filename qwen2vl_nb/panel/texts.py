@@ -104,6 +104,9 @@ ENGLISH |= {
     'launch.nproc.help': 'On this machine; 0: one for each GPU, or one if there is none.',
     'launch.start': 'Launch',
     'launch.start.help': 'Start the recipe in a new folder.',
+    'launch.busy': 'Nothing was started, because {run} was still training. Wait until it is done, or end it in the '
+                   'step "{runs}" with "Stop"; then press "{start}" again. To have several trainings at once, '
+                   'choose another run in the step "{runs}" first.',
 }
 
 # %% ../../nbs/panel/00_texts.ipynb #txtruns00
@@ -124,6 +127,8 @@ ENGLISH |= {
     'runs.count': '{shown} of {n} runs, the newest first. The chosen run: {run}.',
     'runs.listing': 'Reading the folders of the runs …',
     'runs.none': 'none yet',
+    'runs.other': 'The chosen run is {run}. To watch, stop or resume the one that is selected in the list, press '
+                  '"{choose}" first.',
 }
 
 # %% ../../nbs/panel/00_texts.ipynb #txtcheckp00
