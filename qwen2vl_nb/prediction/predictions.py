@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING
 import orjson
 from fastcore.basics import patch
 from ..names import warn
-from ..files import Damaged, json_or, open_regular, whole_lines
+from ..files import Damaged, json_or, name_part, open_regular, whole_lines
 from ..findings import bulleted, text_table
 from .rows import Index, is_at, load_line, parse_row, with_own_keys
-from ..run.folder import ANSWERS, ASKED, GENERATED, PROGRESS, QUESTION, state_or_empty, trained_in
+from ..recipe import best_measured
+from ..run.folder import (ANSWERS, ASKED, BEST, GENERATED, PROGRESS, QUESTION, SCORES, state_or_empty,
+                                   trained_in)
 from ..run.life import status
 if TYPE_CHECKING: import pandas as pd
 
@@ -112,6 +114,20 @@ def _early_end(folder):
     if not how or now.get('step', 0) >= now.get('steps', 0): return ''
     return f'The training in {folder} {how} at step {now["step"]} of {now["steps"]}.'
 
+_chosen = ('The checkpoint was chosen on these rows, so its score flatters it; rows that nobody has looked at are '
+           'needed for a fair one.')
+
+def _was_chosen_on(asked, recipe, folder):
+    "Whether a recipe has the best checkpoint of a run, and `score_checkpoints` chose it on some of the rows in a file."
+    best, about = best_measured(folder), state_or_empty(folder, BEST)
+    named = ','.join(str(recipe.get(key)) for key in ('model_name_or_path', 'adapter_name_or_path')).split(',')
+    tried = folder/SCORES/name_part(about.get('dataset'))
+    if str(best) not in named or len(list(tried.glob('checkpoint*'))) < 2: return False
+    try:
+        known = {line for _, line in whole_lines(tried/best.name/ASKED)}
+        return any(line in known for _, line in whole_lines(asked))
+    except (OSError, Damaged): return False
+
 @patch
 def _row(self:Predictions, k):
     at, number = self._index.starts[k], self._index.numbers[k]
@@ -134,12 +150,14 @@ def failed(self:Predictions):
 
 @patch(as_prop=True)
 def remarks(self:Predictions):
-    "What a reader of scores should know, as sentences: that rows were not reached, or that a training ended early."
+    """What a reader of scores should know, as sentences: that rows were not reached, that a training ended early, or
+    that the checkpoint was chosen on these rows."""
     missed = (f'Only {len(self)} of the {len(self) + self._left} rows that were asked have an answer; predicting again '
               'asks the others.')
     recipe = json_or({}, self.output_dir/QUESTION).get('recipe')
-    ends = map(_early_end, trained_in(recipe) if isinstance(recipe, dict) else ())
-    return [*[missed]*bool(self._left), *filter(None, ends)]
+    folders = trained_in(recipe) if isinstance(recipe, dict) else ()
+    is_chosen = any(_was_chosen_on(self.output_dir/ASKED, recipe, folder) for folder in folders)
+    return [*[missed]*bool(self._left), *filter(None, map(_early_end, folders)), *[_chosen]*is_chosen]
 
 @patch
 def to_pandas(self:Predictions)->'pd.DataFrame':
