@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LABEL', 'ANSWER', 'GREY', 'BLUE', 'ORANGE', 'RED', 'video_frames', 'data_uri', 'thumbnail', 'DrawnBox', 'boxes_svg',
-           'boxed_thumbnail', 'div', 'picture_html', 'card_text', 'PictureGrid', 'plain_axes', 'display_again']
+           'boxed_thumbnail', 'div', 'picture_html', 'card_text', 'grid_style', 'PictureGrid', 'plain_axes',
+           'display_again']
 
 # %% ../nbs/05_display.ipynb #display02
 import base64, html, io, os, unicodedata
@@ -177,6 +178,16 @@ def card_text(
     lines = [one for line in lines for one in (line if isinstance(line, list) else [line])]
     return ' | '.join(names + [f'{name}: {text}' for name, text, _ in lines])
 
+# %% ../nbs/05_display.ipynb #dispgrid1
+def grid_style(
+    columns:int, # Most cards in a row
+    width:int, # Of a card, in pixels, where there is room for all of them
+)->str:
+    "The CSS of a grid of cards: fewer in a row where they would be narrower than 160 pixels."
+    each = f'max(min(160px,100%),calc((100% - {10*(columns - 1)}px)/{columns}))'
+    return (f'display:grid;grid-template-columns:repeat(auto-fill,minmax({each},1fr));gap:10px;'
+            f'max-width:{columns*width}px')
+
 # %% ../nbs/05_display.ipynb #5e0b0511
 class PictureGrid:
     "A grid of cards, each with pictures and lines of text under them."
@@ -188,8 +199,7 @@ class PictureGrid:
 
     def _repr_html_(self):
         title = f'<p>{html.escape(self.title)}</p>' if self.title else ''
-        grid = (f'display:grid;grid-template-columns:repeat({self.columns},minmax(0,1fr));gap:10px;'
-                f'max-width:{self.columns*240}px')
+        grid = grid_style(self.columns, 240)
         return as_text(title + div(grid, ''.join(_card_html(*card) for card in self.cards)))
 
     def __repr__(self):

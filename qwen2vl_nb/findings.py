@@ -84,6 +84,9 @@ def worst_findings(
     return worst, f'{len(table)} findings ({named}); the worst {_max_shown} are:'
 
 # %% ../nbs/04_findings.ipynb #find0056
+# On white and on black, each has a contrast of 4
+_bars = {'error': '#d64545', 'warning': '#ab6a00', 'note': '#3b82c4'}
+
 @cache
 def findings_class()->type: # Of `DataFrame`
     "The class of tables of findings."
@@ -97,6 +100,8 @@ def findings_class()->type: # Of `DataFrame`
             with pd.option_context('display.max_colwidth', None):
                 shown = super(FindingsTable, worst)._repr_html_() or ''
             for cell in 'td', 'th': shown = shown.replace(f'<{cell}>', f'<{cell} style="text-align:left">')
+            for level, colour in _bars.items():
+                shown = shown.replace(f'">{level}</td>', f';box-shadow:inset 4px 0 {colour}">{level}</td>')
             return f'<p>{line}</p>{shown}' if line else shown
         def __repr__(self):
             if self.empty: return 'Nothing found.'

@@ -163,6 +163,8 @@ def test_the_best_by_each_measure_is_found_again_elsewhere(scored, tiny, tmp_pat
     by_json = score_checkpoints(run, 'car_item_test', **ASKED)
     assert by_json.measure == 'json' and by_json.best.name == max(by_json, key=lambda name: by_json[name]['json'])
     assert find_adapter(run) == run.best == by_json.best
+    remarks = {name: repr(score(Predictions(run.output_dir/'scores'/'car_item_test'/name))) for name in by_json}
+    assert [name for name, text in remarks.items() if 'was chosen on these rows' in text] == [by_json.best.name]
     shortest = score_checkpoints(run, 'car_item_test', 'brevity', measures=brief, **ASKED)
     means = {name: sum(-len(row['predict']) for row in rows)/100 for name, rows in shortest.predictions.items()}
     assert shortest.best.name == max(means, key=means.get) and recorded() == str(shortest.best) == predict_recipe('m', adapter=run)['adapter_name_or_path']

@@ -10,8 +10,10 @@ from nbclient import NotebookClient
 
 from conftest import KEPT, PATIENCE, ROOT, until
 from lab import contrast, idle, menu, notebook, open_notebook, reload_page, running_lab
+from qwen2vl_nb.display import grid_style
 from qwen2vl_nb.panel.form import Panel
 from qwen2vl_nb.panel.session import keep_value, run_action
+from qwen2vl_nb.panel.steps import STYLE, as_widget, code_html
 from qwen2vl_nb.panel.texts import ENGLISH
 from qwen2vl_nb.recipe import train_recipe, with_time
 from qwen2vl_nb.run.start import attach, launch
@@ -300,3 +302,17 @@ def test_a_narrow_page_clips_nothing_and_a_folder_that_jupyterlab_does_not_show_
     form.keep('narrow')
     findings = form.at.locator('.qvl-shown table').last
     assert findings.evaluate('e => e.scrollWidth > e.closest(".qvl-shown").clientWidth'), 'it is scrolled by itself'
+
+@pytest.mark.parametrize('width, abreast', [(400, 2), (150, 1), (1100, 4)])
+def test_cards_code_and_tall_tables_can_be_read_at_any_width(page, width, abreast):
+    "Cards are next to each other where there is room; the button doesn't cover the code, and a table that goes on fades."
+    page.set_viewport_size(dict(width=width + 16, height=900))
+    tall = as_widget(pd.DataFrame({'n': range(50)})).value
+    cards = f'<div id="cards" style="{grid_style(4, 250)}">{"<article>unbelievable</article>"*8}</div>'
+    page.set_content(f'<!DOCTYPE html>{STYLE}<body style="margin:8px"><div class="qvl">{code_html("x = 1")}{tall}{cards}</div>')
+    at = page.locator('article').evaluate_all('all => all.map(e => e.getBoundingClientRect().toJSON())')
+    assert len({box['left'] for box in at}) == abreast and min(box['width'] for box in at) >= min(130, width)
+    button, code = (page.locator(f'.qvl-code {tag}').bounding_box() for tag in ('button', 'pre'))
+    assert width > 480 or button['y'] + button['height'] <= code['y']
+    edge = page.locator('.qvl-shown').evaluate('e => [getComputedStyle(e, "::after").position, e.scrollHeight > e.clientHeight]')
+    assert edge == ['sticky', True]

@@ -255,9 +255,13 @@ CHINESE |= {
                            '逐行对比训练前后，并判断差异是否可能出于偶然。'),
     'score.show': ('Look at the answers', '查看回答'),
     'score.none_right': ('No answer is right.', '没有一个回答是正确的。'),
-    'score.as_common': ('Always giving the most common answer would be as good: it is right in {share} % of the rows.',
-                        '这和始终给出最常见的回答没有区别：后者在 {share} % 的行上就是正确的。'),
+    'score.as_common': ('Always giving the most common answer would be right in {share} % of the rows; these answers '
+                        'are right in {right} %.',
+                        '始终给出最常见的回答，正确率也有 {share} %；而这些回答的正确率是 {right} %。'),
     'score.next.health': ('Look at the training first: {finding}', '请先检查训练：{finding}'),
+    'score.next.resume': ('The training ended before its last step: "Resume" in the step "Runs" continues it. Then '
+                          'predict again.',
+                          '训练没有完成全部步数就结束了：请在“训练任务”步骤中点击“Resume”继续训练，然后重新预测。'),
     'score.next.falling': ('The loss was still falling when the training ended ({before} → {after}): train longer, '
                            'with more epochs or steps in the step "Recipe".',
                            '训练结束时损失仍在下降（{before} → {after}）：请在“训练配置”步骤中增加轮数或步数，'

@@ -48,11 +48,13 @@ def next_step(
     run:Path, # Folder of the training
 )->tuple: # (key of a text, what belongs in its braces)
     "The likeliest reason in the training for answers that are no better than a guess."
+    from qwen2vl_nb.prediction.predictions import early_end
     from qwen2vl_nb.run.health import health_findings
     from qwen2vl_nb.run.loss import Log
     log = Log(run)
     found, rows = health_findings(log), log.rows
     if found: return 'health', {'finding': str(found[0])}
+    if early_end(run): return 'resume', {}
     losses = log.table().loc[rows.has('loss'), 'loss'].to_numpy() if len(rows) and rows.has('loss').any() else []
     if len(losses) and losses[-1] < _learned: return 'look', {}
     part = max(1, len(losses)//4)
@@ -87,13 +89,14 @@ class ScoreStep(Step):
 
     def _next(self, scores):
         "What to do if the answers are no better than a guess; empty if they are better."
+        from qwen2vl_nb.prediction.scores import usual_measure
         session = self.panel.session
         share = guessed(scores, (row.get('label') for row in session.names['after']))
         if share is None: return ''
         key, values = next_step(session.project.folder/session.form('runs')['run'])
         if key == 'look' and len(scores.findings): return ''  # they say what is wrong
-        right = scores['exact'] or scores.get('json', 0)
-        said = self.say('as_common', share=f'{share:.0f}') if right else self.say('none_right')
+        right = scores[usual_measure(scores)]
+        said = self.say('as_common', share=f'{share:.0f}', right=f'{right:.0f}') if right else self.say('none_right')
         buttons = {name: self.say(name) for name in ('show', 'wrong')}
         return f"{said} {self.tell(self.say(f'next.{key}', **values | buttons))}"
 

@@ -32,6 +32,8 @@ STYLE = '''<style>
   .qvl .widget-inline-hbox.widget-hprogress,.qvl .widget-dropdown>select {height:var(--jp-widgets-inline-height,28px)}
   .qvl .widget-hbox {flex-wrap:wrap}
   .qvl-below {margin:0 var(--jp-widgets-margin,2px) 4px!important}
+  .qvl .qvl-code button {position:static;display:block;margin:6px 6px 0 auto}
+  .qvl .qvl-code pre {padding-right:10px}
 }
 .qvl .widget-html-content,.qvl .jupyter-widget-html-content {line-height:1.45;min-width:0}
 .qvl .widget-label,.qvl .jupyter-widget-label {color:inherit}
@@ -59,6 +61,8 @@ STYLE = '''<style>
 .qvl .jp-RenderedHTMLCommon table {margin-left:0}
 .qvl-shown tr:has(td>div) td:last-child {min-width:160px}
 .qvl-shown {overflow-x:auto;max-height:520px;overflow-y:auto}
+.qvl-shown::after {content:'';display:block;position:sticky;bottom:0;left:0;height:28px;pointer-events:none;
+  background:linear-gradient(transparent,var(--jp-layout-color0,transparent))}
 .qvl button:focus-visible,.qvl input:focus-visible,.qvl select:focus-visible,.qvl textarea:focus-visible
   {outline:2px solid var(--jp-brand-color1,#1976d2)!important;outline-offset:1px}
 </style>'''

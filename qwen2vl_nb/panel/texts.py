@@ -196,8 +196,11 @@ ENGLISH |= {
     'score.compare.help': 'Before and after, row by row, and whether the difference could be due to chance.',
     'score.show': 'Look at the answers',
     'score.none_right': 'No answer is right.',
-    'score.as_common': 'Always giving the most common answer would be as good: it is right in {share} % of the rows.',
+    'score.as_common': 'Always giving the most common answer would be right in {share} % of the rows; these answers '
+                       'are right in {right} %.',
     'score.next.health': 'Look at the training first: {finding}',
+    'score.next.resume': 'The training ended before its last step: "Resume" in the step "Runs" continues it. Then '
+                         'predict again.',
     'score.next.falling': 'The loss was still falling when the training ended ({before} → {after}): train longer, with '
                           'more epochs or steps in the step "Recipe".',
     'score.next.few': 'The training had only {steps} steps: train longer, with more epochs or steps in the step '

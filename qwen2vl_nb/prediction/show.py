@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from ipywidgets import HTML, BoundedIntText, Button, Dropdown, HBox, Layout, Text, VBox
 from ..files import whole_file
 from ..findings import as_text
-from ..display import ANSWER, LABEL, card_text, div, picture_html
+from ..display import ANSWER, LABEL, card_text, div, grid_style, picture_html
 from ..model import after_thoughts, box_frame
 from ..recipe import load_recipe
 from ..data.boxes import box_pieces
@@ -160,9 +160,7 @@ def _card_html(row, boxes=()):
 
 _frame = 'border:1px solid rgba(128,128,128,.35);border-radius:6px;padding:8px;text-align:left'
 
-def _grid(columns):
-    return (f'display:grid;grid-template-columns:repeat({columns},minmax(0,1fr));gap:10px;'
-            f'max-width:{columns*250}px')
+def _grid(columns): return grid_style(columns, 250)
 
 # %% ../../nbs/prediction/60_show.ipynb #21451071
 _most_in_file = 5000 # Rows; browsers are slow to open larger files
@@ -183,7 +181,6 @@ nav * { font: inherit }
 main { GRID }
 article { FRAME }
 [hidden] { display: none }
-@media (max-width: 700px) { main { grid-template-columns: 1fr 1fr } }
 </style></head>
 <body><h1>TITLE</h1>
 <nav><select id="kind" aria-label="Which rows">OPTIONS</select>

@@ -538,10 +538,11 @@ def _preference_panels(logs):
     return panels | ({'accuracy': _draw_accuracy} if has(*_accuracies[0], *_accuracies[1]) else {})
 
 def _draw_score(ax, table):
-    "Draw a measure of the checkpoints' answers with its intervals, and a ring around the best."
+    "Draw a measure of the checkpoints' answers with its intervals, and a ring around the best: the first of several."
+    best = table.value.idxmax()
+    table = table.sort_index()
     ax.fill_between(table.index, table.low, table.high, color=_colours[2], alpha=.18, linewidth=0)
     ax.plot(table.index, table.value, color=_colours[2], marker='o', markersize=4, linewidth=1.6)
-    best = table.value.idxmax()
     ax.plot([best], [table.value[best]], 'o', color=_colours[2], markersize=10, fillstyle='none', clip_on=False)
 
 def _from_zero(ax):

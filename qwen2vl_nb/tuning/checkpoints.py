@@ -85,23 +85,28 @@ class CheckpointScores(dict):
         for name,found in self.items():
             step = int(name.rpartition('-')[2])
             first = dict(zip(_leading, (step, losses.get(step, math.nan), found['rows'], found['failed'])))
-            lines[name] = first | found.overall.stack().to_dict()
+            lines[name] = first | found.overall.T.unstack().to_dict()  # also of one row, without an interval
         table = pd.DataFrame(list(lines.values()), index=pd.Index(list(lines), name='checkpoint'))
         table.columns = pd.MultiIndex.from_tuples(table.columns)
         return text_table(table)
+
+    def _ranked(self, measure):
+        "The table, the checkpoint that is best by a measure first."
+        keys = [key for key in dict.fromkeys([(measure, 'value'), ('bleu-4', 'value')]) if key in self.table]
+        return self.table.sort_values(keys, ascending=False, kind='stable')
 
     @property
     def best(self):
         """Folder of the checkpoint with the highest value of the measure; of several, the one whose answers are most
         like the labels (BLEU-4), or else the earliest."""
-        keys = [key for key in dict.fromkeys([(self.measure, 'value'), ('bleu-4', 'value')]) if key in self.table]
-        return self.run.output_dir/self.table.sort_values(keys, ascending=False).index[0]
+        return self.run.output_dir/self._ranked(self.measure).index[0]
 
     def plot(self,
         *measures, # Names of measures; none: the one that decides
     ): # A matplotlib `Figure`
         "Draw the loss of the run and, below it, the scores of its checkpoints."
-        parts = {m: self.table[m].set_axis(self.table['step', ''].to_numpy()) for m in measures or [self.measure]}
+        ranked = {m: self._ranked(m) for m in measures or [self.measure]}
+        parts = {m: table[m].set_axis(table['step', ''].to_numpy()) for m, table in ranked.items()}
         return plot_loss(self.run, scores=parts)
 
 # %% ../../nbs/tuning/00_checkpoints.ipynb #chec0032
