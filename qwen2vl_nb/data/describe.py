@@ -68,21 +68,22 @@ def _draw_lengths(ax, table, cutoff_len):
     has_text, total = bool(table.text.sum()), table.total.dropna().astype(int)
     media, longer = table.media[total.index].astype(int), int((total > cutoff_len).sum())
     bins = [max(total, default=1)*i/30 for i in range(31)]
-    ax.hist(total, bins, color=BLUE, alpha=.7, label='total')
-    if media.any(): ax.hist(media, bins, color=ORANGE, alpha=.6, label='pictures')
+    highest = max(ax.hist(total, bins, color=BLUE, label='total')[0])
+    if has_text and media.any():
+        highest = max(highest, *ax.hist(media, bins, color=ORANGE, histtype='step', linewidth=1.5, label='pictures')[0])
+        ax.legend(frameon=False, labelcolor=GREY, fontsize=8, ncols=2, loc='upper right', borderaxespad=0)
+    ax.set_ylim(0, 1.2*highest or 1)  # the legend is above the bars
     if max(total, default=0) > cutoff_len/2: ax.axvline(cutoff_len, color=RED, linewidth=1)
-    what = 'rows' if has_text else 'rows, without their text,'
-    ax.set_title(f'{longer:,} of {len(total):,} {what} above cutoff_len {cutoff_len}',
+    ax.set_title(f'{longer:,} of {len(total):,} rows above cutoff_len {cutoff_len}',
                  color=RED if longer else GREY, fontsize=9)
-    ax.legend(frameon=False, labelcolor=GREY, fontsize=8)
-    plain_axes(ax, 'tokens', 'rows')
+    plain_axes(ax, 'tokens' if has_text else 'tokens, without text', 'rows')
     ax.yaxis.get_major_locator().set_params(integer=True)
 
 def _draw_sizes(ax, looks, max_pixels):
     sizes = Counter(look.size for look in looks.values() if look.size) or {(0, 0): 0}
     (widths, heights), most = zip(*sizes), max(sizes.values())
     areas = [8 + 40*n/max(most, 1) for n in sizes.values()]
-    ax.scatter(widths, heights, s=areas, color=BLUE, alpha=.5, linewidth=0, rasterized=True)
+    ax.scatter(widths, heights, s=areas, color=BLUE, alpha=.8, linewidth=0, rasterized=True)
     ax.set(xlim=(0, 1.08*max(widths) or 1), ylim=(0, 1.08*max(heights) or 1))
     if any(w*h > max_pixels for w, h in sizes):  # LLaMA-Factory scales down the pictures above this curve
         x = [max(widths)*i/100 for i in range(1, 109)]
@@ -95,7 +96,7 @@ def _short(text, n=30): return text if len(text) <= n else f'{text[:n//2]}…{te
 
 def _draw_answers(ax, answers):
     counts = Counter(answers).most_common(10)[::-1]
-    ax.barh(range(len(counts)), [n for _, n in counts], color=BLUE, alpha=.7)
+    ax.barh(range(len(counts)), [n for _, n in counts], color=BLUE)
     ax.xaxis.get_major_locator().set_params(integer=True)
     plain_axes(ax, 'rows')
     named = [_short(answer.strip()) or '(empty)' for answer, _ in counts]
@@ -107,7 +108,7 @@ def _draw_answers(ax, answers):
 # %% ../../nbs/data/70_describe.ipynb #a29d4955
 def _draw_names(ax, boxes):
     counts = Counter(box.label for box in boxes).most_common(10)[::-1]
-    ax.barh(range(len(counts)), [n for _, n in counts], color=BLUE, alpha=.7)
+    ax.barh(range(len(counts)), [n for _, n in counts], color=BLUE)
     ax.xaxis.get_major_locator().set_params(integer=True)
     plain_axes(ax, 'boxes')
     ax.set_yticks(range(len(counts)), [_short(name) or '(no name)' for name, _ in counts], parse_math=False, fontsize=8)
@@ -117,14 +118,14 @@ def _draw_names(ax, boxes):
 
 def _draw_numbers(ax, numbers):
     "How many boxes the rows have."
-    ax.hist(numbers, [n - .5 for n in range(max(numbers) + 2)] if max(numbers) < 30 else 30, color=BLUE, alpha=.7)
+    ax.hist(numbers, [n - .5 for n in range(max(numbers) + 2)] if max(numbers) < 30 else 30, color=BLUE)
     for axis in (ax.xaxis, ax.yaxis): axis.get_major_locator().set_params(integer=True)
     ax.set_title(f'{sum(numbers)/len(numbers):.1f} boxes per row', color=GREY, fontsize=9)
     plain_axes(ax, 'boxes', 'rows')
 
 def _draw_areas(ax, boxes):
     shares = [min(max(abs(b.x2 - b.x1)*abs(b.y2 - b.y1), 1e-4), 1) for b in boxes if b.x2 is not None]
-    ax.hist(shares, [10**(-4 + k/6) for k in range(25)], color=BLUE, alpha=.7)
+    ax.hist(shares, [10**(-4 + k/6) for k in range(25)], color=BLUE)
     ax.set_xscale('log')
     ax.set_xlim(1e-4, 1)
     ax.set_title(f'median {100*sorted(shares)[len(shares)//2]:.2g} % of the picture' if shares else 'only points',
