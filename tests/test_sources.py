@@ -333,7 +333,8 @@ def test_a_first_row_that_fits_is_the_header(rows, tmp_path, capsys):
 def test_a_header_that_is_not_found_can_be_given(tmp_path):
     rows = [['Cars of 2026'], ['photo', 'caption'], ['a.png', 'a car']]
     for ending in ('xlsx', 'csv'):
-        with pytest.raises(ValueError, match='header=2 takes the second row of a file'): read_samples(_written(tmp_path, rows, ending), image='picture', prompt='What is this?', response='caption')
+        with pytest.raises(ValueError, match='header=2 takes the second row of a file'): read_samples(_written(tmp_path, rows, ending), image='picture', prompt='What is this?', response='text')
+        with pytest.raises(ValueError, match=r"has no column 'picture' for the picture\. Its columns: photo, caption\.$"): read_samples(_written(tmp_path, rows, ending), image='picture', prompt='What is this?', response='caption')
     with pytest.raises(ValueError, match="did you mean 'photo'"): read_samples(tmp_path/'a.xlsx', image='foto', prompt='What is this?', response='caption', header=2)
     (tmp_path/'a.json').write_text('[{"image": "a.png", "output": "x"}]')
     for source in (tmp_path/'a.json', tmp_path, [{'output': 'x'}]):

@@ -336,6 +336,7 @@ def _end(self:ActionBox, said, shown, failed=None):
     self.button.disabled, self.stop.layout.display = False, 'none'
     self._compare(failed)
 
+# %% ../../nbs/panel/20_steps.ipynb #compare001
 @patch
 def _compare(self:ActionBox, failed):
     "Say whether the form has changed since the action ran, unless its new values have failed."
