@@ -86,6 +86,7 @@ def is_loaded(
     found = run.with_name(f'{run.name}-{SERVED}'), *run.glob(f'checkpoint-*-{SERVED}')
     return any(state_or_empty(p, RUN).get('engine') == SERVED and attach(p).is_running for p in found)
 
+# %% ../../nbs/panel/55_chosen_run.ipynb #55chosen13b0
 class AtWork(VBox):
     "The live views of the predictions that are at work."
     def __init__(self,

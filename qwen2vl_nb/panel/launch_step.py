@@ -51,7 +51,8 @@ class LaunchBox(ActionBox):
 
 class LaunchStep(Step):
     "Start the recipe, and watch it."
-    name, done, defaults, actions = 'launch', 'launch.start', {'name': '', 'nproc': 0}, (LAUNCH,)
+    name, defaults, actions = 'launch', {'name': '', 'nproc': 0}, (LAUNCH,)
+    is_done = property(lambda self: bool({'launch.start', 'runs.choose'} & {*what_ran(self.panel.session.project)}))
 
     def build(self):
         self.live, self.held, self._watched = VBox(), HTML(), None
