@@ -9,6 +9,7 @@ __all__ = ['SCORE', 'dataset_given', 'limits', 'DatasetStep', 'CheckpointsStep']
 import ast
 from contextlib import suppress
 from pathlib import Path
+from fastcore.basics import patch
 from ipywidgets import HTML, BoundedIntText, Combobox
 from .chosen_run import AtWork, folders_at_work, registered_names, test_set
 from .session import Action, Unfilled, as_call, keep_value, what_ran
@@ -80,21 +81,24 @@ class DatasetStep(Step):
         for name, ran in what_ran(self.panel.session.project).items():
             if name in self.boxes and self.is_cheap(name, ran.given): self.boxes[name].show_again()
 
-    def _suggest(self):
-        about, control = self.panel.session.form('runs')['_about'], self.controls['dataset']
-        place, learned, last = about.get('dataset_dir'), about.get('data_sets'), self.values['_suggested']
-        if isinstance(place, str): control.options = registered_names(self.panel.session.project.folder/place)
-        found = test_set([*control.options], learned if isinstance(learned, list) else [])
-        if found == last or control.value != last: return  # what the user has put there, or removed, stays
-        keep_value(self.panel.session.project, self.name, _suggested=found)
-        control.value = found
-
     def is_cheap(self,
         action:str, # Name of an action that ran
         given:dict, # What its code was built from, and what was kept
     )->bool:
         "Whether its result may be shown again by running its code."
         return False
+
+# %% ../../nbs/panel/70_checkpoints_step.ipynb #70checkp1009
+@patch
+def _suggest(self:DatasetStep):
+    "Suggest the test set of the chosen run's data, unless the user has put another name there, or removed it."
+    about, control = self.panel.session.form('runs')['_about'], self.controls['dataset']
+    place, learned, last = about.get('dataset_dir'), about.get('data_sets'), self.values['_suggested']
+    if isinstance(place, str): control.options = registered_names(self.panel.session.project.folder/place)
+    found = test_set([*control.options], learned if isinstance(learned, list) else [])
+    if found == last or control.value != last: return
+    keep_value(self.panel.session.project, self.name, _suggested=found)
+    control.value = found
 
 # %% ../../nbs/panel/70_checkpoints_step.ipynb #eb7a20f4
 class CheckpointsStep(DatasetStep):

@@ -119,6 +119,7 @@ def _keep_up(self:RunsStep):
     except (OSError, ValueError) as e: self.count.value = as_html('qvl-error', str(e))
     finally: self._thread = None
 
+# %% ../../nbs/panel/62_runs_step.ipynb #62runsst1011
 @patch
 def take_selected(self:RunsStep)->bool: # Whether its code has to run: not for the run that was launched here
     "Make the selected run the chosen one."
