@@ -8,6 +8,7 @@ from qwen2vl_nb.boot import script
 from qwen2vl_nb.files import Damaged
 from qwen2vl_nb.prediction.engines import predict
 from qwen2vl_nb.prediction.predictions import Predictions
+from qwen2vl_nb.prediction.question import OtherQuestion
 from qwen2vl_nb.recipe import predict_recipe
 from qwen2vl_nb.prediction.scores import compare, score
 from qwen2vl_nb.prediction.show import show_predictions
@@ -63,7 +64,7 @@ def _said(call):
         warnings.simplefilter('always')
         try: found, error = call(), ''
         except Exception as raised:
-            assert type(raised) in (ValueError, Damaged, FileNotFoundError) or type(raised) is OSError and raised.filename, repr(raised)
+            assert type(raised) in (ValueError, OtherQuestion, Damaged, FileNotFoundError) or type(raised) is OSError and raised.filename, repr(raised)
             found, error = None, str(raised)
     return found, '\n'.join(str(w.message) for w in seen if w.category is UserWarning), error
 
