@@ -6,7 +6,7 @@
 __all__ = ['with_time', 'without_time', 'train_recipe', 'Argument', 'arguments_of_recipes', 'argument_names', 'template_names',
            'unknown_argument', 'complete_arguments', 'is_adapter', 'best_measured', 'find_adapter', 'predict_recipe',
            'answer_arguments', 'earlier_adapters', 'adapters_of', 'answering_recipe', 'answering_faults', 'load_recipe',
-           'zero_file_name', 'is_remote', 'absolute_recipe', 'save_recipe', 'dataset_names']
+           'zero_file_name', 'is_remote', 'absolute_recipe', 'save_recipe', 'dataset_names', 'trains_nothing']
 
 # %% ../nbs/10_recipe.ipynb #0bd906f0
 import ast, json, math, os, re, sys, time
@@ -391,3 +391,15 @@ def dataset_names(
     named = [recipe.get(k) or '' for k in ('dataset', 'eval_dataset')]
     joined = ','.join(n if isinstance(n, str) else ','.join(n) for n in named)  # LLaMA-Factory also accepts a list
     return [name.strip() for name in joined.split(',') if name.strip()]
+
+# %% ../nbs/10_recipe.ipynb #noth0001
+_frozen = 'freeze_vision_tower', 'freeze_multi_modal_projector' # True unless the recipe says otherwise
+
+def trains_nothing(
+    recipe:dict, # A recipe
+)->bool:
+    "Whether all parts of the model are frozen, with full fine-tuning or a new adapter."
+    kind, continued = recipe.get('finetuning_type', 'lora'), recipe.get('adapter_name_or_path')
+    is_new = kind == 'lora' and recipe.get('lora_target', 'all') == 'all' and not continued
+    frozen = recipe.get('freeze_language_model') and all(recipe.get(key, True) for key in _frozen)
+    return bool(recipe.get('do_train') and frozen and (is_new or kind == 'full'))

@@ -16,7 +16,9 @@ import qwen2vl_nb
 from conftest import PATIENCE
 from qwen2vl_nb.data import media
 from qwen2vl_nb.data.check import check_samples
-from qwen2vl_nb.checks import data_findings, late_findings, model_findings, recipe_findings
+from qwen2vl_nb.checks import data_findings, late_findings
+from qwen2vl_nb.model_faults import model_findings
+from qwen2vl_nb.recipe_faults import recipe_findings
 from qwen2vl_nb.data.registry import sample_entry
 from qwen2vl_nb.data.tokens import cut_samples
 from qwen2vl_nb.model import other_templates, text_templates
@@ -437,17 +439,17 @@ def test_ranks_that_do_so_in_an_evaluation_end(tiny, tmp_path, said):
 
 ELSEWHERE = { # function, or more of the line → the test in which it is proven, or why it is not
     'checks.ask_llamafactory': 'these are the words of LLaMA-Factory and DeepSpeed themselves',
-    "checks._output_findings: Finding('output_dir', 'There is no": 'a run is a folder: without one there is nothing that could be started',
+    "recipe_faults._output_findings: Finding('output_dir', 'There is no": 'a run is a folder: without one there is nothing that could be started',
     "media._file_fault: Fault(f'The path is {path!r}, not text": 'check_samples says it before, in words of its own that are proven',
-    "checks._config_findings: Finding('deepspeed'": 'test_failures.py::zero3_generates',
+    "recipe_faults._config_findings: Finding('deepspeed'": 'test_failures.py::zero3_generates',
     "checks._template_findings: Finding(name, f'Under the template": 'test_family.py::test_templates_of_other_families',
     "checks._clip_findings: Finding(name, f'{len(lost)}": 'test_family.py::test_clips_that_llamafactory_cannot_place',
-    'checks._quantized_findings': 'test_errors_proven.py::test_llamafactory_refuses_to_do_this_with_quantized_weights',
-    'checks._head_findings': 'test_newest.py::test_tied_embeddings_as_transformers_4_writes_them_are_random',
+    'model_faults.quantized_findings': 'test_errors_proven.py::test_llamafactory_refuses_to_do_this_with_quantized_weights',
+    'model_faults.head_findings': 'test_newest.py::test_tied_embeddings_as_transformers_4_writes_them_are_random',
     'check._refused_faults': 'test_family.py::test_clips_that_are_too_small',
-    "checks._config_findings: Finding('use_cpu'": 'test_failures.py::use_cpu_with_zero3',
-    "checks.hub_findings: Finding('model_name_or_path', f'There is no folder": 'test_hub.py::test_a_hub_that_cannot_be_reached_is_said_before_the_start',
-    "checks.hub_findings: Finding('model_name_or_path', f'{address} does not provide": 'test_hub.py::test_a_name_that_the_hub_does_not_have_is_said_before_the_start',
+    "recipe_faults._config_findings: Finding('use_cpu'": 'test_failures.py::use_cpu_with_zero3',
+    "model_faults.hub_findings: Finding('model_name_or_path', f'There is no folder": 'test_hub.py::test_a_hub_that_cannot_be_reached_is_said_before_the_start',
+    "model_faults.hub_findings: Finding('model_name_or_path', f'{address} does not provide": 'test_hub.py::test_a_name_that_the_hub_does_not_have_is_said_before_the_start',
     'start.failure': 'it is said of a run that has ended',
     'checks.half_findings': 'test_failures.py::bf16_on_the_cpu',
     'command.port_findings': 'test_failures.py::port_taken',

@@ -10,7 +10,8 @@ from transformers import AutoTokenizer
 
 from conftest import until, write_clip
 from qwen2vl_nb.all import attach, check_recipe, export, launch, predict, predict_recipe, read_log, score, train_recipe, zero_config, zero_table
-from qwen2vl_nb.checks import ask_llamafactory, data_findings, model_findings, quick_findings
+from qwen2vl_nb.checks import ask_llamafactory, data_findings, quick_findings
+from qwen2vl_nb.model_faults import model_findings
 from qwen2vl_nb.data.check import check_samples
 from qwen2vl_nb.data.registry import Registry, dataset_samples
 from qwen2vl_nb.data.tokens import count_tokens, cut_samples

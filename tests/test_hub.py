@@ -7,7 +7,7 @@ from threading import Event, Thread
 import pytest
 
 from conftest import COMMIT, HubHandler, PATIENCE, until
-from qwen2vl_nb.checks import hub_findings
+from qwen2vl_nb.model_faults import hub_findings
 from qwen2vl_nb.run.start import launch
 
 @pytest.fixture
