@@ -28,6 +28,11 @@ CHINESE = {
     'panel.fill': ('Fill in "{control}" in the step "{step}" first.', '请先在“{step}”步骤中填写“{control}”。'),
     'panel.field': ('"{control}"', '“{control}”'),
     'panel.field_of': ('"{control}" in the step "{step}"', '“{step}”步骤中的“{control}”'),
+    'panel.wrong': ('"{typed}" can’t be used for {field}. Allowed: {allowed}.',
+                    '{field}不能填“{typed}”。可填：{allowed}。'),
+    'panel.whole': ('whole numbers', '整数'),
+    'panel.decimal': ('numbers (decimals with a point)', '数字（小数点用“.”）'),
+    'panel.range': ('{kind} from {least} to {most}', '{least} 到 {most} 之间的{kind}'),
     'panel.set': ('To be set in this form: {fields}.', '请在此表单中设置：{fields}。'),
     'panel.elsewhere': ('{name} was not written by this panel or has been changed since. It stays as it is; the '
                         'code is written to {other}.',

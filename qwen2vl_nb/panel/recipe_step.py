@@ -9,10 +9,9 @@ __all__ = ['USUAL', 'ACTIONS', 'find_arguments', 'as_value', 'dataset_choices', 
 import ast, math, re
 from html import escape
 from fastcore.basics import patch
-from ipywidgets import (HTML, BoundedFloatText, BoundedIntText, Box, Button, Checkbox, Combobox, Dropdown, HBox, Layout,
-                        Text, VBox)
+from ipywidgets import HTML, Box, Button, Checkbox, Combobox, Dropdown, HBox, Layout, Text, VBox
 from ..files import json_or
-from .session import Action, Unfilled, as_call, keep_value
+from .session import Action, Number, Unfilled, as_call, keep_value
 from .steps import Step, as_html, as_widget
 from ..recipe import arguments_of_recipes
 
@@ -55,7 +54,6 @@ USUAL = dict(stage='sft', finetuning_type='lora', lora_rank=8, quantization_bit=
 def _changes(values):
     "The arguments that differ from the usual values."
     changed = {k: values[k] for k, usual in USUAL.items() if values[k] != usual}
-    if 'learning_rate' in changed: changed['learning_rate'] = as_value(values['learning_rate'], 'float')
     if 'bf16' in changed: changed['bf16'] = None
     changed.pop('eval_steps', None)
     if values['eval_dataset']: changed |= {'eval_strategy': 'steps', 'eval_steps': values['eval_steps']}
@@ -82,18 +80,19 @@ ACTIONS = [Action('recipe.make', _make_given, _make_code, gives=('recipe',), fol
 _choices = dict(stage=('sft', 'dpo', 'kto', 'rm'), finetuning_type=('lora', 'freeze', 'full'),
                 lr_scheduler_type=('cosine', 'linear', 'constant', 'constant_with_warmup', 'cosine_with_restarts'),
                 report_to=('none', 'tensorboard', 'wandb', 'mlflow', 'swanlab'))
-_bounds = dict(num_train_epochs=(0, 1000, .5), warmup_ratio=(0, 1, .01))
+_bounds = dict(learning_rate=(0, 1000), num_train_epochs=(0, 1000), max_steps=(0, 10**9), warmup_ratio=(0, 1))
+
+def _default(name, usual):
+    "What the form has for one of the twenty arguments at the beginning."
+    is_whole = type(usual) is int and name != 'quantization_bit'
+    return Number(usual, *_bounds.get(name, (1, 10**9))) if is_whole or name in _bounds else usual
 
 def _control(say, name, usual):
     "A control for one of the twenty arguments."
     if name in _choices: return Dropdown(options=_choices[name])
     if name == 'quantization_bit': return Dropdown(options=[(say('no_quantization'), 0), ('4', 4), ('8', 8)])
-    if name in _bounds:
-        least, most, step = _bounds[name]
-        return BoundedFloatText(min=least, max=most, step=step)
     if isinstance(usual, bool): return Checkbox(indent=True)
-    if isinstance(usual, int): return BoundedIntText(min=0 if name == 'max_steps' else 1, max=10**9)
-    return Text(placeholder=say('usual_rate')) if name == 'learning_rate' else Combobox()
+    return None if isinstance(_default(name, usual), Number) else Combobox()
 
 def _input(kind, value):
     "A control for the value of an argument of that type."
@@ -112,14 +111,14 @@ def dataset_choices(
 class RecipeStep(Step):
     "Choose the arguments of the run."
     name, done, actions = 'recipe', 'recipe.make', ACTIONS
-    defaults = {'dataset': '', **USUAL, 'more': {}}
+    defaults = {'dataset': '', **{name: _default(name, usual) for name, usual in USUAL.items()}, 'more': {}}
 
     def build(self):
         columns = 'repeat(auto-fit, minmax(min(100%, 420px), 1fr))'
         grid = Layout(display='grid', grid_template_columns=columns, max_width='100%')
-        fields = [self.field('dataset', Combobox(), '400px', below=True)]
-        fields += [self.field(name, _control(self.say, name, usual), '400px', below=True)
-                   for name, usual in USUAL.items()]
+        fields = [self.field('dataset', Combobox(), '400px')]
+        fields += [self.field(name, _control(self.say, name, usual), '400px') for name, usual in USUAL.items()]
+        self.controls['learning_rate'].placeholder = self.say('usual_rate')
         for name in USUAL:
             about = arguments_of_recipes().get(name)
             if about: self.controls[name].tooltip = f'{name}: {about.help}'

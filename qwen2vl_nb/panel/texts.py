@@ -26,6 +26,10 @@ ENGLISH = {
     'panel.fill': 'Fill in "{control}" in the step "{step}" first.',
     'panel.field': '"{control}"',
     'panel.field_of': '"{control}" in the step "{step}"',
+    'panel.wrong': '"{typed}" can’t be used for {field}. Allowed: {allowed}.',
+    'panel.whole': 'whole numbers',
+    'panel.decimal': 'numbers (decimals with a point)',
+    'panel.range': '{kind} from {least} to {most}',
     'panel.set': 'To be set in this form: {fields}.',
     'panel.elsewhere': '{name} was not written by this panel or has been changed since. It stays as it is; '
                        'the code is written to {other}.',
