@@ -390,6 +390,8 @@ CHINESE |= {
     'recipe.add': ('Add', '添加'),
     'recipe.remove': ('Remove {name}', '移除 {name}'),
     'recipe.unknown': ('LLaMA-Factory has no argument of this name.', 'LLaMA-Factory 没有这个名称的参数。'),
+    'recipe.no_change': ('Nothing changes yet: the usual value is {usual}.', '目前没有改动：默认值是 {usual}。'),
+    'recipe.has_field': ('It is set with {field}.', '请用{field}设置。'),
     'recipe.make': ('Make the recipe', '生成训练配置'),
     'recipe.check': ('Check the recipe', '检查训练配置'),
     'recipe.check.help': ('With LLaMA-Factory’s own parser, and every row of the data; takes some seconds',

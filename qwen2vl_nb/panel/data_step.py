@@ -164,7 +164,7 @@ class DataStep(Step):
         row = path_row(self.field('source', source, '520px'), PathList(source, folder, say, table_endings))
         media = Combobox(options=suggestions(folder))
         media_row = path_row(self.field('media_dir', media, '520px'), PathList(media, folder, say))
-        widths = {'prompt': '100%'}  # there may be a whole question
+        widths = {'prompt': 'calc(100% - 4px)'}  # there may be a whole question
         columns = [self.field(name, Combobox(options=[]), widths.get(name, '520px'))
                    for name in ('image', 'prompt', 'response')]
         header = self.field('header', width='260px')

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from ipywidgets import HTML, Button, Combobox, DOMWidget, HBox, Image, IntText, Layout, Text, VBox, jsdlink
 from traitlets import CUnicode
 from ..names import is_refusal
-from .session import (Number, NotYet, Unfilled, WrongNumbers, keep_value, result_again, run_action,
+from .session import (NotYet, Number, Unfilled, WrongNumbers, keep_value, result_again, run_action,
                                       typed_numbers, what_ran)
 
 # %% ../../nbs/panel/20_steps.ipynb #20steps0005
@@ -149,11 +149,14 @@ _deeds = {'set use_cpu: true': ('press', 'memory.pick'), 'leave bf16 out': ('swi
 def fields_of(
     step:str, # Name of a step
     defaults:dict, # Step → defaults of its form
+    more:tuple=(), # Names of arguments that were added to the recipe; the key is then `recipe.more.NAME`
 )->dict: # Argument → key of its field
     "The fields for the arguments of which a message in a step may speak."
     of = lambda name: {key: f'{name}.{key}' for key in defaults.get(name, ()) if not key.startswith('_')}
     places = {'output_dir': 'predict.folder'} if step == 'predict' else {}
-    return {key: at for key, at in (_others | of('recipe') | places | of(step)).items() if at.split('.')[0] in defaults}
+    added = {name: f'recipe.more.{name}' for name in more if name.isidentifier()}
+    return {key: at for key, at in (_others | of('recipe') | added | places | of(step)).items()
+            if at.split('.')[0] in defaults}
 
 def as_in_form(
     text:str, # A message
@@ -481,18 +484,37 @@ def refresh(self:Step):
 
 # %% ../../nbs/panel/20_steps.ipynb #tellstep
 @patch
+def fields(self:Step)->dict: # Argument → key of its field
+    "The fields for the arguments of which a message may speak."
+    session = self.panel.session
+    more = session.form('recipe')['more'] if 'more' in session.defaults.get('recipe', ()) else ()
+    return fields_of(self.name, session.defaults, more)
+
+@patch
+def called(self:Step,
+    key:str, # Of a field or a button, such as `recipe.stage`, or `recipe.more.seed` for an added argument
+    known:tuple=(), # Steps that need not be named
+)->str:
+    "What a field or a button is called, with its step if it is in another one."
+    say, (step, control, *added) = self.panel.say, key.split('.', 2)
+    control = ': '.join([say(f'{step}.{control}'), *added])
+    if step in (self.name, *known): return say('panel.field', control=control)
+    return say('panel.field_of', control=control, step=say(step))
+
+@patch
 def tell(self:Step,
     text:str, # A message of the package
 )->str:
     "The message as somebody who fills in the form understands it."
-    say, known = self.panel.say, {self.name}
-    def called(key):
-        step = key.partition('.')[0]
-        if step in known: return say('panel.field', control=say(key))
-        known.add(step)  # it is named once
-        return say('panel.field_of', control=say(key), step=say(step))
-    return as_in_form(text, fields_of(self.name, self.panel.session.defaults), called)
+    known = set()
+    def named(key):
+        told = self.called(key, known)
+        known.add(key.partition('.')[0])  # it is named once
+        return told
+    return as_in_form(text, self.fields(), named)
 
+
+# %% ../../nbs/panel/20_steps.ipynb #tellwrong1
 @patch
 def tell_wrong(self:Step,
     fields:dict, # Key of a field → (what is in it, `Number`), as in `WrongNumbers`
@@ -500,12 +522,10 @@ def tell_wrong(self:Step,
     "What can't be used in fields for numbers, and what is allowed; a line for each."
     say, lines = self.panel.say, []
     for key, (typed, number) in fields.items():
-        step, field = key.split('.')[0], say('panel.field', control=say(key))
-        if step != self.name: field = say('panel.field_of', control=say(key), step=say(step))
         allowed = say('panel.whole' if isinstance(number.usual, int) else 'panel.decimal')
         least, most = (shown_number(each) for each in (number.least, number.most))
         if math.isfinite(number.most): allowed = say('panel.range', kind=allowed, least=least, most=most)
-        lines.append(say('panel.wrong', field=field, typed=shown_number(typed), allowed=allowed))
+        lines.append(say('panel.wrong', field=self.called(key), typed=shown_number(typed), allowed=allowed))
     return '\n'.join(lines)
 
 @patch
@@ -514,9 +534,9 @@ def tell_error(self:Step,
 )->str:
     "What went wrong, in the words of the form, and which fields to set."
     if isinstance(error, WrongNumbers): return self.tell_wrong(error.fields)
-    say, fields = self.panel.say, fields_of(self.name, self.panel.session.defaults)
+    say, fields = self.panel.say, self.fields()
     wrong = [fields[name] for name in getattr(error, 'arguments', ()) if name in fields]
-    wrong = [say('panel.field', control=say(key)) for key in wrong]
+    wrong = [self.called(key, [key.partition('.')[0]]) for key in wrong]
     told = self.tell(explain(error, say))
     return '\n'.join([told, *[say('panel.set', fields=' · '.join(wrong))]*bool(wrong)])
 
@@ -546,7 +566,7 @@ def field(self:Step,
 )->VBox:
     "A control with its label above its explanation, whose value is kept in the files."
     default = self.panel.session.defaults[self.name][name]
-    control = control or NumberText(placeholder=shown_number(default.usual))
+    if isinstance(default, Number): control = NumberText(placeholder=shown_number(default.usual))
     control.description, control.style.description_width = self.say(name), '130px'
     control.layout.width, control.layout.max_width = width, '100%'
     if hasattr(control, 'continuous_update'): control.continuous_update = isinstance(control, Combobox)

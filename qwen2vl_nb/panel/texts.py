@@ -301,6 +301,8 @@ ENGLISH |= {
     'recipe.add': 'Add',
     'recipe.remove': 'Remove {name}',
     'recipe.unknown': 'LLaMA-Factory has no argument of this name.',
+    'recipe.no_change': 'Nothing changes yet: the usual value is {usual}.',
+    'recipe.has_field': 'It is set with {field}.',
     'recipe.make': 'Make the recipe',
     'recipe.check': 'Check the recipe',
     'recipe.check.help': 'With LLaMA-Factory’s own parser, and every row of the data; takes some seconds',
