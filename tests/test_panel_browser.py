@@ -303,6 +303,53 @@ def test_a_narrow_page_clips_nothing_and_a_folder_that_jupyterlab_does_not_show_
     findings = form.at.locator('.qvl-shown table').last
     assert findings.evaluate('e => e.scrollWidth > e.closest(".qvl-shown").clientWidth'), 'it is scrolled by itself'
 
+HINTS = """root => {
+    const all = [...root.querySelectorAll('.qvl-below')].filter(e => e.checkVisibility())
+    const beside = all.filter(e => e.getBoundingClientRect().top < e.previousElementSibling.getBoundingClientRect().bottom - 1)
+    return [all.length, beside.map(e => e.textContent)]
+}"""
+
+def test_fields_keep_what_is_typed_say_what_is_allowed_and_have_their_hints_below(lab, page, tmp_path):
+    panel = Panel(tmp_path)
+    keep_value(panel.session.project, 'model', model=str(ROOT/'data'/'tiny_qwen2vl'))
+    notebook(lab.root/'fields.ipynb', [f'from qwen2vl_nb.all import *\nPanel({str(tmp_path)!r})'])
+    open_notebook(page, lab, 'fields.ipynb')
+    form = _run_all(page)
+    form.go('data')
+    wide = form.control('data.prompt').evaluate('e => e.getBoundingClientRect().right/e.closest(".qvl").getBoundingClientRect().right')
+    assert wide > .95, 'a whole question can be read'
+    form.go('recipe')
+    typed = dict(num_train_epochs='2,5', per_device_train_batch_size='-5', learning_rate='3e-3x')
+    form.fill('recipe', **typed)
+    for name, text in typed.items():
+        form.at.locator('.qvl-below', has_text=f'"{text}" can’t be used for "{ENGLISH[f"recipe.{name}"]}"').wait_for()
+        assert form.control(f'recipe.{name}').input_value() == text
+    form.press('recipe.make')
+    form.at.locator('.qvl-error').wait_for()
+    assert form.at.locator('.qvl-error').inner_text().count(' can’t be used for ') == 3 and not (tmp_path/'panel.ipynb').exists()
+    form.keep('refused')
+    form.fill('recipe', num_train_epochs='2.5', per_device_train_batch_size='5', learning_rate='3e-3', dataset='cars')
+    form.at.get_by_text('can’t be used').first.wait_for(state='detached')
+    for words, text in (('group_by_length', 'true'), ('lora_dropout', '')):
+        form.control('recipe.find').fill(words)
+        form.at.locator('.widget-hbox', has=page.locator('b', has_text=words)).locator('button').last.click()
+        until(lambda: form.at.get_by_label(words, exact=True).input_value() == text, f'{words} is there')
+    form.press('recipe.make')
+    form.at.locator('summary').click()
+    whole = form.at.locator('details pre')
+    lines = whole.inner_text().splitlines()
+    assert {'num_train_epochs: 2.5', 'learning_rate: 0.003', 'group_by_length: true'} <= {*lines} and 'dropout' not in whole.inner_text()
+    assert 'mono' in whole.evaluate('e => getComputedStyle(e).fontFamily')
+    page.keyboard.press('Control+b')
+    for width in (1300, 400):
+        page.set_viewport_size(dict(width=width, height=1100))
+        for step in STEPS:
+            form.go(step)
+            until(form.is_ready, f'{step} is ready')
+            n, beside = form.at.evaluate(HINTS)
+            assert n and not beside or step in ('model', 'runs'), step
+            assert form.at.evaluate(CLIPPED) == [[], [], []], step
+
 @pytest.mark.parametrize('width, abreast', [(400, 2), (150, 1), (1100, 4)])
 def test_cards_code_and_tall_tables_can_be_read_at_any_width(page, width, abreast):
     "Cards are next to each other where there is room; the button doesn't cover the code, and a table that goes on fades."

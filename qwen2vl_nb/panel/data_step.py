@@ -13,11 +13,11 @@ from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from fastcore.basics import patch
-from ipywidgets import HTML, BoundedIntText, Checkbox, Combobox, Layout, SelectMultiple
+from ipywidgets import HTML, Checkbox, Combobox, Layout, SelectMultiple
 from ..files import open_regular
 from ..findings import finding_kind, findings_class, worst_findings
 from .paths import PathList, path_row, suggestions
-from .session import Action, Unfilled, as_call, what_ran
+from .session import Action, Number, Unfilled, as_call, what_ran
 from .steps import Step, as_html, as_widget, on_enter
 
 # %% ../../nbs/panel/32_data_step.ipynb #32datast0005
@@ -155,7 +155,8 @@ def still_in(
 class DataStep(Step):
     "Read samples, and find, mend or drop what is wrong with them."
     name, done, actions = 'data', 'data.read', ACTIONS
-    defaults = dict(source='', image='', prompt='', response='', media_dir='', boxes=False, header=0, also=[])
+    defaults = dict(source='', image='', prompt='', response='', media_dir='', boxes=False,
+                    header=Number(0, 0, _most_rows), also=[])
 
     def build(self):
         folder, say = self.panel.session.project.folder, self.panel.say
@@ -163,8 +164,10 @@ class DataStep(Step):
         row = path_row(self.field('source', source, '520px'), PathList(source, folder, say, table_endings))
         media = Combobox(options=suggestions(folder))
         media_row = path_row(self.field('media_dir', media, '520px'), PathList(media, folder, say))
-        columns = [self.field(name, Combobox(options=[])) for name in ('image', 'prompt', 'response')]
-        header = self.field('header', BoundedIntText(min=0, max=_most_rows))
+        widths = {'prompt': 'calc(100% - 4px)'}  # there may be a whole question
+        columns = [self.field(name, Combobox(options=[]), widths.get(name, '520px'))
+                   for name in ('image', 'prompt', 'response')]
+        header = self.field('header', width='260px')
         boxes = self.field('boxes', Checkbox(indent=True))
         self._offer_columns()
         read = self.button('data.read', icon='folder-open')

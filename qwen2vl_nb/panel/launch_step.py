@@ -9,9 +9,9 @@ __all__ = ['LAUNCH', 'attached', 'choose', 'LaunchBox', 'LaunchStep']
 import ast
 from contextlib import suppress
 from pathlib import Path
-from ipywidgets import HTML, BoundedIntText, Text, VBox
+from ipywidgets import HTML, Text, VBox
 from .chosen_run import about_run, is_going_on, live_view
-from .session import Action, as_call, keep_value, near, what_ran
+from .session import Action, Number, as_call, keep_value, near, what_ran
 from .steps import ActionBox, Step, as_html
 
 # %% ../../nbs/panel/60_launch_step.ipynb #60launch0005
@@ -51,14 +51,14 @@ class LaunchBox(ActionBox):
 
 class LaunchStep(Step):
     "Start the recipe, and watch it."
-    name, defaults, actions = 'launch', {'name': '', 'nproc': 0}, (LAUNCH,)
+    name, defaults, actions = 'launch', {'name': '', 'nproc': Number(0, 0, 1024)}, (LAUNCH,)
     is_done = property(lambda self: bool({'launch.start', 'runs.choose'} & {*what_ran(self.panel.session.project)}))
 
     def build(self):
         self.live, self.held, self._watched = VBox(), HTML(), None
         self.boxes['launch.start'] = LaunchBox(self, LAUNCH, hears=False)
         name = self.field('name', Text(placeholder='run'))
-        return [name, self.field('nproc', BoundedIntText(min=0, max=1024), '220px'),
+        return [name, self.field('nproc', width='260px'),
                 self.boxes['launch.start'], self.held, self.live]
 
     def is_held(self)->bool:

@@ -10,8 +10,8 @@ import ast
 from threading import Lock, Thread
 from time import sleep
 from fastcore.basics import patch
-from ipywidgets import HTML, BoundedFloatText, BoundedIntText
-from .session import Action, as_call, last_lines, overheard, run_code
+from ipywidgets import HTML
+from .session import Action, Number, as_call, last_lines, overheard, run_code
 from .steps import Step, as_html, code_html
 from ..stack import GiB, gpus
 
@@ -55,12 +55,11 @@ def describe_here(
 class MemoryStep(Step):
     "See what fits, and choose a ZeRO config."
     name, done, actions = 'memory', 'memory.pick', ACTIONS
-    defaults = dict(gpus=0, gpu_gib=0.)
+    defaults = dict(gpus=Number(0, 0, 4096), gpu_gib=Number(0., 0, 10_000))
 
     def build(self):
         self.table, self._lock, self._thread, self._of, self._asked = HTML(), Lock(), None, None, 0
-        fields = [self.field('gpus', BoundedIntText(min=0, max=4096), '260px'),
-                  self.field('gpu_gib', BoundedFloatText(min=0, max=10_000), '260px')]
+        fields = [self.field(name, width='260px') for name in ('gpus', 'gpu_gib')]
         here = as_html('qvl-help', describe_here(self.panel.say))
         return [*fields, *[HTML(here)]*bool(here), self.table, self.button('memory.pick', icon='check')]
 
@@ -106,7 +105,7 @@ def _compute(self:MemoryStep):
     session, say = self.panel.session, self.panel.say
     if not self._has_gpus(): return self._say_none()
     try:
-        code = [session.next_code('recipe.make')[1], table_code(self.values)]
+        code = [session.next_code('recipe.make')[1], table_code(session.next_code('memory.pick')[0])]
         if code == self._of: return
         before, names = self.table.value if self._of else '', dict(session.names)
         def tell(said=''):

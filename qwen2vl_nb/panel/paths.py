@@ -113,10 +113,10 @@ def choose(self:PathList,
 
 # %% ../../nbs/panel/25_paths.ipynb #293af556
 def path_row(
-    row, # What `Step.field` returned for the `Combobox`
+    row:VBox, # What `Step.field` returned for the `Combobox`
     listed:PathList, # The list that belongs to it
 )->VBox:
     "A field for a path with its list below it."
-    inside = [*row.children] if isinstance(row, HBox) else [row]
-    inside.insert(1, listed.button)
-    return VBox([HBox(inside, layout=Layout(flex_flow='row wrap', align_items='center', max_width='100%')), listed])
+    control, hint = row.children
+    beside = HBox([control, listed.button], layout=Layout(flex_flow='row wrap', align_items='center', max_width='100%'))
+    return VBox([beside, hint, listed], layout=Layout(max_width='100%'))

@@ -8,8 +8,8 @@ __all__ = ['BEFORE', 'AFTER', 'PredictStep']
 # %% ../../nbs/panel/75_predict_step.ipynb #75predic0002
 import ast
 from pathlib import Path
-from ipywidgets import HTML, BoundedIntText, Combobox, Dropdown, Text
-from .checkpoints_step import DatasetStep, dataset_given, limits
+from ipywidgets import HTML, Combobox, Dropdown, Text
+from .checkpoints_step import ROWS, DatasetStep, dataset_given, limits
 from .chosen_run import is_loaded
 from .session import Action, Given, Unfilled, as_call
 from .steps import as_html
@@ -70,7 +70,7 @@ class PredictStep(DatasetStep):
     "Predict a data set before and after the training."
     name, done, actions = 'predict', 'predict.after', (BEFORE, AFTER)
     places = 'saves/*/predict/*', '*/before', '*/after'
-    defaults = {'dataset': '', 'engine': 'hf', 'python': '', 'base_url': '', 'max_samples': 0, 'max_new_tokens': 128,
+    defaults = {'dataset': '', 'engine': 'hf', 'python': '', 'base_url': '', **ROWS,
                 'folder': '', '_suggested': ''}
 
     def build(self):
@@ -78,8 +78,7 @@ class PredictStep(DatasetStep):
         engines = [(self.say(name) if name == SERVED else name, name) for name in _engines]
         engine = self.field('engine', Dropdown(options=engines), '320px')
         return [self.dataset_field(), engine, self.loaded, *self.others,
-                self.field('max_samples', BoundedIntText(max=10**9), '260px'),
-                self.field('max_new_tokens', BoundedIntText(min=1, max=10**6), '260px'),
+                *(self.field(name, width='260px') for name in ROWS),
                 self.field('folder', Combobox()),
                 self.button('predict.before', icon='play', primary=False, hears=False),
                 self.button('predict.after', icon='play', hears=False), self.at_work()]

@@ -10,8 +10,8 @@ import ast
 from collections import Counter
 from html import escape
 from pathlib import Path
-from ipywidgets import HTML, BoundedFloatText, Checkbox, Combobox
-from .session import Action, as_call, what_ran
+from ipywidgets import HTML, Checkbox, Combobox
+from .session import Action, Number, as_call, what_ran
 from .steps import Step, as_html, as_widget
 
 # %% ../../nbs/panel/80_score_step.ipynb #80scores0004
@@ -69,11 +69,11 @@ _most_rows = 20_000 # Answers that are scored again when a panel is opened
 class ScoreStep(Step):
     "Score the answers, compare them with those before the training, and look at them."
     name, done, actions = 'score', 'score.scores', ACTIONS
-    defaults = {'measure': '', 'tolerance': 0., 'wrong': False}
+    defaults = {'measure': '', 'tolerance': Number(0., 0, 1), 'wrong': False}
 
     def build(self):
         measures = 'exact', 'json', 'number', 'boxes.f1', 'rouge-l', 'bleu-4'
-        return [self.field('tolerance', BoundedFloatText(max=1, step=.01), '260px'),
+        return [self.field('tolerance', width='260px'),
                 self.button('score.scores', icon='table'), self.field('measure', Combobox(options=measures)),
                 self.button('score.compare', icon='exchange', primary=False),
                 self.field('wrong', Checkbox(indent=True), 'auto'), self.button('score.show', icon='image')]

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PANEL', 'NOTEBOOK', 'Given', 'near', 'as_call', 'Action', 'overheard', 'last_lines', 'without_bars', 'run_code',
-           'Project', 'form_values', 'keep_value', 'Ran', 'what_ran', 'in_order', 'Session', 'earlier', 'NotYet',
-           'Unfilled', 'make_names', 'notebook_text', 'notebook_path', 'write_notebook', 'run_action', 'result_again']
+           'Project', 'Number', 'form_values', 'typed_numbers', 'keep_value', 'Ran', 'what_ran', 'in_order', 'Session',
+           'WrongNumbers', 'earlier', 'NotYet', 'Unfilled', 'make_names', 'notebook_text', 'notebook_path',
+           'write_notebook', 'run_action', 'result_again']
 
 # %% ../../nbs/panel/10_session.ipynb #10sessio0002
-import ast, io, os, re, sys, time
+import ast, io, math, os, re, sys, time
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -196,16 +197,56 @@ class Project:
             write_json(self.path, self.state | {'written_by': _written_by}, state=True)
             self._stamp = self._now()
 
-# %% ../../nbs/panel/10_session.ipynb #10sessio0019
+# %% ../../nbs/panel/10_session.ipynb #numbercl00
+def _is_typed(value): return isinstance(value, (int, float, str)) and not isinstance(value, bool)
+
+@dataclass(frozen=True)
+class Number:
+    "The default of a field for a number, and what is allowed there."
+    usual:int|float|str # What an empty field stands for; if it is an `int`, only whole numbers are allowed
+    least:float=-math.inf
+    most:float=math.inf
+
+    def read(self,
+        value, # What was typed, or what a file has
+    ): # A number, or `usual`; `None` if it can't be used
+        "The number that is meant."
+        if not _is_typed(value) or not str(value).strip(): return self.usual
+        try: number = float(value)
+        except (ValueError, OverflowError): return None
+        is_whole, is_allowed = number.is_integer(), math.isfinite(number) and self.least <= number <= self.most
+        if isinstance(self.usual, int): return int(number) if is_whole and is_allowed else None
+        return number if is_allowed else None
+
+
+# %% ../../nbs/panel/10_session.ipynb #formvals01
+def _kept(project, step): return _as_dict(_as_dict(project.state.get('values')).get(step))
+
 def form_values(
     project:Project, # The files
     step:str, # Name of a step
-    defaults:dict, # Name of a control → value; those of the file must have the same type
+    defaults:dict, # Name of a control → value, or `Number`; those of the file must have the same type
 )->dict: # With the keys of `defaults`
-    "What is in the form of a step."
-    kept = _as_dict(_as_dict(project.state.get('values')).get(step))
-    return {k: kept[k] if k in kept and _like(kept[k], default) else default for k, default in defaults.items()}
+    "What is in the form of a step; the usual value in place of what can't be used."
+    kept = _kept(project, step)
+    def value(name, default):
+        if isinstance(default, Number):
+            found = default.read(kept.get(name, ''))
+            return default.usual if found is None else found
+        return kept[name] if name in kept and _like(kept[name], default) else default
+    return {name: value(name, default) for name, default in defaults.items()}
 
+def typed_numbers(
+    project:Project, # The files
+    step:str, # Name of a step
+    defaults:dict, # As for `form_values`
+)->dict: # Name of a control → text, or a number
+    "What was typed in a step's fields for numbers, whether it can be used or not."
+    kept = _kept(project, step)
+    return {k: kept[k] for k, default in defaults.items() if isinstance(default, Number) and _is_typed(kept.get(k))}
+
+
+# %% ../../nbs/panel/10_session.ipynb #10sessio0019
 def keep_value(
     project:Project, # The files
     step:str, # Name of a step
@@ -260,22 +301,55 @@ class Session:
         "What is in the form of a step."
         return form_values(self.project, step, self.defaults[step])
 
-    def code(self,
-        name:str, # Name of an action
-        again:bool=False, # The code that only sets its names once more
-    )->str: # Empty if it did not run
-        "The code with which an action ran."
-        action, ran = self.actions[name], what_ran(self.project).get(name)
-        if ran is None: return ''
-        try: return (again and action.again or action.code)(Given(ran.given, self.project.folder))
-        except Exception: return ''  # the file does not have what it needs
+    def wrong(self,
+        step:str, # Name of a step
+    )->dict: # Key of a field → (what is in it, the `Number` that it should be)
+        "The fields for numbers of a step in which there is something else."
+        defaults = self.defaults.get(step, {})
+        found = typed_numbers(self.project, step, defaults)
+        return {f'{step}.{k}': (value, defaults[k]) for k, value in found.items() if defaults[k].read(value) is None}
 
-    def next_code(self,
-        name:str, # Name of an action
-    )->tuple: # (the values that it is built from, the code)
-        "The code with which an action would run now."
-        given = self.actions[name].given(self.form)
-        return given, self.actions[name].code(Given(given, self.project.folder))
+
+# %% ../../nbs/panel/10_session.ipynb #wrongnum01
+class WrongNumbers(Exception):
+    "Fields for numbers with something else in them; `.fields` has what `Session.wrong` returns."
+    def __init__(self,
+        fields:dict, # Key of a field → (what is in it, `Number`)
+    ):
+        self.fields = fields
+        super().__init__(f'not a number that is allowed: {fields}')
+
+class _Asked(dict):
+    "The form of a step, for an action: raises `WrongNumbers` if a field is asked for that can't be used."
+    def __init__(self, step, session):
+        super().__init__(session.form(step))
+        self.step, self.wrong = step, session.wrong(step)
+    def __getitem__(self, name):
+        key = f'{self.step}.{name}'
+        if key in self.wrong: raise WrongNumbers({key: self.wrong[key]})
+        return super().__getitem__(name)
+
+
+# %% ../../nbs/panel/10_session.ipynb #sesscode01
+@patch
+def code(self:Session,
+    name:str, # Name of an action
+    again:bool=False, # The code that only sets its names once more
+)->str: # Empty if it did not run
+    "The code with which an action ran."
+    action, ran = self.actions[name], what_ran(self.project).get(name)
+    if ran is None: return ''
+    try: return (again and action.again or action.code)(Given(ran.given, self.project.folder))
+    except Exception: return ''  # the file does not have what it needs
+
+@patch
+def next_code(self:Session,
+    name:str, # Name of an action
+)->tuple: # (the values that it is built from, the code)
+    "The code with which an action would run now. Raises `WrongNumbers` if a field can't be used."
+    if wrong := self.wrong(name.partition('.')[0]): raise WrongNumbers(wrong)
+    given = self.actions[name].given(lambda step: _Asked(step, self))
+    return given, self.actions[name].code(Given(given, self.project.folder))
 
 # %% ../../nbs/panel/10_session.ipynb #sess0023b
 @patch
@@ -462,5 +536,5 @@ def has_changed(self:Session,
     before = self.code(name)
     if not before or self.actions[name].follows: return False
     try: return self.next_code(name)[1] != before
-    except Unfilled: return True
+    except (Unfilled, WrongNumbers): return True
     except Exception: return False  # the file does not have what it needs

@@ -8,10 +8,10 @@ __all__ = ['ACTIONS', 'test_name', 'SplitStep']
 # %% ../../nbs/panel/34_split_step.ipynb #34splits0002
 import ast
 from contextlib import suppress
-from ipywidgets import HTML, BoundedFloatText, Combobox, Dropdown, Text
+from ipywidgets import HTML, Combobox, Dropdown, Text
 from .data_step import source_columns, still_in
 from .paths import suggestions
-from .session import Action, Unfilled, as_call
+from .session import Action, Number, Unfilled, as_call
 from .steps import Step, as_html, as_widget, on_enter
 
 # %% ../../nbs/panel/34_split_step.ipynb #34splits0004
@@ -42,7 +42,7 @@ def _register_code(given):
     registry = f"registry = {as_call('Registry', given.path('folder', new=True))}"
     if not test: return '\n'.join([registry, _adds(name, 'samples', media)])
     named = {k: given[k] for k in ('group', 'stratify') if given[k]}
-    split = as_call('split_samples', ast.Name('samples'), test=test if test < 1 else int(test), **named)
+    split = as_call('split_samples', ast.Name('samples'), test=test if test < 1 or test % 1 else int(test), **named)
     adds = [_adds(name, 'train', media), _adds(test_name(name), 'test', media)]
     return '\n'.join([f'train, test = {split}', registry, *adds])
 
@@ -65,11 +65,11 @@ ACTIONS = [
 class SplitStep(Step):
     "Split the samples, and register both parts."
     name, done, actions = 'split', 'split.register', ACTIONS
-    defaults = dict(test=.1, group='', stratify='', name='my_data', folder='data', media='refer')
+    defaults = dict(test=Number(.1, 0, 1e6), group='', stratify='', name='my_data', folder='data', media='refer')
 
     def build(self):
         folder = self.panel.session.project.folder
-        test = self.field('test', BoundedFloatText(min=0, max=1e6, step=.05), '260px')
+        test = self.field('test', width='260px')
         columns = [self.field(name, Combobox(options=self._columns())) for name in ('group', 'stratify')]
         names = [self.field('name', Text()), self.field('folder', Combobox(options=suggestions(folder)))]
         media = self.field('media', Dropdown(options=[(self.say(kind), kind) for kind in ('refer', 'copy', 'link')]))

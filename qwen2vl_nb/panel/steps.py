@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'as_html', 'code_html', 'as_widget', 'explain', 'fields_of', 'as_in_form', 'AfterTyping', 'after_typing',
-           'LateButton', 'on_enter', 'ActionBox', 'Step']
+           'LateButton', 'on_enter', 'ActionBox', 'Step', 'shown_number', 'NumberText']
 
 # %% ../../nbs/panel/20_steps.ipynb #20steps0002
-import re, time
+import math, re, time
 from contextlib import suppress
 from functools import cache
 from html import escape
 from pathlib import Path
 from threading import Lock, RLock, Thread, Timer
 from fastcore.basics import patch
-from ipywidgets import HTML, Button, Combobox, DOMWidget, HBox, Image, IntText, Layout, VBox, jsdlink
+from ipywidgets import HTML, Button, Combobox, DOMWidget, HBox, Image, IntText, Layout, Text, VBox, jsdlink
+from traitlets import CUnicode
 from ..names import is_refusal
-from .session import NotYet, Unfilled, keep_value, result_again, run_action, what_ran
+from .session import (NotYet, Number, Unfilled, WrongNumbers, keep_value, result_again, run_action,
+                                      typed_numbers, what_ran)
 
 # %% ../../nbs/panel/20_steps.ipynb #20steps0005
 STYLE = '''<style>
@@ -147,11 +149,14 @@ _deeds = {'set use_cpu: true': ('press', 'memory.pick'), 'leave bf16 out': ('swi
 def fields_of(
     step:str, # Name of a step
     defaults:dict, # Step → defaults of its form
+    more:tuple=(), # Names of arguments that were added to the recipe; the key is then `recipe.more.NAME`
 )->dict: # Argument → key of its field
     "The fields for the arguments of which a message in a step may speak."
     of = lambda name: {key: f'{name}.{key}' for key in defaults.get(name, ()) if not key.startswith('_')}
     places = {'output_dir': 'predict.folder'} if step == 'predict' else {}
-    return {key: at for key, at in (_others | of('recipe') | places | of(step)).items() if at.split('.')[0] in defaults}
+    added = {name: f'recipe.more.{name}' for name in more if name.isidentifier()}
+    return {key: at for key, at in (_others | of('recipe') | added | places | of(step)).items()
+            if at.split('.')[0] in defaults}
 
 def as_in_form(
     text:str, # A message
@@ -404,7 +409,7 @@ class Step:
     def __init__(self,
         panel, # The `Panel`, with its `session` and its texts `say`
     ):
-        self.panel, self.controls, self.boxes, self._view, self._restoring = panel, {}, {}, None, False
+        self.panel, self.controls, self.hints, self.boxes, self._view, self._restoring = panel, {}, {}, {}, None, False
         self.code, self._shown, self._filling, self._refused = HTML(), {}, RLock(), False
         # `_shown`: the values of the files that the controls were given, or gave
 
@@ -423,7 +428,8 @@ class Step:
     @property
     def is_done(self):
         "Whether the step has done what it is for, with what is in the form now."
-        return self.done in what_ran(self.panel.session.project) and not self.is_behind(self.done)
+        ran, wrong = what_ran(self.panel.session.project), self.panel.session.wrong(self.name)
+        return self.done in ran and not wrong and not self.is_behind(self.done)
 
     @property
     def view(self):
@@ -478,26 +484,59 @@ def refresh(self:Step):
 
 # %% ../../nbs/panel/20_steps.ipynb #tellstep
 @patch
+def fields(self:Step)->dict: # Argument → key of its field
+    "The fields for the arguments of which a message may speak."
+    session = self.panel.session
+    more = session.form('recipe')['more'] if 'more' in session.defaults.get('recipe', ()) else ()
+    return fields_of(self.name, session.defaults, more)
+
+@patch
+def called(self:Step,
+    key:str, # Of a field or a button, such as `recipe.stage`, or `recipe.more.seed` for an added argument
+    known:tuple=(), # Steps that need not be named
+)->str:
+    "What a field or a button is called, with its step if it is in another one."
+    say, (step, control, *added) = self.panel.say, key.split('.', 2)
+    control = ': '.join([say(f'{step}.{control}'), *added])
+    if step in (self.name, *known): return say('panel.field', control=control)
+    return say('panel.field_of', control=control, step=say(step))
+
+@patch
 def tell(self:Step,
     text:str, # A message of the package
 )->str:
     "The message as somebody who fills in the form understands it."
-    say, known = self.panel.say, {self.name}
-    def called(key):
-        step = key.partition('.')[0]
-        if step in known: return say('panel.field', control=say(key))
-        known.add(step)  # it is named once
-        return say('panel.field_of', control=say(key), step=say(step))
-    return as_in_form(text, fields_of(self.name, self.panel.session.defaults), called)
+    known = set()
+    def named(key):
+        told = self.called(key, known)
+        known.add(key.partition('.')[0])  # it is named once
+        return told
+    return as_in_form(text, self.fields(), named)
+
+
+# %% ../../nbs/panel/20_steps.ipynb #tellwrong1
+@patch
+def tell_wrong(self:Step,
+    fields:dict, # Key of a field → (what is in it, `Number`), as in `WrongNumbers`
+)->str:
+    "What can't be used in fields for numbers, and what is allowed; a line for each."
+    say, lines = self.panel.say, []
+    for key, (typed, number) in fields.items():
+        allowed = say('panel.whole' if isinstance(number.usual, int) else 'panel.decimal')
+        least, most = (shown_number(each) for each in (number.least, number.most))
+        if math.isfinite(number.most): allowed = say('panel.range', kind=allowed, least=least, most=most)
+        lines.append(say('panel.wrong', field=self.called(key), typed=shown_number(typed), allowed=allowed))
+    return '\n'.join(lines)
 
 @patch
 def tell_error(self:Step,
     error:Exception, # An exception that was caught
 )->str:
     "What went wrong, in the words of the form, and which fields to set."
-    say, fields = self.panel.say, fields_of(self.name, self.panel.session.defaults)
+    if isinstance(error, WrongNumbers): return self.tell_wrong(error.fields)
+    say, fields = self.panel.say, self.fields()
     wrong = [fields[name] for name in getattr(error, 'arguments', ()) if name in fields]
-    wrong = [say('panel.field', control=say(key)) for key in wrong]
+    wrong = [self.called(key, [key.partition('.')[0]]) for key in wrong]
     told = self.tell(explain(error, say))
     return '\n'.join([told, *[say('panel.set', fields=' · '.join(wrong))]*bool(wrong)])
 
@@ -511,30 +550,43 @@ def tell_table(self:Step,
     return table.assign(**told)
 
 # %% ../../nbs/panel/20_steps.ipynb #20steps0021
+def shown_number(value)->str:
+    "A number of the files, or what was typed in its place, as it is shown in a field."
+    return f'{value:.15g}' if isinstance(value, float) else str(value)
+
+class NumberText(Text):
+    "A text field for a number, with what was typed."
+    value = CUnicode(help='Number as text').tag(sync=True)
+
 @patch
 def field(self:Step,
     name:str, # Key of `defaults`
-    control, # A widget with a `value` of the same type
+    control=None, # A widget with a `value` of the same type; a `Number` brings its own
     width:str='420px', # Of the control with its label
-    below:bool=False, # Whether the explanation is below the control, as in a grid
-):
-    "A control with its label and its explanation, whose value is kept in the files."
-    label, help = self.say(name), f'{self.name}.{name}.help'
-    control.description, control.style.description_width = label, '130px'
-    control.layout.width, control.layout.flex = width, '0 1 auto'
+)->VBox:
+    "A control with its label above its explanation, whose value is kept in the files."
+    default = self.panel.session.defaults[self.name][name]
+    if isinstance(default, Number): control = NumberText(placeholder=shown_number(default.usual))
+    control.description, control.style.description_width = self.say(name), '130px'
+    control.layout.width, control.layout.max_width = width, '100%'
     if hasattr(control, 'continuous_update'): control.continuous_update = isinstance(control, Combobox)
-    self.controls[name] = control
+    self.controls[name], self.hints[name] = control, HTML(layout=Layout(margin='0 4px 4px 138px'))
+    self.hints[name].add_class('qvl-below')
+    help = f'{self.name}.{name}.help'
+    if help in self.panel.say: control.tooltip = self.panel.say(help)
     self._put(name)
+    self._hint(name)
     control.observe(lambda change: self._changed(name), 'value')
-    if help not in self.panel.say: return control
-    control.tooltip = self.panel.say(help)
-    explained = as_html('qvl-help', self.panel.say(help))
-    if below:
-        under = HTML(explained, layout=Layout(margin='0 4px 4px 138px'))
-        under.add_class('qvl-below')
-        return VBox([control, under])
-    text = HTML(explained, layout=Layout(flex='1 1 260px', margin='2px 8px'))
-    return HBox([control, text], layout=Layout(flex_flow='row wrap', align_items='center', max_width='100%'))
+    return VBox([control, self.hints[name]], layout=Layout(max_width='100%'))
+
+@patch
+def _hint(self:Step, name):
+    "Show the explanation of a control, below what is wrong with its number."
+    key, help = f'{self.name}.{name}', f'{self.name}.{name}.help'
+    wrong = {k: v for k, v in self.panel.session.wrong(self.name).items() if k == key}
+    said = as_html('qvl-next', self.tell_wrong(wrong))
+    self.hints[name].value = said + as_html('qvl-help', self.panel.say(help) if help in self.panel.say else '')
+    self.hints[name].layout.display = None if self.hints[name].value else 'none'
 
 @patch
 def button(self:Step,
@@ -557,12 +609,14 @@ def changed(self:Step,
 def _put(self:Step, name):
     "Put the value of the files into a control; one that it can't take is left out."
     with self._filling:
-        value = self.values[name]
+        session = self.panel.session
+        value = (self.values | typed_numbers(session.project, self.name, session.defaults[self.name]))[name]
         if name in self._shown and self._shown[name] == value: return  # the control may be ahead: somebody types
-        self._shown[name], self._restoring = value, True
-        try: self.controls[name].value = value
+        self._shown[name], self._restoring, control = value, True, self.controls[name]
+        try: control.value = shown_number(value) if isinstance(control, NumberText) else value
         except Exception: pass  # such as a choice that isn't there any more
         finally: self._restoring = False
+        self._hint(name)
 
 @patch
 def _changed(self:Step, name):
@@ -570,6 +624,7 @@ def _changed(self:Step, name):
         if self._restoring: return
         self.panel.touched, value = True, self.controls[name].value
         self._keep(name, list(value) if isinstance(value, tuple) else value)
+        self._hint(name)
     self.changed(name)
     for box in self.boxes.values(): box.restore()
 
