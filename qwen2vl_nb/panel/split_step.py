@@ -11,8 +11,8 @@ from contextlib import suppress
 from ipywidgets import HTML, BoundedFloatText, Combobox, Dropdown, Text
 from .data_step import source_columns, still_in
 from .paths import suggestions
-from .session import Action, Unfilled, as_call
-from .steps import Step, as_html, as_widget, on_enter
+from .session import Action, NotYet, Unfilled, as_call
+from .steps import Step, as_html, as_widget, explain, on_enter
 
 # %% ../../nbs/panel/34_split_step.ipynb #34splits0004
 def test_name(
@@ -96,10 +96,11 @@ class SplitStep(Step):
         if self.controls: self._tell_left()
 
     def _tell_left(self):
-        "Say which faults were found and are still in the rows, as nothing was dropped."
+        "Say which faults were found and are still in the rows, or that other rows have to be read."
         session, say, self.left.value = self.panel.session, self.panel.say, ''
         with suppress(Exception):  # foreign files may have anything there
             errors, kinds = still_in(session)
             found = [*[self.say('errors', n=errors)]*bool(errors), *(f'{self.tell(k)} ({n})' for k, n in kinds.items())]
             told = self.say('left', found=' · '.join(found), drop=say('data.drop'), step=say('data')) if found else ''
+            if session.has_changed('data.read'): told = explain(NotYet('data.read', again=True), say)
             self.left.value = as_html('qvl-next', told)

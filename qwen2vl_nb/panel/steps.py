@@ -123,7 +123,8 @@ def explain(
 )->str:
     "What went wrong, in words."
     if isinstance(error, NotYet):
-        return say('panel.first', step=say(error.action.partition('.')[0]), action=say(error.action))
+        key = 'panel.first_again' if error.again else 'panel.first'
+        return say(key, step=say(error.action.partition('.')[0]), action=say(error.action))
     if isinstance(error, Unfilled):
         step = say(error.control.partition('.')[0])
         return say('panel.fill', step=step, control=say(error.control))
@@ -259,7 +260,7 @@ class ActionBox(VBox):
         ran = self._ran()
         is_shown = self._failed_at == self._basis() if self._failed_at else self._of == (ran and ran.when)
         if self._thread: return
-        self._compare(is_shown and self._failed_at)
+        self._tell_behind(is_shown and self._failed_at)
         if self.result.children and is_shown: return
         when = ran and time.strftime('%Y-%m-%d %H:%M', time.localtime(ran.when))
         said = [self.step.panel.say('panel.ran', when=when), ran.said] if ran else []
@@ -269,6 +270,11 @@ class ActionBox(VBox):
     def is_busy(self):
         "Whether the action is at work."
         return self._thread is not None
+
+    @property
+    def has_failed(self):
+        "Whether an error is shown in place of a result."
+        return bool(self._failed_at)
 
 # %% ../../nbs/panel/20_steps.ipynb #steps18r
 @patch
@@ -336,15 +342,14 @@ def _end(self:ActionBox, said, shown, failed=None):
     self._of, self._failed_at = (ran := self._ran()) and ran.when, failed
     self.line.value, self.result.children = as_html('qvl-said', self.step.tell(said)), tuple(filter(None, shown))
     self.button.disabled, self.stop.layout.display = False, 'none'
-    self._compare(failed)
+    self._tell_behind(failed)
 
 # %% ../../nbs/panel/20_steps.ipynb #compare001
 @patch
-def _compare(self:ActionBox, failed):
+def _tell_behind(self:ActionBox, failed):
     "Say whether the form has changed since the action ran, unless its new values have failed."
     is_behind = not failed and self.step.is_behind(self.action.name)
-    told = self.step.panel.say('panel.changed', action=self.step.panel.say(self.action.name)) if is_behind else ''
-    self.behind.value = as_html('qvl-next', told)
+    self.behind.value = as_html('qvl-next', self.step.tell_behind(self.action.name)) if is_behind else ''
 
 # %% ../../nbs/panel/20_steps.ipynb #step0018c
 @patch
@@ -453,6 +458,13 @@ def is_behind(self:Step,
 )->bool:
     "Whether the form has changed since an action ran, so that it has to run again."
     return self.panel.session.has_changed(action)
+
+@patch
+def tell_behind(self:Step,
+    action:str, # Name of an action that is behind
+)->str:
+    "What to do about it."
+    return self.panel.say('panel.changed', action=self.panel.say(action))
 
 @patch
 def ended(self:Step):
