@@ -128,7 +128,7 @@ def show_value(
     return text if len(text) <= 80 else f'{text[:50]} … {text[-20:]}'
 
 # %% ../nbs/04_findings.ipynb #find0064
-_value = re.compile(r"""(?<!\w)'(?:[^'\\]|\\.)*'|(?<!\w)"(?:[^"\\]|\\.)*"|\brow \d+(?: \([^)]*\))?"""
+_value = re.compile(r"""(?<!\w)'(?:[^'\\]|\\.)*'|(?<!\w)"(?:[^"\\]|\\.)*"|\b(?:row|line) \d+(?: of \S*\.[a-z]\w{1,4}\b)?"""
                     r"""|[^\s:]*\.[a-z]\w{1,4}\b|(?<!\w)\d[\d.,]*(?!\w)""")
 
 def finding_kind(
@@ -142,8 +142,9 @@ def first_few(
     items:list, # What a message is about, such as faults
     n:int=5, # Number of items that are named
 )->list: # Texts, at most one more than `n`
-    "The texts of the first items and, if there are others, `and 3 more`."
-    return [*map(str, items[:n]), *[f'and {len(items) - n:,} more']*(len(items) > n)]
+    "The texts of the first items and, if there are several others, `and 3 more`."
+    if len(items) <= n + 1: return [*map(str, items)]
+    return [*map(str, items[:n]), f'and {len(items) - n:,} more']
 
 def bulleted(
     items:list, # What a message is about, such as faults

@@ -225,7 +225,7 @@ def test_messages_speak_of_the_fields_and_buttons_of_the_form(filled):
     assert 'bfloat16' not in shown(press(filled, 'recipe.check')), 'what is checked is what would be launched'
     fill(filled, 'split', test=.25, group='car')
     told = html.unescape(shown(press(filled, 'split.register')))
-    assert "have no 'car' to group by" in told and 'To be set in this form: "Keep together".' in told
+    assert "The rows have no 'car' to group by; there are: photo, caption." in told and 'To be set in this form: "Keep together".' in told
     fill(filled, 'split', test=100., group='')
     assert '"Test rows" = 100 takes 100 of 23' in html.unescape(shown(press(filled, 'split.register')))
     told = html.unescape(shown(press(filled, 'launch.start')))

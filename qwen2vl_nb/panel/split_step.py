@@ -83,6 +83,11 @@ class SplitStep(Step):
 
     def show(self, action, value): return [as_widget(self.tell_table(value) if action == 'split.load' else value)]
 
+    def tell_error(self, error):
+        "In place of the keys of samples, those columns that the form offers are named."
+        if hasattr(error, 'known'): error.args = str(error).replace(error.known, ', '.join(self._columns())),
+        return super().tell_error(error)
+
     def _columns(self):
         "The columns of the table; if it has none, the keys of the first sample that was read in this kernel."
         samples = self.panel.session.names.get('samples')
