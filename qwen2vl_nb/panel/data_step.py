@@ -269,5 +269,6 @@ def show_kept(self:DataStep, action, given):
     key = 'mended' if mended else 'found' if found else 'clean'
     said = self.say(key, n=found or given['samples']*(not mended), rows=given['rows'], mended=mended)
     table = findings_class()(**{key: given['shown'][key] for key in ('data', 'index', 'columns')})
+    if 'source' in table: table = table.drop(columns='row')  # the index, which only code needs
     shown = [*[HTML(as_html('qvl-said', given['line']))]*bool(given['line']), as_widget(self.tell_table(table))]
     return [HTML(as_html('qvl-said', said)), *shown*bool(found or mended)]
