@@ -107,7 +107,8 @@ def findings_class()->type: # Of `DataFrame`
             if self.empty: return '<p>Nothing found.</p>'
             worst, line = worst_findings(self)
             cells = pd.DataFrame({name: [_cell(name, value) for value in column] for name, column in worst.items()})
-            with pd.option_context('display.max_colwidth', None): shown = cells.to_html(index=False, escape=False, border=0)
+            with pd.option_context('display.max_colwidth', None):
+                shown = cells.to_html(index=False, escape=False, border=0)
             for cell in 'td', 'th': shown = shown.replace(f'<{cell}>', f'<{cell} style="text-align:left">')
             return as_text(f'<p>{line}</p>{shown}' if line else shown)
         def __repr__(self):
@@ -135,8 +136,9 @@ def show_value(
     return text if len(text) <= 80 else f'{text[:50]} … {text[-20:]}'
 
 # %% ../nbs/04_findings.ipynb #find0064
-_value = re.compile(r"""(?<!\w)'(?:[^'\\]|\\.)*'|(?<!\w)"(?:[^"\\]|\\.)*"|\b(?:row|line) \d+(?: of \S*\.[a-z]\w{1,4}\b)?"""
-                    r"""|[^\s:]*\.[a-z]\w{1,4}\b|(?<!\w)\d[\d.,]*(?!\w)""")
+_value = re.compile(r"""(?<!\w)'(?:[^'\\]|\\.)*'|(?<!\w)"(?:[^"\\]|\\.)*"|"""
+                    r"""\b(?:row|line) \d+(?: of \S*\.[a-z]\w{1,4}\b)?|"""
+                    r"""[^\s:]*\.[a-z]\w{1,4}\b|(?<!\w)\d[\d.,]*(?!\w)""")
 
 def finding_kind(
     what:str, # What a finding says

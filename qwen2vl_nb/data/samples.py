@@ -169,7 +169,8 @@ def in_one_form(
     if bad: raise ValueError(f'Rows {bad[:10]} are not samples: a sample is a dict; see `check_samples`.')
     kinds = {sample_kind(s): i for i, s in reversed([*enumerate(samples)])}
     if len(kinds) > 1:
-        named = ', '.join(f'{name_row(i, samples[i])} has {_has[kind]}' for kind, i in sorted(kinds.items(), key=lambda each: each[1]))
+        first = sorted((i, kind) for kind, i in kinds.items())
+        named = ', '.join(f'{name_row(i, samples[i])} has {_has[kind]}' for i, kind in first)
         raise ValueError(f'All samples of a data set are of one kind: {named}. Make a data set of each kind.')
     return [as_dialogue(s) for s in samples] if len({is_dialogue(s) for s in samples}) > 1 else samples
 

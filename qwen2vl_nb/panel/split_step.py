@@ -81,7 +81,10 @@ class SplitStep(Step):
         self._tell_left()
         return [test, *columns, *names, media, self.left, register, *others]
 
-    def show(self, action, value): return [as_widget(self.tell_table(value) if action == 'split.load' else value)]
+    def show(self, action, value):
+        shown = as_widget(self.tell_table(value) if action == 'split.load' else value)
+        if action == 'split.plot': shown.add_class('qvl-wide')  # three plots abreast, which a narrow page scrolls
+        return [shown]
 
     def tell_error(self, error):
         "In place of the keys of samples, those columns that the form offers are named."

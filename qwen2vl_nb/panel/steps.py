@@ -26,11 +26,13 @@ STYLE = '''<style>
 @container (max-width:810px) {.qvl-tabs {grid-template-columns:repeat(5,1fr)}}
 @container (max-width:480px) {
   .qvl-tabs {grid-template-columns:repeat(2,1fr)}
-  .qvl .widget-inline-hbox {flex-wrap:wrap;height:auto;width:calc(100% - 2*var(--jp-widgets-margin,2px))!important}
-  .qvl .widget-inline-hbox>.widget-label {width:100%!important;text-align:left}
+  .qvl :not(.qvl-pager)>.widget-inline-hbox {flex-wrap:wrap;height:auto;
+    width:calc(100% - 2*var(--jp-widgets-margin,2px))!important}
+  .qvl :not(.qvl-pager)>.widget-inline-hbox>.widget-label {width:100%!important;text-align:left}
   .qvl .widget-checkbox>.widget-label:first-child {display:none}
   .qvl .widget-inline-hbox.widget-hprogress,.qvl .widget-dropdown>select {height:var(--jp-widgets-inline-height,28px)}
-  .qvl .widget-hbox {flex-wrap:wrap}
+  .qvl .widget-hbox:not(.qvl-pager) {flex-wrap:wrap}
+  .qvl .qvl-wide .qvl-shown svg {max-width:none;height:240px}
   .qvl-below {margin:0 var(--jp-widgets-margin,2px) 4px!important}
   .qvl .qvl-code button {position:static;display:block;margin:6px 6px 0 auto}
   .qvl .qvl-code pre {padding-right:10px}
