@@ -10,6 +10,7 @@ __all__ = ['Finding', 'as_text', 'text_table', 'full_table', 'worst_findings', '
 import re
 from dataclasses import dataclass
 from functools import cache
+from html import escape
 from typing import TYPE_CHECKING
 if TYPE_CHECKING: import pandas as pd
 
@@ -76,7 +77,9 @@ def worst_findings(
     table, # A `DataFrame` of findings
 )->tuple: # (the findings to show, a line with the number of all findings if not all are shown)
     "The part of a table of findings that is shown: all, or the worst 60."
-    if 'source' in table and not table.source.any(): table = table.drop(columns='source') # known for files only
+    if 'source' in table:  # the place in a file, which the user knows, comes before the row's index
+        places = ['source']*bool(table.source.any())
+        table = table[places + [name for name in table if name != 'source']]
     if len(table) <= _max_shown or 'level' not in table: return table, ''
     counts = table.level.value_counts()
     named = ', '.join(f'{counts[level]} {level}' for level in _levels if level in counts)
@@ -86,6 +89,12 @@ def worst_findings(
 # %% ../nbs/04_findings.ipynb #find0056
 # On white and on black, each has a contrast of 4
 _bars = {'error': '#d64545', 'warning': '#ab6a00', 'note': '#3b82c4'}
+
+def _cell(name, value):
+    "A cell as HTML; a level has a bar of its colour before it."
+    text = escape(str(value))
+    if name != 'level' or value not in _bars: return text
+    return f'<span style="border-left:4px solid {_bars[value]};padding-left:6px">{text}</span>'
 
 @cache
 def findings_class()->type: # Of `DataFrame`
@@ -97,12 +106,11 @@ def findings_class()->type: # Of `DataFrame`
         def _repr_html_(self):
             if self.empty: return '<p>Nothing found.</p>'
             worst, line = worst_findings(self)
+            cells = pd.DataFrame({name: [_cell(name, value) for value in column] for name, column in worst.items()})
             with pd.option_context('display.max_colwidth', None):
-                shown = super(FindingsTable, worst)._repr_html_() or ''
+                shown = cells.to_html(index=False, escape=False, border=0)
             for cell in 'td', 'th': shown = shown.replace(f'<{cell}>', f'<{cell} style="text-align:left">')
-            for level, colour in _bars.items():
-                shown = shown.replace(f'">{level}</td>', f';box-shadow:inset 4px 0 {colour}">{level}</td>')
-            return f'<p>{line}</p>{shown}' if line else shown
+            return as_text(f'<p>{line}</p>{shown}' if line else shown)
         def __repr__(self):
             if self.empty: return 'Nothing found.'
             worst, line = worst_findings(self)
@@ -128,8 +136,9 @@ def show_value(
     return text if len(text) <= 80 else f'{text[:50]} … {text[-20:]}'
 
 # %% ../nbs/04_findings.ipynb #find0064
-_value = re.compile(r"""(?<!\w)'(?:[^'\\]|\\.)*'|(?<!\w)"(?:[^"\\]|\\.)*"|\brow \d+(?: \([^)]*\))?"""
-                    r"""|[^\s:]*\.[a-z]\w{1,4}\b|(?<!\w)\d[\d.,]*(?!\w)""")
+_value = re.compile(r"""(?<!\w)'(?:[^'\\]|\\.)*'|(?<!\w)"(?:[^"\\]|\\.)*"|"""
+                    r"""\b(?:row|line) \d+(?: of \S*\.[a-z]\w{1,4}\b)?|"""
+                    r"""[^\s:]*\.[a-z]\w{1,4}\b|(?<!\w)\d[\d.,]*(?!\w)""")
 
 def finding_kind(
     what:str, # What a finding says
@@ -142,8 +151,9 @@ def first_few(
     items:list, # What a message is about, such as faults
     n:int=5, # Number of items that are named
 )->list: # Texts, at most one more than `n`
-    "The texts of the first items and, if there are others, `and 3 more`."
-    return [*map(str, items[:n]), *[f'and {len(items) - n:,} more']*(len(items) > n)]
+    "The texts of the first items and, if there are several others, `and 3 more`."
+    if len(items) <= n + 1: return [*map(str, items)]
+    return [*map(str, items[:n]), f'and {len(items) - n:,} more']
 
 def bulleted(
     items:list, # What a message is about, such as faults

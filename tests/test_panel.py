@@ -169,6 +169,24 @@ def test_rows_with_chosen_warnings_are_dropped_and_mending_counts_what_is_left(f
     assert len(other.session.names['samples']) == 22
     assert "also=['The answer is empty.']" in (folder/NOTEBOOK).read_text()
 
+def test_a_check_after_a_dropping_is_about_the_rows_that_are_left_and_only_reading_brings_the_others_back(filled, folder):
+    count = lambda panel=filled: len(panel.session.names['samples'])
+    assert 'Nothing found in 23 rows' in shown(press(filled, 'data.check')) and {'data.settled', 'split.register'} <= {*what_ran(filled.session.project)}
+    fill(filled, 'recipe', cutoff_len=8)
+    assert 'rows concerned: 23' in shown(press(filled, 'data.check')) and count() == 23, 'dropped rows are not back'
+    fill(filled, 'recipe', cutoff_len=2048)
+    assert 'Nothing found in 23 rows' in shown(press(filled, 'data.check')) and 'ActionBox' in repr(filled.steps['data'].boxes['data.check'])
+    assert '17 rows for training' in shown(press(filled, 'split.register'))
+    fresh = Panel()
+    press(fresh, 'data.mend')
+    assert count(fresh) == 23 and 'Before the last check: Dropped 2 of 25' in fresh.steps['data'].settled.value
+    fill(filled, 'data', prompt='Which colour?')
+    assert 'This undoes what &quot;Mend&quot; and' in filled.steps['data'].boxes['data.read'].behind.value
+    for action in ('data.check', 'data.mend', 'data.drop', 'split.register'): assert 'changed since "Read" was pressed' in html.unescape(shown(press(filled, action)))
+    filled.go('split')
+    assert 'changed since &quot;Read&quot;' in filled.steps['split'].left.value
+    assert '25 rows' in shown(press(filled, 'data.read')) and count() == 25 and {*what_ran(filled.session.project)} == {'data.read', 'recipe.make', 'memory.pick'}
+
 def test_wrong_columns_and_files_are_told_in_the_step(folder):
     panel = Panel()
     assert 'File or folder' in shown(press(panel, 'data.read'))
@@ -207,7 +225,7 @@ def test_messages_speak_of_the_fields_and_buttons_of_the_form(filled):
     assert 'bfloat16' not in shown(press(filled, 'recipe.check')), 'what is checked is what would be launched'
     fill(filled, 'split', test=.25, group='car')
     told = html.unescape(shown(press(filled, 'split.register')))
-    assert "have no 'car' to group by" in told and 'To be set in this form: "Keep together".' in told
+    assert "The rows have no 'car' to group by; there are: photo, caption." in told and 'To be set in this form: "Keep together".' in told
     fill(filled, 'split', test=100., group='')
     assert '"Test rows" = 100 takes 100 of 23' in html.unescape(shown(press(filled, 'split.register')))
     told = html.unescape(shown(press(filled, 'launch.start')))

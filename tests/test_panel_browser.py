@@ -286,7 +286,7 @@ def test_a_narrow_page_clips_nothing_and_a_folder_that_jupyterlab_does_not_show_
     panel = Panel(tmp_path)
     keep_value(panel.session.project, 'data', source='labels.xlsx', image='picture', prompt='What is this?', response='card')
     keep_value(panel.session.project, 'model', model=str(ROOT/'data'/'tiny_qwen2vl'))
-    for action in ('data.read', 'data.check', 'recipe.make'): run_action(panel.session, action)
+    for action in ('data.read', 'data.check', 'split.register', 'recipe.make'): run_action(panel.session, action)
     notebook(lab.root/'narrow.ipynb', [f'from qwen2vl_nb.all import *\nPanel({str(tmp_path)!r})'])
     open_notebook(page, lab, 'narrow.ipynb')
     page.keyboard.press('Control+b')
@@ -302,6 +302,30 @@ def test_a_narrow_page_clips_nothing_and_a_folder_that_jupyterlab_does_not_show_
     form.keep('narrow')
     findings = form.at.locator('.qvl-shown table').last
     assert findings.evaluate('e => e.scrollWidth > e.closest(".qvl-shown").clientWidth'), 'it is scrolled by itself'
+    form.go('split')
+    form.press('split.plot')
+    plots = form.at.locator('.qvl-shown svg')
+    plots.wait_for()
+    assert plots.bounding_box()['width'] > 600 and form.at.evaluate(CLIPPED) == [[], [], []]
+    form.keep('narrow-plots')
+
+def test_the_pager_of_answers_stays_one_line_on_a_narrow_page(lab, page):
+    cell = """from ipywidgets import HTML, VBox
+from qwen2vl_nb.panel.steps import STYLE
+from qwen2vl_nb.prediction.show import PredictionView
+shown = VBox([HTML(STYLE), PredictionView([dict(id=i, prompt='1+1?', label='2', predict='2') for i in range(20)], n=4)])
+shown.add_class('qvl')
+shown"""
+    notebook(lab.root/'pager.ipynb', [cell])
+    page.set_viewport_size(dict(width=400, height=900))
+    open_notebook(page, lab, 'pager.ipynb')
+    page.keyboard.press('Control+b')
+    form = _run_all(page)
+    form.says('of 5')
+    form.keep('narrow-pager')
+    boxes = [part.bounding_box() for part in form.at.locator('.qvl-pager > *').all()]
+    assert len(boxes) == 4 and max(b['y'] for b in boxes) < min(b['y'] + b['height'] for b in boxes), boxes
+    assert max(b['x'] + b['width'] for b in boxes) <= 400
 
 HINTS = """root => {
     const all = [...root.querySelectorAll('.qvl-below')].filter(e => e.checkVisibility())

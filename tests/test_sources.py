@@ -265,9 +265,9 @@ def test_messages_about_rows_name_their_place(tmp_path):
     (tmp_path/'twice.csv').write_text('photo,caption,id\na.png,a car,1\nb.png,a bus,2\nb.png,a bus,2\n')
     samples = read_samples(tmp_path/'twice.csv', image='photo', prompt='What is this?', response='caption')
     said = ' '.join(check_samples(samples).what)
-    assert 'also that of row 1 (row 3 of twice.csv)' in said and 'same content as row 1 (row 3 of twice.csv)' in said
+    assert 'also that of row 3 of twice.csv' in said and 'same content as row 3 of twice.csv' in said
     (tmp_path/'boxes.csv').write_text('photo,label,xmin,ymin,xmax,ymax\na.png,car,1,2,3,4\na.png,car,x,2,3,4\n')
-    with pytest.raises(ValueError, match=r'row 1 \(row 3 of boxes.csv\) has something that is not a number'):
+    with pytest.raises(ValueError, match=r'row 3 of boxes.csv has something that is not a number'):
         read_samples(tmp_path/'boxes.csv', image='photo', family='qwen2_vl')
 
 def test_a_path_that_leads_nowhere_among_others_is_not_blamed_on_the_folder(tmp_path, capsys):
@@ -281,7 +281,7 @@ def test_a_path_that_leads_nowhere_among_others_is_not_blamed_on_the_folder(tmp_
 def test_findings_of_other_samples_are_refused_before_anything_is_dropped(tmp_path, capsys):
     samples = read_samples(_workbook(tmp_path, ROWS), image='photo', prompt='What is this?', response='caption')
     findings = check_samples(samples)
-    assert drop_samples(samples, findings) == [] and '- row 1 (row 6 of labels.xlsx): There is no file b.png.' in capsys.readouterr().out
+    assert drop_samples(samples, findings) == [] and '- row 6 of labels.xlsx: There is no file b.png.' in capsys.readouterr().out
     with pytest.raises(ValueError, match='about 3 samples, and these are 2'): drop_samples(samples[1:], findings)
     part = findings[findings.row == 2]
     assert drop_samples(samples, part) == samples[:2]

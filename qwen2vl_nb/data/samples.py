@@ -45,8 +45,8 @@ def name_row(
     i:int, # Index of a sample
     sample, # The sample
 )->str:
-    "The number of a sample for a message, with its place in the file if that is known."
-    return f'row {i} ({place})' if (place := place_of(sample)) else f'row {i}'
+    "A sample as a message names it: by its place in the file, which the user knows, or else by its index."
+    return place_of(sample) or f'row {i}'
 
 # %% ../../nbs/data/00_samples.ipynb #2d01f0b0
 def history_turns(
@@ -169,7 +169,8 @@ def in_one_form(
     if bad: raise ValueError(f'Rows {bad[:10]} are not samples: a sample is a dict; see `check_samples`.')
     kinds = {sample_kind(s): i for i, s in reversed([*enumerate(samples)])}
     if len(kinds) > 1:
-        named = ', '.join(f'row {i} has {_has[kind]}' for kind, i in sorted(kinds.items(), key=lambda each: each[1]))
+        first = sorted((i, kind) for kind, i in kinds.items())
+        named = ', '.join(f'{name_row(i, samples[i])} has {_has[kind]}' for i, kind in first)
         raise ValueError(f'All samples of a data set are of one kind: {named}. Make a data set of each kind.')
     return [as_dialogue(s) for s in samples] if len({is_dialogue(s) for s in samples}) > 1 else samples
 

@@ -159,7 +159,7 @@ def _read_text(path, encoding=None):
                      "give its encoding, for example encoding='cp1252'.")
 
 # %% ../../nbs/data/20_sources.ipynb #4872fa7c
-def _read_jsonl(path, place, encoding, header=None):
+def _read_jsonl(path, place, encoding):
     text, encoding = _read_text(path, encoding)
     rows, bad, file = [], [], ('line', path.name)
     for i, line in enumerate(text.split('\n'), 1):
@@ -171,7 +171,7 @@ def _read_jsonl(path, place, encoding, header=None):
     if bad: raise ValueError(f'{path} has {len(bad)} line(s) that are not JSON. {"; ".join(first_few(bad))}.')
     return rows, f'JSON lines in {encoding}'
 
-def _read_json(path, place, encoding, header=None):
+def _read_json(path, place, encoding):
     text, encoding = _read_text(path, encoding)
     try: return json.loads(text), f'JSON in {encoding}'
     except json.JSONDecodeError as e:
@@ -238,7 +238,7 @@ def _swallowed_rows_note(rows, width, between):
     return (f' ({len(lines)} cell(s) in quotes contain what looks like rows; the first quote opens in line {lines[0]}: '
             'is it closed in the right place?)')
 
-def _read_table(path, place, encoding, header=None):
+def _read_table(path, place, encoding, header):
     text, encoding = _read_text(path, encoding)
     if hint := re.match(r'sep=([,;\t|])\r?\n', text): text = '\n' + text[hint.end():]  # a line that only Excel reads
     between = hint[1] if hint else _separator(path, text, header)
@@ -322,7 +322,7 @@ def _first_sheet(path, book):
                          'be read, or save it as CSV.')
     return empty or ('', [], [])
 
-def _read_excel(path, place, encoding, header=None):
+def _read_excel(path, place, encoding, header):
     import openpyxl
     try:
         with open_regular(path) as f:
@@ -431,7 +431,7 @@ def _check_batches_size(path, batches):
         _check_unpacked(path, size, unpacked)
         yield batch
 
-def _read_parquet(path, place, encoding, header=None):
+def _read_parquet(path, place, encoding):
     import pyarrow as pa, pyarrow.parquet as pq
     try:
         with open_regular(path) as f:
@@ -459,7 +459,8 @@ def _read_file(path, place, encoding=None, header=None):
         named = path.suffix or 'a file without an extension'
         hint = ' Give the folder of the XML files (Pascal VOC); from CVAT, export COCO 1.0.' if ending == '.xml' else ''
         raise ValueError(f'{path}: cannot read {named}; these are supported: {", ".join(_readers)}.{hint}')
-    try: return _readers[ending](path, place, encoding, header)
+    read = _readers[ending]
+    try: return read(path, place, encoding, header) if read in _tables else read(path, place, encoding)
     except UnicodeDecodeError as e:
         raise ValueError(f'{path} is not {e.encoding}: {e.reason} at byte {e.start}.') from None
     except LookupError: raise ValueError(f'{path}: Python has no text encoding {encoding!r}.') from None

@@ -10,8 +10,8 @@ import os, random
 from collections import Counter
 from collections.abc import Hashable
 from ..files import file_digest
-from ..findings import show_value
-from .samples import media_paths, sample_kind, sample_turns, with_each_answer
+from ..findings import first_few, show_value
+from .samples import media_paths, name_row, sample_kind, sample_turns, with_each_answer
 
 # %% ../../nbs/data/50_split.ipynb #234b2bd6
 def _same_files(paths):
@@ -67,27 +67,33 @@ def _take_groups(groups, want):
         if len(held) + len(rows) <= want: held.update(rows)
     return held
 
-def _check_keys(samples, **keys):
-    for what, key in keys.items():
-        missing = [i for i, s in enumerate(samples) if key and key not in s]
-        if not missing: continue
-        error = ValueError(f"Rows {missing[:10]} have no {key!r} to {what} by; "
-                           f"their keys: {', '.join(samples[missing[0]])}.")
-        error.arguments = [what]  # for forms, whose fields have other names
-        raise error
+_usual_keys = {'image': 'images', 'video': 'videos', 'prompt': 'instruction', 'question': 'instruction',
+               'response': 'output', 'answer': 'output'} # Usual name of a column → the key that `read_samples` gives it
+
+def _known_key(samples, what, column):
+    "The key under which samples have a column: one that was read by its usual name has LLaMA-Factory's instead."
+    for key in (column, _usual_keys.get(column)):
+        if not column or key and all(key in s for s in samples): return key
+    missing = [i for i, s in enumerate(samples) if column not in s]
+    named = ', '.join(first_few([name_row(i, samples[i]) for i in missing]))
+    rows = f'Some rows ({named}) have' if len(missing) < len(samples) else 'The rows have'
+    known = ', '.join(samples[missing[0]])
+    error = ValueError(f'{rows} no {column!r} to {what} by; there are: {known}.')
+    error.arguments, error.known = [what], known  # for forms, whose fields and columns have other names
+    raise error
 
 def split_samples(
     samples:list, # Samples
     test:float=.1, # Fraction of the samples that goes into the test split, or their number if it is an integer
-    group:str=None, # Key; rows with the same value stay together, as rows that share a picture always do
-    stratify:str=None, # Key whose values have the same proportions in both splits, such as `'output'`
+    group:str=None, # Key or column; rows with the same value stay together, as rows that share a picture always do
+    stratify:str=None, # Key or column whose values have the same proportions in both splits, such as `'output'`
     seed:int=0, # The same seed gives the same split
 )->tuple: # (train, test), each in the order of `samples`
     "Split samples into a training split and a test split that share no picture, and print their sizes."
     want = test if isinstance(test, int) else round(test*len(samples))
     if not 0 < want < len(samples):
         raise ValueError(f'test={test} takes {want} of {len(samples)} samples; both splits need some.')
-    _check_keys(samples, group=group, stratify=stratify)
+    group, stratify = _known_key(samples, 'group', group), _known_key(samples, 'stratify', stratify)
     strata = [repr(s[stratify]) if stratify else '' for s in samples]
     ties = _shared_keys(samples, group)
     groups = _groups(ties)

@@ -45,6 +45,9 @@ CHINESE = {
     'panel.refused': ('The form could not be saved: {error}', '无法保存表单：{error}'),
     'panel.first': ('This needs the step "{step}" first: press "{action}" there.',
                     '请先完成“{step}”步骤：在那里点击“{action}”。'),
+    'panel.first_again': ('In the step "{step}", the form has changed since "{action}" was pressed. Press "{action}" '
+                          'there again first, or undo the change.',
+                          '点击“{action}”之后，“{step}”步骤的表单有改动。请先在那里再次点击“{action}”，或者撤销改动。'),
     'panel.done': ('done', '已完成'),
     'panel.browse': ('Browse', '浏览'),
     'panel.up': ('.. (one folder up)', '..（上一级目录）'),
@@ -101,6 +104,10 @@ CHINESE |= {
                        '去掉仍有错误的行，以及有所选问题的行'),
     'data.clean': ('Nothing found in {n} rows.', '{n} 行中没有发现问题。'),
     'data.found': ('Findings: {n}; rows concerned: {rows}.', '发现 {n} 个问题，涉及 {rows} 行。'),
+    'data.undone': ('This undoes what "{mend}" and "{drop}" have done with the rows.',
+                    '这会撤销“{mend}”和“{drop}”对数据行所做的处理。'),
+    'data.settled': ('Before the last check: {done}', '上次检查之前：{done}'),
+    'data.settled_mended': ('Mended: {n}.', '已修复 {n} 个问题。'),
     'data.mended': ('Mended: {mended}. Left: {n} findings; rows concerned: {rows}.',
                     '已修复 {mended} 个问题，还剩 {n} 个，涉及 {rows} 行。'),
 }

@@ -17,7 +17,8 @@ from ipywidgets import HTML, Checkbox, Combobox, Layout, SelectMultiple
 from ..files import open_regular
 from ..findings import finding_kind, findings_class, worst_findings
 from .paths import PathList, path_row, suggestions
-from .session import Action, Number, Unfilled, as_call, what_ran
+from .session import (Action, Given, Number, Ran, Unfilled, as_call, keep_value, settle,
+                                      what_ran)
 from .steps import Step, as_html, as_widget, on_enter
 
 # %% ../../nbs/panel/32_data_step.ipynb #32datast0005
@@ -127,10 +128,36 @@ def _found(names):
             'errors': errors, 'mended': len(findings) - len(left),
             'kinds': kinds.to_dict(), 'levels': levels[kinds.index].to_dict(), 'shown': worst.to_dict('split')}
 
+# %% ../../nbs/panel/32_data_step.ipynb #settlec01
+_codes = {'data.check': _check_code, 'data.mend': _mend_code, 'data.drop': _drop_code}
+_settled_keys = 'model', 'cutoff_len', 'also' # Of what is kept of them, all that their code needs
+
+def _settled_code(given):
+    "The code of all rounds, without the lines that only show something."
+    each = [(_codes[name], Given(values, given.folder)) for done in given['rounds'] for name, values in done.items()]
+    return '\n'.join([*(code(values).rpartition('\n')[0] for code, values in each), 'len(samples)'])
+
+def _settle(session, *changes):
+    "Before rows are checked: settle what was mended and dropped, if one of these actions ran."
+    ran = what_ran(session.project)
+    if not ran.keys() & {*changes}: return
+    names = [name for name in _codes if name in ran and (name != 'data.check' or 'data.mend' not in ran)]
+    done = {name: {k: v for k, v in ran[name].given.items() if k in _settled_keys} for name in names}
+    last = ran['data.settled'] if session.code('data.settled') else Ran({'rounds': [], 'mended': 0}, 0, '')
+    mended = last.given.get('mended', 0) + (ran['data.mend'].given.get('mended', 0) if 'data.mend' in ran else 0)
+    dropped = [ran['data.drop'].said]*('data.drop' in ran)
+    settle(session, 'data.settled', [name for name in _codes if name in ran],
+           {'rounds': [*last.given['rounds'], done], 'mended': mended}, '\n'.join(filter(None, [last.said, *dropped])))
+    if dropped: keep_value(session.project, 'data', also=[])
+
+# %% ../../nbs/panel/32_data_step.ipynb #dataacts1
 ACTIONS = [
-    Action('data.read', _read_given, _read_code, gives=('samples',)),
-    Action('data.check', _check_given, _check_code, needs=('samples',), gives=('findings',), keeps=_found),
-    Action('data.mend', _check_given, _mend_code, needs=('samples',), gives=('samples', 'findings'), keeps=_found),
+    Action('data.read', _read_given, _read_code, gives=('samples',), binds=True),
+    Action('data.settled', None, _settled_code, needs=('samples',), gives=('samples',)),
+    Action('data.check', _check_given, _check_code, needs=('samples',), gives=('findings',), keeps=_found,
+           before=lambda session: _settle(session, 'data.mend', 'data.drop')),
+    Action('data.mend', _check_given, _mend_code, needs=('samples',), gives=('samples', 'findings'), keeps=_found,
+           before=lambda session: _settle(session, 'data.drop')),
     Action('data.drop', lambda form: {'also': form('data')['also']}, _drop_code, needs=('samples', 'findings'),
            gives=('samples',))]
 
@@ -145,7 +172,7 @@ def last_findings(
 def still_in(
     session, # The panel's `Session`
 )->tuple: # (number of rows with errors, kind of the chosen findings → number of rows)
-    "What was found in the rows as they were read, if none were dropped."
+    "What the last check found in rows that were not dropped since."
     ran, found = what_ran(session.project), last_findings(session)
     if not found or 'data.drop' in ran or 'data.read' not in ran or ran['data.read'].when > found.when: return 0, {}
     kinds, also = found.given.get('kinds', {}), session.form('data')['also']
@@ -172,9 +199,10 @@ class DataStep(Step):
         self._offer_columns()
         read = self.button('data.read', icon='folder-open')
         for name in ('source', 'image', 'prompt', 'response'): on_enter(self.controls[name], read.start)
+        self.settled = HTML()
         others = [self.button('data.check', icon='search'), self.button('data.mend', icon='wrench', primary=False),
                   self._build_kinds(), self.button('data.drop', icon='eraser', primary=False)]
-        return [row, *columns, header, media_row, boxes, read, *others]
+        return [row, *columns, header, media_row, boxes, read, self.settled, *others]
 
     def changed(self, name):
         if name in ('source', 'header'): self._offer_columns()
@@ -184,7 +212,22 @@ class DataStep(Step):
         if not self.controls: return
         self._offer_columns()
         self._offer_kinds()
-        if self._is_mended(): self.boxes['data.check'].result.children = ()
+        self._tell_settled()
+        check = self.boxes['data.check']
+        if self._is_mended() and not check.has_failed: check.result.children = ()
+
+    def _tell_settled(self):
+        ran, self.settled.value = what_ran(self.panel.session.project).get('data.settled'), ''
+        if not ran: return
+        n, said = ran.given.get('mended'), self.tell(ran.said)
+        done = ' '.join(filter(None, [self.say('settled_mended', n=n)*bool(n), said]))
+        self.settled.value = as_html('qvl-said', self.say('settled', done=done))
+
+    def tell_behind(self, action):
+        ran, say = what_ran(self.panel.session.project), self.panel.say
+        is_undone = action == 'data.read' and {'data.settled', 'data.mend', 'data.drop'} & ran.keys()
+        undone = self.say('undone', mend=say('data.mend'), drop=say('data.drop'))
+        return ' '.join([super().tell_behind(action), *[undone]*bool(is_undone)])
 
     def _offer_columns(self):
         names = source_columns(self.panel.session)
@@ -230,5 +273,6 @@ def show_kept(self:DataStep, action, given):
     key = 'mended' if mended else 'found' if found else 'clean'
     said = self.say(key, n=found or given['samples']*(not mended), rows=given['rows'], mended=mended)
     table = findings_class()(**{key: given['shown'][key] for key in ('data', 'index', 'columns')})
+    if 'source' in table: table = table.drop(columns='row')  # the index, which only code needs
     shown = [*[HTML(as_html('qvl-said', given['line']))]*bool(given['line']), as_widget(self.tell_table(table))]
     return [HTML(as_html('qvl-said', said)), *shown*bool(found or mended)]

@@ -87,11 +87,11 @@ def look(self:PathList,
     begin = '' if os.path.lexists(typed) else typed.name
     icon = lambda name: 'check' if at/name == typed else 'folder' if name.endswith('/') else 'file'
     names = entries(at, self.endings, begin) or entries(at, self.endings)
+    n_shown = _most_shown if len(names) > _most_shown + 1 else len(names)
     shown = [self._row(self.say('panel.up'), at.parent, 'arrow-up')] if at != at.parent else []
-    shown += [self._row(n, at/n, icon(n)) for n in names[:_most_shown]]
+    shown += [self._row(n, at/n, icon(n)) for n in names[:n_shown]]
     if not names: shown.append(HTML(as_html('qvl-help', self.say('panel.nothing'))))
-    if len(names) > _most_shown:
-        shown.append(HTML(as_html('qvl-help', self.say('panel.more', n=len(names) - _most_shown))))
+    if names[n_shown:]: shown.append(HTML(as_html('qvl-help', self.say('panel.more', n=len(names) - n_shown))))
     self._list.children = shown
 
 @patch

@@ -6,7 +6,7 @@
 __all__ = ['PANEL', 'NOTEBOOK', 'Given', 'near', 'as_call', 'Action', 'overheard', 'last_lines', 'without_bars', 'run_code',
            'Project', 'Number', 'form_values', 'typed_numbers', 'keep_value', 'Ran', 'what_ran', 'in_order', 'Session',
            'WrongNumbers', 'earlier', 'NotYet', 'Unfilled', 'make_names', 'notebook_text', 'notebook_path',
-           'write_notebook', 'run_action', 'result_again']
+           'write_notebook', 'run_action', 'result_again', 'settle']
 
 # %% ../../nbs/panel/10_session.ipynb #10sessio0002
 import ast, io, math, os, re, sys, time
@@ -68,7 +68,7 @@ def as_call(
 class Action:
     "Something that a step of the panel can do."
     name:str # The step and a verb, such as `'data.read'`
-    given:Callable # (function: step → values of its form) → the values that the code needs
+    given:Callable # (function: step → values of its form) → the values that the code needs; `None`: see `settle`
     code:Callable # `Given` → lines of Python; if the last is an expression, its value is shown
     needs:tuple=() # Names that the code uses
     gives:tuple=() # Names that the code sets
@@ -76,6 +76,8 @@ class Action:
     again:Callable=None # `Given` → lines that set the names once more; `None`: the code itself
     follows:bool=False # It is cheap: it runs again by itself when its form, or something before it, has changed
     keeps:Callable=None # Names → values that are kept with the given ones; a `Path` is kept as `near` gives it
+    before:Callable=None # `Session` → nothing; called before it runs
+    binds:bool=False # Nothing uses what it gives while its form differs from what it ran with
 
 # %% ../../nbs/panel/10_session.ipynb #10sessio0012
 _switch = Lock()
@@ -356,12 +358,13 @@ def next_code(self:Session,
 def depends(self:Session,
     name:str, # Name of an action
 )->list: # Names of later actions
-    "The actions that use what this one gives or writes, directly or through others."
+    "The actions that use what this one gives or writes, directly or through others that ran."
+    ran = what_ran(self.project)
     _, *later = [*self.actions.values()][[*self.actions].index(name):]
     given, found = {*self.actions[name].gives}, []
     for action in later:
         if given.isdisjoint(action.needs + action.reads): continue
-        given.update(action.gives)
+        if action.name in ran or action.follows: given.update(action.gives)
         found.append(action.name)
     return found
 
@@ -389,11 +392,12 @@ def earlier(
     return found
 
 class NotYet(Exception):
-    "A step comes first; `.action` is what gives the missing name."
+    "A step comes first; `.action` is what gives the missing name, or `.again` what it gave before its form changed."
     def __init__(self,
         action:str, # Name of an action
+        again:bool=False, # Whether it ran with other values than those of its form
     ):
-        self.action = action
+        self.action, self.again = action, again
         super().__init__(f'{action} comes first')
 
 class Unfilled(Exception):
@@ -479,9 +483,12 @@ def _bring_up(session, name):
         if session.next_code(each)[1] != session.code(each): run_action(session, each)
 
 def _check_needs(session, action):
-    there = {name for each in earlier(session, action.name) for name in session.actions[each].gives}
-    missing = [name for name in action.needs if name not in there]
-    if missing: raise NotYet(next(a.name for a in session.actions.values() if missing[0] in a.gives))
+    before = [session.actions[each] for each in earlier(session, action.name)]
+    missing = {*action.needs} - {name for each in before for name in each.gives}
+    if missing: raise NotYet(next(a.name for a in session.actions.values() if missing & {*a.gives}))
+    for each in before:
+        if each.binds and {*each.gives} & {*action.needs} and session.has_changed(each.name):
+            raise NotYet(each.name, again=True)
 
 def run_action(
     session:Session, # The session
@@ -492,6 +499,7 @@ def run_action(
     action, printed = session.actions[name], []
     _bring_up(session, name)
     _check_needs(session, action)
+    if action.before: action.before(session)
     given, text = session.next_code(name)
     with overheard(lambda part: (printed.append(part), heard(last_lines(''.join(printed[-50:]))))):
         make_names(session, name)
@@ -538,3 +546,20 @@ def has_changed(self:Session,
     try: return self.next_code(name)[1] != before
     except (Unfilled, WrongNumbers): return True
     except Exception: return False  # the file does not have what it needs
+
+# %% ../../nbs/panel/10_session.ipynb #settle01
+def settle(
+    session:Session, # The session
+    name:str, # Name of an action that comes before the others, and whose code does what they did
+    done:list, # Names of actions that ran, in order
+    given:dict, # The values from which its code is built
+    said:str, # What they printed
+):
+    "Note one action in place of others; what they have made is not made again."
+    with session.lock, session.project.edit() as state:
+        chain = [*earlier(session, done[-1]), done[-1]]
+        is_made = all(session.made.get(each) == session.code(each, again=True) for each in chain)
+        for each in done: state['ran'].pop(each), session.made.pop(each, None)
+        state['ran'][name] = {'given': given, 'when': time.time(), 'said': said[-_most_said:]}
+        session.made.pop(name, None)
+        if is_made: session.made[name] = session.code(name, again=True)

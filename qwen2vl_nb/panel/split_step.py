@@ -11,8 +11,8 @@ from contextlib import suppress
 from ipywidgets import HTML, Combobox, Dropdown, Text
 from .data_step import source_columns, still_in
 from .paths import suggestions
-from .session import Action, Number, Unfilled, as_call
-from .steps import Step, as_html, as_widget, on_enter
+from .session import Action, NotYet, Number, Unfilled, as_call
+from .steps import Step, as_html, as_widget, explain, on_enter
 
 # %% ../../nbs/panel/34_split_step.ipynb #34splits0004
 def test_name(
@@ -81,7 +81,15 @@ class SplitStep(Step):
         self._tell_left()
         return [test, *columns, *names, media, self.left, register, *others]
 
-    def show(self, action, value): return [as_widget(self.tell_table(value) if action == 'split.load' else value)]
+    def show(self, action, value):
+        shown = as_widget(self.tell_table(value) if action == 'split.load' else value)
+        if action == 'split.plot': shown.add_class('qvl-wide')  # three plots abreast, which a narrow page scrolls
+        return [shown]
+
+    def tell_error(self, error):
+        "In place of the keys of samples, those columns that the form offers are named."
+        if hasattr(error, 'known'): error.args = str(error).replace(error.known, ', '.join(self._columns())),
+        return super().tell_error(error)
 
     def _columns(self):
         "The columns of the table; if it has none, the keys of the first sample that was read in this kernel."
@@ -96,10 +104,11 @@ class SplitStep(Step):
         if self.controls: self._tell_left()
 
     def _tell_left(self):
-        "Say which faults were found and are still in the rows, as nothing was dropped."
+        "Say which faults were found and are still in the rows, or that other rows have to be read."
         session, say, self.left.value = self.panel.session, self.panel.say, ''
         with suppress(Exception):  # foreign files may have anything there
             errors, kinds = still_in(session)
             found = [*[self.say('errors', n=errors)]*bool(errors), *(f'{self.tell(k)} ({n})' for k, n in kinds.items())]
             told = self.say('left', found=' · '.join(found), drop=say('data.drop'), step=say('data')) if found else ''
+            if session.has_changed('data.read'): told = explain(NotYet('data.read', again=True), say)
             self.left.value = as_html('qvl-next', told)

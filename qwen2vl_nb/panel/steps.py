@@ -28,11 +28,13 @@ STYLE = '''<style>
 @container (max-width:810px) {.qvl-tabs {grid-template-columns:repeat(5,1fr)}}
 @container (max-width:480px) {
   .qvl-tabs {grid-template-columns:repeat(2,1fr)}
-  .qvl .widget-inline-hbox {flex-wrap:wrap;height:auto;width:calc(100% - 2*var(--jp-widgets-margin,2px))!important}
-  .qvl .widget-inline-hbox>.widget-label {width:100%!important;text-align:left}
+  .qvl :not(.qvl-pager)>.widget-inline-hbox {flex-wrap:wrap;height:auto;
+    width:calc(100% - 2*var(--jp-widgets-margin,2px))!important}
+  .qvl :not(.qvl-pager)>.widget-inline-hbox>.widget-label {width:100%!important;text-align:left}
   .qvl .widget-checkbox>.widget-label:first-child {display:none}
   .qvl .widget-inline-hbox.widget-hprogress,.qvl .widget-dropdown>select {height:var(--jp-widgets-inline-height,28px)}
-  .qvl .widget-hbox {flex-wrap:wrap}
+  .qvl .widget-hbox:not(.qvl-pager) {flex-wrap:wrap}
+  .qvl .qvl-wide .qvl-shown svg {max-width:none;height:240px}
   .qvl-below {margin:0 var(--jp-widgets-margin,2px) 4px!important}
   .qvl .qvl-code button {position:static;display:block;margin:6px 6px 0 auto}
   .qvl .qvl-code pre {padding-right:10px}
@@ -125,7 +127,8 @@ def explain(
 )->str:
     "What went wrong, in words."
     if isinstance(error, NotYet):
-        return say('panel.first', step=say(error.action.partition('.')[0]), action=say(error.action))
+        key = 'panel.first_again' if error.again else 'panel.first'
+        return say(key, step=say(error.action.partition('.')[0]), action=say(error.action))
     if isinstance(error, Unfilled):
         step = say(error.control.partition('.')[0])
         return say('panel.fill', step=step, control=say(error.control))
@@ -264,7 +267,7 @@ class ActionBox(VBox):
         ran = self._ran()
         is_shown = self._failed_at == self._basis() if self._failed_at else self._of == (ran and ran.when)
         if self._thread: return
-        self._compare(is_shown and self._failed_at)
+        self._tell_behind(is_shown and self._failed_at)
         if self.result.children and is_shown: return
         when = ran and time.strftime('%Y-%m-%d %H:%M', time.localtime(ran.when))
         said = [self.step.panel.say('panel.ran', when=when), ran.said] if ran else []
@@ -274,6 +277,11 @@ class ActionBox(VBox):
     def is_busy(self):
         "Whether the action is at work."
         return self._thread is not None
+
+    @property
+    def has_failed(self):
+        "Whether an error is shown in place of a result."
+        return bool(self._failed_at)
 
 # %% ../../nbs/panel/20_steps.ipynb #steps18r
 @patch
@@ -341,15 +349,14 @@ def _end(self:ActionBox, said, shown, failed=None):
     self._of, self._failed_at = (ran := self._ran()) and ran.when, failed
     self.line.value, self.result.children = as_html('qvl-said', self.step.tell(said)), tuple(filter(None, shown))
     self.button.disabled, self.stop.layout.display = False, 'none'
-    self._compare(failed)
+    self._tell_behind(failed)
 
 # %% ../../nbs/panel/20_steps.ipynb #compare001
 @patch
-def _compare(self:ActionBox, failed):
+def _tell_behind(self:ActionBox, failed):
     "Say whether the form has changed since the action ran, unless its new values have failed."
     is_behind = not failed and self.step.is_behind(self.action.name)
-    told = self.step.panel.say('panel.changed', action=self.step.panel.say(self.action.name)) if is_behind else ''
-    self.behind.value = as_html('qvl-next', told)
+    self.behind.value = as_html('qvl-next', self.step.tell_behind(self.action.name)) if is_behind else ''
 
 # %% ../../nbs/panel/20_steps.ipynb #step0018c
 @patch
@@ -459,6 +466,13 @@ def is_behind(self:Step,
 )->bool:
     "Whether the form has changed since an action ran, so that it has to run again."
     return self.panel.session.has_changed(action)
+
+@patch
+def tell_behind(self:Step,
+    action:str, # Name of an action that is behind
+)->str:
+    "What to do about it."
+    return self.panel.say('panel.changed', action=self.panel.say(action))
 
 @patch
 def ended(self:Step):

@@ -38,6 +38,8 @@ ENGLISH = {
                        'was.',
     'panel.refused': 'The form could not be saved: {error}',
     'panel.first': 'This needs the step "{step}" first: press "{action}" there.',
+    'panel.first_again': 'In the step "{step}", the form has changed since "{action}" was pressed. Press "{action}" '
+                         'there again first, or undo the change.',
     'panel.done': 'done',
     'panel.browse': 'Browse',
     'panel.up': '.. (one folder up)',
@@ -80,6 +82,9 @@ ENGLISH |= {
     'data.drop.help': 'Leave out the rows in which an error is left, and those with the findings that are chosen',
     'data.clean': 'Nothing found in {n} rows.',
     'data.found': 'Findings: {n}; rows concerned: {rows}.',
+    'data.undone': 'This undoes what "{mend}" and "{drop}" have done with the rows.',
+    'data.settled': 'Before the last check: {done}',
+    'data.settled_mended': 'Mended: {n}.',
     'data.mended': 'Mended: {mended}. Left: {n} findings; rows concerned: {rows}.',
 }
 ENGLISH |= {

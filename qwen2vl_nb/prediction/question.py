@@ -14,7 +14,7 @@ from filelock import FileLock
 from ..names import warn
 from .. import hidden
 from ..files import Damaged, file_digest, read_json, whole_lines, write_json, write_text
-from ..findings import Finding
+from ..findings import Finding, first_few
 from ..recipe import absolute_recipe
 from ..data.samples import media_key, media_of, sample_turns, trained_turns
 from .rows import json_line, rows_digest
@@ -151,9 +151,8 @@ def _changed_rows(path, rows):
     before = [line.decode(errors='replace') for _, line in whole_lines(path)]
     other = [i for i, (a, b) in enumerate(zip(before, rows)) if a != b]
     count = [f'{len(before)} rows before, {len(rows)} now'] if len(before) != len(rows) else []
-    more = f', and {len(other) - 1} more' if other[1:] else ''
-    first = [f'row {other[0]} differs from before{more}'] if other else []
-    return count + first or ['the rows differ from before']
+    named, verb = ', '.join(first_few([f'row {i}' for i in other])), 'differs' if len(other) == 1 else 'differ'
+    return count + [f'{named} {verb} from before']*bool(other) or ['the rows differ from before']
 
 # %% ../../nbs/prediction/35_question.ipynb #22603d84
 def read_question(

@@ -290,6 +290,7 @@ class PredictionView(VBox):
                                     style=dict(description_width='36px'))
         self._at, self._cards = HTML(), HTML()
         bars = HBox([self._filter, self._search]), HBox([self._back, self._page, self._at, self._next])
+        bars[1].add_class('qvl-pager')  # which stays one line in the panel, however narrow
         super().__init__([*bars, self._cards])
         for widget in (self._filter, self._search): widget.observe(lambda _: self._select(), 'value')
         self._page.observe(lambda _: self._draw(), 'value')
