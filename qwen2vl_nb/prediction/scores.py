@@ -15,7 +15,7 @@ from decimal import Context, Decimal
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 from fastcore.basics import patch
-from ..findings import as_text, findings_table, first_few, text_table
+from ..findings import as_text, findings_table, first_few, one_header, text_table
 from ..model import after_thoughts
 from .predictions import Predictions
 from ..run.answers import AnswerFaults, answer_findings
@@ -290,7 +290,7 @@ class Scores(dict):
                          f'{self.rows.id[other[0]]}: {self._given[other[0]]["label"]!r}.')
 
     def __repr__(self):
-        return '\n'.join([self._title(), self.overall.round(2).to_string(na_rep=''), *self._notes])
+        return '\n'.join([self._title(), one_header(self.overall.round(2)).to_string(na_rep=''), *self._notes])
 
 # %% ../../nbs/prediction/50_scores.ipynb #usualmeasa
 def usual_measure(
@@ -346,7 +346,8 @@ def _title(self:Scores):
 @patch
 def _repr_html_(self:Scores):
     notes = ''.join(f'<p>{html.escape(note)}</p>' for note in self._notes)
-    return as_text(f'<p>{self._title()}</p>{self.overall.round(2).to_html(na_rep="")}{notes}')
+    table = one_header(self.overall.round(2)).to_html(na_rep="")
+    return as_text(f'<p>{self._title()}</p>{table}{notes}')
 
 # %% ../../nbs/prediction/50_scores.ipynb #66fa6ffb
 _alike = 'bleu-4', 'rouge-1', 'rouge-2', 'rouge-l'
@@ -567,7 +568,7 @@ class Comparison:
         return (f'{self.measure}: {sharp}, {d["value"]:+.1f} points ({d["low"]:.1f} to {d["high"]:.1f}); '
                 f'{better} better, {len(self.worse)} worse; p = {self.p:.2g} ({self.test})')
 
-    def _repr_html_(self): return as_text(f'<p>{html.escape(repr(self))}</p>{self.table.to_html()}')
+    def _repr_html_(self): return as_text(f'<p>{html.escape(repr(self))}</p>{one_header(self.table).to_html()}')
 
 # %% ../../nbs/prediction/50_scores.ipynb #d325c59c
 def _table(one, two, is_sharp):

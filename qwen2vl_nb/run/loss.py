@@ -16,7 +16,7 @@ from ..files import Damaged, lines_of, open_regular, parse_json, whole_file
 from ..findings import text_table
 from ..display import GREY, plain_axes
 from ..recipe import load_recipe
-from .folder import RECIPE, TRAINER_LOG
+from .folder import PROGRESS, RECIPE, TRAINER_LOG, state_or_empty
 if TYPE_CHECKING: import pandas as pd
 
 # %% ../../nbs/run/50_loss.ipynb #572a0e56
@@ -215,6 +215,17 @@ def add_block(self:Rows,
     return True
 
 @patch
+def keep_up_to(self:Rows,
+    step:int, # The last step to keep
+)->bool: # Whether there were any
+    "Remove the rows after a step."
+    if self.last_step <= step: return False
+    while self._rows and self._rows[-1]['current_steps'] > step: self._rows.pop()
+    if not self._rows: self._remove_from(step + 1)
+    self._whole = self._table = None
+    return True
+
+@patch
 def columns(self:Rows)->dict: # Name → array, and `_KIND` → the kind of each row
     "All rows by column."
     if self._whole is None:
@@ -296,6 +307,13 @@ def _read_on(self:Log, file):
     return self.offset > before
 
 @patch
+def _remove_undone(self:Log, file):
+    "Remove what an earlier start has logged after the step from which the run was resumed; returns whether it had."
+    now = state_or_empty(self.folder, PROGRESS)
+    begins = now.get('from_step') and os.fstat(file.fileno()).st_mtime < (now.get('began') or 0)
+    return bool(begins) and self.rows.keep_up_to(now['from_step'])
+
+@patch
 def update(self:Log)->bool: # Whether there was anything new
     """Read what was added since the last time; reads nothing if there is no file yet.
     Raises `Damaged` for anything but a regular file."""
@@ -304,7 +322,8 @@ def update(self:Log)->bool: # Whether there was anything new
     with file:
         had, same = len(self.rows), self._is_same_file(file)
         if not same: self._start_over(os.fstat(file.fileno()).st_ino)
-        return self._read_on(file) or bool(not same and had)
+        is_new = self._read_on(file) or bool(not same and had)
+        return self._remove_undone(file) or is_new
 
 @patch
 def table(self:Log)->'pd.DataFrame': # The same object until something changes

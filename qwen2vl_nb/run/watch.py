@@ -99,6 +99,10 @@ def _has_curve(log):
     "Whether a loss has been logged."
     return bool(len(log.rows)) and bool((log.rows.has('loss') | log.rows.has('eval_loss')).any())
 
+def _read_up_to(log):
+    "What changes with the curve: a resumed run may also take steps back."
+    return log.offset, log.rows.last_step
+
 def _first_loss(run, steps):
     "When the curve of a run with so many steps will begin, in words."
     try: recipe = run.recipe
@@ -168,7 +172,7 @@ class RunView(VBox):
     def __init__(self,
         run, # A `Run`
     ):
-        self._run, self._log, self._drawn = run, Log(run), 0
+        self._run, self._log, self._drawn = run, Log(run), None
         # What the picture shows, or when there will be one, in words; rate and GPU; why the log can't be read
         self._logged, self._rest, self._unread = '', '', ''
         self._doing, self._trouble = '', ''  # what a button has started; what went wrong
@@ -264,7 +268,8 @@ def _refresh(self:RunView, now):
     "Update what is due; returns whether the run is in progress."
     state = self._words(now)
     at_work = state in _at_work
-    if self._log.offset != self._drawn and _has_curve(self._log): self._curve(now=not at_work)
+    is_drawn = self._drawn == _read_up_to(self._log)
+    if not is_drawn and (self._drawn or _has_curve(self._log)): self._curve(now=not at_work)
     self._health(now=not at_work)
     if _when_changed(self._run) != self._previewed: self._answers(now=not at_work)
     cause = _cause(self._run) if state in ('failed', 'damaged') else ''
@@ -329,7 +334,7 @@ def _show_figures(self:RunView): self._body.value = _line(' · '.join(filter(Non
 def _draw(self:RunView):
     "Draw the curve logged so far into the picture, and show its figures next to it."
     self._picture.value, self._picture.layout.display = plot_loss(self._log)._repr_png_(), None
-    self._drawn = self._log.offset
+    self._drawn = _read_up_to(self._log)
     self._logged = _figures(self._log.summary())
     self._show_figures()
 

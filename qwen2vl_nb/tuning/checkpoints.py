@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from ..names import warn
 from ..checkpoint import checkpoints, file_fault, is_stale, when_written
 from ..files import name_part
-from ..findings import as_text, text_table
+from ..findings import as_text, full_table, one_header, without_empty
 from ..prediction.engines import asked_samples, predict_in_turn
 from ..prediction.question import asked_row
 from ..prediction.scores import check_measure, score, usual_measure
@@ -88,7 +88,7 @@ class CheckpointScores(dict):
             lines[name] = first | found.overall.T.unstack().to_dict()  # also of one row, without an interval
         table = pd.DataFrame(list(lines.values()), index=pd.Index(list(lines), name='checkpoint'))
         table.columns = pd.MultiIndex.from_tuples(table.columns)
-        return text_table(table)
+        return full_table(table)
 
     def _ranked(self, measure):
         "The table, the checkpoint that is best by a measure first."
@@ -112,16 +112,16 @@ class CheckpointScores(dict):
 # %% ../../nbs/tuning/00_checkpoints.ipynb #chec0032
 @patch
 def _shown(self:CheckpointScores):
-    "The table as text, with the interval of the measure that decides, and without the fields of JSON labels."
+    "The table as text: the best checkpoint marked, with the interval of what decides; without fields of JSON labels."
     import pandas as pd
-    table = pd.DataFrame({name: self.table[name, ''] for name,_ in _leading}).rename_axis(None)
+    table = pd.DataFrame({name: self.table[name, ''] for name,_ in _leading})
     table['eval_loss'] = [f'{loss:.4f}' if loss == loss else '' for loss in table.eval_loss]
     if not table.failed.any(): del table['failed']
     others = [name for name,part in self.table.columns if part == 'value' and not name.startswith('field.')]
     table[self.measure] = [_interval(row) for _,row in self.table[self.measure].iterrows()]
     for name in others:
         if name != self.measure: table[name] = [f'{value:.1f}' for value in self.table[name, 'value']]
-    return table
+    return one_header(without_empty(table.rename({self.best.name: f'{self.best.name} (best)'})))
 
 @patch
 def _title(self:CheckpointScores):

@@ -16,7 +16,7 @@ from filelock import Timeout
 from ..checkpoint import newest_complete
 from ..data.registry import Registry
 from ..files import name_part
-from ..findings import full_table
+from ..findings import full_table, one_header, without_empty
 from ..hidden import apart
 from ..prediction.engines import asked_samples, predict
 from ..prediction.predictions import Predictions
@@ -312,7 +312,7 @@ class Sweep:
     def _shown(self):
         table = self.table.round(dict.fromkeys((self.measure, 'low', 'high'), 2 if self.score_on else 4))
         return table.assign(**{name: _shorter(table[name]) for name in self.trials[0].values})
-    def __repr__(self): return self._shown().to_string(na_rep='')
+    def __repr__(self): return one_header(without_empty(self._shown())).to_string(na_rep='')
     def _repr_html_(self): return self._shown()._repr_html_()
 
 # %% ../../nbs/tuning/20_sweep.ipynb #sweep032
