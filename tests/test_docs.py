@@ -134,3 +134,15 @@ def test_a_benchmark_begins_with_results_that_its_outputs_have(path):
     found = _numbers(re.sub(r'\d+\.\d+\.\d+', '', results)) # without the versions of packages
     assert {n for n in found if '.' in n} <= _numbers(' '.join(said))
     assert found <= _numbers(' '.join(said) + chosen)
+
+def test_the_box_of_the_readme_says_of_memory_what_its_proof_says():
+    "Also where the proof says that something was not measured, and how far off the worst of its runs is."
+    row = next(line for line in (ROOT/'README.md').read_text(encoding='utf-8').splitlines() if line.startswith('| **Memory.**'))
+    measured, other = row.strip('|').split('|')
+    cells = json.loads((ROOT/'nbs'/'benchmarks'/'memory.ipynb').read_text(encoding='utf-8'))['cells']
+    not_measured = next(text for c in cells if (text := ''.join(c['source'])).startswith('## What was not measured'))
+    for name in ('QLoRA', 'ffload'): assert name in not_measured and name in other and name not in measured
+    said = ''.join(''.join(o.get('text', '')) for c in cells for o in c.get('outputs', []))
+    limit, = re.findall(r'the limits are (\d+) %', said)
+    assert f'within {limit} %' in measured
+    for far in re.findall(r'Off by more than \d+ %: .*: [+-]([\d.]+) %', said): assert f'{far} %' in measured and f'{far} %' in ''.join(cells[1]['source'])
