@@ -6,13 +6,13 @@ import pytest
 import qwen2vl_nb
 from conftest import ROOT
 
-def _generate():
-    spec = importlib.util.spec_from_file_location('generate', ROOT/'docs'/'generate.py')
+def _script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT/'docs'/f'{name}.py')
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
-generate = _generate()
+generate = _script('generate')
 PAGES = sorted(p for p in (ROOT/'docs').rglob('*.md') if '_build' not in p.parts)
 HOWTO = [p for p in PAGES if p.parent.name == 'howto' and p.name != 'index.md']
 
@@ -54,6 +54,12 @@ def test_the_search_shows_how_to_pages_first(page):
     scores = page.evaluate(f'() => {{{code}; return [{names}].map({score})}}')
     assert scores[0] > max(scores[1:3]) and min(scores[1:3]) > max(scores[3:])
     assert 'html_search_scorer' in (ROOT/'docs'/'conf.py').read_text(encoding='utf-8')
+
+def test_the_search_finds_chinese_words_of_two_characters():
+    "Sphinx takes what stands between two blanks as a word, and finds parts of it only from three characters on."
+    found = _script('conf').searched('显存不足（OOM）：每块GPU的显存')
+    assert {'OOM', '显存', '不足', '显存不足', '每块GPU的显存'} <= {*found} and '足O' not in found
+    assert _script('conf').searched('pick_zero fits') == ['pick_zero', 'fits']
 
 def test_links_of_notebooks_lead_to_their_places_on_the_site():
     moved = generate.relinked("[a](../03_model.ipynb#The-model's-dimensions) [b](../tutorials/slurm.md)", 'nbs/data/15_boxes.ipynb')
