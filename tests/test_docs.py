@@ -1,7 +1,9 @@
 "The pages of the documentation site, as far as they can be tested without the tools that build it."
 import ast, importlib.util, inspect, json, re, subprocess, sys
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import qwen2vl_nb
 from conftest import ROOT
@@ -152,3 +154,14 @@ def test_the_box_of_the_readme_says_of_memory_what_its_proof_says():
     limit, = re.findall(r'the limits are (\d+) %', said)
     assert f'within {limit} %' in measured
     for far in re.findall(r'Off by more than \d+ %: .*: [+-]([\d.]+) %', said): assert f'{far} %' in measured and f'{far} %' in ''.join(cells[1]['source'])
+
+def test_the_picture_of_the_readme_has_the_lines_that_plot_loss_draws(tmp_path):
+    "As logged, smoothed, and at evaluations, each in its colour."
+    from matplotlib.colors import to_rgb
+    (tmp_path/'trainer_log.jsonl').write_text('\n'.join(json.dumps(row) for step in range(1, 9) for row in (
+        {'current_steps': step, 'total_steps': 8, 'loss': 1/step}, {'current_steps': step, 'total_steps': 8, 'eval_loss': 1/step})))
+    figure = qwen2vl_nb.plot_loss(tmp_path)
+    lines = {line.get_label(): to_rgb(line.get_color()) for line in figure.axes[0].lines if line.get_label()[0] != '_'}
+    assert len(lines) == 3
+    shown = np.asarray(Image.open(ROOT/'nbs'/'images'/'result.png').convert('RGB'))/255
+    for label, colour in lines.items(): assert np.abs(shown - colour).max(-1).min() < .03, label
