@@ -1,4 +1,5 @@
 "The site's settings for Sphinx. `generate.py` writes its pages."
+import re
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -43,4 +44,14 @@ def chinese(app, page, template, context, tree):
     "Chinese pages say that they are: browsers then choose the right form of each character."
     if page.endswith('.zh'): context['language'] = 'zh-CN'
 
-def setup(app): app.connect('html-page-context', chinese)
+def searched(text):
+    "The words of a text that the search finds; in Chinese, which has no blanks, also each two neighbouring characters."
+    pairs = (part[i:i + 2] for part in re.findall('[\u4e00-\u9fff]+', text) for i in range(len(part) - 1))
+    return [*re.findall(r'\w+', text), *pairs]
+
+def setup(app):
+    from sphinx.search.en import SearchEnglish
+    class Search(SearchEnglish):
+        def split(self, input): return searched(input)
+    app.add_search_language(Search)
+    app.connect('html-page-context', chinese)

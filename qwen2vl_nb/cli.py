@@ -6,7 +6,7 @@
 __all__ = ['tutorial', 'demo', 'check', 'lab', 'main']
 
 # %% ../nbs/87_cli.ipynb #87clip02
-import argparse, os, sys, time
+import argparse, os, re, sys, time
 from importlib.resources import files
 from pathlib import Path
 from .files import whole_file
@@ -25,6 +25,11 @@ def _write_missing(target, data):
     target.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(target, 'wb', state=True) as file: file.write(data)
 
+def _moved(text):
+    "The bytes of a tutorial beside its `data` and `runs`, without the links to other files of the repository."
+    linked = rb'\[([^\[\]]*)\]\(\.\./(?!\.\./(?:data|runs)/)[^)]*\)'
+    return re.sub(linked, rb'\1', text).replace(b'../../', b'../')
+
 _first = {'en': 'car_item.ipynb', 'zh': 'car_item.zh.ipynb'} # The first tutorial, by its language
 
 def tutorial(
@@ -37,8 +42,8 @@ def tutorial(
     data, tutorials = _sources()
     for source in filter(Path.is_file, data.rglob('*')):
         _write_missing(folder/'data'/source.relative_to(data), source.read_bytes())
-    for source in filter(Path.is_file, tutorials.iterdir()): # with paths to `data` and `runs` beside them
-        _write_missing(folder/'tutorials'/source.name, source.read_bytes().replace(b'../../', b'../'))
+    for source in filter(Path.is_file, tutorials.iterdir()):
+        _write_missing(folder/'tutorials'/source.name, _moved(source.read_bytes()))
     return folder/'tutorials'/_first[language]
 
 # %% ../nbs/87_cli.ipynb #87clip09
@@ -101,7 +106,7 @@ def lab(
     "Open JupyterLab on the first tutorial, which is written into the current folder."
     as_root = ['--allow-root'] if os.geteuid() == 0 else []  # as in most containers; JupyterLab asks for the option
     notebook, root = str(tutorial(language=language)), f'--ServerApp.root_dir={Path.cwd()}'  # shows your own files, too
-    os.execv(sys.executable, [sys.executable, '-m', 'jupyter', 'lab', notebook, root, *as_root, *options])
+    os.execv(sys.executable, [sys.executable, '-m', 'jupyterlab', notebook, root, *as_root, *options])
 
 _words = {'demo': demo, 'check': check, 'lab': lab}
 

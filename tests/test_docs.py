@@ -1,18 +1,20 @@
 "The pages of the documentation site, as far as they can be tested without the tools that build it."
 import ast, importlib.util, inspect, json, re, subprocess, sys
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import qwen2vl_nb
 from conftest import ROOT
 
-def _generate():
-    spec = importlib.util.spec_from_file_location('generate', ROOT/'docs'/'generate.py')
+def _script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT/'docs'/f'{name}.py')
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
-generate = _generate()
+generate = _script('generate')
 PAGES = sorted(p for p in (ROOT/'docs').rglob('*.md') if '_build' not in p.parts)
 HOWTO = [p for p in PAGES if p.parent.name == 'howto' and p.name != 'index.md']
 
@@ -54,6 +56,12 @@ def test_the_search_shows_how_to_pages_first(page):
     scores = page.evaluate(f'() => {{{code}; return [{names}].map({score})}}')
     assert scores[0] > max(scores[1:3]) and min(scores[1:3]) > max(scores[3:])
     assert 'html_search_scorer' in (ROOT/'docs'/'conf.py').read_text(encoding='utf-8')
+
+def test_the_search_finds_chinese_words_of_two_characters():
+    "Sphinx takes what stands between two blanks as a word, and finds parts of it only from three characters on."
+    found = _script('conf').searched('显存不足（OOM）：每块GPU的显存')
+    assert {'OOM', '显存', '不足', '显存不足', '每块GPU的显存'} <= {*found} and '足O' not in found
+    assert _script('conf').searched('pick_zero fits') == ['pick_zero', 'fits']
 
 def test_links_of_notebooks_lead_to_their_places_on_the_site():
     moved = generate.relinked("[a](../03_model.ipynb#The-model's-dimensions) [b](../tutorials/slurm.md)", 'nbs/data/15_boxes.ipynb')
@@ -134,3 +142,26 @@ def test_a_benchmark_begins_with_results_that_its_outputs_have(path):
     found = _numbers(re.sub(r'\d+\.\d+\.\d+', '', results)) # without the versions of packages
     assert {n for n in found if '.' in n} <= _numbers(' '.join(said))
     assert found <= _numbers(' '.join(said) + chosen)
+
+def test_the_box_of_the_readme_says_of_memory_what_its_proof_says():
+    "Also where the proof says that something was not measured, and how far off the worst of its runs is."
+    row = next(line for line in (ROOT/'README.md').read_text(encoding='utf-8').splitlines() if line.startswith('| **Memory.**'))
+    measured, other = row.strip('|').split('|')
+    cells = json.loads((ROOT/'nbs'/'benchmarks'/'memory.ipynb').read_text(encoding='utf-8'))['cells']
+    not_measured = next(text for c in cells if (text := ''.join(c['source'])).startswith('## What was not measured'))
+    for name in ('QLoRA', 'ffload'): assert name in not_measured and name in other and name not in measured
+    said = ''.join(''.join(o.get('text', '')) for c in cells for o in c.get('outputs', []))
+    limit, = re.findall(r'the limits are (\d+) %', said)
+    assert f'within {limit} %' in measured
+    for far in re.findall(r'Off by more than \d+ %: .*: [+-]([\d.]+) %', said): assert f'{far} %' in measured and f'{far} %' in ''.join(cells[1]['source'])
+
+def test_the_picture_of_the_readme_has_the_lines_that_plot_loss_draws(tmp_path):
+    "As logged, smoothed, and at evaluations, each in its colour."
+    from matplotlib.colors import to_rgb
+    (tmp_path/'trainer_log.jsonl').write_text('\n'.join(json.dumps(row) for step in range(1, 9) for row in (
+        {'current_steps': step, 'total_steps': 8, 'loss': 1/step}, {'current_steps': step, 'total_steps': 8, 'eval_loss': 1/step})))
+    figure = qwen2vl_nb.plot_loss(tmp_path)
+    lines = {line.get_label(): to_rgb(line.get_color()) for line in figure.axes[0].lines if line.get_label()[0] != '_'}
+    assert len(lines) == 3
+    shown = np.asarray(Image.open(ROOT/'nbs'/'images'/'result.png').convert('RGB'))/255
+    for label, colour in lines.items(): assert np.abs(shown - colour).max(-1).min() < .03, label

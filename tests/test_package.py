@@ -238,6 +238,20 @@ def test_the_wheel_brings_the_tutorials(tmp_path):
     assert names(written.parent) == [name for name in names(ROOT/'nbs'/'tutorials') if not name.startswith('.')]
     assert '../../' not in written.read_text() and "Path('../data')" in written.read_text()
     assert '信息卡' in qwen2vl_nb.tutorial(tmp_path/'first', language='zh').read_text(encoding='utf-8')
+    for path in written.parent.iterdir():
+        text = path.read_text(encoding='utf-8')
+        if path.suffix == '.ipynb': text = '\n'.join(''.join(c['source']) for c in json.loads(text)['cells'] if c['cell_type'] == 'markdown')
+        gone = [link for link in re.findall(r'\]\((?!https?:|#)([^)#]+)', text) if not (path.parent/link).exists()]
+        assert not gone, f'{path.name}: {gone}'
+
+def test_lab_is_that_of_the_interpreter_also_above_another_environment(tmp_path):
+    "Such as in a container, where a virtual environment sees the packages of the system: there is no `jupyter-lab` beside its Python."
+    subprocess.run([sys.executable, '-m', 'venv', '--without-pip', tmp_path/'above'], check=True)
+    packages = next((tmp_path/'above'/'lib').glob('python*/site-packages'))
+    (packages/'below.pth').write_text(os.path.dirname(os.path.dirname(pytest.__file__)))
+    said = subprocess.run([tmp_path/'above'/'bin'/'python', *script('cli'), 'lab', '--version'], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {'PATH': '/usr/bin:/bin'})
+    assert not said.returncode and re.fullmatch(r'\d+\.\d+\S*', said.stdout.strip()), said.stderr
 
 def test_make_opens_the_tutorial_of_a_language_and_installs_with_a_pip_that_shows_progress():
     alone = {k: v for k, v in os.environ.items() if k not in ('MAKEFLAGS', 'MAKELEVEL')}  # not as a part of the `make test` that runs this

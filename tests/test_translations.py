@@ -86,6 +86,12 @@ def test_a_chinese_notebook_has_outputs_of_its_own():
 def test_every_text_of_the_panel_is_there_in_chinese():
     assert not (said := translations.panel_faults()), '\n' + '\n'.join(said)
 
+def test_a_thing_has_one_name_in_the_chinese_panel():
+    from qwen2vl_nb.panel.chinese import CHINESE
+    names = {r'\blabels?\b': '标注', r'\bloss\b': 'loss', r'\bdata sets?\b': '数据集', r'\bcheckpoints?\b': '检查点', r'\bepochs\b': '轮数'}
+    for key, (english, chinese) in CHINESE.items():
+        for word, name in names.items(): assert name in chinese or not re.search(word, english), f'{key}: {chinese}'
+
 def test_a_text_that_is_missing_superfluous_or_changed_is_named():
     english = {'panel.copy': 'Copy', 'panel.done': 'done', 'panel.new': 'New'}
     chinese = {'panel.copy': ('Copy', '复制'), 'panel.done': ('Done', '已完成'), 'panel.old': ('Old', '旧')}

@@ -221,7 +221,7 @@ CHINESE |= {
                             '载。vllm 更快，需要安装在单独的环境中。openai 向服务器提问，用的是服务器上加载的模型。'),
     'predict.served': ('hf, kept loaded', 'hf，保持加载'),
     'predict.loaded': ('The model of this run is loaded already: with "{served}", it is used.',
-                       '这次运行的模型已经加载：选择“{served}”即可直接使用。'),
+                       '这个训练任务的模型已经加载：选择“{served}”即可直接使用。'),
     'predict.python': ('Interpreter', 'Python 解释器'),
     'predict.python.help': ('For vllm, bin/python of an environment in which you ran "pip install vllm"; for '
                             'llamafactory, of one with another LLaMA-Factory. Empty: this one.',
@@ -276,14 +276,14 @@ CHINESE |= {
                           '训练没有完成全部步数就结束了：请在“训练任务”步骤中点击“Resume”继续训练，然后重新预测。'),
     'score.next.falling': ('The loss was still falling when the training ended ({before} → {after}): train longer, '
                            'with more epochs or steps in the step "Recipe".',
-                           '训练结束时损失仍在下降（{before} → {after}）：请在“训练配置”步骤中增加轮数或步数，'
+                           '训练结束时 loss 仍在下降（{before} → {after}）：请在“训练配置”步骤中增加轮数或步数，'
                             '延长训练。'),
     'score.next.few': ('The training had only {steps} steps: train longer, with more epochs or steps in the step '
                        '"Recipe".',
                        '训练只有 {steps} 步：请在“训练配置”步骤中增加轮数或步数，延长训练。'),
     'score.next.look': ('Nothing looks wrong with the training: "{show}" shows whether the answers are nearly right, '
                         'have another form than the labels, or are about something else.',
-                        '训练看起来没有问题：点击“{show}”，看看回答是接近正确、与标签的形式不同，还是答非所问。'),
+                        '训练看起来没有问题：点击“{show}”，看看回答是接近正确、与标注的形式不同，还是答非所问。'),
     'score.show.help': ('Pictures with their boxes, label and answer; to filter and search.',
                         '显示图片及边界框、标注和回答，可以筛选和搜索。'),
 }
