@@ -47,7 +47,7 @@ SCORE = Action('checkpoints.score', lambda form: dataset_given(form, 'checkpoint
 # %% ../../nbs/panel/70_checkpoints_step.ipynb #70checkp0008
 _measures = 'json', 'exact', 'number', 'boxes.f1', 'rouge-l', 'bleu-4'
 _most_rows = 20_000 # Answers that are scored again when a panel is opened
-ROWS = {'max_samples': Number(0, 0, 10**9), 'max_new_tokens': Number(128, 1, 10**6)} # What limits a prediction
+ROWS = {'max_samples': Number(0, 0), 'max_new_tokens': Number(128, 1)} # What limits a prediction
 
 class DatasetStep(Step):
     "A step about a data set and the chosen run."

@@ -33,6 +33,7 @@ CHINESE = {
     'panel.whole': ('whole numbers', '整数'),
     'panel.decimal': ('numbers (decimals with a point)', '数字（小数点用“.”）'),
     'panel.range': ('{kind} from {least} to {most}', '{least} 到 {most} 之间的{kind}'),
+    'panel.least': ('{kind} from {least} up', '不小于 {least} 的{kind}'),
     'panel.set': ('To be set in this form: {fields}.', '请在此表单中设置：{fields}。'),
     'panel.elsewhere': ('{name} was not written by this panel or has been changed since. It stays as it is; the '
                         'code is written to {other}.',

@@ -51,7 +51,7 @@ class LaunchBox(ActionBox):
 
 class LaunchStep(Step):
     "Start the recipe, and watch it."
-    name, defaults, actions = 'launch', {'name': '', 'nproc': Number(0, 0, 1024)}, (LAUNCH,)
+    name, defaults, actions = 'launch', {'name': '', 'nproc': Number(0, 0)}, (LAUNCH,)
     is_done = property(lambda self: bool({'launch.start', 'runs.choose'} & {*what_ran(self.panel.session.project)}))
 
     def build(self):

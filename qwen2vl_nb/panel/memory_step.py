@@ -55,7 +55,7 @@ def describe_here(
 class MemoryStep(Step):
     "See what fits, and choose a ZeRO config."
     name, done, actions = 'memory', 'memory.pick', ACTIONS
-    defaults = dict(gpus=Number(0, 0, 4096), gpu_gib=Number(0., 0, 10_000))
+    defaults = dict(gpus=Number(0, 0), gpu_gib=Number(0., 0))
 
     def build(self):
         self.table, self._lock, self._thread, self._of, self._asked = HTML(), Lock(), None, None, 0

@@ -113,12 +113,12 @@ ACTIONS = [Action('recipe.make', _make_given, _make_code, gives=('recipe',), fol
 _choices = dict(stage=('sft', 'dpo', 'kto', 'rm'), finetuning_type=('lora', 'freeze', 'full'),
                 lr_scheduler_type=('cosine', 'linear', 'constant', 'constant_with_warmup', 'cosine_with_restarts'),
                 report_to=('none', 'tensorboard', 'wandb', 'mlflow', 'swanlab'))
-_bounds = dict(learning_rate=(0, 1000), num_train_epochs=(0, 1000), max_steps=(0, 10**9), warmup_ratio=(0, 1))
+_bounds = dict(learning_rate=(0,), num_train_epochs=(0,), max_steps=(0,), warmup_ratio=(0, 1))
 
 def _default(name, usual):
     "What the form has for one of the twenty arguments at the beginning."
     is_whole = type(usual) is int and name != 'quantization_bit'
-    return Number(usual, *_bounds.get(name, (1, 10**9))) if is_whole or name in _bounds else usual
+    return Number(usual, *_bounds.get(name, (1,))) if is_whole or name in _bounds else usual
 
 def _control(say, name, usual):
     "A control for one of the twenty arguments."

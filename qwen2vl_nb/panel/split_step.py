@@ -65,7 +65,7 @@ ACTIONS = [
 class SplitStep(Step):
     "Split the samples, and register both parts."
     name, done, actions = 'split', 'split.register', ACTIONS
-    defaults = dict(test=Number(.1, 0, 1e6), group='', stratify='', name='my_data', folder='data', media='refer')
+    defaults = dict(test=Number(.1, 0), group='', stratify='', name='my_data', folder='data', media='refer')
 
     def build(self):
         folder = self.panel.session.project.folder

@@ -538,7 +538,9 @@ def tell_wrong(self:Step,
     for key, (typed, number) in fields.items():
         allowed = say('panel.whole' if isinstance(number.usual, int) else 'panel.decimal')
         least, most = (shown_number(each) for each in (number.least, number.most))
-        if math.isfinite(number.most): allowed = say('panel.range', kind=allowed, least=least, most=most)
+        if math.isfinite(number.least):
+            limits = 'panel.range' if math.isfinite(number.most) else 'panel.least'
+            allowed = say(limits, kind=allowed, least=least, most=most)
         lines.append(say('panel.wrong', field=self.called(key), typed=shown_number(typed), allowed=allowed))
     return '\n'.join(lines)
 

@@ -30,6 +30,7 @@ ENGLISH = {
     'panel.whole': 'whole numbers',
     'panel.decimal': 'numbers (decimals with a point)',
     'panel.range': '{kind} from {least} to {most}',
+    'panel.least': '{kind} from {least} up',
     'panel.set': 'To be set in this form: {fields}.',
     'panel.elsewhere': '{name} was not written by this panel or has been changed since. It stays as it is; '
                        'the code is written to {other}.',
