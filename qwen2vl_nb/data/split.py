@@ -67,6 +67,7 @@ def _take_groups(groups, want):
         if len(held) + len(rows) <= want: held.update(rows)
     return held
 
+# %% ../../nbs/data/50_split.ipynb #knownkey1
 _usual_keys = {'image': 'images', 'video': 'videos', 'prompt': 'instruction', 'question': 'instruction',
                'response': 'output', 'answer': 'output'} # Usual name of a column → the key that `read_samples` gives it
 
@@ -82,6 +83,7 @@ def _known_key(samples, what, column):
     error.arguments, error.known = [what], known  # for forms, whose fields and columns have other names
     raise error
 
+# %% ../../nbs/data/50_split.ipynb #splitsam1
 def split_samples(
     samples:list, # Samples
     test:float=.1, # Fraction of the samples that goes into the test split, or their number if it is an integer

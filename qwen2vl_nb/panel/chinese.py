@@ -88,6 +88,10 @@ CHINESE |= {
     'data.boxes': ('Answers are boxes', '回答是边界框'),
     'data.boxes.help': ('They are written in the form of the model that is chosen in the step "Model".',
                         '按“模型”步骤中所选模型的格式书写。'),
+}
+
+# %% ../../nbs/panel/00_chinese.ipynb #zhdata0001
+CHINESE |= {
     'data.read': ('Read', '读取'),
     'data.check': ('Check', '检查'),
     'data.check.help': ('Decode every picture, count every token, and list what would stop training, drop a row '

@@ -216,19 +216,6 @@ class DataStep(Step):
         check = self.boxes['data.check']
         if self._is_mended() and not check.has_failed: check.result.children = ()
 
-    def _tell_settled(self):
-        ran, self.settled.value = what_ran(self.panel.session.project).get('data.settled'), ''
-        if not ran: return
-        n, said = ran.given.get('mended'), self.tell(ran.said)
-        done = ' '.join(filter(None, [self.say('settled_mended', n=n)*bool(n), said]))
-        self.settled.value = as_html('qvl-said', self.say('settled', done=done))
-
-    def tell_behind(self, action):
-        ran, say = what_ran(self.panel.session.project), self.panel.say
-        is_undone = action == 'data.read' and {'data.settled', 'data.mend', 'data.drop'} & ran.keys()
-        undone = self.say('undone', mend=say('data.mend'), drop=say('data.drop'))
-        return ' '.join([super().tell_behind(action), *[undone]*bool(is_undone)])
-
     def _offer_columns(self):
         names = source_columns(self.panel.session)
         for name in ('image', 'prompt', 'response'): self.controls[name].options = names
@@ -237,6 +224,23 @@ class DataStep(Step):
         if action == 'data.drop': return []
         if action == 'data.read': return [as_widget(value)]
         return self.show_kept(action, what_ran(self.panel.session.project)[action].given)
+
+# %% ../../nbs/panel/32_data_step.ipynb #tellsettl
+@patch
+def _tell_settled(self:DataStep):
+    "Say what was done with the rows before the last check."
+    ran, self.settled.value = what_ran(self.panel.session.project).get('data.settled'), ''
+    if not ran: return
+    n = ran.given.get('mended')
+    done = [self.say('settled_mended', n=n)]*bool(n) + [self.tell(ran.said)]*bool(ran.said)
+    self.settled.value = as_html('qvl-said', self.say('settled', done=' '.join(done)))
+
+@patch
+def tell_behind(self:DataStep, action):
+    ran, say = what_ran(self.panel.session.project), self.panel.say
+    is_undone = action == 'data.read' and {'data.settled', 'data.mend', 'data.drop'} & ran.keys()
+    undone = self.say('undone', mend=say('data.mend'), drop=say('data.drop'))
+    return ' '.join([Step.tell_behind(self, action), *[undone]*bool(is_undone)])
 
 # %% ../../nbs/panel/32_data_step.ipynb #32datastkinds
 @patch

@@ -43,7 +43,7 @@ STYLE = '''<style>
 .qvl .widget-label,.qvl .jupyter-widget-label {color:inherit}
 .qvl {--jp-widgets-dropdown-arrow:url("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' \
 viewBox='0 0 18 18'%3E%3Cpath d='M5 7l4 4 4-4' fill='none' stroke='%23888' stroke-width='2'/%3E%3C/svg%3E")}
-.qvl select[multiple] {min-width:0}
+.qvl select[multiple] {min-width:0} .qvl-list button {text-align:left}
 .qvl select[multiple]>option {white-space:normal}
 .qvl-help {opacity:.75;line-height:1.35;overflow-wrap:anywhere}
 .qvl-code {position:relative;border:1px solid var(--jp-border-color2,rgba(128,128,128,.35));border-radius:3px;
@@ -60,7 +60,6 @@ viewBox='0 0 18 18'%3E%3Cpath d='M5 7l4 4 4-4' fill='none' stroke='%23888' strok
 .qvl-error {border:1px solid var(--jp-error-color1,#d64545);border-left-width:5px;border-radius:3px;padding:6px 10px;
   white-space:pre-wrap;overflow-wrap:anywhere}
 .qvl-next {border-left:5px solid var(--jp-warn-color1,#ab6a00);padding:2px 10px;margin:4px 0;overflow-wrap:anywhere}
-.qvl-list button {text-align:left}
 .qvl-said {white-space:pre-wrap;overflow-wrap:anywhere;opacity:.85}
 .qvl .jp-RenderedHTMLCommon {overflow-x:auto}
 .qvl .jp-RenderedHTMLCommon svg {max-width:100%;height:auto}

@@ -70,6 +70,10 @@ ENGLISH |= {
     'data.media_dir.help': 'Where the pictures are, if not beside the file.',
     'data.boxes': 'Answers are boxes',
     'data.boxes.help': 'They are written in the form of the model that is chosen in the step "Model".',
+}
+
+# %% ../../nbs/panel/00_texts.ipynb #txtdata01
+ENGLISH |= {
     'data.read': 'Read',
     'data.check': 'Check',
     'data.check.help': 'Decode every picture, count every token, and list what would stop training, drop a row or '
@@ -88,6 +92,8 @@ ENGLISH |= {
     'data.settled_mended': 'Mended: {n}.',
     'data.mended': 'Mended: {mended}. Left: {n} findings; rows concerned: {rows}.',
 }
+
+# %% ../../nbs/panel/00_texts.ipynb #txtmodel0
 ENGLISH |= {
     'model': 'Model',
     'model.about': 'The model that is fine-tuned: the folder of a downloaded model, or the name of one that '
