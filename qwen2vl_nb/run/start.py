@@ -144,6 +144,34 @@ def attach(
     from qwen2vl_nb.prediction import Served  # imported late, because its module imports this one
     return Served(run)
 
+# %% ../../nbs/run/60_start.ipynb #whatnext02
+def _check_resumable(recipe):
+    "Raise if LLaMA-Factory can't resume such a recipe, or would silently start it from the beginning."
+    stage, kind = recipe.get('stage', 'sft'), recipe.get('finetuning_type', 'lora')
+    if stage == 'ppo' or stage == 'rm' and kind != 'lora':
+        raise RuntimeError(f'LLaMA-Factory cannot resume {stage} with {kind}: launch(recipe) starts from the '
+                           'beginning.')
+    if recipe.get('save_only_model') and recipe.get('deepspeed'):
+        raise RuntimeError('With save_only_model and DeepSpeed, the checkpoints contain only weights, and '
+                           'DeepSpeed cannot resume from those: launch(recipe) starts from the beginning.')
+
+def what_next(
+    run, # A `Run`
+    resume:str='resume()', # What resumes it, in words
+)->str: # Empty if it is in progress, has done all its steps, or is no training
+    "What can be done with a training that has ended before its last step."
+    if run.status not in ('stopped', 'failed'): return ''
+    try:
+        recipe, about = run.recipe, state_or_empty(run, RUN)
+        if not recipe.get('do_train'): return ''
+        _check_resumable(recipe)
+        last, _ = newest_complete(run, about.get('nproc', 1)*about.get('nnodes', 1), about.get('stale'))
+    except (OSError, ValueError): return ''  # its recipe is missing or damaged
+    except RuntimeError as e: return str(e)
+    if not last: return 'There is no complete checkpoint: launch(recipe) starts from the beginning.'
+    answers = '; score_checkpoints(run, …) scores the answers that it gives so far'
+    return f'{resume} continues from {last.name}{answers*(recipe.get("stage", "sft") != "rm")}.'
+
 # %% ../../nbs/run/60_start.ipynb #0efd8111
 @patch(as_prop=True)
 def seconds(self:Run):
@@ -233,34 +261,6 @@ def gpu(self:Run):
     rows = [{'rank': rank, 'gpu': g.name, 'used GiB': (g.total - g.free)/GiB, 'of GiB': g.total/GiB, 'load %': g.load}
             for rank, g in enumerate(used)]
     return text_table(pd.DataFrame(rows, columns=['rank', 'gpu', 'used GiB', 'of GiB', 'load %']))
-
-# %% ../../nbs/run/60_start.ipynb #whatnext02
-def _check_resumable(recipe):
-    "Raise if LLaMA-Factory can't resume such a recipe, or would silently start it from the beginning."
-    stage, kind = recipe.get('stage', 'sft'), recipe.get('finetuning_type', 'lora')
-    if stage == 'ppo' or stage == 'rm' and kind != 'lora':
-        raise RuntimeError(f'LLaMA-Factory cannot resume {stage} with {kind}: launch(recipe) starts from the '
-                           'beginning.')
-    if recipe.get('save_only_model') and recipe.get('deepspeed'):
-        raise RuntimeError('With save_only_model and DeepSpeed, the checkpoints contain only weights, and '
-                           'DeepSpeed cannot resume from those: launch(recipe) starts from the beginning.')
-
-def what_next(
-    run, # A `Run`
-    resume:str='resume()', # What resumes it, in words
-)->str: # Empty if it is in progress, has done all its steps, or is no training
-    "What can be done with a training that has ended before its last step."
-    if run.status not in ('stopped', 'failed'): return ''
-    try:
-        recipe, about = run.recipe, state_or_empty(run, RUN)
-        if not recipe.get('do_train'): return ''
-        _check_resumable(recipe)
-        last, _ = newest_complete(run, about.get('nproc', 1)*about.get('nnodes', 1), about.get('stale'))
-    except (OSError, ValueError): return ''  # its recipe is missing or damaged
-    except RuntimeError as e: return str(e)
-    if not last: return 'There is no complete checkpoint: launch(recipe) starts from the beginning.'
-    answers = '; score_checkpoints(run, …) scores the answers that it gives so far'
-    return f'{resume} continues from {last.name}{answers*(recipe.get("stage", "sft") != "rm")}.'
 
 # %% ../../nbs/run/60_start.ipynb #0efd8115
 # Without tqdm's own estimate of the time left

@@ -185,7 +185,8 @@ class RunView(VBox):
         self._health = Paced(self._check, _shares['health'], 5)
         self._answers, self._previewed = Paced(self._show_answers, _shares['answers'], 2), None
         self._bar = IntProgress(layout=Layout(width='240px', flex='none'))
-        self._head, self._body, self._red = HTML(), HTML(), HTML(layout=Layout(display='none'))
+        self._head, self._body = HTML(), HTML()
+        self._next, self._red = (HTML(layout=Layout(display='none')) for _ in range(2))
         self._faults = HTML(layout=Layout(display='none', max_width='840px'))
         self._stop = self._button('Stop', 'stop', 'At the next step, with a checkpoint', 'stopping', run.stop)
         self._resume = self._button('Resume', 'play', 'From the newest complete checkpoint', 'resuming', run.resume)
@@ -194,9 +195,8 @@ class RunView(VBox):
         wraps = dict(layout=Layout(flex_flow='row wrap'))
         rows = HBox([self._bar, self._head], **wraps), HBox([self._stop, self._resume, self._body], **wraps)
         self._cards = HTML(layout=Layout(display='none', overflow='visible'))
-        self._next = HTML(layout=Layout(display='none'))
-        super().__init__([*rows, self._next, HTML(_line(_folder(run), GREY)), self._red, self._picture, self._faults,
-                          self._cards])
+        where = HTML(_line(_folder(run), GREY))
+        super().__init__([*rows, self._next, where, self._red, self._picture, self._faults, self._cards])
 
     def __repr__(self): return _headline(_look(self._run))
 
@@ -213,14 +213,15 @@ class RunView(VBox):
         display_again('The kernel that showed this has ended; the run is not affected by that. To see it again: '
                       f'attach({str(self._run.output_dir)!r}).watch()')
 
-    def _button(self, name, icon, tooltip, doing, act):
-        "A button whose action takes some time."
-        layout = Layout(width='90px', flex='none')
-        button = Button(description=name, icon=icon, tooltip=tooltip, disabled=True, layout=layout)
-        button.on_click(lambda _: self._press(doing, act))
-        return button
-
 # %% ../../nbs/run/70_watch.ipynb #addcaafa
+@patch
+def _button(self:RunView, name, icon, tooltip, doing, act):
+    "A button whose action takes some time."
+    layout = Layout(width='90px', flex='none')
+    button = Button(description=name, icon=icon, tooltip=tooltip, disabled=True, layout=layout)
+    button.on_click(lambda _: self._press(doing, act))
+    return button
+
 @patch
 def _press(self:RunView, doing, act):
     self._doing, self._stop.disabled, self._resume.disabled = doing, True, True
