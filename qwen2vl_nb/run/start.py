@@ -28,7 +28,8 @@ from ..checkpoint import checkpoints, newest_complete, when_written
 from ..checks import data_findings, late_findings, quick_findings, slow_findings
 from ..data.registry import Registry
 from ..memory.plan import what_fits_instead
-from ..recipe import best_measured, dataset_names, load_recipe, save_recipe, with_time, without_time
+from ..recipe import (best_measured, dataset_names, load_recipe, plain_values, save_recipe, with_time,
+                               without_time)
 from . import life
 from .command import (child_environment, gpus_for, inherited_environment, port_findings, run_command,
                                     secrets_of, visible_gpus)
@@ -614,6 +615,7 @@ def launch(
     preview:int=4, # Rows that the model answers at each evaluation, for the live view, in 1.5 % of the time; 0: none
 )->Run: # The run, started
     "Start a recipe in its `output_dir`, independently of this kernel."
+    recipe, learning_rates = plain_values(recipe), plain_values(learning_rates)
     recipe = _beside_finished(recipe) if nnodes == 1 else recipe
     about = describe_start(nproc, nnodes, node_rank, master, env, python, force)
     about |= {'learning_rates': learning_rates, 'preview': _preview_rows(recipe, preview)}
