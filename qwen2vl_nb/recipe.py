@@ -25,7 +25,7 @@ from .zero import zero_stage
 from .checkpoint import checkpoints, is_stale, is_whole_file, when_written
 from .run.folder import BEST, RUN, state_or_empty
 
-# %% ../nbs/10_recipe.ipynb #eca681f9
+# %% ../nbs/10_recipe.ipynb #recplain00
 def _plain(value):
     "A value as YAML and JSON can write it: a path as text, a number of numpy as Python's."
     if isinstance(value, os.PathLike): return os.fspath(value)
@@ -38,6 +38,7 @@ def plain_values(
     "A dict with paths as text, and numbers of numpy as Python's, as YAML and JSON can write them."
     return {key: _plain(value) for key, value in given.items()} if isinstance(given, dict) else given
 
+# %% ../nbs/10_recipe.ipynb #eca681f9
 def _merge_recipe(defaults, changes):
     "The defaults updated with the changes, as plain values; keys with the value `None` are left out."
     recipe = {k: v for k,v in plain_values(defaults | changes).items() if v is not None}

@@ -586,6 +586,7 @@ def _stale(recipe):
     old = {c.name: c for c in found[found.index(before[0]) + 1 if before else 0:]} | {'.': recipe['output_dir']}
     return {name: when_written(c) for name, c in old.items() if when_written(c)}
 
+# %% ../../nbs/run/60_start.ipynb #startlaunch1
 def _preview_rows(recipe, preview):
     "How many rows a run answers at each evaluation; none if it never evaluates while it trains."
     if not is_count(preview) or preview > MOST_ROWS:
