@@ -2,11 +2,13 @@
 import json, shutil
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
 from conftest import until
 from qwen2vl_nb.checkpoint import is_whole
+from qwen2vl_nb.recipe import train_recipe
 from qwen2vl_nb.run.folder import state_or_empty
 from qwen2vl_nb.run.learning_rates import MODULES, job_of, module_of, modules_of_job, split_groups
 from qwen2vl_nb.run.loss import read_log
@@ -139,3 +141,9 @@ def test_every_config(zero, ranks, recipe, tmp_path):
     one, other = _weights(runs['plain']), _weights(runs['same'])
     assert _losses(runs['plain']) == _losses(runs['same']) and all(one[name].equal(other[name]) for name in one)
     _each_at_its_rate(runs['each'], made, RATES)
+
+def test_numbers_of_numpy_are_numbers(tiny, data, tmp_path):
+    "In the rates and in the recipe: what is refused is the data set that does not exist."
+    recipe = train_recipe(tiny, 'no_such_data', tmp_path/'run', dataset_dir=str(data)) | {'max_steps': np.int64(2), 'learning_rate': np.float32(1e-4)}
+    with pytest.raises(ValueError, match='no_such_data') as told: launch(recipe, learning_rates={'language': np.float32(1e-5)})
+    assert 'learning_rates' not in str(told.value) and 'max_steps' not in str(told.value)

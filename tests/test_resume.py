@@ -1,5 +1,5 @@
 "Stopped, killed and resumed: under every ZeRO config, on one rank and two, the joined curve is that of a run that nothing interrupted."
-import json, os, shutil, signal, subprocess, sys, warnings
+import json, os, re, shutil, signal, subprocess, sys, warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.metadata import version
@@ -15,7 +15,8 @@ from qwen2vl_nb.run.folder import state_or_empty
 from qwen2vl_nb.run.loss import read_log
 from qwen2vl_nb.run.merge import export
 from qwen2vl_nb.run.owner import _record_path
-from qwen2vl_nb.run.start import attach, launch
+from qwen2vl_nb.run.start import Run, attach, launch, what_next
+from qwen2vl_nb.run.watch import RunView, watch_loss
 from qwen2vl_nb.zero import zero_config
 
 STEPS = 40
@@ -449,3 +450,19 @@ def test_weights_are_loaded_under_the_names_that_they_are_saved_under(method, ti
         return all(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), trained.parameters()))
     assert is_loaded(renaming_weights(getattr(Trainer, method)))
     assert not is_loaded(getattr(Trainer, method)), 'transformers has mended it: renaming_weights can go'
+
+def test_a_run_that_ended_early_says_what_can_be_done(stopped, tmp_path, capsys):
+    "In words that come from one place: when it is stopped, when it is waited for, and in its view."
+    run = Run(shutil.copytree(stopped.output_dir, tmp_path/'run'))
+    last = checkpoints(run)[-1].name
+    said = f'resume() continues from {last}; score_checkpoints(run, …) scores the answers that it gives so far.'
+    assert what_next(run) == said and what_next(run, '"Resume"').startswith(f'"Resume" continues from {last};')
+    watch_loss(run)
+    assert capsys.readouterr().out.splitlines()[-1] == said
+    view = RunView(run)
+    view._refresh(True)
+    assert f'&quot;Resume&quot; continues from {last};' in view._next.value and view._next.layout.display is None
+    (run.output_dir/'ended.json').write_text('{"returncode": 1, "asked": false}')
+    with pytest.raises(RuntimeError, match=re.escape(said)): run.wait()
+    for checkpoint in checkpoints(run): shutil.rmtree(checkpoint)
+    assert what_next(run) == 'There is no complete checkpoint: launch(recipe) starts from the beginning.'

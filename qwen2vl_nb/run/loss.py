@@ -325,6 +325,7 @@ def update(self:Log)->bool: # Whether there was anything new
         is_new = self._read_on(file) or bool(not same and had)
         return self._remove_undone(file) or is_new
 
+# %% ../../nbs/run/50_loss.ipynb #logtable01
 @patch
 def table(self:Log)->'pd.DataFrame': # The same object until something changes
     "The log as a table, one row for each logged step."

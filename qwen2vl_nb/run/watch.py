@@ -22,7 +22,7 @@ from .health import health_findings
 from .life import is_here
 from .loss import Log, plot_loss
 from .preview import show_previews
-from .start import Progress, attach
+from .start import Progress, attach, what_next
 
 # %% ../../nbs/run/70_watch.ipynb #f2713f1b
 _at_work = ('running', 'stopping', 'resuming')
@@ -92,7 +92,7 @@ def _describe(run, log):
     unread, seen = _update(log), _look(run)
     figures = ' · '.join(filter(None, [_figures(log.summary()), seen.now.pace]))
     faults = [unread or _cause(run), *map(str, health_findings(log))]
-    return '\n'.join(filter(None, [_headline(seen), figures, _folder(run), *faults]))
+    return '\n'.join(filter(None, [_headline(seen), figures, _folder(run), *faults, what_next(run)]))
 
 # %% ../../nbs/run/70_watch.ipynb #firstlos
 def _has_curve(log):
@@ -185,7 +185,8 @@ class RunView(VBox):
         self._health = Paced(self._check, _shares['health'], 5)
         self._answers, self._previewed = Paced(self._show_answers, _shares['answers'], 2), None
         self._bar = IntProgress(layout=Layout(width='240px', flex='none'))
-        self._head, self._body, self._red = HTML(), HTML(), HTML(layout=Layout(display='none'))
+        self._head, self._body = HTML(), HTML()
+        self._next, self._red = (HTML(layout=Layout(display='none')) for _ in range(2))
         self._faults = HTML(layout=Layout(display='none', max_width='840px'))
         self._stop = self._button('Stop', 'stop', 'At the next step, with a checkpoint', 'stopping', run.stop)
         self._resume = self._button('Resume', 'play', 'From the newest complete checkpoint', 'resuming', run.resume)
@@ -194,7 +195,8 @@ class RunView(VBox):
         wraps = dict(layout=Layout(flex_flow='row wrap'))
         rows = HBox([self._bar, self._head], **wraps), HBox([self._stop, self._resume, self._body], **wraps)
         self._cards = HTML(layout=Layout(display='none', overflow='visible'))
-        super().__init__([*rows, HTML(_line(_folder(run), GREY)), self._red, self._picture, self._faults, self._cards])
+        where = HTML(_line(_folder(run), GREY))
+        super().__init__([*rows, self._next, where, self._red, self._picture, self._faults, self._cards])
 
     def __repr__(self): return _headline(_look(self._run))
 
@@ -211,14 +213,15 @@ class RunView(VBox):
         display_again('The kernel that showed this has ended; the run is not affected by that. To see it again: '
                       f'attach({str(self._run.output_dir)!r}).watch()')
 
-    def _button(self, name, icon, tooltip, doing, act):
-        "A button whose action takes some time."
-        layout = Layout(width='90px', flex='none')
-        button = Button(description=name, icon=icon, tooltip=tooltip, disabled=True, layout=layout)
-        button.on_click(lambda _: self._press(doing, act))
-        return button
-
 # %% ../../nbs/run/70_watch.ipynb #addcaafa
+@patch
+def _button(self:RunView, name, icon, tooltip, doing, act):
+    "A button whose action takes some time."
+    layout = Layout(width='90px', flex='none')
+    button = Button(description=name, icon=icon, tooltip=tooltip, disabled=True, layout=layout)
+    button.on_click(lambda _: self._press(doing, act))
+    return button
+
 @patch
 def _press(self:RunView, doing, act):
     self._doing, self._stop.disabled, self._resume.disabled = doing, True, True
@@ -274,6 +277,7 @@ def _refresh(self:RunView, now):
     if _when_changed(self._run) != self._previewed: self._answers(now=not at_work)
     cause = _cause(self._run) if state in ('failed', 'damaged') else ''
     self._warn('\n'.join(filter(None, [self._trouble or self._unread, cause])))
+    self._say_next('' if at_work else what_next(self._run, '"Resume"'))
     if not at_work: self._ended.set()
     return at_work
 
@@ -351,6 +355,10 @@ def _show_answers(self:RunView):
     shown = show_previews(self._run)
     self._cards.value = div('line-height:1.45', shown._repr_html_())  # a widget has wider lines than a notebook
     self._cards.layout.display = None if str(shown) else 'none'
+
+@patch
+def _say_next(self:RunView, text):
+    self._next.value, self._next.layout.display = _line(text), None if text else 'none'
 
 @patch
 def _warn(self:RunView, text):
