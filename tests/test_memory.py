@@ -178,6 +178,12 @@ def test_parameters_of_the_published_sizes(name, count):
     model = build_model({'config': model_config(name), 'recipe': recipe, 'dtype': 'bfloat16', 'cast': None})
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(count, rel=.0005)
 
+@pytest.mark.parametrize('flash_attn', ['auto', 'fa2'])
+def test_samples_without_padding_are_predicted_for_a_gpu(flash_attn, tiny):
+    "FlashAttention takes keys that several heads share."
+    recipe = train_recipe(tiny, 'car_item', flash_attn=flash_attn)
+    assert predict_memory(recipe, None, 1, sample={'tokens': 288, 'pictures': [252], 'padded': False}).tensors > 0
+
 # --- what must hold for every number of ranks, batch and bucket; nothing is simulated anew for these
 
 SAMPLE = {'tokens': 288, 'pictures': [252], 'padded': True}

@@ -62,6 +62,12 @@ class LiveBytes(TorchDispatchMode):
         return result
 
 # %% ../../nbs/memory/00_simulate.ipynb #00simulatep41
+def _with_each_head(func, args):
+    "The arguments as the formulas of attention take them: with a key and a value for each head."
+    if '_attention' not in func.__name__: return args
+    each = lambda a: a[:, :1].expand(-1, args[0].shape[1], -1, -1)
+    return [each(a) if isinstance(a, torch.Tensor) and a.dim() == 4 else a for a in args]
+
 class Work(TorchDispatchMode):
     "Counts the floating-point operations and the started kernels of everything that runs."
     def __init__(self):
@@ -70,7 +76,7 @@ class Work(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result, formula = func(*args, **(kwargs or {})), flop_registry.get(func.overloadpacket)
-        if formula: self.flops += formula(*args, **(kwargs or {}), out_val=result)
+        if formula: self.flops += formula(*_with_each_head(func, args), **(kwargs or {}), out_val=result)
         self.kernels += not func.is_view
         return result
 
