@@ -152,9 +152,9 @@ def test_the_box_of_the_readme_says_of_memory_what_its_proof_says():
     for name in ('QLoRA', 'ffload'): assert name in not_measured and name in other and name not in measured
     said = ''.join(''.join(o.get('text', '')) for c in cells for o in c.get('outputs', []))
     worst, limit = re.search(r'Worst error ([\d.]+) %.* limit is (\d+) %: met', said).groups()
-    assert float(worst) <= float(limit) and f'within {limit} % of real runs of Qwen2-VL' in measured
+    assert float(worst) <= float(limit) and f'in most cases within {limit} %' in measured
     for far in re.findall(r'Off by more than \d+ %: .*: [+-]([\d.]+) %', said):
-        assert f'{float(far):g} % too' in measured and f'{far} %' in ''.join(cells[1]['source'])
+        assert f'{far} % too' in measured and f'{far} %' in ''.join(cells[1]['source'])
 
 def test_the_picture_of_the_readme_has_the_lines_that_plot_loss_draws(tmp_path):
     "As logged, smoothed, and at evaluations, each in its colour."

@@ -13,7 +13,7 @@ from lab import contrast, idle, menu, notebook, open_notebook, reload_page, runn
 from qwen2vl_nb.display import grid_style
 from qwen2vl_nb.panel.form import Panel
 from qwen2vl_nb.panel.session import keep_value, run_action
-from qwen2vl_nb.panel.steps import STYLE, as_widget, code_html
+from qwen2vl_nb.panel.shown import STYLE, as_widget, code_html
 from qwen2vl_nb.panel.texts import ENGLISH
 from qwen2vl_nb.recipe import train_recipe, with_time
 from qwen2vl_nb.run.start import attach, launch
@@ -199,7 +199,7 @@ def _answered(form):
 def test_code_is_not_broken_on_a_narrow_page(lab, page):
     "A long line scrolls, inside of the output."
     cell = """from ipywidgets import HTML, VBox
-from qwen2vl_nb.panel.steps import STYLE, code_html
+from qwen2vl_nb.panel.shown import STYLE, code_html
 line = "recipe = train_recipe('models/Qwen2-VL-7B-Instruct', 'my_cars', num_train_epochs=3, learning_rate=1e-4, lora_rank=16)"
 shown = VBox([HTML(STYLE), HTML(code_html(f'{line}\\n{line}'))])
 shown.add_class('qvl')
@@ -311,7 +311,7 @@ def test_a_narrow_page_clips_nothing_and_a_folder_that_jupyterlab_does_not_show_
 
 def test_the_pager_of_answers_stays_one_line_on_a_narrow_page(lab, page):
     cell = """from ipywidgets import HTML, VBox
-from qwen2vl_nb.panel.steps import STYLE
+from qwen2vl_nb.panel.shown import STYLE
 from qwen2vl_nb.prediction.show import PredictionView
 shown = VBox([HTML(STYLE), PredictionView([dict(id=i, prompt='1+1?', label='2', predict='2') for i in range(20)], n=4)])
 shown.add_class('qvl')

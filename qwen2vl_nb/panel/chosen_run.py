@@ -14,7 +14,7 @@ from ..files import json_or
 from ..recipe import dataset_names, load_recipe
 from ..run.folder import RECIPE, RUN, SCORES, SERVED, state_or_empty
 from .session import near
-from .steps import as_html
+from .shown import as_html
 
 # %% ../../nbs/panel/55_chosen_run.ipynb #55chosen0004
 _registry = 'dataset_info.json'

@@ -19,7 +19,8 @@ from ..findings import finding_kind, findings_class, worst_findings
 from .paths import PathList, path_row, suggestions
 from .session import (Action, Given, Number, Ran, Unfilled, as_call, keep_value, settle,
                                       what_ran)
-from .steps import Step, as_html, as_widget, on_enter
+from .shown import as_html, as_widget
+from .steps import Step, on_enter
 
 # %% ../../nbs/panel/32_data_step.ipynb #32datast0005
 table_endings = '.csv', '.tsv', '.json', '.jsonl', '.parquet', '.xlsx'

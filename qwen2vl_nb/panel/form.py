@@ -26,7 +26,7 @@ from .runs_step import RunsStep
 from .score_step import ScoreStep
 from .split_step import SplitStep
 from .session import NOTEBOOK, PANEL, Project, Session
-from .steps import STYLE, as_html
+from .shown import STYLE, as_html
 from ..display import display_again
 from ..files import json_or
 from .texts import Texts

@@ -12,7 +12,8 @@ from pathlib import Path
 from ipywidgets import HTML, Text, VBox
 from .chosen_run import about_run, is_going_on, live_view
 from .session import Action, Number, as_call, keep_value, near, what_ran
-from .steps import ActionBox, Step, as_html
+from .shown import as_html
+from .steps import ActionBox, Step
 
 # %% ../../nbs/panel/60_launch_step.ipynb #60launch0005
 def _started(given):

@@ -12,7 +12,8 @@ from time import sleep
 from fastcore.basics import patch
 from ipywidgets import HTML
 from .session import Action, Number, as_call, last_lines, overheard, run_code
-from .steps import Step, as_html, code_html
+from .shown import as_html, code_html
+from .steps import Step
 from ..stack import GiB, gpus
 
 # %% ../../nbs/panel/38_memory_step.ipynb #38memory0004

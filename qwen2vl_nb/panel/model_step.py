@@ -13,7 +13,8 @@ from ipywidgets import HTML, Combobox
 from ..findings import first_few
 from ..model import families, family_of, named_family, usual_template
 from .paths import PathList, path_row, suggestions
-from .steps import Step, as_html
+from .shown import as_html
+from .steps import Step
 
 # %% ../../nbs/panel/30_model_step.ipynb #30models0004
 def published_names()->list:

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from fastcore.basics import patch
 from ipywidgets import HTML, Button, HBox, Layout, VBox
-from .steps import as_html
+from .shown import as_html
 
 # %% ../../nbs/panel/25_paths.ipynb #25paths0004
 _most_scanned, _most_shown = 20_000, 60 # Entries of a folder

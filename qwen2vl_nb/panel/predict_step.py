@@ -12,7 +12,7 @@ from ipywidgets import HTML, Combobox, Dropdown, Text
 from .checkpoints_step import ROWS, DatasetStep, dataset_given, limits
 from .chosen_run import is_loaded
 from .session import Action, Given, Unfilled, as_call
-from .steps import as_html
+from .shown import as_html
 from ..run.folder import SERVED
 
 # %% ../../nbs/panel/75_predict_step.ipynb #75predic0004

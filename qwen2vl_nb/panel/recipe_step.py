@@ -13,7 +13,8 @@ from fastcore.basics import patch
 from ipywidgets import HTML, Box, Button, Checkbox, Combobox, Dropdown, HBox, Layout, Text, VBox
 from ..files import json_or
 from .session import Action, Number, Unfilled, WrongNumbers, as_call, keep_value
-from .steps import Step, as_html, as_widget, shown_number
+from .shown import as_html, as_widget
+from .steps import Step, shown_number
 from ..recipe import arguments_of_recipes, train_recipe
 
 # %% ../../nbs/panel/36_recipe_step.ipynb #36recipe0005

@@ -14,7 +14,8 @@ from ipywidgets import HTML, Layout, Select, Text, VBox
 from .chosen_run import live_view
 from .launch_step import attached, choose
 from .session import Action, Unfilled, near, what_ran
-from .steps import ActionBox, Step, as_html
+from .shown import as_html
+from .steps import ActionBox, Step
 from ..run.folder import is_training
 
 # %% ../../nbs/panel/62_runs_step.ipynb #62runsst0005

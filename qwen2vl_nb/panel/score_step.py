@@ -12,7 +12,8 @@ from html import escape
 from pathlib import Path
 from ipywidgets import HTML, Checkbox, Combobox
 from .session import Action, Number, as_call, what_ran
-from .steps import Step, as_html, as_widget
+from .shown import as_html, as_widget
+from .steps import Step
 
 # %% ../../nbs/panel/80_score_step.ipynb #80scores0004
 def _tolerance(given): return {'tolerance': given['tolerance']} if given['tolerance'] else {}

@@ -12,7 +12,8 @@ from ipywidgets import HTML, Combobox, Dropdown, Text
 from .data_step import source_columns, still_in
 from .paths import suggestions
 from .session import Action, NotYet, Number, Unfilled, as_call
-from .steps import Step, as_html, as_widget, explain, on_enter
+from .shown import as_html, as_widget
+from .steps import Step, explain, on_enter
 
 # %% ../../nbs/panel/34_split_step.ipynb #34splits0004
 def test_name(
