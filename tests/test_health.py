@@ -173,3 +173,10 @@ def test_answers_that_are_cut_off_are_said_to_be(trained, tiny, tmp_path):
     found = predict(predict_recipe(tiny, 'other', tmp_path/'answers', trained/'as in the tutorial', dataset_dir=str(trained), max_new_tokens=4))
     assert list(score(found).findings['where']) == ['cut answers'] and '16 of 16, at max_new_tokens (4)' in repr(score(found))
     assert runs(tmp_path).set_index('run').health['answers'] == 'cut answers'
+
+def test_short_answers_that_never_end_are_repetitions(trained, tmp_path):
+    "Forty tokens of one character are too few for what is said of longer texts, but they were cut off."
+    found = predict(predict_recipe(trained/'random', 'other', tmp_path/'answers', dataset_dir=str(trained), max_new_tokens=40, use_cpu=True))
+    stuck = [row['id'] for row in found if len(row['predict'].strip()) > len(row['label']) and len({*row['predict'].strip()[-20:]}) == 1]
+    table = score(found).findings.set_index('where')
+    assert stuck and table.what['endless repetition'].startswith(f'{len(stuck)} of 16;'), [(row['label'], row['predict']) for row in found]

@@ -18,12 +18,14 @@ _longest_period, _repeated, _ending = 250, 80, 8 # Characters
 
 def repeats_itself(
     text:str, # An answer
-)->bool: # Whether its end is the same characters at least four times in a row, 80 or more altogether
+    times:int=4, # How often its end is the same characters in a row, at least
+    least:int=_repeated, # How many characters these are altogether, at least; more than 8
+)->bool:
     "Whether a text ends in a repetition."
-    if len(text) < _repeated or len(end := text.rstrip()[-4*_longest_period:]) < _repeated: return False
+    if len(text) < least or len(end := text.rstrip()[-times*_longest_period:]) < least: return False
     if end.find(end[-_ending:], -_longest_period - _ending, -1) < 0: return False
-    for period in range(1, len(end)//4 + 1):
-        n = max(4*period, _repeated)
+    for period in range(1, len(end)//times + 1):
+        n = max(times*period, least)
         if end[-n:-period] == end[period - n:]: return True
     return False
 
@@ -56,12 +58,18 @@ class Commonest:
 
 # %% ../../nbs/run/56_answers.ipynb #answers13
 _fewest, _same_answers, _same_labels = 10, .95, .8
+_times, _least = 6, 12 # For the end of an answer that was cut off
 
-def _fault(text, ended):
+def _is_stuck(text, label):
+    "Whether an answer that was cut off, maybe after a few tokens, repeats words, and was long enough to stop."
+    has_digits = any(map(str.isdigit, text.rstrip()[-_longest_period:]))
+    return len(text) > len(label) and not has_digits and repeats_itself(text, _times, _least)
+
+def _fault(text, ended, label=''):
     "What is wrong with an answer or a label that has ended in this way; empty if nothing is."
     if not text.strip(): return 'empty'
     if ended != 'stop' and repeats_itself(text): return 'repeats'
-    return 'cut' if ended == 'length' else ''
+    return '' if ended != 'length' else 'repeats' if _is_stuck(text, label) else 'cut'
 
 class AnswerFaults:
     "Counts what is wrong with answers that are added one by one; none of them is kept."
@@ -77,7 +85,7 @@ class AnswerFaults:
         if whole is None: return
         answer = after_thoughts(whole, label or '')
         self.n += 1
-        fault = _fault(whole, row.get('finish_reason')) or ('' if answer.strip() else 'empty')
+        fault = _fault(whole, row.get('finish_reason'), label or '') or ('' if answer.strip() else 'empty')
         if label is not None:
             self.labels[_fault(label, None)] += 1
             if answer.strip() == label.strip(): fault = ''
