@@ -431,7 +431,10 @@ def test_what_a_training_was_built_on_is_asked_with_it_and_all_runs_are_listed_w
     choose(job.steps['runs'], first.output_dir)
     run_action(job.session, 'runs.choose')
     fill(job, 'predict', dataset='car_item_test', engine='served', max_samples=2, max_new_tokens=4)
-    box, saves = press(job, 'predict.before'), folder/'job'/'saves'/tiny_fp32.name
+    said, saves = [], folder/'job'/'saves'/tiny_fp32.name
+    job.steps['predict'].boxes['predict.before'].line.observe(lambda change: said.append(change['new']), 'value')
+    box = press(job, 'predict.before')
+    assert any('loading the model]' in text for text in said), said
     assert 'qvl-error' not in shown(box), shown(box)
     with held(attach(saves/'served')): assert (saves/'predict'/'car_item_test'/RUN).exists()
     assert not (folder/'saves'/tiny_fp32.name/'served').exists()

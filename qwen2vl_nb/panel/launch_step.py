@@ -6,9 +6,10 @@
 __all__ = ['LAUNCH', 'attached', 'choose', 'LaunchBox', 'LaunchStep']
 
 # %% ../../nbs/panel/60_launch_step.ipynb #60launch0002
-import ast
+import ast, time
 from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 from ipywidgets import HTML, Text, VBox
 from .chosen_run import about_run, is_going_on, live_view
 from .session import Action, Number, as_call, keep_value, near, what_ran
@@ -48,7 +49,8 @@ class LaunchBox(ActionBox):
     "The button that launches, unless the chosen run is training."
     def start(self):
         "Launch, or say why not; the second press of a double click counts as part of the first."
-        if not self.is_busy and not self.step.is_held(): super().start()
+        if not self.is_busy and not self.step.is_held(): return super().start()
+        self.step.hold()
 
 class LaunchStep(Step):
     "Start the recipe, and watch it."
@@ -56,7 +58,7 @@ class LaunchStep(Step):
     is_done = property(lambda self: bool({'launch.start', 'runs.choose'} & {*what_ran(self.panel.session.project)}))
 
     def build(self):
-        self.live, self.held, self._watched = VBox(), HTML(), None
+        self.live, self.held, self._watched, self._thread = VBox(), HTML(), None, None
         self.boxes['launch.start'] = LaunchBox(self, LAUNCH, hears=False)
         name = self.field('name', Text(placeholder='run'))
         return [name, self.field('nproc', width='260px'),
@@ -70,6 +72,17 @@ class LaunchStep(Step):
         self.held.value = as_html('qvl-error', self.say('busy', **values) if is_training else '')
         return is_training
 
+    def hold(self):
+        "Keep saying it until the run has ended; whoever shows the step again calls this once more."
+        if self._thread or not self.held.value: return
+        self._thread = Thread(target=self._keep_up, daemon=True, name='run in progress')
+        self._thread.start()
+
+    def _keep_up(self):
+        try:
+            while self.is_held() and self.panel.shown == self.name: time.sleep(1)
+        finally: self._thread = None
+
     def is_behind(self, action): return False
 
     def show(self, action, value):
@@ -78,7 +91,7 @@ class LaunchStep(Step):
 
     def refresh(self):
         super().refresh()
-        if self.held.value: self.is_held()
+        self.hold()
         ran = what_ran(self.panel.session.project).get('launch.start')
         run = ran and ran.given.get('run')
         if run == self._watched: return

@@ -80,8 +80,10 @@ class PredictStep(DatasetStep):
         return [self.dataset_field(), engine, self.loaded, *self.others,
                 *(self.field(name, width='260px') for name in ROWS),
                 self.field('folder', Combobox()),
-                self.button('predict.before', icon='play', primary=False, hears=False),
-                self.button('predict.after', icon='play', hears=False), self.at_work()]
+                self.button('predict.before', icon='play', primary=False, hears=self._hears),
+                self.button('predict.after', icon='play', hears=self._hears), self.at_work()]
+
+    def _hears(self): return not self.work.children  # the live view says more than a line
 
     def changed(self, name): self.refresh()
 

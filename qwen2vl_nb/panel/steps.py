@@ -99,7 +99,7 @@ class ActionBox(VBox):
         action, # The `Action`
         icon:str='play', # FontAwesome name
         primary:bool=True, # Whether the button stands out
-        hears:bool=True, # Whether what the code prints is shown while it runs
+        hears=True, # Whether what the code prints is shown while it runs; a function says so for the moment
     ):
         self.step, self.action, self._lock, self._thread, self._once_more = step, action, Lock(), None, False
         self._of = self._failed_at = None # When the action ran whose result is shown; what its error is about
@@ -261,10 +261,12 @@ def _stop(self:ActionBox):
 def _hear(self:ActionBox, text):
     "Show the last line that the code has printed, a few times a second; raise `KeyboardInterrupt` if cancelled."
     if self._is_cancelled: self._stop()
-    if not self.hears or time.monotonic() < self._due: return
+    if time.monotonic() < self._due: return
     self._due = time.monotonic() + .2
-    if time.monotonic() > self._began + 1: self.stop.layout.display = None
-    self.line.value = as_html('qvl-said', text.rpartition('\n')[2] or self.step.panel.say('panel.running'))
+    if self.hears is True and time.monotonic() > self._began + 1: self.stop.layout.display = None
+    hears = self.hears() if callable(self.hears) else self.hears
+    said = text.rpartition('\n')[2] if hears else ''
+    self.line.value = as_html('qvl-said', said or self.step.panel.say('panel.running'))
 
 # %% ../../nbs/panel/20_steps.ipynb #20steps0020
 class Step:
