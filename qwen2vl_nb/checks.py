@@ -18,7 +18,7 @@ from .model import (families, has_processor, quantized_with, recipe_limits, temp
 from .findings import Finding, findings_table
 from .questions import arguments, ask
 from .stack import GiB, gpus, installed_versions, version_findings
-from .recipe import argument_names, dataset_names, is_remote
+from .recipe import argument_names, dataset_names, is_remote, plain_values
 from .model_faults import head_findings, hub_findings
 from .recipe_faults import recipe_family, recipe_findings, recipe_model_type, usable_values
 from .zero import read_zero
@@ -407,7 +407,7 @@ def check_recipe(
     nproc:int=None, # Number of processes that will run it; `None`: one for each GPU of this machine
 )->'pd.DataFrame': # Columns level, where, what, cure; empty if there is no problem
     "Everything that is wrong with a recipe on this machine, before anything starts."
-    cards = gpus()
+    recipe, cards = plain_values(recipe), gpus()
     ranks = nproc or max(1, len(cards))
     found = quick_findings(recipe, ranks) + slow_findings(recipe, ranks, cards[:ranks])
     told = {f.where for f in found if f.level == 'error'}

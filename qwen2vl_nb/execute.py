@@ -6,13 +6,14 @@
 __all__ = ['ShownClient', 'execute', 'main']
 
 # %% ../nbs/85_execute.ipynb #85executep02
-import argparse, re, time
+import argparse, re, sys, time
 from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
 # %% ../nbs/85_execute.ipynb #85executep05
 _flags = {'gpu', 'tiny'} # Cells with one of these flags are left out unless it is named
+_pause = 30 # Seconds
 
 class ShownClient(NotebookClient):
     "Runs a notebook, and prints its headings and what its cells print."
@@ -24,18 +25,28 @@ class ShownClient(NotebookClient):
         super().__init__(nb, timeout=None, kernel_name='python3', store_widget_state=False, coalesce_streams=True,
                          extra_arguments=['--log-level=ERROR'], resources={'metadata': {'path': folder}})
         self.left_out, self.began = _flags - set(flags), time.time()
-        self.shown = 0 # characters of a progress bar in the present line
+        self.bar, self.told = '', 0 # The progress bar that is being drawn; when a line was printed of it
 
     def process_message(self, msg, cell, cell_index):
         kind, content = msg['msg_type'], msg['content']
         is_replaced = (content.get('transient') or {}).get('display_id')
         if is_replaced and {*content['data']} == {'text/plain'}:  # a progress bar
-            text = content['data']['text/plain']
-            print('\r' + text.ljust(self.shown), end='', flush=True)
-            self.shown = len(text)
-        elif self.shown and kind in ('stream', 'execute_input', 'status'): self.shown = print() or 0
+            self._draw(content['data']['text/plain'])
+        elif self.bar and kind in ('stream', 'execute_input', 'status'): self._end_bar()
         if kind == 'stream': print(content['text'], end='', flush=True)
         return super().process_message(msg, cell, cell_index)
+
+    def _draw(self, bar):
+        "Draw a progress bar over itself; in a file or a pipe, a line says every half minute how far it is."
+        if sys.stdout.isatty(): print('\r' + bar.ljust(len(self.bar)), end='', flush=True)
+        elif not self.bar or time.time() > self.told + _pause:
+            if self.bar: print(bar, flush=True)
+            self.told = time.time()
+        self.bar = bar
+
+    def _end_bar(self):
+        print('' if sys.stdout.isatty() else self.bar, flush=True)
+        self.bar = ''
 
     async def async_execute_cell(self, cell, cell_index, **kwargs):
         for heading in re.findall(r'^## (.*)', cell.source if cell.cell_type == 'markdown' else '', re.M):

@@ -387,6 +387,7 @@ def save_recipe(
     path = Path(path).absolute()
     if path.suffix not in ('.yaml', '.yml'):
         raise ValueError(f'{path.name}: a recipe must end in .yaml; LLaMA-Factory crashes on .json recipes.')
+    recipe = plain_values(recipe)
     zero = recipe.get('deepspeed')
     if isinstance(zero, dict):
         recipe = recipe | {'deepspeed': _zero_file(path.parent, zero)}

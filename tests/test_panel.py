@@ -187,6 +187,24 @@ def test_a_check_after_a_dropping_is_about_the_rows_that_are_left_and_only_readi
     assert 'changed since &quot;Read&quot;' in filled.steps['split'].left.value
     assert '25 rows' in shown(press(filled, 'data.read')) and count() == 25 and {*what_ran(filled.session.project)} == {'data.read', 'recipe.make', 'memory.pick'}
 
+def test_choosing_the_model_after_the_check_sends_nobody_back(folder, tiny):
+    panel, steps = Panel(), ('data', 'split', 'model', 'recipe')
+    fill(panel, 'data', source='labels.xlsx', image='photo', prompt='What colour is it?', response='caption')
+    for action in ('data.read', 'data.check', 'data.drop', 'split.register'): press(panel, action)
+    fill(panel, 'model', model=str(tiny))
+    press(panel, 'recipe.make')
+    for length in (8, '2,5'):
+        fill(panel, 'recipe', cutoff_len=length)
+        panel.go('data')
+        assert not any(box.behind.value for box in panel.steps['data'].boxes.values())
+    fill(panel, 'recipe', cutoff_len=8)
+    assert f"check_samples(samples, model='{tiny}', cutoff_len=8)" in panel.session.next_code('data.check')[1]
+    assert 'rows concerned: 23' in shown(press(panel, 'data.check')), 'who presses it again has the texts counted'
+    press(panel, 'recipe.make')
+    assert all(panel.steps[name].is_done for name in steps)
+    fill(panel, 'data', prompt='Which colour?')
+    assert panel.steps['data'].boxes['data.read'].behind.value
+
 def test_wrong_columns_and_files_are_told_in_the_step(folder):
     panel = Panel()
     assert 'File or folder' in shown(press(panel, 'data.read'))

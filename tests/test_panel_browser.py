@@ -64,7 +64,7 @@ class Form:
             self.page.keyboard.type(str(value))
             self.page.keyboard.press('Tab')
 
-    def press(self, action): self.button(ENGLISH[action]).click()
+    def press(self, action): self.button(ENGLISH[action]).and_(self.page.locator(':not(.qvl-held)')).click()
     def says(self, text): self.at.get_by_text(text).first.wait_for()
     def code(self): return '\n'.join(self.at.locator('.qvl-code pre').all_inner_texts())
 

@@ -147,8 +147,8 @@ def _unpacked_rows(path, rows):
     unpacked = [_unpacked(row) for row in rows]
     lost = [i for i, (row, new) in enumerate(zip(rows, unpacked)) if row is new]
     if len(lost) == len(rows): return rows
-    if lost: raise ValueError(f'{path}: the text of rows {lost[:10]} is not JSON with question, chosen and rejected, '
-                              'as it is in the others.')
+    if lost: raise ValueError(f'{path}: the text of {len(lost):,} row(s), the first of them row {lost[0]}, is not JSON '
+                              'with question, chosen and rejected, as it is in the others.')
     return unpacked
 
 def _prompt_of(rows, prompt):

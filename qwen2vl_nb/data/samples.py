@@ -166,7 +166,8 @@ def in_one_form(
 )->list: # Samples
     "Return samples of mixed forms as dialogues, and samples of a single form as they are."
     bad = [i for i, s in enumerate(samples) if not isinstance(s, dict)]
-    if bad: raise ValueError(f'Rows {bad[:10]} are not samples: a sample is a dict; see `check_samples`.')
+    if bad: raise ValueError(f'{len(bad):,} row(s) are not samples, the first of them row {bad[0]}. A sample is a '
+                             'dict; see `check_samples`.')
     kinds = {sample_kind(s): i for i, s in reversed([*enumerate(samples)])}
     if len(kinds) > 1:
         first = sorted((i, kind) for kind, i in kinds.items())

@@ -152,13 +152,15 @@ def _settle(session, *changes):
     if dropped: keep_value(session.project, 'data', also=[])
 
 # %% ../../nbs/panel/32_data_step.ipynb #dataacts1
+_of_later_steps = 'model.model', 'recipe.cutoff_len' # Checking the recipe counts every row with them
+
 ACTIONS = [
     Action('data.read', _read_given, _read_code, gives=('samples',), binds=True),
     Action('data.settled', None, _settled_code, needs=('samples',), gives=('samples',)),
     Action('data.check', _check_given, _check_code, needs=('samples',), gives=('findings',), keeps=_found,
-           before=lambda session: _settle(session, 'data.mend', 'data.drop')),
+           before=lambda session: _settle(session, 'data.mend', 'data.drop'), later=_of_later_steps),
     Action('data.mend', _check_given, _mend_code, needs=('samples',), gives=('samples', 'findings'), keeps=_found,
-           before=lambda session: _settle(session, 'data.drop')),
+           before=lambda session: _settle(session, 'data.drop'), later=_of_later_steps),
     Action('data.drop', lambda form: {'also': form('data')['also']}, _drop_code, needs=('samples', 'findings'),
            gives=('samples',))]
 
@@ -259,7 +261,7 @@ def _offer_kinds(self:DataStep):
         options = [(f'{levels.get(kind, "warning")} ({n}): {self.tell(kind)}', kind) for kind, n in kinds.items()]
         if options != [*control.options]:
             self._restoring = True  # other options deselect all, which is no change by the user
-            control.options, control.rows = options, len(options)
+            control.options, control.rows = options, max(2, len(options))  # Chromium makes a menu of a single row
             self._shown.pop('also', None)
             self._put('also')
     self._restoring = False

@@ -78,6 +78,7 @@ class Action:
     keeps:Callable=None # Names → values that are kept with the given ones; a `Path` is kept as `near` gives it
     before:Callable=None # `Session` → nothing; called before it runs
     binds:bool=False # Nothing uses what it gives while its form differs from what it ran with
+    later:tuple=() # Fields of later steps, such as `'model.model'`: it is not out of date when they change
 
 # %% ../../nbs/panel/10_session.ipynb #10sessio0012
 _switch = Lock()
@@ -323,11 +324,12 @@ class WrongNumbers(Exception):
 
 class _Asked(dict):
     "The form of a step, for an action: raises `WrongNumbers` if a field is asked for that can't be used."
-    def __init__(self, step, session):
+    def __init__(self, step, session, instead):
         super().__init__(session.form(step))
-        self.step, self.wrong = step, session.wrong(step)
+        self.step, self.wrong, self.instead = step, session.wrong(step), instead
     def __getitem__(self, name):
         key = f'{self.step}.{name}'
+        if key in self.instead: return self.instead[key]
         if key in self.wrong: raise WrongNumbers({key: self.wrong[key]})
         return super().__getitem__(name)
 
@@ -347,10 +349,11 @@ def code(self:Session,
 @patch
 def next_code(self:Session,
     name:str, # Name of an action
+    instead:dict=None, # Field, such as `'model.model'` → value that counts in place of the one in the form
 )->tuple: # (the values that it is built from, the code)
     "The code with which an action would run now. Raises `WrongNumbers` if a field can't be used."
     if wrong := self.wrong(name.partition('.')[0]): raise WrongNumbers(wrong)
-    given = self.actions[name].given(lambda step: _Asked(step, self))
+    given = self.actions[name].given(lambda step: _Asked(step, self, instead or {}))
     return given, self.actions[name].code(Given(given, self.project.folder))
 
 # %% ../../nbs/panel/10_session.ipynb #sess0023b
@@ -541,9 +544,10 @@ def has_changed(self:Session,
     name:str, # Name of an action
 )->bool: # `False` if it did not run, or runs again by itself
     "Whether the form differs from what an action last ran with."
-    before = self.code(name)
-    if not before or self.actions[name].follows: return False
-    try: return self.next_code(name)[1] != before
+    before, action = self.code(name), self.actions[name]
+    if not before or action.follows: return False
+    given = what_ran(self.project)[name].given
+    try: return self.next_code(name, {key: given[key.partition('.')[2]] for key in action.later})[1] != before
     except (Unfilled, WrongNumbers): return True
     except Exception: return False  # the file does not have what it needs
 

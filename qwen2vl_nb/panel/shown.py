@@ -59,6 +59,7 @@ viewBox='0 0 18 18'%3E%3Cpath d='M5 7l4 4 4-4' fill='none' stroke='%23888' strok
   background:linear-gradient(transparent,var(--jp-layout-color0,transparent))}
 .qvl button:focus-visible,.qvl input:focus-visible,.qvl select:focus-visible,.qvl textarea:focus-visible
   {outline:2px solid var(--jp-brand-color1,#1976d2)!important;outline-offset:1px}
+.qvl .qvl-held {opacity:.5;cursor:default}
 </style>'''
 
 # %% ../../nbs/panel/12_shown.ipynb #step0005b

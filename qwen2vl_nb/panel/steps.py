@@ -103,13 +103,13 @@ class ActionBox(VBox):
     ):
         self.step, self.action, self._lock, self._thread, self._once_more = step, action, Lock(), None, False
         self._of = self._failed_at = None # When the action ran whose result is shown; what its error is about
-        self._began, self._is_cancelled = 0, False
+        self._began, self._is_cancelled, self._is_held = 0, False, False # `_is_held`: its button does nothing
         say, key, self.hears = step.panel.say, action.name, hears
         help = say(f'{key}.help') if f'{key}.help' in say else ''
         self.button = LateButton(description=say(key), icon=icon, tooltip=help,
                                  button_style='primary' if primary else '',
                                  layout=Layout(width='auto', min_width='120px', flex='none'))
-        self.button.on_click(lambda _: self.start())
+        self.button.on_click(lambda _: self._is_held or self.start())
         self.stop = Button(description=say('panel.cancel'), icon='stop', layout=Layout(width='auto', display='none'))
         self.stop.on_click(lambda _: self.cancel())
         self.line, self.result = HTML(layout=Layout(flex='0 1 auto')), VBox(layout=Layout(max_width='100%'))
@@ -188,8 +188,15 @@ def _work(self:ActionBox):
                 if not again: self._thread = None
 
 @patch
+def _hold(self:ActionBox, is_held):
+    "Let presses of the button do nothing, or count again; the browser takes the focus from one that is disabled."
+    self._is_held = is_held
+    (self.button.add_class if is_held else self.button.remove_class)('qvl-held')
+
+@patch
 def _run(self:ActionBox):
-    self.button.disabled, self._due, self._is_cancelled = True, 0, False
+    self._hold(True)
+    self._due, self._is_cancelled = 0, False
     self._began, self.stop.disabled, failed = time.monotonic(), False, None
     self.line.value, self.result.children = as_html('qvl-said', self.step.panel.say('panel.running')), ()
     self.behind.value = ''
@@ -207,7 +214,8 @@ def _run(self:ActionBox):
 def _end(self:ActionBox, said, shown, failed=None):
     self._of, self._failed_at = (ran := self._ran()) and ran.when, failed
     self.line.value, self.result.children = as_html('qvl-said', self.step.tell(said)), tuple(filter(None, shown))
-    self.button.disabled, self.stop.layout.display = False, 'none'
+    self.stop.layout.display = 'none'
+    self._hold(False)
     self._tell_behind(failed)
 
 # %% ../../nbs/panel/20_steps.ipynb #compare001
@@ -229,7 +237,8 @@ def show_again(self:ActionBox):
 @patch
 def _again(self:ActionBox):
     session, name = self.step.panel.session, self.action.name
-    self.button.disabled, failed = True, None
+    self._hold(True)
+    failed = None
     try: shown = self.step.show(name, result_again(session, name))
     except Exception as e:
         shown, failed = [HTML(as_html('qvl-error', self.step.tell_error(e)))], self._basis()

@@ -15,7 +15,7 @@ from ..names import warn
 from ..boot import script
 from ..files import undone_on_error, whole_file, whole_lines, write_json
 from ..model import model_config
-from ..findings import Finding, bulleted
+from ..findings import Finding, bulleted, first_few
 from ..stack import GiB
 from ..checks import quick_findings
 from ..recipe import absolute_recipe
@@ -237,7 +237,8 @@ def _sound_samples(samples, folder):
     samples = given_samples(samples, folder/'data'/'media', answered=False)
     is_sound = lambda s: isinstance(s, dict) and _is_shown(media_of(s, 'images') + media_of(s, 'videos'))
     bad = [i for i, s in enumerate(samples) if not is_sound(s)]
-    if bad: raise ValueError(f'Rows {bad[:10]} are not dicts, or their pictures are not paths; see `check_samples`.')
+    if bad: raise ValueError(f'Rows {", ".join(first_few(bad, 10))} are not dicts, or their pictures are not paths; '
+                             'see `check_samples`.')
     return samples
 
 def _checked_against(rows):

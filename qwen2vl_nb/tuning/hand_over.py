@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import yaml
 from .. import hidden
 from ..files import Damaged, read_json, read_text
-from ..stack import GiB
+from ..stack import GiB, required_packages
 from ..checkpoint import file_fault
 from ..model import chat_template, model_config, model_type, processor_limits, recipe_limits, usual_template
 from ..recipe import adapters_of, dataset_names, find_adapter
@@ -172,12 +172,13 @@ def _training_section(run, recipe):
     about, now, log = state_or_empty(run, RUN), run.progress, read_log(run)
     losses = log['loss'].dropna() if 'loss' in log else []
     lowest, cards, n = best_evaluation(run), about.get('gpus', []), about.get('nproc', 1)*about.get('nnodes', 1)
+    versions = about.get('versions', {})
     names = sorted({f"{g.get('name')} ({g.get('total', 0)/GiB:.0f} GiB)" for g in cards})
     facts = [('steps', f'{now.step:,} of {now.steps:,}'), ('epochs', f'{now.epoch:.2f}'),
              ('last logged training loss', f'{losses.iloc[-1]:.4g}' if len(losses) else 'not logged'),
              ('lowest evaluation loss', 'not evaluated' if lowest is None else f'{lowest:.4g}'),
              ('hardware', f"{n} × {', '.join(names)}" if names else f"{n} process{'es'*(n > 1)} on CPUs"),
-             *sorted(about.get('versions', {}).items())]
+             *((package, version) for package, version in sorted(versions.items()) if package in required_packages)]
     text = yaml.safe_dump(public_recipe(recipe), sort_keys=False, allow_unicode=True).replace('```', '')
     return '\n\n'.join(['## Training', _rows(('', ''), facts), 
                         'The recipe, for `llamafactory-cli train`, without paths:', f'```yaml\n{text}```'])
