@@ -56,9 +56,10 @@ class ShownClient(NotebookClient):
 
 # %% ../nbs/85_execute.ipynb #676b1b69
 def _clean(cell):
-    "Remove what a cell hides, and the views of widgets, which end with the kernel."
+    "Remove what a cell hides, the views of widgets, which end with the kernel, and what is displayed instead of them."
     if cell.cell_type != 'code': return
-    if '#| hide' in cell.source: cell.outputs = []
+    is_shown = lambda output: 'class="qvl-again"' not in output.get('data', {}).get('text/html', '')
+    cell.outputs = [*filter(is_shown, cell.outputs)]*('#| hide' not in cell.source)
     for output in cell.outputs: output.get('data', {}).pop('application/vnd.jupyter.widget-view+json', None)
 
 def execute(

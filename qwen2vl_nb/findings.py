@@ -96,7 +96,7 @@ def worst_findings(
     table, # A `DataFrame` of findings
 )->tuple: # (the findings to show, a line with the number of all findings if not all are shown)
     "The part of a table of findings that is shown: all, or the worst 60."
-    if 'source' in table:  # the place in a file, which the user knows, comes before the row's index
+    if {'source', 'row'} <= {*table}:  # the place in a file, which the user knows, comes before the row's index
         places = ['source']*bool(table.source.any())
         table = table[places + [name for name in table if name != 'source']]
     if len(table) <= _max_shown or 'level' not in table: return table, ''

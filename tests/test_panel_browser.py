@@ -281,7 +281,7 @@ CLIPPED = """root => {
     return [wide, moved, low].map(all => all.map(e => e.outerHTML.slice(0, 200)))
 }"""
 
-def test_a_narrow_page_clips_nothing_and_a_folder_that_jupyterlab_does_not_show_has_no_dead_link(lab, page, tmp_path):
+def test_a_page_of_any_width_clips_nothing_and_a_folder_that_jupyterlab_does_not_show_has_no_dead_link(lab, page, tmp_path):
     _spreadsheet(tmp_path)
     panel = Panel(tmp_path)
     keep_value(panel.session.project, 'data', source='labels.xlsx', image='picture', prompt='What is this?', response='card')
@@ -293,11 +293,12 @@ def test_a_narrow_page_clips_nothing_and_a_folder_that_jupyterlab_does_not_show_
     form = _run_all(page)
     form.says(f'jupyter lab {tmp_path}/panel.ipynb')
     assert not form.at.locator('a').count()
-    page.set_viewport_size(dict(width=400, height=1100))
-    for step in STEPS:
-        form.go(step)
-        until(form.is_ready, f'{step} is ready')
-        assert form.at.evaluate(CLIPPED) == [[], [], []], step
+    for width in 1000, 700, 400:
+        page.set_viewport_size(dict(width=width, height=1100))
+        for step in STEPS:
+            form.go(step)
+            until(form.is_ready, f'{step} is ready')
+            assert form.at.evaluate(CLIPPED) == [[], [], []], (width, step)
     form.go('data')
     form.keep('narrow')
     findings = form.at.locator('.qvl-shown table').last

@@ -584,10 +584,10 @@ def _axes(figure, panels):
     return dict(zip(panels, drawn))
 
 # %% ../../nbs/run/50_loss.ipynb #7c204a09
-def _widen(ax):
+def _widen(axes):
     "Show the steps beside a single one, too: the axis has whole numbers only."
-    first, last = ax.dataLim.intervalx
-    if first == last: ax.set_xlim(first - 1, last + 1)
+    first, last = min(ax.dataLim.x0 for ax in axes), max(ax.dataLim.x1 for ax in axes)
+    if first == last: axes[0].set_xlim(first - 1, last + 1)
 
 def _say_empty(ax):
     "Say so in the middle if nothing was drawn: a short run can end before its first logging step."
@@ -663,7 +663,7 @@ def plot_loss(
     for panel,table in measures.items(): _draw_score(axes[panel], table)
     if throughput: _from_zero(axes[unit])
     if log: _log_scale(axes['loss'])
-    _widen(axes['loss'])
+    _widen([*axes.values()])
     _say_empty(axes['loss'])
     _add_legends(figure, axes['loss'], _names(runs))
     if path:
