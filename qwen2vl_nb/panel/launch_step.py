@@ -52,6 +52,7 @@ class LaunchBox(ActionBox):
         if not self.is_busy and not self.step.is_held(): return super().start()
         self.step.hold()
 
+# %% ../../nbs/panel/60_launch_step.ipynb #launchst1
 class LaunchStep(Step):
     "Start the recipe, and watch it."
     name, defaults, actions = 'launch', {'name': '', 'nproc': Number(0, 0)}, (LAUNCH,)

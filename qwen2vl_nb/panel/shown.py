@@ -34,7 +34,7 @@ STYLE = '''<style>
 viewBox='0 0 18 18'%3E%3Cpath d='M5 7l4 4 4-4' fill='none' stroke='%23888' stroke-width='2'/%3E%3C/svg%3E")}
 .qvl select[multiple] {min-width:0} .qvl-list button {text-align:left}
 .qvl select[multiple]>option {white-space:normal}
-.qvl-help {opacity:.75;line-height:1.35;overflow-wrap:anywhere}
+.qvl-help {opacity:.75;line-height:1.35;overflow-wrap:anywhere} .qvl .qvl-held {opacity:.5;cursor:default}
 .qvl-code {position:relative;border:1px solid var(--jp-border-color2,rgba(128,128,128,.35));border-radius:3px;
   background:var(--jp-cell-editor-background,rgba(128,128,128,.08))}
 .qvl-code pre {margin:0;padding:8px 70px 8px 10px;overflow-x:auto;line-height:1.4;
@@ -59,7 +59,6 @@ viewBox='0 0 18 18'%3E%3Cpath d='M5 7l4 4 4-4' fill='none' stroke='%23888' strok
   background:linear-gradient(transparent,var(--jp-layout-color0,transparent))}
 .qvl button:focus-visible,.qvl input:focus-visible,.qvl select:focus-visible,.qvl textarea:focus-visible
   {outline:2px solid var(--jp-brand-color1,#1976d2)!important;outline-offset:1px}
-.qvl .qvl-held {opacity:.5;cursor:default}
 </style>'''
 
 # %% ../../nbs/panel/12_shown.ipynb #step0005b

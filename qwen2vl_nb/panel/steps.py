@@ -187,6 +187,7 @@ def _work(self:ActionBox):
                 again, self._once_more = self._once_more, False
                 if not again: self._thread = None
 
+# %% ../../nbs/panel/20_steps.ipynb #heldbtn01
 @patch
 def _hold(self:ActionBox, is_held):
     "Let presses of the button do nothing, or count again; the browser takes the focus from one that is disabled."
