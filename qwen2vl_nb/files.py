@@ -340,7 +340,6 @@ def may_replace(
     found = _digest_of_path(path)
     return not os.path.lexists(path) or found is not None and (found == digest or _was_written(path, found))
 
-
 # %% ../nbs/01_files.ipynb #a02deb52
 def check_replaceable(
     path:str|Path, # File that is to be replaced

@@ -321,7 +321,6 @@ def _refused_faults(samples, looks, model, limits):
     return [(i, media_key(samples[i], 'videos'), Fault(why, 'Scale the clip up or crop it, or drop the row.'))
             for i, why in refused_clips(samples, looks, model, limits)]
 
-
 # %% ../../nbs/data/40_check.ipynb #40chklen02
 def _rows_with_cut_media(rows, media, cutoff_len, asking):
     "Those of the rows, row → sample, in which a picture or clip is cut."
@@ -346,7 +345,6 @@ def _length_faults(rows, text, media, cutoff_len, wrong, asking):
             smaller = 'set a smaller image_max_pixels'
         yield i, '', Fault(f'It takes {total[i]} tokens{share}: above cutoff_len {cutoff_len} it is {ends}.',
                            f'Set cutoff_len to {total[i]} or more, or {smaller}.', level)
-
 
 # %% ../../nbs/data/40_check.ipynb #53c1f2d0
 def _mend_pictures(seen, kept):

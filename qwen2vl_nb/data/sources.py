@@ -1109,7 +1109,6 @@ def read_rows(
     if rows: return rows, taken
     raise ValueError(f'{source} has no rows.')
 
-
 # %% ../../nbs/data/20_sources.ipynb #305f6354
 def _describe_columns(columns, words):
     media = {'pictures': ' and '.join(columns['images']), 'clips': columns['videos']}

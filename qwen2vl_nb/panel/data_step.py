@@ -249,7 +249,7 @@ def tell_behind(self:DataStep, action):
 @patch
 def _build_kinds(self:DataStep):
     "The choice of warnings and notes whose rows are dropped, which is shown if there are any."
-    self.kinds = self.field('also', SelectMultiple(layout=Layout(min_width='0', max_width='98%')), '900px')
+    self.kinds = self.field('also', SelectMultiple(layout=Layout(min_width='0')), '900px')
     self._offer_kinds()
     return self.kinds
 

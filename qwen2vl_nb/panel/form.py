@@ -180,4 +180,3 @@ def end(self:Panel):
     self.shown = None
     self._ended.set()
     self.children = [HTML(STYLE), HTML(as_html('qvl-help', self.say('panel.ended')))]
-

@@ -82,7 +82,6 @@ def wrong_arguments(
     return {f'recipe.more.{name}': (value, Number(0.)) for name, value in more.items()
             if value and isinstance(value, str) and is_number(name)}
 
-
 # %% ../../nbs/panel/36_recipe_step.ipynb #recipecode
 def _changes(values):
     "The arguments that differ from the usual values."
@@ -260,4 +259,3 @@ def _explain(self:RecipeStep, row, usual):
     said = self.tell_wrong(wrong)
     if value in ('', usual): said = self.say('no_change', usual=as_typed(usual) or '–')
     hint.value = as_html('qvl-next', said) + as_html('qvl-help', about.help if about else self.say('unknown'))
-

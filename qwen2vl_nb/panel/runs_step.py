@@ -71,7 +71,8 @@ class RunsStep(Step):
     def build(self):
         self.rows, self._thread, self._watched, self.live = None, None, None, VBox()
         self._wake, self._is_listing, self.other = Event(), False, HTML()
-        self.select = Select(rows=7, layout=Layout(width='100%', max_width='840px'), description=self.say('run'))
+        looks = Layout(width='calc(100% - 4px)', max_width='840px')
+        self.select = Select(rows=7, layout=looks, description=self.say('run'))
         self.select.style.description_width = '130px'
         self.select.observe(lambda _: self._is_listing or self._offer(), 'value')
         self.count = HTML(as_html('qvl-help', self.say('listing')))

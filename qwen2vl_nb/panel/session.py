@@ -221,7 +221,6 @@ class Number:
         if isinstance(self.usual, int): return int(number) if is_whole and is_allowed else None
         return number if is_allowed else None
 
-
 # %% ../../nbs/panel/10_session.ipynb #formvals01
 def _kept(project, step): return _as_dict(_as_dict(project.state.get('values')).get(step))
 
@@ -247,7 +246,6 @@ def typed_numbers(
     "What was typed in a step's fields for numbers, whether it can be used or not."
     kept = _kept(project, step)
     return {k: kept[k] for k, default in defaults.items() if isinstance(default, Number) and _is_typed(kept.get(k))}
-
 
 # %% ../../nbs/panel/10_session.ipynb #10sessio0019
 def keep_value(
@@ -312,7 +310,6 @@ class Session:
         found = typed_numbers(self.project, step, defaults)
         return {f'{step}.{k}': (value, defaults[k]) for k, value in found.items() if defaults[k].read(value) is None}
 
-
 # %% ../../nbs/panel/10_session.ipynb #wrongnum01
 class WrongNumbers(Exception):
     "Fields for numbers with something else in them; `.fields` has what `Session.wrong` returns."
@@ -332,7 +329,6 @@ class _Asked(dict):
         if key in self.instead: return self.instead[key]
         if key in self.wrong: raise WrongNumbers({key: self.wrong[key]})
         return super().__getitem__(name)
-
 
 # %% ../../nbs/panel/10_session.ipynb #sesscode01
 @patch

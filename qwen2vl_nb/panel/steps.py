@@ -90,7 +90,6 @@ def on_enter(
     "Call a function when Enter is pressed in a text field, after its text has arrived."
     text.on_msg(lambda _, content, buffers: content.get('event') == 'submit' and after_typing()(act))
 
-
 # %% ../../nbs/panel/20_steps.ipynb #20steps0018
 class ActionBox(VBox):
     "The button of an action, how far it is, and its result."
@@ -398,7 +397,6 @@ def tell(self:Step,
         return told
     return as_in_form(text, self.fields(), named)
 
-
 # %% ../../nbs/panel/20_steps.ipynb #tellwrong1
 @patch
 def tell_wrong(self:Step,
@@ -455,7 +453,7 @@ def field(self:Step,
     default = self.panel.session.defaults[self.name][name]
     if isinstance(default, Number): control = NumberText(placeholder=shown_number(default.usual))
     control.description, control.style.description_width = self.say(name), '130px'
-    control.layout.width, control.layout.max_width = width, '100%'
+    control.layout.width, control.layout.max_width = width, 'calc(100% - 4px)' # without its margins
     if hasattr(control, 'continuous_update'): control.continuous_update = isinstance(control, Combobox)
     self.controls[name], self.hints[name] = control, HTML(layout=Layout(margin='0 4px 4px 138px'))
     self.hints[name].add_class('qvl-below')

@@ -42,7 +42,9 @@ def as_in_form(
     def deed(found):
         do, key = _deeds[found[0].lower()]
         return f'{do.capitalize() if found[0][0].isupper() else do} {called(key)}'
-    def button(found): return called(next(key for name, key in _buttons.items() if re.fullmatch(name, found[1])))
+    def button(found):
+        said = called(next(key for name, key in _buttons.items() if re.fullmatch(name, found[2])))
+        return f'press {said}' if found[1] else said
     def field(found):
         passed, start, name, given = found.groups()
         is_named = given is not None or '_' in name or start is not None and text[found.end():found.end() + 1] == ':'
@@ -50,7 +52,7 @@ def as_in_form(
         value = (given or '').strip('=…')
         said = called(fields[name]) + (f' to {value}' if passed and value else f' = {value}' if value else '')
         return ('set '*bool(passed)) + (start or '') + said
-    for name in _buttons: text = re.sub(rf'(?<![\w.])`?({name})(?:{_call})?`?(?![\w(])', button, text)
+    for name in _buttons: text = re.sub(rf'(\bcall )?(?<![\w.])`?({name})(?:{_call})?`?(?![\w(])', button, text)
     names = '|'.join(sorted(fields, key=len, reverse=True)) or '(?!)'
     value = r"(?:=(?:…|'[^']*'|[\w.]*\w)?)"
     start = '(pass )?(^|(?<=\n)|- |recipe, )?'

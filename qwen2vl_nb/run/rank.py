@@ -202,7 +202,6 @@ def _skip_in_epoch():
     from transformers import trainer
     trainer.skip_first_batches = keeping_epoch(trainer.skip_first_batches)
 
-
 # %% ../../nbs/run/20_rank.ipynb #708ccea2
 def locking_until_its_end(
     baton, # torch's `FileBaton`

@@ -466,6 +466,13 @@ def keep_earlier(
     if (folder/RECIPE).is_file(): shutil.copy2(folder/RECIPE, earlier)
     for p in found: p.rename(earlier/p.name)
 
+# %% ../../nbs/run/60_start.ipynb #toomany02
+_libraries = GiB//2 # At least this much in each process: all that a training imports takes 0.66 GiB with torch 2.8
+
+def _most_processes():
+    "For how many processes this machine has memory, with what it can swap, as long as none has loaded a model."
+    return (psutil.virtual_memory().total + psutil.swap_memory().total)//_libraries
+
 def _refuse_counts(nproc, nnodes, node_rank, env):
     "Raise `ValueError` for numbers of processes and machines that can't be, and for an environment that is not one."
     is_whole = lambda n, least: isinstance(n, int) and not isinstance(n, bool) and n >= least
@@ -473,6 +480,9 @@ def _refuse_counts(nproc, nnodes, node_rank, env):
               if not is_whole(n, 1) and not (name == 'nproc' and n is None)]
     if not faults and not (is_whole(node_rank, 0) and node_rank < nnodes):
         faults.append(f'node_rank={node_rank!r}: give the index of this machine, from 0 to {nnodes - 1}.')
+    if not faults and (nproc or 1) > (room := _most_processes()):
+        faults.append(f'nproc={nproc}: this machine has memory for at most {room} processes, each of which takes at '
+                      'least half a GiB before it loads a model.')
     if not isinstance(env or {}, dict): faults.append(f"env={env!r}: give a dict such as {{'NCCL_DEBUG': 'INFO'}}.")
     if faults: raise ValueError('\n'.join(faults))
 

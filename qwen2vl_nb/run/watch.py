@@ -165,7 +165,6 @@ _shares = dict(words=.002, gpu=.002, curve=.011, health=.002, answers=.002) # Sh
 _patience = 10 # Seconds to wait until the end of a run is drawn
 _most_failures = 30 # Number of refreshes in a row that may fail before the view gives up
 
-
 # %% ../../nbs/run/70_watch.ipynb #9974d75b
 class RunView(VBox):
     "A run as a widget, which is kept up to date while the run is in progress."
@@ -297,7 +296,6 @@ def _update_text(self:RunView):
     if not self._drawn: self._logged = _first_loss(self._run, seen.now.steps) if waits else ''
     self._show_figures()
     return state
-
 
 # %% ../../nbs/run/70_watch.ipynb #watchst2
 def _titled_plot(run, title):
