@@ -33,7 +33,7 @@ STYLE = '''<style>
 .qvl {--jp-widgets-dropdown-arrow:url("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' \
 viewBox='0 0 18 18'%3E%3Cpath d='M5 7l4 4 4-4' fill='none' stroke='%23888' stroke-width='2'/%3E%3C/svg%3E")}
 .qvl select[multiple] {min-width:0} .qvl-list button {text-align:left}
-.qvl select[multiple]>option {white-space:normal}
+.qvl select[size]>option {white-space:normal;overflow-wrap:anywhere}
 .qvl-help {opacity:.75;line-height:1.35;overflow-wrap:anywhere} .qvl .qvl-held {opacity:.5;cursor:default}
 .qvl-code {position:relative;border:1px solid var(--jp-border-color2,rgba(128,128,128,.35));border-radius:3px;
   background:var(--jp-cell-editor-background,rgba(128,128,128,.08))}
