@@ -33,7 +33,7 @@ _known = [
     Cause(r'CUDA out of memory|CUDA error: out of memory', gpu_ran_out,
           'Use a ZeRO config that needs less memory, or lower cutoff_len or image_max_pixels.'),
     Cause(r"can't allocate memory|MemoryError|Cannot allocate memory", "The machine's own memory ran out.",
-          'Offload less, lower preprocessing_num_workers, or close other programs here; then resume().'),
+          'Start fewer processes, offload less, lower preprocessing_num_workers, or close other programs here.'),
     Cause(r'No space left|StorageFull|PytorchStreamWriter failed|unexpected pos \d+ vs', 'The disk is full.',
           'Make room, or set save_total_limit; earlier checkpoints are intact, '
           'and resume() continues from the newest complete one.'),
