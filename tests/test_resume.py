@@ -459,6 +459,8 @@ def test_a_run_that_ended_early_says_what_can_be_done(stopped, tmp_path, capsys)
     assert what_next(run) == said and what_next(run, '"Resume"').startswith(f'"Resume" continues from {last};')
     watch_loss(run)
     assert capsys.readouterr().out.splitlines()[-1] == said
+    run.stop()  # also of one that has ended
+    assert said in capsys.readouterr().out
     view = RunView(run)
     view._refresh(True)
     assert f'&quot;Resume&quot; continues from {last};' in view._next.value and view._next.layout.display is None

@@ -326,8 +326,9 @@ def stop(self:Run,
     try:
         with bar:
             life.stop(self.output_dir, patience, lambda: tell(_describe_stop(self)))
-            ended = ', '.join(filter(None, [self.status, self.progress.place]))
-            tell('. '.join(filter(None, [ended, what_next(self)])))
+            ended, advice = ', '.join(filter(None, [self.status, self.progress.place])), what_next(self)
+            if advice: bar.delay = 0  # it is said also if the run has ended at once
+            tell('. '.join(filter(None, [ended, advice])))
     except psutil.AccessDenied as e:
         raise PermissionError(f'The run in {self.output_dir} belongs to another user: only they can end it (process '
                               f'{e.pid}).') from None
