@@ -403,9 +403,11 @@ def test_what_a_training_was_built_on_is_asked_with_it_and_all_runs_are_listed_w
     assert 'cannot run' in told and 'qwen2_vl' in told and not (folder/'runs').exists(), 'what would fail is said before the start'
     keep_value(panel.session.project, 'recipe', more=own)
     for action in ('recipe.make', 'launch.start'): assert 'qvl-error' not in shown(press(panel, action))
+    panel.go('launch')
     press(panel, 'launch.start')
     assert 'still training' in panel.steps['launch'].held.value, 'nothing is started beside the run that is training'
     second = panel.session.names['run'].wait()
+    until(lambda: not panel.steps['launch'].held.value, 'the refusal goes with what it was about')
     places = {str(run.output_dir.relative_to(folder)) for run in (first, second)}
     assert [p.split('/')[0] for p in sorted(places)] == ['runs', 'saves'] and listed(panel) == places
 
