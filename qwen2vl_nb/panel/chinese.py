@@ -69,15 +69,15 @@ CHINESE |= {
                          '表格（CSV、TSV、Excel、Parquet、JSON、JSON lines）、每个类别一个子目录的图片目录，或 '
                          'COCO、YOLO 等标注。'),
     'data.image': ('Pictures', '图片'),
-    'data.image.help': ('Column with the paths of the pictures. Empty: image or images.',
-                        '图片路径所在的列。留空则为 image 或 images。'),
+    'data.image.help': ('Column with the paths of the pictures. Left empty: the column "image" or "images".',
+                        '图片路径所在的列。留空则使用名为 image 或 images 的列。'),
     'data.prompt': ('Question', '提示词'),
-    'data.prompt.help': ('Column with the questions, or one question for all rows. Empty: instruction, prompt or '
-                         'question.',
-                         '提示词所在的列，或所有行共用的一条提示词。留空则为 instruction、prompt 或 question。'),
+    'data.prompt.help': ('Column with the questions, or one question for all rows. Left empty: the column '
+                         '"instruction", "prompt" or "question".',
+                         '提示词所在的列，或所有行共用的一条提示词。留空则使用名为 instruction、prompt 或 question 的列。'),
     'data.response': ('Answer', '回答'),
-    'data.response.help': ('Column with the answers. Empty: output, response or answer.',
-                           '回答所在的列。留空则为 output、response 或 answer。'),
+    'data.response.help': ('Column with the answers. Left empty: the column "output", "response" or "answer".',
+                           '回答所在的列。留空则使用名为 output、response 或 answer 的列。'),
     'data.header': ('Header row', '表头行'),
     'data.header.help': ('Row of a spreadsheet that has the names of the columns. 0: the first one that fits, so '
                          'that a title above it does no harm.',

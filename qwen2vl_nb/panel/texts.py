@@ -57,12 +57,12 @@ ENGLISH |= {
     'data.source.help': 'A table (CSV, TSV, Excel, Parquet, JSON, JSON lines), a folder with one subfolder per class, '
                         'or annotations such as COCO or YOLO.',
     'data.image': 'Pictures',
-    'data.image.help': 'Column with the paths of the pictures. Empty: image or images.',
+    'data.image.help': 'Column with the paths of the pictures. Left empty: the column "image" or "images".',
     'data.prompt': 'Question',
-    'data.prompt.help': 'Column with the questions, or one question for all rows. Empty: instruction, prompt or '
-                        'question.',
+    'data.prompt.help': 'Column with the questions, or one question for all rows. Left empty: the column '
+                        '"instruction", "prompt" or "question".',
     'data.response': 'Answer',
-    'data.response.help': 'Column with the answers. Empty: output, response or answer.',
+    'data.response.help': 'Column with the answers. Left empty: the column "output", "response" or "answer".',
     'data.header': 'Header row',
     'data.header.help': 'Row of a spreadsheet that has the names of the columns. 0: the first one that fits, so that '
                         'a title above it does no harm.',
