@@ -218,6 +218,11 @@ def test_wrong_columns_and_files_are_told_in_the_step(folder):
     told = shown(press(panel, 'data.read'))
     assert 'To be set in this form: "Pictures" · "Answer".' in html.unescape(told)
     assert 'no column' in told and 'photo' in told and 'Traceback' not in told and 'read_samples' in told  # and the code that failed
+    (folder/'titled.csv').write_text('My photos,\n1,\nphoto,caption\na.png,red\n')
+    fill(panel, 'data', source='titled.csv', image='photo', response='caption', header=1)
+    told = html.unescape(shown(press(panel, 'data.read')))
+    assert '"Header row" = 2' in told and 'To be set in this form: "Header row" · "Pictures" · "Answer".' in told, told
+    fill(panel, 'data', header='')
     (folder/'broken.xlsx').write_bytes(b'PK\3\4 no workbook')
     fill(panel, 'data', source='broken.xlsx', image='', response='')
     assert 'broken.xlsx' in shown(press(panel, 'data.read')) and not (folder/NOTEBOOK).exists()

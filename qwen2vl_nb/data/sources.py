@@ -598,7 +598,7 @@ def _table_columns(path, rows, image, video, prompt, response):
     lower = f' {_is_lower}'*any(str(c).startswith('Unnamed: ') for c in columns)
     if faults:
         error = ValueError(f'{path} has {"; ".join(faults)}. Its columns: {", ".join(columns)}.{lower}')
-        error.arguments = [*wrong]  # for forms, whose fields have other names
+        error.arguments = [*['header']*bool(lower), *wrong]  # for forms, whose fields have other names
         raise error
     found |= {'query': 'input' if 'input' in columns else None}
     return found | {k: k for k in ('system', 'tools', 'history') if k in columns}, prompt if is_text else None

@@ -74,7 +74,8 @@ CHINESE |= {
     'data.prompt': ('Question', '提示词'),
     'data.prompt.help': ('Column with the questions, or one question for all rows. Left empty: the column '
                          '"instruction", "prompt" or "question".',
-                         '提示词所在的列，或所有行共用的一条提示词。留空则使用名为 instruction、prompt 或 question 的列。'),
+                         '提示词所在的列，或所有行共用的一条提示词。'
+                         '留空则使用名为 instruction、prompt 或 question 的列。'),
     'data.response': ('Answer', '回答'),
     'data.response.help': ('Column with the answers. Left empty: the column "output", "response" or "answer".',
                            '回答所在的列。留空则使用名为 output、response 或 answer 的列。'),
