@@ -131,6 +131,7 @@ CHINESE |= {
     'model.hint': ('Folder or name', '目录或名称'),
     'model.folder': ('{family}, in a folder on this machine. Template: {template}.',
                      '{family}，位于本机目录中。对话模板：{template}。'),
+    'model.no_folder': ('There is no such folder.', '没有这个目录。'),
     'model.unknown': ('There is no such folder, and the name does not say which family the model belongs to; it '
                       'is taken for {family}. Template: {template}.',
                       '没有这个目录，从名称也看不出模型属于哪个系列，暂按 {family} 处理。对话模板：{template}。'),

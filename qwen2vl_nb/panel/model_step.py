@@ -51,6 +51,7 @@ class ModelStep(Step):
         model = self.values['model']
         if not model: return None, ''
         path = where_is(model, self.panel.session.project.folder)
+        if not os.path.isdir(path) and (model[0] in './~' or model.count('/') > 1): return None, self.say('no_folder')
         try: return (None, self._no_config(path)) if self._is_no_model(path) else (family_of(path), '')
         except (ValueError, OSError) as e: return None, str(e)
 
@@ -79,4 +80,5 @@ class ModelStep(Step):
         else:
             path = where_is(model, self.panel.session.project.folder)
             kind = 'folder' if os.path.isdir(path) else 'download' if named_family(path) else 'unknown'
-            self.facts.value = as_html('qvl-said', self.say(kind, family=family.name, template=usual_template(path)))
+            style = 'qvl-next' if kind == 'unknown' else 'qvl-said'
+            self.facts.value = as_html(style, self.say(kind, family=family.name, template=usual_template(path)))

@@ -159,7 +159,7 @@ class RecipeStep(Step):
             about = arguments_of_recipes().get(name)
             if about: self.controls[name].tooltip = f'{name}: {about.help}'
         self._find = Text(description=self.say('find'), placeholder=self.say('find.hint'), continuous_update=True,
-                          style={'description_width': '130px'}, layout=Layout(width='420px', max_width='100%'))
+                          style={'description_width': '130px'}, layout=Layout(width='400px', max_width='100%'))
         self._find.observe(lambda _: self._search(), 'value')
         self._found, self._more = VBox(), VBox()
         make = self.button('recipe.make', icon='file-text-o')

@@ -104,6 +104,7 @@ ENGLISH |= {
     'model.meant': 'Did you mean {names}?',
     'model.hint': 'Folder or name',
     'model.folder': '{family}, in a folder on this machine. Template: {template}.',
+    'model.no_folder': 'There is no such folder.',
     'model.unknown': 'There is no such folder, and the name does not say which family the model belongs to; it is '
                      'taken for {family}. Template: {template}.',
     'model.download': '{family}. It is downloaded when the run starts. Template: {template}.',
