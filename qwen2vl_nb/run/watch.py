@@ -191,7 +191,7 @@ class RunView(VBox):
         self._resume = self._button('Resume', 'play', 'From the newest complete checkpoint', 'resuming', run.resume)
         self._picture = Image(format='png', layout=Layout(display='none', width='840px', height='432px',
                               max_width='calc(100% - 4px)', object_fit='contain', object_position='left top'))
-        wraps = dict(layout=Layout(flex_flow='row wrap'))
+        wraps = dict(layout=Layout(flex_flow='row wrap', align_items='center'))
         rows = HBox([self._bar, self._head], **wraps), HBox([self._stop, self._resume, self._body], **wraps)
         self._cards = HTML(layout=Layout(display='none', overflow='visible'))
         where = HTML(_line(_folder(run), GREY))
