@@ -176,6 +176,7 @@ def first_few(
 
 def bulleted(
     items:list, # What a message is about, such as faults
+    n:int=5, # Number of items that are named
 )->str: # One line for each, without a newline at the end
-    "The first five items as a list, and how many more there are."
-    return '\n'.join(f'- {item}' for item in first_few(items))
+    "The first items as a list, and how many more there are."
+    return '\n'.join(f'- {item}' for item in first_few(items, n))

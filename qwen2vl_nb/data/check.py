@@ -514,7 +514,7 @@ def mend_samples(
 def _name_rows(samples, findings):
     "A line for each row that there are findings about; of warnings with the cure."
     said = findings.what.str.cat(findings.cure.where(findings.level == 'warning', ''), ' ').str.rstrip()
-    return bulleted([f'{name_row(i, samples[i])}: {" ".join(each)}' for i, each in said.groupby(findings.row)])
+    return bulleted([f'{name_row(i, samples[i])}: {" ".join(each)}' for i, each in said.groupby(findings.row)], 20)
 
 def _that_say(findings, texts):
     "Which findings say one of the texts and were not mended; a text that none says is printed."

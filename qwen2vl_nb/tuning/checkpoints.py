@@ -127,7 +127,9 @@ def _shown(self:CheckpointScores):
 def _title(self:CheckpointScores):
     row, values = self.table.loc[self.best.name][self.measure], self.table[self.measure, 'value']
     n = int((values == row.value).sum())
-    tied = f' {n} of {len(values)} have this value; the answers of this one are most like the labels.'*(n > 1)
+    has_bleu = {('bleu-4', 'value')} & {*self.table} - {(self.measure, 'value')}
+    why = 'the answers of this one are most like the labels by BLEU-4' if has_bleu else 'this one is the earliest'
+    tied = f' {n} of {len(values)} have this value; {why}.'*(n > 1)
     return f'Best by {self.measure}: {self.best.name}, {_interval(row)}.{tied} In parentheses: the 95 % interval.'
 
 @patch
