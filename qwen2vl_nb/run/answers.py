@@ -106,7 +106,8 @@ _words = { # For each fault: its name, where answers have it, the cure
               'that the answers it was trained on are not empty (check_samples).'),
     'repeats': ('endless repetition', '', 'Train longer or, once the loss falls no more, with a smaller '
                 'learning_rate, and check that the template is the one that the model was trained with. A larger '
-                'max_new_tokens does not help; repetition_penalty: 1.05 in the recipe of the prediction hides the symptom.')}
+                'max_new_tokens does not help; repetition_penalty: 1.05 in the recipe of the prediction hides the '
+                'symptom.')}
 
 def _one_answer(faults):
     "The finding that nearly all complete answers are the same, if they are."
