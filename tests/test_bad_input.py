@@ -33,7 +33,7 @@ READING = {
     'ragged rows': (lambda f: _csv(f, 'image,output\na.png,b\nc.png,d,e,f\n'), 'line 3'),
     'JSON cut off': (lambda f: _csv(f, '[{"image": "a.png"},\n{"ima', 'labels.json'), 'line 2, column 2'),
     'JSON of another shape': (lambda f: _csv(f, '{"rows": []}', 'labels.json'), 'it should be a list of rows'),
-    'JSON rows that are no rows': (lambda f: _csv(f, '[1, {}, "x"]', 'labels.json'), r'rows \[0, 2\]'),
+    'JSON rows that are no rows': (lambda f: _csv(f, '[1, {}, "x"]', 'labels.json'), r'row\(s\) 0, 2 are'),
     'broken lines': (lambda f: _csv(f, '{}\n{a}\n{}\n{b}\n', 'labels.jsonl'), 'line 2.*line 4'),
 }
 

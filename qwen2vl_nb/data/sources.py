@@ -1056,7 +1056,7 @@ def _rows_of(path, data, place):
         raise ValueError(f'{path} contains a {type(data).__name__}; it should be a list of rows.')
     bad = [i for i,row in enumerate(data) if not isinstance(row, dict)]
     if bad:
-        raise ValueError(f'{path}: rows {", ".join(first_few(bad, 10))} are not objects with named fields; '
+        raise ValueError(f'{path}: row(s) {", ".join(first_few(bad, 10))} are not objects with named fields; '
                          'each row should be like {"image": …, "output": …}.')
     return data, ''
 

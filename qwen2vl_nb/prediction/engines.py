@@ -237,7 +237,7 @@ def _sound_samples(samples, folder):
     samples = given_samples(samples, folder/'data'/'media', answered=False)
     is_sound = lambda s: isinstance(s, dict) and _is_shown(media_of(s, 'images') + media_of(s, 'videos'))
     bad = [i for i, s in enumerate(samples) if not is_sound(s)]
-    if bad: raise ValueError(f'Rows {", ".join(first_few(bad, 10))} are not dicts, or their pictures are not paths; '
+    if bad: raise ValueError(f'Row(s) {", ".join(first_few(bad, 10))} are not dicts, or their pictures are not paths; '
                              'see `check_samples`.')
     return samples
 
