@@ -459,7 +459,7 @@ def test_what_a_training_was_built_on_is_asked_with_it_and_all_runs_are_listed_w
     said, saves = [], folder/'job'/'saves'/tiny_fp32.name
     job.steps['predict'].boxes['predict.before'].line.observe(lambda change: said.append(change['new']), 'value')
     box = press(job, 'predict.before')
-    assert any('loading the model]' in text for text in said), said
+    assert any('served: loading [' in text for text in said), said  # with what it is at, such as loading the libraries
     assert 'qvl-error' not in shown(box), shown(box)
     with held(attach(saves/'served')): assert (saves/'predict'/'car_item_test'/RUN).exists()
     assert not (folder/'saves'/tiny_fp32.name/'served').exists()
