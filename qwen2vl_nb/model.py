@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['families', 'supported', 'other_model', 'box_marks', 'box_keys', 'pixel_limits', 'special_tokens',
            'thinking_templates', 'template_times', 'text_templates', 'other_templates', 'systems', 'Family',
-           'named_family', 'model_type', 'family_of', 'family_class', 'usual_template', 'trainer_size',
+           'named_family', 'model_type', 'family_of', 'family_class', 'usual_template', 'is_path', 'trainer_size',
            'processor_config', 'has_processor', 'processor_limits', 'tokens_within', 'image_tokens', 'sampled_frames',
            'video_tokens', 'resized', 'box_frame', 'corner_pairs', 'write_boxes', 'recipe_limits', 'with_system',
            'without_thoughts', 'after_thoughts', 'with_thoughts', 'chat_template', 'model_config', 'head_size',
@@ -123,6 +123,13 @@ def usual_template(
     texts = (text for file in _template_files if (text := _text_if_there(Path(model)/file))) if str(model) else ()
     thinks = re.search(family.thinks, _own_name(model)) or any(re.search(r'assistant\\+n<think>', t) for t in texts)
     return family.templates[-1 if thinks else 0]
+
+# %% ../nbs/03_model.ipynb #onlypath2
+def is_path(
+    model:str, # A model's folder or name
+)->bool:
+    "Whether it can only be a path, because no hub has such names."
+    return model[:1] in ('.', '/', '~') or model.count('/') > 1
 
 # %% ../nbs/03_model.ipynb #39be7d3e
 def trainer_size(

@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
-from .model import (Family, families, model_type, other_templates, pixel_limits, recipe_limits,
+from .model import (Family, families, is_path, model_type, other_templates, pixel_limits, recipe_limits,
                               usual_template)
 from .findings import Finding
 from .checkpoint import checkpoints
@@ -264,7 +264,7 @@ def _has_reference(recipe):
 def _model_path_findings(recipe, key='model_name_or_path'):
     model, give = recipe.get(key) or '', 'Set it to the folder of the model.'
     if model and Path(model).is_dir(): return model_findings(model) if key == 'model_name_or_path' else []
-    if not model or model[0] in './~' or model.count('/') > 1:
+    if not model or is_path(model):
         what = f'There is no folder {model}.' if model else 'The recipe names no model.'
         return [Finding(key, what, give)]
     hub = f'There is no folder {model} here: LLaMA-Factory will look for {model!r} on a model hub.'

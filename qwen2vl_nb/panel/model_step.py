@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from ipywidgets import HTML, Combobox
 from ..findings import first_few
-from ..model import families, family_of, named_family, usual_template
+from ..model import families, family_of, is_path, named_family, usual_template
 from .paths import PathList, path_row, suggestions
 from .shown import as_html
 from .steps import Step
@@ -51,7 +51,7 @@ class ModelStep(Step):
         model = self.values['model']
         if not model: return None, ''
         path = where_is(model, self.panel.session.project.folder)
-        if not os.path.isdir(path) and (model[0] in './~' or model.count('/') > 1): return None, self.say('no_folder')
+        if not os.path.isdir(path) and is_path(model): return None, self.say('no_folder')
         try: return (None, self._no_config(path)) if self._is_no_model(path) else (family_of(path), '')
         except (ValueError, OSError) as e: return None, str(e)
 
