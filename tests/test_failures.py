@@ -282,7 +282,7 @@ def no_llamafactory(room):
     venv.create(room.folder/'bare', symlinks=True)
     return room.fail(python=str(room.folder/'bare'/'bin'/'python'))
 
-@case(r'^rank 0, \S+:\d+ in ', "own memory ran out. .*([Mm]emory)", cure='resume()')
+@case(r'^rank 0, \S+:\d+ in ', "own memory ran out. .*([Mm]emory)", cure='Start fewer processes')
 def host_memory(room):
     "Two pictures of two million pixels, and from the first step on no room for one."
     changes = room.rows(good_rows[:2])
@@ -385,7 +385,7 @@ def memory_group(most):
     try: yield group/'cgroup.procs'
     finally: group.rmdir()
 
-@case('^rank 0$', 'The kernel killed the process', cure='Offload less')
+@case('^rank 0$', 'The kernel killed the process', cure='Start fewer processes')
 def killed_by_the_kernel(room):
     "In a group that may take 200 MB."
     with memory_group(200_000_000) as group:
