@@ -128,7 +128,8 @@ def findings_class()->type: # Of `DataFrame`
             cells = pd.DataFrame({name: [_cell(name, value) for value in column] for name, column in worst.items()})
             with pd.option_context('display.max_colwidth', None):
                 shown = cells.to_html(index=False, escape=False, border=0)
-            for cell in 'td', 'th': shown = shown.replace(f'<{cell}>', f'<{cell} style="text-align:left">')
+            shown = shown.replace('<th>', '<th style="text-align:left">')
+            shown = shown.replace('<td>', '<td style="text-align:left;white-space:pre-wrap">')
             return as_text(f'<p>{line}</p>{shown}' if line else shown)
         def __repr__(self):
             if self.empty: return 'Nothing found.'

@@ -122,6 +122,8 @@ def _prepared(form):
     form.keep('faults')
     form.press('data.drop')
     form.says('Dropped 2 of 120')
+    form.at.locator('.qvl-shown td', has_text='dropped').nth(1).wait_for()
+    form.keep('dropped')
     form.go('split')
     form.fill('split', test='20', name='cars')
     form.press('split.register')
@@ -146,6 +148,7 @@ def _trained(form, root):
     form.says(re.compile(r'cars-\d+-\d+: running, step \d+ of 40'))
     form.button('Stop').click()
     form.says(re.compile(r'cars-\d+-\d+: stopped, step \d+ of 40'))
+    form.says('"Score the checkpoints" in the step "Checkpoints" scores the answers that it gives so far.')
     form.button('Resume').click()
     form.says(re.compile(r'cars-\d+-\d+: running, step \d+ of 40'))
     form.keep('training')
@@ -168,9 +171,8 @@ def _started_by_somebody_else(form, root):
     form.control('runs.run').select_option(label=line.inner_text())
     form.press('runs.choose')
     form.says('Was it moved after the launch?')
-    form.button('Resume').click()
-    form.says('There is no complete checkpoint')
-    form.says('Was it moved after the launch?')
+    form.says('There is no complete checkpoint: "Launch" in the step "Launch" starts from the beginning.')
+    assert form.button('Resume').is_disabled()
     form.keep('failed')
     form.control('runs.run').select_option(label=chosen)
     form.press('runs.choose')
@@ -187,7 +189,7 @@ def _answered(form):
     form.fill('predict', max_new_tokens=24)
     for action in ('predict.before', 'predict.after'):
         form.press(action)
-        form.at.locator('.qvl-shown', has_text=re.compile('20 rows')).nth(int(action == 'predict.after')).wait_for()
+        form.at.get_by_text('20 rows have an answer now, in ').nth(int(action == 'predict.after')).wait_for()
     form.go('score')
     form.press('score.scores')
     form.says('20 rows; with 95 % intervals')
@@ -309,6 +311,20 @@ def test_a_page_of_any_width_clips_nothing_and_a_folder_that_jupyterlab_does_not
     plots.wait_for()
     assert plots.bounding_box()['width'] > 600 and form.at.evaluate(CLIPPED) == [[], [], []]
     form.keep('narrow-plots')
+
+def test_no_card_of_answers_is_cut_off_in_a_notebook(lab, page):
+    cell = f"""from qwen2vl_nb.prediction.show import PredictionView
+picture = {str(ROOT/'data'/'car_item'/'images'/'0001.png')!r}
+PredictionView([dict(id=i, images=[picture], prompt='What is this?', label='A car.', predict='A bus.') for i in range(8)], n=8)"""
+    notebook(lab.root/'cards.ipynb', [cell])
+    page.set_viewport_size(dict(width=1300, height=900))
+    open_notebook(page, lab, 'cards.ipynb')
+    menu(page, 'Run', 'Run All Cells')
+    cards = page.locator('.jp-OutputArea-output [style*=radius]')
+    cards.nth(7).wait_for()
+    right = "all => all.map(e => e.getBoundingClientRect().right - e.closest('.jp-OutputArea-output').getBoundingClientRect().right)"
+    assert max(cards.evaluate_all(right)) <= 0
+    assert len({box.bounding_box()['x'] for box in cards.all()}) > 2
 
 def test_the_pager_of_answers_stays_one_line_on_a_narrow_page(lab, page):
     cell = """from ipywidgets import HTML, VBox

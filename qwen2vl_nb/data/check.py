@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from ..model import special_tokens
 from ..names import progress
+from ..files import short_path
 from ..findings import bulleted, finding_kind, findings_table, show_value
 from .answer_faults import answer_faults_between, missing_media_faults, without_blanks
 from .boxes import box_pieces, known_frame, turn_sample
@@ -306,7 +307,7 @@ def _item_faults(key, item, looks, leaks, copies):
     "Faults of one picture or clip; for those that were mended, `cure` names the copy."
     if isinstance(item, str):
         faults = [*looks[key == 'videos'][item].faults, *leaks.get(item, [])]
-        mended = lambda f: f._replace(cure=f'Mended in the copy {copies[item]}', level='mended')
+        mended = lambda f: f._replace(cure=f'Mended in the copy {short_path(copies[item])}', level='mended')
         return [_with_file_name(item, mended(f) if f.mends and item in copies else f) for f in faults]
     if key == 'videos' and isinstance(item, list) and item:
         return [f for frame in item for f in _item_faults('images', frame, looks, leaks, copies)]

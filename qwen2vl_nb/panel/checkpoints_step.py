@@ -8,10 +8,11 @@ __all__ = ['SCORE', 'ROWS', 'dataset_given', 'limits', 'DatasetStep', 'Checkpoin
 # %% ../../nbs/panel/70_checkpoints_step.ipynb #70checkp0002
 import ast
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from fastcore.basics import patch
 from ipywidgets import HTML, Combobox
-from .chosen_run import AtWork, folders_at_work, registered_names, test_set
+from .chosen_run import AtWork, folders_at_work, live_view, registered_names, test_set
 from .session import Action, Number, Unfilled, as_call, keep_value, what_ran
 from .steps import Step
 
@@ -59,7 +60,7 @@ class DatasetStep(Step):
 
     def at_work(self):
         "The views of predictions that are at work."
-        self.work = AtWork(self._folders, lambda: self.panel.shown == self.name)
+        self.work = AtWork(self._folders, partial(live_view, step=self), lambda: self.panel.shown == self.name)
         for box in self.boxes.values(): box.button.on_click(lambda _: self.work.follow(self._is_busy))
         return self.work
 

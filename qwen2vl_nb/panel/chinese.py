@@ -18,9 +18,10 @@ CHINESE = {
     'panel.running': ('Running …', '正在运行……'),
     'panel.cancel': ('Cancel', '取消'),
     'panel.cancelled': ('Cancelled.', '已取消。'),
-    'panel.again': ('Running the code of earlier steps again …', '正在重新运行前面步骤的代码……'),
     'panel.ran': ('Ran on {when}.', '运行时间：{when}。'),
     'panel.changed': ('Changed since: press "{action}" again.', '之后有改动：请再次点击“{action}”。'),
+    'panel.undid': ('Results that were based on this are out of date. To be done again: {what}.',
+                    '基于它的结果已经过期。需要重新进行：{what}。'),
     'panel.unexpected': ('This error was not expected: {error}\nIt was raised in {where}. To see the full '
                          'traceback, run the code below in a cell.',
                          '意外的错误：{error}\n出错位置：{where}。要查看完整的 traceback，请在单元格中运行下面的代'
@@ -32,12 +33,10 @@ CHINESE = {
                     '{field}不能填“{typed}”。可填：{allowed}。'),
     'panel.whole': ('whole numbers', '整数'),
     'panel.decimal': ('numbers (decimals with a point)', '数字（小数点用“.”）'),
+    'panel.share': ('a share below 1, or a whole number', '小于 1 的比例，或整数'),
     'panel.range': ('{kind} from {least} to {most}', '{least} 到 {most} 之间的{kind}'),
     'panel.least': ('{kind} from {least} up', '不小于 {least} 的{kind}'),
     'panel.set': ('To be set in this form: {fields}.', '请在此表单中设置：{fields}。'),
-    'panel.elsewhere': ('{name} was not written by this panel or has been changed since. It stays as it is; the '
-                        'code is written to {other}.',
-                        '{name} 不是由本面板写入的，或者写入后被改动过。该文件保持原样，代码改为写入 {other}。'),
     'panel.ended': ('This form is now shown in another cell. Run this cell again to have it here.',
                     '此表单现在显示在另一个单元格中。重新运行本单元格即可在这里继续使用。'),
     'panel.run_again': ('The kernel that showed this form has ended. Run this cell again: the form comes back as it '
@@ -155,9 +154,9 @@ CHINESE |= {
     'launch.start': ('Launch', '启动训练'),
     'launch.start.help': ('Start the recipe in a new folder.', '在新目录中按这份训练配置启动训练。'),
     'launch.busy': ('Nothing was started, because {run} was still training. Wait until it is done, or end it in the '
-                    'step "{runs}" with "Stop"; then press "{start}" again. To have several trainings at once, '
+                    'step "{runs}" with "{stop}"; then press "{start}" again. To have several trainings at once, '
                     'choose another run in the step "{runs}" first.',
-                    '{run} 当时仍在训练，因此没有启动新的训练。请等它结束，或在“{runs}”步骤中用“Stop”停止它，然后再次'
+                    '{run} 当时仍在训练，因此没有启动新的训练。请等它结束，或在“{runs}”步骤中用“{stop}”停止它，然后再次'
                     '点击“{start}”。如果要同时进行多个训练，请先在“{runs}”步骤中选择另一个训练任务。'),
 }
 
@@ -176,7 +175,11 @@ CHINESE |= {
     'runs.filter': ('Filter', '筛选'),
     'runs.filter.help': ('Part of a name or of a state, such as failed.', '名称或状态的一部分，例如 failed。'),
     'runs.run': ('Run', '训练任务'),
-    'runs.list': ('List again', '刷新列表'),
+    'runs.stop': ('Stop', '停止'),
+    'runs.stop.help': ('At the next step, with a checkpoint', '在下一步停止，并保存检查点'),
+    'runs.resume': ('Resume', '继续'),
+    'runs.resume.help': ('From the newest complete checkpoint', '从最新的完整检查点继续'),
+    'runs.place': ('Folder:', '目录：'),
     'runs.choose': ('Choose', '选择'),
     'runs.choose.help': ('Make this run the one that the following steps are about.',
                          '让之后的步骤都针对这个训练任务。'),
@@ -186,7 +189,7 @@ CHINESE |= {
     'runs.none': ('none yet', '无'),
     'runs.other': ('The chosen run is {run}. To watch, stop or resume the one that is selected in the list, press '
                    '"{choose}" first.',
-                   '当前选中的是 {run}。要查看、停止或恢复列表中高亮的训练任务，请先点击“{choose}”。'),
+                   '当前选中的是 {run}。要查看、停止或继续列表中高亮的训练任务，请先点击“{choose}”。'),
 }
 
 # %% ../../nbs/panel/00_chinese.ipynb #zhcheckpoi
@@ -249,6 +252,8 @@ CHINESE |= {
                             '用来保存回答；留空则放在模型旁边。设置或数据行变了，就要换一个目录。'),
     'predict.before': ('Predict before training', '预测（训练前）'),
     'predict.before.help': ('With the model as it was, to compare.', '使用训练前的模型，供对比用。'),
+    'predict.answered': ('{n} rows have an answer now, in {folder}. The step "{score}" says how good the answers are.',
+                         '{n} 行已有回答，保存在 {folder}。回答的质量见“{score}”步骤。'),
     'predict.after': ('Predict after training', '预测（训练后）'),
     'predict.after.help': ('With what the run has trained: its best checkpoint, or its last. Waits until it has '
                            'ended.',
@@ -278,9 +283,9 @@ CHINESE |= {
                         'are right in {right} %.',
                         '始终给出最常见的回答，正确率也有 {share} %；而这些回答的正确率是 {right} %。'),
     'score.next.health': ('Look at the training first: {finding}', '请先检查训练：{finding}'),
-    'score.next.resume': ('The training ended before its last step: "Resume" in the step "Runs" continues it. Then '
-                          'predict again.',
-                          '训练没有完成全部步数就结束了：请在“训练任务”步骤中点击“Resume”继续训练，然后重新预测。'),
+    'score.next.resume': ('The training ended before its last step: "{resume}" in the step "{runs}" continues it. '
+                          'Then predict again.',
+                          '训练没有完成全部步数就结束了：请在“{runs}”步骤中点击“{resume}”继续训练，然后重新预测。'),
     'score.next.falling': ('The loss was still falling when the training ended ({before} → {after}): train longer, '
                            'with more epochs or steps in the step "Recipe".',
                            '训练结束时 loss 仍在下降（{before} → {after}）：请在“训练配置”步骤中增加轮数或步数，'
@@ -396,7 +401,9 @@ CHINESE |= {
     'recipe.logging_steps': ('Log every', '日志间隔'),
     'recipe.logging_steps.help': ('Steps between two points of the curve.', '曲线上相邻两点之间的步数。'),
     'recipe.bf16': ('bfloat16', '使用 bfloat16'),
-    'recipe.bf16.help': ('Off for a CPU or an older GPU.', '使用 CPU 或较旧的 GPU 时请关闭。'),
+    'recipe.bf16.help': ('Off for an older GPU. For a CPU, "Use the fastest that fits" in the step "Memory" leaves '
+                         'it out.',
+                         '较旧的 GPU 请关闭。使用 CPU 时，“显存”步骤中的“选用放得下的最快配置”会去掉它。'),
     'recipe.report_to': ('Tracker', '实验跟踪'),
     'recipe.more': ('Other arguments', '其他参数'),
     'recipe.find': ('Other arguments', '其他参数'),

@@ -15,6 +15,7 @@ from ..recipe import dataset_names, load_recipe
 from ..run.folder import RECIPE, RUN, SCORES, SERVED, state_or_empty
 from .session import near
 from .shown import as_html
+from .texts import ENGLISH
 
 # %% ../../nbs/panel/55_chosen_run.ipynb #55chosen0004
 _registry = 'dataset_info.json'
@@ -48,13 +49,19 @@ def test_set(
                  if word in name.lower()), '')
 
 # %% ../../nbs/panel/55_chosen_run.ipynb #55chosen0008
+_of_view = 'runs.stop', 'runs.stop.help', 'runs.resume', 'runs.resume.help', 'runs.place'
+
 def live_view(
     run:Path, # Folder of a run
+    step, # The `Step` that shows it
 ): # A widget; `None` outside a notebook
     "The live view of a run, or why there is none."
     from qwen2vl_nb.run import attach  # imported late: the panel is made without what a run needs
-    try: return attach(run).watch()
-    except (OSError, ValueError) as e: return HTML(as_html('qvl-error', str(e)))
+    words = {ENGLISH[key]: step.panel.say(key) for key in _of_view}
+    try: view = attach(run).watch()
+    except (OSError, ValueError) as e: return HTML(as_html('qvl-error', step.tell(str(e))))
+    if view: view.say_as(lambda text: words.get(text) or step.tell(text))
+    return view
 
 # %% ../../nbs/panel/55_chosen_run.ipynb #55chosen0012
 _places = ('*', f'{SCORES}/*') # Where predictions of a run lie, below its folder
@@ -91,16 +98,18 @@ class AtWork(VBox):
     "The live views of the predictions that are at work."
     def __init__(self,
         find, # Function without arguments: the folders of predictions that are at work
+        show, # Function: such a folder → its view
         is_shown=lambda: True, # Function without arguments: whether to keep up with them
     ):
-        self._find, self._is_shown, self._thread, self._seen, self._lock = find, is_shown, None, [], Lock()
+        self._find, self._show, self._is_shown = find, show, is_shown
+        self._thread, self._seen, self._lock = None, [], Lock()
         super().__init__(layout=Layout(max_width='100%'))
 
     def look(self):
         "Show the views that belong here now; returns whether something is at work."
         with self._lock:  # so that nobody shows what was found before somebody else has looked
             found = [*self._find()]
-            if found != self._seen: self._seen, self.children = found, [*filter(None, map(live_view, found))]
+            if found != self._seen: self._seen, self.children = found, [*filter(None, map(self._show, found))]
         return bool(found)
 
     def follow(self,

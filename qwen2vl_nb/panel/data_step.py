@@ -202,7 +202,7 @@ class DataStep(Step):
         self._offer_columns()
         read = self.button('data.read', icon='folder-open')
         for name in ('source', 'image', 'prompt', 'response'): on_enter(self.controls[name], read.start)
-        self.settled = HTML()
+        self.settled, self._later = HTML(), [None, None]
         others = [self.button('data.check', icon='search'), self.button('data.mend', icon='wrench', primary=False),
                   self._build_kinds(), self.button('data.drop', icon='eraser', primary=False)]
         return [row, *columns, header, media_row, boxes, read, self.settled, *others]
@@ -216,8 +216,11 @@ class DataStep(Step):
         self._offer_columns()
         self._offer_kinds()
         self._tell_settled()
-        check = self.boxes['data.check']
-        if self._is_mended() and not check.has_failed: check.result.children = ()
+        ran = what_ran(self.panel.session.project)
+        later = [ran.get(name) for name in ('data.mend', 'data.drop')]
+        if later != self._later:
+            for name in ('data.check', 'data.mend'): self.boxes[name].redraw()
+        self._later = later
 
     def _offer_columns(self):
         names = source_columns(self.panel.session)
@@ -267,11 +270,21 @@ def _offer_kinds(self:DataStep):
     self._restoring = False
     self.kinds.layout.display = None if control.options else 'none'
 
+
+# %% ../../nbs/panel/32_data_step.ipynb #shownkept1
 @patch
 def _is_mended(self:DataStep):
     "Whether what the last check found was mended since, which shows all of it again."
     ran = what_ran(self.panel.session.project)
     return {'data.check', 'data.mend'} <= ran.keys() and ran['data.mend'].when > ran['data.check'].when
+
+@patch
+def _dropped(self:DataStep, table):
+    "The rows in a table of findings that were dropped since."
+    ran = what_ran(self.panel.session.project)
+    if 'data.drop' not in ran: return []
+    also = ran['data.drop'].given.get('also', [])
+    return table.row[(table.level == 'error') | table.what.map(finding_kind).isin(also)]
 
 @patch
 def show_kept(self:DataStep, action, given):
@@ -280,6 +293,7 @@ def show_kept(self:DataStep, action, given):
     key = 'mended' if mended else 'found' if found else 'clean'
     said = self.say(key, n=found or given['samples']*(not mended), rows=given['rows'], mended=mended)
     table = findings_class()(**{key: given['shown'][key] for key in ('data', 'index', 'columns')})
+    table = table.assign(level=table.level.mask(table.row.isin(self._dropped(table)), 'dropped'))
     if 'source' in table: table = table.drop(columns='row')  # the index, which only code needs
     shown = [*[HTML(as_html('qvl-said', given['line']))]*bool(given['line']), as_widget(self.tell_table(table))]
     return [HTML(as_html('qvl-said', said)), *shown*bool(found or mended)]

@@ -69,7 +69,8 @@ class LaunchStep(Step):
         "Whether nothing may be started because the chosen run is training; if so, say it."
         run = self.panel.session.form('runs')['run']
         is_training = bool(run) and is_going_on(self.panel.session.project.folder/run)
-        values = dict(run=run, runs=self.panel.say('runs'), start=self.say('start'))
+        say = self.panel.say
+        values = dict(run=run, runs=say('runs'), stop=say('runs.stop'), start=self.say('start'))
         self.held.value = as_html('qvl-error', self.say('busy', **values) if is_training else '')
         return is_training
 
@@ -97,5 +98,5 @@ class LaunchStep(Step):
         run = ran and ran.given.get('run')
         if run == self._watched: return
         self._watched = run
-        view = live_view(self.panel.session.project.folder/run) if isinstance(run, str) else None
+        view = live_view(self.panel.session.project.folder/run, self) if isinstance(run, str) else None
         self.live.children = [view] if view else []

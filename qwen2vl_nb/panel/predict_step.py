@@ -11,7 +11,7 @@ from pathlib import Path
 from ipywidgets import HTML, Combobox, Dropdown, Text
 from .checkpoints_step import ROWS, DatasetStep, dataset_given, limits
 from .chosen_run import is_loaded
-from .session import Action, Given, Unfilled, as_call
+from .session import Action, Given, Unfilled, as_call, what_ran
 from .shown import as_html
 from ..run.folder import SERVED
 
@@ -51,7 +51,11 @@ def _before(given): return _asked(given, 'before', None, given['model'])
 def _after(given): return 'run.wait()\n' + _asked(given, 'after', ast.Name('run'), given.get('trained'))
 
 def _again(name): return lambda given: f'{name} = {as_call("Predictions", given.path("answers", new=True))}'
-def _keeps(name): return lambda names: {'answers': names[name].output_dir, 'rows': len(names[name])}
+def _keeps(name):
+    def kept(names):
+        found = names[name]
+        return {'answers': found.output_dir, 'rows': len(found), 'answered': len(found) - len(found.failed)}
+    return kept
 
 def _given(form):
     own = form('predict')
@@ -94,5 +98,11 @@ class PredictStep(DatasetStep):
         run = self.panel.session.form('runs')['run']
         is_offered = self.values['engine'] == 'hf' and run and is_loaded(self.panel.session.project.folder/run)
         self.loaded.value = as_html('qvl-help', self.say('loaded', served=self.say(SERVED)) if is_offered else '')
+
+    def show(self, action, value): return self.show_kept(action, what_ran(self.panel.session.project)[action].given)
+
+    def show_kept(self, action, given):
+        said = self.say('answered', n=given['answered'], folder=given['answers'], score=self.panel.say('score'))
+        return [HTML(as_html('qvl-said', said))]
 
     def is_cheap(self, action, given): return False

@@ -244,7 +244,7 @@ def _added(self:RecipeStep, name, value):
     remove = Button(icon='times', tooltip=self.say('remove', name=name), layout=Layout(width='36px', flex='none'))
     remove.on_click(lambda _: self._remove(name))
     beside = HBox([control, remove], layout=Layout(flex_flow='row wrap', align_items='center', max_width='100%'))
-    hint = HTML(layout=Layout(margin='0 4px 4px 208px'))
+    hint = HTML(layout=Layout(margin='0 4px 4px 210px'))
     hint.add_class('qvl-below')
     row = VBox([beside, hint], layout=Layout(max_width='100%'))
     row.value_of = (name, value)

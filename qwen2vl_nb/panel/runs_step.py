@@ -95,7 +95,7 @@ class RunsStep(Step):
     def _watch(self):
         self._watched = run = self.values['run']
         self.select.value = None  # so that the list selects it
-        view = live_view(self.panel.session.project.folder/run) if run else None
+        view = live_view(self.panel.session.project.folder/run, self) if run else None
         self.live.children = [view] if view else []
 
 # %% ../../nbs/panel/62_runs_step.ipynb #62runsst0010

@@ -98,7 +98,8 @@ class ScoreStep(Step):
         if key == 'look' and len(scores.findings): return ''  # they say what is wrong
         right = scores[usual_measure(scores)]
         said = self.say('as_common', share=f'{share:.0f}', right=f'{right:.0f}') if right else self.say('none_right')
-        buttons = {name: self.say(name) for name in ('show', 'wrong')}
+        say = self.panel.say
+        buttons = {'show': self.say('show'), 'resume': say('runs.resume'), 'runs': say('runs')}
         return f"{said} {self.tell(self.say(f'next.{key}', **values | buttons))}"
 
     def refresh(self):

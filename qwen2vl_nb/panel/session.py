@@ -46,21 +46,27 @@ def near(
     "A path as the panel keeps it."
     return os.path.relpath(path, folder) if Path(path).is_relative_to(folder) else str(path)
 
+_wide = 90 # Characters in a line of code
+
 def as_call(
     function:str, # Its name
     *args, # Values; an `ast.Name` is written as the name
     **kwargs, # The same
 )->str:
     "The code of a call; if it is long, on several lines."
-    text = lambda value: value.id if isinstance(value, ast.Name) else repr(value)
+    def text(value):
+        if isinstance(value, ast.Name): return value.id
+        is_long = isinstance(value, list) and len(repr(value)) > _wide
+        return '\n'.join(['[', *(f'        {item!r},' for item in value), '    ]']) if is_long else repr(value)
     named = [f'{k}={text(v)}' for k,v in kwargs.items() if k.isidentifier()]
     others = {k: v for k,v in kwargs.items() if not k.isidentifier()}
     parts = [*map(text, args), *named, *[f'**{others!r}']*bool(others)]
     lines = [f'{function}(']
     for i, part in enumerate(parts):
-        part += ', ' if i < len(parts) - 1 else ''
-        if len(lines[-1] + part) > 90 and len(lines[-1].strip()) > 30: lines.append('    ')
-        lines[-1] += part
+        first, *rest = (part + (', ' if i < len(parts) - 1 else '')).split('\n')
+        if len(lines[-1] + first) > _wide and len(lines[-1].strip()) > 30: lines.append('    ')
+        lines[-1] += first
+        lines += rest
     return '\n'.join(map(str.rstrip, lines)) + ')'
 
 # %% ../../nbs/panel/10_session.ipynb #10sessio0009
@@ -209,6 +215,7 @@ class Number:
     usual:int|float|str # What an empty field stands for; if it is an `int`, only whole numbers are allowed
     least:float=-math.inf
     most:float=math.inf
+    whole_from:float=math.inf # From here on, only whole numbers are allowed: below, it is a share
 
     def read(self,
         value, # What was typed, or what a file has
@@ -219,7 +226,7 @@ class Number:
         except (ValueError, OverflowError): return None
         is_whole, is_allowed = number.is_integer(), math.isfinite(number) and self.least <= number <= self.most
         if isinstance(self.usual, int): return int(number) if is_whole and is_allowed else None
-        return number if is_allowed else None
+        return number if is_allowed and (is_whole or number < self.whole_from) else None
 
 # %% ../../nbs/panel/10_session.ipynb #formvals01
 def _kept(project, step): return _as_dict(_as_dict(project.state.get('values')).get(step))
@@ -264,6 +271,7 @@ class Ran:
     given:dict # The values that its code was built from
     when:float # Seconds since 1970
     said:str # What it printed
+    undid:tuple=() # Names of later actions that had run, and were out of date because of it
 
 def what_ran(
     project:Project, # The files
@@ -271,8 +279,9 @@ def what_ran(
     "The actions that ran."
     found = {}
     for name, kept in _as_dict(project.state.get('ran')).items():
-        given, when, said = (_as_dict(kept).get(k) for k in ('given', 'when', 'said'))
-        if isinstance(given, dict) and _like(when, 0.) and isinstance(said, str): found[name] = Ran(given, when, said)
+        given, when, said, undid = (_as_dict(kept).get(k) for k in ('given', 'when', 'said', 'undid'))
+        if not isinstance(given, dict) or not _like(when, 0.) or not isinstance(said, str): continue
+        found[name] = Ran(given, when, said, tuple(map(str, undid if isinstance(undid, list) else ())))
     return found
 
 # %% ../../nbs/panel/10_session.ipynb #10sessio0023
@@ -530,6 +539,7 @@ def _note(session, name, given, said):
         ran[name] = {'given': given, 'when': time.time(), 'said': said[-_most_said:]}
         changed = _codes(session, name) != before
         outdated = [other for other in session.depends(name)*changed if not session.actions[other].follows]
+        ran[name]['undid'] = [other for other in outdated if other in ran]
         for other in session.replaces(name) + outdated: ran.pop(other, None)
         session.made[name] = session.code(name, again=True)
     write_notebook(session)

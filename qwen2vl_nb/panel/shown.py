@@ -32,8 +32,8 @@ STYLE = '''<style>
 .qvl .widget-label,.qvl .jupyter-widget-label {color:inherit}
 .qvl {--jp-widgets-dropdown-arrow:url("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' \
 viewBox='0 0 18 18'%3E%3Cpath d='M5 7l4 4 4-4' fill='none' stroke='%23888' stroke-width='2'/%3E%3C/svg%3E")}
-.qvl select[multiple] {min-width:0} .qvl-list button {text-align:left}
-.qvl select[size]>option {white-space:normal;overflow-wrap:anywhere}
+.qvl .qvl-wrong input {border-color:var(--jp-error-color1,#d64545)} .qvl-list button {text-align:left}
+.qvl select[multiple] {min-width:0} .qvl select[size]>option {white-space:normal;overflow-wrap:anywhere}
 .qvl-help {opacity:.75;line-height:1.35;overflow-wrap:anywhere} .qvl .qvl-held {opacity:.5;cursor:default}
 .qvl-code {position:relative;border:1px solid var(--jp-border-color2,rgba(128,128,128,.35));border-radius:3px;
   background:var(--jp-cell-editor-background,rgba(128,128,128,.08))}
@@ -54,8 +54,8 @@ viewBox='0 0 18 18'%3E%3Cpath d='M5 7l4 4 4-4' fill='none' stroke='%23888' strok
 .qvl .jp-RenderedHTMLCommon svg {max-width:100%;height:auto}
 .qvl .jp-RenderedHTMLCommon table {margin-left:0}
 .qvl-shown tr:has(td>div) td:last-child {min-width:160px}
-.qvl-shown {overflow-x:auto;max-height:520px;overflow-y:auto}
-.qvl-shown::after {content:'';display:block;position:sticky;bottom:0;left:0;height:28px;pointer-events:none;
+.qvl-shown {overflow:auto;max-height:520px} .qvl-shown p:last-child,.qvl-shown table:last-child {margin-bottom:0}
+.qvl-shown::after {content:'';display:block;position:sticky;bottom:0;left:0;height:16px;pointer-events:none;
   background:linear-gradient(transparent,var(--jp-layout-color0,transparent))}
 .qvl button:focus-visible,.qvl input:focus-visible,.qvl select:focus-visible,.qvl textarea:focus-visible
   {outline:2px solid var(--jp-brand-color1,#1976d2)!important;outline-offset:1px}

@@ -43,7 +43,7 @@ def _register_code(given):
     registry = f"registry = {as_call('Registry', given.path('folder', new=True))}"
     if not test: return '\n'.join([registry, _adds(name, 'samples', media)])
     named = {k: given[k] for k in ('group', 'stratify') if given[k]}
-    split = as_call('split_samples', ast.Name('samples'), test=test if test < 1 or test % 1 else int(test), **named)
+    split = as_call('split_samples', ast.Name('samples'), test=test if test < 1 else int(test), **named)
     adds = [_adds(name, 'train', media), _adds(test_name(name), 'test', media)]
     return '\n'.join([f'train, test = {split}', registry, *adds])
 
@@ -66,7 +66,8 @@ ACTIONS = [
 class SplitStep(Step):
     "Split the samples, and register both parts."
     name, done, actions = 'split', 'split.register', ACTIONS
-    defaults = dict(test=Number(.1, 0), group='', stratify='', name='my_data', folder='data', media='refer')
+    defaults = dict(test=Number(.1, 0, whole_from=1), group='', stratify='', name='my_data', folder='data',
+                    media='refer')
 
     def build(self):
         folder = self.panel.session.project.folder
@@ -79,7 +80,6 @@ class SplitStep(Step):
         others = [self.button('split.plot', icon='bar-chart', primary=False),
                   self.button('split.load', icon='search', primary=False)]
         self.left = HTML()
-        self._tell_left()
         return [test, *columns, *names, media, self.left, register, *others]
 
     def show(self, action, value):

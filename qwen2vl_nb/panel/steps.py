@@ -112,7 +112,7 @@ class ActionBox(VBox):
         self.stop = Button(description=say('panel.cancel'), icon='stop', layout=Layout(width='auto', display='none'))
         self.stop.on_click(lambda _: self.cancel())
         self.line, self.result = HTML(layout=Layout(flex='0 1 auto')), VBox(layout=Layout(max_width='100%'))
-        self.behind = HTML() # Says that the form has changed since
+        self.behind = HTML() # Says that the form has changed, or what has to be done again
         looks = Layout(flex_flow='row wrap', align_items='baseline')
         super().__init__([HBox([self.button, self.stop, self.line], layout=looks), self.behind, self.result],
                          layout=Layout(margin='4px 0', max_width='100%'))
@@ -147,6 +147,12 @@ def _kept(self:ActionBox, ran):
     "The widgets that show what is kept of a result."
     with suppress(Exception): return self.step.show_kept(self.action.name, ran.given) if ran else []
     return []  # the file does not have what it needs
+
+@patch
+def redraw(self:ActionBox):
+    "If a result is on the screen, show what is kept of it."
+    is_result = self.result.children and not self._thread and not self.has_failed
+    if is_result: self.result.children = self._kept(self._ran())
 
 @patch
 def _basis(self:ActionBox):
@@ -221,9 +227,10 @@ def _end(self:ActionBox, said, shown, failed=None):
 # %% ../../nbs/panel/20_steps.ipynb #compare001
 @patch
 def _tell_behind(self:ActionBox, failed):
-    "Say whether the form has changed since the action ran, unless its new values have failed."
+    "Say whether the form has changed since the action ran, unless its new values have failed, or what it undid."
     is_behind = not failed and self.step.is_behind(self.action.name)
-    self.behind.value = as_html('qvl-next', self.step.tell_behind(self.action.name)) if is_behind else ''
+    said = self.step.tell_behind(self.action.name) if is_behind else self.step.tell_undid(self._ran())
+    self.behind.value = as_html('qvl-next', said)
 
 # %% ../../nbs/panel/20_steps.ipynb #step0018c
 @patch
@@ -338,13 +345,6 @@ def is_behind(self:Step,
     return self.panel.session.has_changed(action)
 
 @patch
-def tell_behind(self:Step,
-    action:str, # Name of an action that is behind
-)->str:
-    "What to do about it."
-    return self.panel.say('panel.changed', action=self.panel.say(action))
-
-@patch
 def ended(self:Step):
     "Called after an action has ended, before its result is shown."
 
@@ -365,6 +365,28 @@ def refresh(self:Step):
     title = as_html('qvl-help', self.panel.say('panel.code' if text else 'panel.no_code'))
     self.code.value = title + (code_html(text, self.panel.say('panel.copy')) if text else '')
     for box in self.boxes.values(): box.restore()
+
+# %% ../../nbs/panel/20_steps.ipynb #tellbeh1
+@patch
+def tell_behind(self:Step,
+    action:str, # Name of an action that is behind
+)->str:
+    "What to do about it."
+    return self.panel.say('panel.changed', action=self.panel.say(action))
+
+@patch
+def tell_undid(self:Step,
+    ran, # `Ran` of an action of this step, or `None`
+)->str: # Empty if there is nothing
+    "What an action has put out of date, and was not done again since."
+    say, session = self.panel.say, self.panel.session
+    there, known = what_ran(session.project), session.actions
+    has_button = lambda other: other in known and known[other].given
+    missing = [other for other in (ran.undid if ran else ()) if has_button(other) and other not in there]
+    own = lambda other: other.startswith(f'{self.name}.')
+    names = dict.fromkeys(say(other if own(other) else other.partition('.')[0]) for other in missing)
+    names = [say('panel.field', control=name) for name in names]
+    return say('panel.undid', what=' · '.join(names)) if names else ''
 
 # %% ../../nbs/panel/20_steps.ipynb #tellstep
 @patch
@@ -405,9 +427,11 @@ def tell_wrong(self:Step,
     "What can't be used in fields for numbers, and what is allowed; a line for each."
     say, lines = self.panel.say, []
     for key, (typed, number) in fields.items():
-        allowed = say('panel.whole' if isinstance(number.usual, int) else 'panel.decimal')
+        is_share = math.isfinite(number.whole_from)
+        kind = 'share' if is_share else 'whole' if isinstance(number.usual, int) else 'decimal'
+        allowed = say(f'panel.{kind}')
         least, most = (shown_number(each) for each in (number.least, number.most))
-        if math.isfinite(number.least):
+        if math.isfinite(number.least) and not is_share:
             limits = 'panel.range' if math.isfinite(number.most) else 'panel.least'
             allowed = say(limits, kind=allowed, least=least, most=most)
         lines.append(say('panel.wrong', field=self.called(key), typed=shown_number(typed), allowed=allowed))
@@ -455,7 +479,7 @@ def field(self:Step,
     control.description, control.style.description_width = self.say(name), '130px'
     control.layout.width, control.layout.max_width = width, 'calc(100% - 4px)' # without its margins
     if hasattr(control, 'continuous_update'): control.continuous_update = isinstance(control, Combobox)
-    self.controls[name], self.hints[name] = control, HTML(layout=Layout(margin='0 4px 4px 138px'))
+    self.controls[name], self.hints[name] = control, HTML(layout=Layout(margin='0 4px 4px 140px'))
     self.hints[name].add_class('qvl-below')
     help = f'{self.name}.{name}.help'
     if help in self.panel.say: control.tooltip = self.panel.say(help)
@@ -470,6 +494,7 @@ def _hint(self:Step, name):
     key, help = f'{self.name}.{name}', f'{self.name}.{name}.help'
     wrong = {k: v for k, v in self.panel.session.wrong(self.name).items() if k == key}
     said = as_html('qvl-next', self.tell_wrong(wrong))
+    (self.controls[name].add_class if wrong else self.controls[name].remove_class)('qvl-wrong')
     self.hints[name].value = said + as_html('qvl-help', self.panel.say(help) if help in self.panel.say else '')
     self.hints[name].layout.display = None if self.hints[name].value else 'none'
 

@@ -18,9 +18,9 @@ ENGLISH = {
     'panel.running': 'Running …',
     'panel.cancel': 'Cancel',
     'panel.cancelled': 'Cancelled.',
-    'panel.again': 'Running the code of earlier steps again …',
     'panel.ran': 'Ran on {when}.',
     'panel.changed': 'Changed since: press "{action}" again.',
+    'panel.undid': 'Results that were based on this are out of date. To be done again: {what}.',
     'panel.unexpected': 'This error was not expected: {error}\nIt was raised in {where}. To see the full traceback, '
                         'run the code below in a cell.',
     'panel.fill': 'Fill in "{control}" in the step "{step}" first.',
@@ -29,11 +29,10 @@ ENGLISH = {
     'panel.wrong': '"{typed}" can’t be used for {field}. Allowed: {allowed}.',
     'panel.whole': 'whole numbers',
     'panel.decimal': 'numbers (decimals with a point)',
+    'panel.share': 'a share below 1, or a whole number',
     'panel.range': '{kind} from {least} to {most}',
     'panel.least': '{kind} from {least} up',
     'panel.set': 'To be set in this form: {fields}.',
-    'panel.elsewhere': '{name} was not written by this panel or has been changed since. It stays as it is; '
-                       'the code is written to {other}.',
     'panel.ended': 'This form is now shown in another cell. Run this cell again to have it here.',
     'panel.run_again': 'The kernel that showed this form has ended. Run this cell again: the form comes back as it '
                        'was.',
@@ -122,7 +121,7 @@ ENGLISH |= {
     'launch.start': 'Launch',
     'launch.start.help': 'Start the recipe in a new folder.',
     'launch.busy': 'Nothing was started, because {run} was still training. Wait until it is done, or end it in the '
-                   'step "{runs}" with "Stop"; then press "{start}" again. To have several trainings at once, '
+                   'step "{runs}" with "{stop}"; then press "{start}" again. To have several trainings at once, '
                    'choose another run in the step "{runs}" first.',
 }
 
@@ -138,7 +137,11 @@ ENGLISH |= {
     'runs.filter': 'Filter',
     'runs.filter.help': 'Part of a name or of a state, such as failed.',
     'runs.run': 'Run',
-    'runs.list': 'List again',
+    'runs.stop': 'Stop',
+    'runs.stop.help': 'At the next step, with a checkpoint',
+    'runs.resume': 'Resume',
+    'runs.resume.help': 'From the newest complete checkpoint',
+    'runs.place': 'Folder:',
     'runs.choose': 'Choose',
     'runs.choose.help': 'Make this run the one that the following steps are about.',
     'runs.count': '{shown} of {n} runs, the newest first. The chosen run: {run}.',
@@ -194,6 +197,8 @@ ENGLISH |= {
                            'folder.',
     'predict.before': 'Predict before training',
     'predict.before.help': 'With the model as it was, to compare.',
+    'predict.answered': '{n} rows have an answer now, in {folder}. The step "{score}" says how good the '
+                        'answers are.',
     'predict.after': 'Predict after training',
     'predict.after.help': 'With what the run has trained: its best checkpoint, or its last. Waits until it has ended.',
 }
@@ -216,8 +221,8 @@ ENGLISH |= {
     'score.as_common': 'Always giving the most common answer would be right in {share} % of the rows; these answers '
                        'are right in {right} %.',
     'score.next.health': 'Look at the training first: {finding}',
-    'score.next.resume': 'The training ended before its last step: "Resume" in the step "Runs" continues it. Then '
-                         'predict again.',
+    'score.next.resume': 'The training ended before its last step: "{resume}" in the step "{runs}" continues it. '
+                         'Then predict again.',
     'score.next.falling': 'The loss was still falling when the training ended ({before} → {after}): train longer, with '
                           'more epochs or steps in the step "Recipe".',
     'score.next.few': 'The training had only {steps} steps: train longer, with more epochs or steps in the step '
@@ -254,8 +259,6 @@ ENGLISH |= {
     'split.plot.help': 'Lengths, picture sizes and answers of the rows for training',
     'split.load': 'Load with LLaMA-Factory',
     'split.load.help': 'Ask LLaMA-Factory’s own loader whether it would load them; takes some seconds',
-}
-ENGLISH |= {
 }
 
 # %% ../../nbs/panel/00_texts.ipynb #txtrecipe00
@@ -306,7 +309,8 @@ ENGLISH |= {
     'recipe.logging_steps': 'Log every',
     'recipe.logging_steps.help': 'Steps between two points of the curve.',
     'recipe.bf16': 'bfloat16',
-    'recipe.bf16.help': 'Off for a CPU or an older GPU.',
+    'recipe.bf16.help': 'Off for an older GPU. For a CPU, "Use the fastest that fits" in the step "Memory" '
+                        'leaves it out.',
     'recipe.report_to': 'Tracker',
     'recipe.more': 'Other arguments',
     'recipe.find': 'Other arguments',

@@ -12,7 +12,8 @@ import re
 _buttons = {'read_samples': 'data.read', 'check_samples': 'data.check', 'mend_samples': 'data.mend',
             'drop_samples': 'data.drop', 'split_samples': 'split.register',
             r'Registry\([^)]*\)\.add': 'split.register',
-            'check_recipe': 'recipe.check', 'pick_zero': 'memory.pick', 'score_checkpoints': 'checkpoints.score'}
+            'check_recipe': 'recipe.check', 'pick_zero': 'memory.pick', 'score_checkpoints': 'checkpoints.score',
+            r'launch\(recipe\)': 'launch.start', r'resume\(\)': 'runs.resume'}
 _others = {'family': 'data.boxes', 'model': 'model.model', 'model_name_or_path': 'model.model', 'gpus': 'memory.gpus',
            'gpu_gib': 'memory.gpu_gib', 'dataset_dir': 'split.folder', 'max_new_tokens': 'predict.max_new_tokens'}
 

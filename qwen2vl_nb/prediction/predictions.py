@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import orjson
 from fastcore.basics import patch
 from ..names import warn
-from ..files import Damaged, json_or, name_part, open_regular, whole_lines
+from ..files import Damaged, json_or, name_part, open_regular, short_path, whole_lines
 from ..findings import bulleted, text_table
 from .rows import Index, is_at, load_line, parse_row, with_own_keys
 from ..recipe import best_measured
@@ -128,7 +128,8 @@ class Predictions(Sequence):
     def __iter__(self): return map(self._row, range(len(self)))
     def __repr__(self):
         left, failed = f' of {len(self) + self._left}'*bool(self._left), sum(self._index.failed)
-        return f'Predictions({str(self.output_dir)!r}): {len(self)}{left} rows' + f', {failed} failed'*bool(failed)
+        said = f'Predictions({short_path(self.output_dir)!r}): {len(self)}{left} rows'
+        return said + f', {failed} failed'*bool(failed)
 
 # %% ../../nbs/prediction/40_predictions.ipynb #eed4d55f
 @patch

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from ipywidgets import HTML, BoundedIntText, Button, Dropdown, HBox, Layout, Text, VBox
 from ..files import whole_file
 from ..findings import as_text
-from ..display import ANSWER, LABEL, card_text, div, grid_style, picture_html
+from ..display import ANSWER, FILL, LABEL, card_text, div, grid_style, picture_html
 from ..model import after_thoughts, box_frame
 from ..recipe import load_recipe
 from ..data.boxes import box_pieces
@@ -289,8 +289,9 @@ class PredictionView(VBox):
         self._page = BoundedIntText(1, min=1, max=1, description='page', layout=Layout(width='110px'),
                                     style=dict(description_width='36px'))
         self._at, self._cards = HTML(), HTML()
-        bars = HBox([self._filter, self._search]), HBox([self._back, self._page, self._at, self._next])
-        bars[1].add_class('qvl-pager')  # which stays one line in the panel, however narrow
+        pager = HBox([self._back, self._page, self._at, self._next], layout=Layout(align_items='center'))
+        bars = HBox([self._filter, self._search]), pager
+        pager.add_class('qvl-pager')  # which stays one line in the panel, however narrow
         super().__init__([*bars, self._cards])
         for widget in (self._filter, self._search): widget.observe(lambda _: self._select(), 'value')
         self._page.observe(lambda _: self._draw(), 'value')
@@ -346,7 +347,7 @@ def _boxes_of(self:PredictionView, row): return _drawn_boxes(row, self._family, 
 @patch
 def _grid_html(self:PredictionView):
     cards = (div(_frame, _card_html(row, self._boxes_of(row))) for row in self._seen())
-    return as_text(div(_grid(self._columns), ''.join(cards)))
+    return as_text(div(FILL, div(_grid(self._columns), ''.join(cards))))
 
 @patch
 def _draw(self:PredictionView):

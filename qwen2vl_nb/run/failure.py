@@ -101,7 +101,7 @@ _known += [
 ]
 
 # %% ../../nbs/run/40_failure.ipynb #db46eed9
-_outside = 'Something else ended it: a person, or the job scheduler at its time limit. You can resume() it.'
+_outside = 'Something else ended it: a person, or the job scheduler at its time limit. resume() continues it.'
 
 _known += [
     Cause(r'worker .* killed by signal', 'A worker process that prepares rows was killed.',
@@ -148,7 +148,8 @@ def _killed(who, name, ended):
         return Finding(who, what, _cause('MemoryError').cure)
     return Finding(who, 'The process was killed by SIGKILL.',
                    "Usually the machine's own memory ran out, or a limit of a job scheduler or container was reached; "
-                   'otherwise somebody killed it. You can resume() it, or predict again.')
+                   'otherwise somebody killed it. resume() continues a training; a prediction continues when it is '
+                   'called again.')
 
 # %% ../../nbs/run/40_failure.ipynb #9e32fe09
 def _shown(said, most=600): return said if len(said) <= most else f'{said[:most]} …'

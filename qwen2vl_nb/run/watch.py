@@ -14,7 +14,8 @@ from threading import Event, Lock, Thread
 from fastcore.basics import patch
 from IPython.display import display
 from ipywidgets import HTML, Button, HBox, Image, IntProgress, Layout, VBox
-from ..display import GREY, display_again, div
+from ..checkpoint import checkpoints
+from ..display import FILL, GREY, display_again, div
 from ..files import Damaged, short_path
 from ..names import heard_warnings, in_notebook
 from .folder import ENDED, PREVIEW, RUN, STOP, STOPPING, state_or_empty
@@ -83,9 +84,9 @@ def _cause(run):
     failure = run.failure
     return str(failure) if failure else ''
 
-def _folder(run):
+def _folder(run, tell=str):
     "Where a run is, for those who come back to it with `attach`."
-    return f'Folder: {short_path(run.output_dir)}'
+    return f'{tell("Folder:")} {short_path(run.output_dir)}'
 
 def _describe(run, log):
     "What can be seen of a run, as text."
@@ -164,6 +165,8 @@ _looks = {'done': 'success', 'failed': 'danger', 'damaged': 'danger', 'stopped':
 _shares = dict(words=.002, gpu=.002, curve=.011, health=.002, answers=.002) # Shares of one core; together below 2 %
 _patience = 10 # Seconds to wait until the end of a run is drawn
 _most_failures = 30 # Number of refreshes in a row that may fail before the view gives up
+_stop_texts = 'Stop', 'At the next step, with a checkpoint' # What a button says, and its explanation
+_resume_texts = 'Resume', 'From the newest complete checkpoint'
 
 # %% ../../nbs/run/70_watch.ipynb #9974d75b
 class RunView(VBox):
@@ -171,7 +174,7 @@ class RunView(VBox):
     def __init__(self,
         run, # A `Run`
     ):
-        self._run, self._log, self._drawn = run, Log(run), None
+        self._run, self._log, self._drawn, self.tell = run, Log(run), None, str
         # What the picture shows, or when there will be one, in words; rate and GPU; why the log can't be read
         self._logged, self._rest, self._unread = '', '', ''
         self._doing, self._trouble = '', ''  # what a button has started; what went wrong
@@ -184,18 +187,18 @@ class RunView(VBox):
         self._health = Paced(self._check, _shares['health'], 5)
         self._answers, self._previewed = Paced(self._show_answers, _shares['answers'], 2), None
         self._bar = IntProgress(layout=Layout(width='240px', flex='none'))
-        self._head, self._body = HTML(), HTML()
+        self._head, self._body = (HTML(layout=Layout(flex='1 1 0', min_width='320px')) for _ in range(2))
         self._next, self._red = (HTML(layout=Layout(display='none')) for _ in range(2))
         self._faults = HTML(layout=Layout(display='none', max_width='840px'))
-        self._stop = self._button('Stop', 'stop', 'At the next step, with a checkpoint', 'stopping', run.stop)
-        self._resume = self._button('Resume', 'play', 'From the newest complete checkpoint', 'resuming', run.resume)
+        self._stop = self._button('stop', 'stopping', run.stop)
+        self._resume = self._button('play', 'resuming', run.resume)
         self._picture = Image(format='png', layout=Layout(display='none', width='840px', height='432px',
                               max_width='calc(100% - 4px)', object_fit='contain', object_position='left top'))
         wraps = dict(layout=Layout(flex_flow='row wrap', align_items='center'))
         rows = HBox([self._bar, self._head], **wraps), HBox([self._stop, self._resume, self._body], **wraps)
-        self._cards = HTML(layout=Layout(display='none', overflow='visible'))
-        where = HTML(_line(_folder(run), GREY))
-        super().__init__([*rows, self._next, where, self._red, self._picture, self._faults, self._cards])
+        self._cards, self._where = HTML(layout=Layout(display='none', overflow='visible')), HTML()
+        super().__init__([*rows, self._next, self._where, self._red, self._picture, self._faults, self._cards])
+        self._label()
 
     def __repr__(self): return _headline(_look(self._run))
 
@@ -212,12 +215,27 @@ class RunView(VBox):
         display_again('The kernel that showed this has ended; the run is not affected by that. To see it again: '
                       f'attach({str(self._run.output_dir)!r}).watch()')
 
+# %% ../../nbs/run/70_watch.ipynb #watchwor2
+@patch
+def _label(self:RunView):
+    for button, texts in ((self._stop, _stop_texts), (self._resume, _resume_texts)):
+        button.description, button.tooltip = map(self.tell, texts)
+    self._where.value = _line(_folder(self._run, self.tell), GREY)
+
+@patch
+def say_as(self:RunView,
+    tell, # Function: the text of a button, or a message → what is shown in its place
+):
+    "Show the texts that are about buttons and functions in the words of a form."
+    self.tell = tell
+    self._label()
+    self.follow(self._trouble)
+
 # %% ../../nbs/run/70_watch.ipynb #addcaafa
 @patch
-def _button(self:RunView, name, icon, tooltip, doing, act):
+def _button(self:RunView, icon, doing, act):
     "A button whose action takes some time."
-    layout = Layout(width='90px', flex='none')
-    button = Button(description=name, icon=icon, tooltip=tooltip, disabled=True, layout=layout)
+    button = Button(icon=icon, disabled=True, layout=Layout(width='90px', flex='none'))
     button.on_click(lambda _: self._press(doing, act))
     return button
 
@@ -276,7 +294,7 @@ def _refresh(self:RunView, now):
     if _when_changed(self._run) != self._previewed: self._answers(now=not at_work)
     cause = _cause(self._run) if state in ('failed', 'damaged') else ''
     self._warn('\n'.join(filter(None, [self._trouble or self._unread, cause])))
-    self._say_next('' if at_work else what_next(self._run, '"Resume"'))
+    self._say_next('' if at_work else what_next(self._run, f'"{self.tell(_resume_texts[0])}"'))
     if not at_work: self._ended.set()
     return at_work
 
@@ -287,7 +305,8 @@ def _update_text(self:RunView):
     seen = _look(self._run)
     seen.state = state = self._doing or seen.state
     self._stop.disabled = state != 'running'
-    self._resume.disabled = state not in ('failed', 'stopped') or seen.now.unit != 'step'  # `predict` continues rows
+    can_resume = seen.now.unit == 'step' and checkpoints(self._run.output_dir)  # `predict` continues rows
+    self._resume.disabled = state not in ('failed', 'stopped') or not can_resume
     self._bar.max, self._bar.value = seen.now.steps or 1, seen.now.step
     self._bar.bar_style = _looks.get(state, 'info')
     self._head.value = _line(_headline(seen))
@@ -344,23 +363,23 @@ def _draw(self:RunView):
 def _check(self:RunView):
     "Show what is wrong with the run's health below the curve."
     text = '\n'.join(map(str, health_findings(self._log)))
-    self._faults.value, self._faults.layout.display = _line(text, _amber), None if text else 'none'
+    self._faults.value, self._faults.layout.display = _line(self.tell(text), _amber), None if text else 'none'
 
 @patch
 def _show_answers(self:RunView):
     "Show the answers that the run has given at its evaluations."
     self._previewed = _when_changed(self._run)
     shown = show_previews(self._run)
-    self._cards.value = div('line-height:1.45', shown._repr_html_())  # a widget has wider lines than a notebook
+    self._cards.value = div(f'line-height:1.45;{FILL}', shown._repr_html_())  # a widget has wider lines than a notebook
     self._cards.layout.display = None if str(shown) else 'none'
 
 @patch
 def _say_next(self:RunView, text):
-    self._next.value, self._next.layout.display = _line(text), None if text else 'none'
+    self._next.value, self._next.layout.display = _line(self.tell(text)), None if text else 'none'
 
 @patch
 def _warn(self:RunView, text):
-    self._red.value, self._red.layout.display = _line(text, _red), None if text else 'none'
+    self._red.value, self._red.layout.display = _line(self.tell(text), _red), None if text else 'none'
 
 # %% ../../nbs/run/70_watch.ipynb #c0ae531e
 _views = {} # By folder
