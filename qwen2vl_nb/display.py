@@ -229,8 +229,9 @@ def plain_axes(
 # %% ../nbs/05_display.ipynb #again001
 _ended = '.jp-OutputArea:has(.qvl-again):has(.jupyter-widgets-disconnected, .jp-OutputArea-output.jupyter-widgets)'
 _again_style = f'''<style>
-{_ended} {{display:flex;flex-direction:column}}
-{_ended} .jp-OutputArea-child:has(.qvl-again) {{order:-1}}
+{_ended} {{display:flex;flex-direction:column;overflow:visible}}
+{_ended} .jp-OutputArea-child:has(.qvl-again) {{order:-1;position:sticky;top:0;z-index:1;
+  background:var(--jp-layout-color0,inherit)}}
 {_ended} .qvl-again {{display:block!important;padding:4px 10px;border:1px solid var(--jp-warn-color1,#ab6a00);
   border-left-width:5px;border-radius:3px;overflow-wrap:anywhere}}
 {_ended} .jp-OutputArea-output.jupyter-widgets,

@@ -238,10 +238,12 @@ def test_from_a_spreadsheet_with_faults_to_a_score(lab, page):
         assert not missed and there > len(STEPS), step
 
     # a kernel that was restarted, and a second page with a kernel of its own
+    form.at.locator('.qvl-code').last.scroll_into_view_if_needed()
     menu(page, 'Kernel', 'Restart Kernel…')
     page.locator('.jp-Dialog button.jp-mod-warn').click()
     page.locator('.jp-Dialog').wait_for(state='detached')
     page.get_by_text(ENGLISH['panel.run_again']).wait_for()
+    assert 0 < page.get_by_text(ENGLISH['panel.run_again']).bounding_box()['y'] < 1100, 'it is seen from below, too'
     form.keep('restarted')
     signs = "all => all.filter(e => getComputedStyle(e, '::before').display != 'none').length"
     assert page.locator('.jupyter-widgets-disconnected').count() and not page.locator('.jupyter-widgets-disconnected').evaluate_all(signs)
