@@ -11,8 +11,8 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from fastcore.basics import patch
-from ipywidgets import HTML, Combobox
-from .chosen_run import AtWork, folders_at_work, live_view, registered_names, test_set
+from ipywidgets import HTML, Combobox, VBox
+from .chosen_run import AtWork, folders_at_work, live_view, registered_names, tell_run, test_set
 from .session import Action, Number, Unfilled, as_call, keep_value, what_ran
 from .steps import Step
 
@@ -55,8 +55,9 @@ class DatasetStep(Step):
     places = () # Patterns of folders, below the panel's, in which it predicts, too
 
     def dataset_field(self):
-        "The control for the data set."
-        return self.field('dataset', Combobox())
+        "The run that the step is about, and the control for the data set."
+        self.of_run = HTML()
+        return VBox([self.of_run, self.field('dataset', Combobox())])
 
     def at_work(self):
         "The views of predictions that are at work."
@@ -78,6 +79,7 @@ class DatasetStep(Step):
         "Suggest data sets, and show what is at work and what can be shown again."
         if self.work.children: self.ended()
         super().refresh()
+        self.of_run.value = tell_run(self)
         self._suggest()
         self.work.follow(self._is_busy)
         for name, ran in what_ran(self.panel.session.project).items():

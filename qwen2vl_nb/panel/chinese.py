@@ -20,6 +20,10 @@ CHINESE = {
     'panel.cancelled': ('Cancelled.', '已取消。'),
     'panel.ran': ('Ran on {when}.', '运行时间：{when}。'),
     'panel.changed': ('Changed since: press "{action}" again.', '之后有改动：请再次点击“{action}”。'),
+    'panel.follows': ('Changed since: it runs again by itself when a later step needs it.',
+                      '之后有改动：后面的步骤需要时会自动重新运行。'),
+    'panel.at_work': ('"{action}" in the step "{step}" is still at work. Wait until it has ended.',
+                      '“{step}”步骤中的“{action}”还在运行，请等它结束。'),
     'panel.undid': ('Results that were based on this are out of date. To be done again: {what}.',
                     '基于它的结果已经过期。需要重新进行：{what}。'),
     'panel.unexpected': ('This error was not expected: {error}\nIt was raised in {where}. To see the full '
@@ -36,6 +40,10 @@ CHINESE = {
     'panel.share': ('a share below 1, or a whole number', '小于 1 的比例，或整数'),
     'panel.range': ('{kind} from {least} to {most}', '{least} 到 {most} 之间的{kind}'),
     'panel.least': ('{kind} from {least} up', '不小于 {least} 的{kind}'),
+}
+
+# %% ../../nbs/panel/00_chinese.ipynb #zhpanel001
+CHINESE |= {
     'panel.set': ('To be set in this form: {fields}.', '请在此表单中设置：{fields}。'),
     'panel.ended': ('This form is now shown in another cell. Run this cell again to have it here.',
                     '此表单现在显示在另一个单元格中。重新运行本单元格即可在这里继续使用。'),
@@ -86,8 +94,9 @@ CHINESE |= {
     'data.media_dir.help': ('Where the pictures are, if not beside the file.',
                             '如果图片不在数据文件旁边，请填写图片所在的目录。'),
     'data.boxes': ('Answers are boxes', '回答是边界框'),
-    'data.boxes.help': ('They are written in the form of the model that is chosen in the step "Model".',
-                        '按“模型”步骤中所选模型的格式书写。'),
+    'data.boxes.help': ('In four columns: xmin, ymin, xmax, ymax, or x, y, width, height. They are written in the '
+                        'form of the model that is chosen in the step "Model".',
+                        '分四列：xmin、ymin、xmax、ymax，或 x、y、width、height。按“模型”步骤中所选模型的格式书写。'),
 }
 
 # %% ../../nbs/panel/00_chinese.ipynb #zhdata0001
@@ -109,6 +118,13 @@ CHINESE |= {
                        '去掉仍有错误的行，以及有所选问题的行'),
     'data.clean': ('Nothing found in {n} rows.', '{n} 行中没有发现问题。'),
     'data.found': ('Findings: {n}; rows concerned: {rows}.', '发现 {n} 个问题，涉及 {rows} 行。'),
+    'data.none_mended': ('Nothing could be mended. Findings: {n}; rows concerned: {rows}.',
+                         '没有可以修复的问题。发现 {n} 个问题，涉及 {rows} 行。'),
+    'data.no_text': ('Only pictures and clips were counted, as no model on this machine is chosen in the step '
+                     '"{model}"; "{check}" in the step "{recipe}" counts the text, too.',
+                     '“{model}”步骤中没有选择本机上的模型，因此只统计了图片和视频；“{recipe}”步骤中的“{check}”'
+                     '也会统计文本。'),
+    'data.rows_left': ('Rows that are left: {n}.', '剩余 {n} 行。'),
     'data.undone': ('This undoes what "{mend}" and "{drop}" have done with the rows.',
                     '这会撤销“{mend}”和“{drop}”对数据行所做的处理。'),
     'data.settled': ('Before the last check: {done}', '上次检查之前：{done}'),
@@ -153,11 +169,13 @@ CHINESE |= {
                           '本机上的进程数；0 表示每块 GPU 一个进程，没有 GPU 则为一个进程。'),
     'launch.start': ('Launch', '启动训练'),
     'launch.start.help': ('Start the recipe in a new folder.', '在新目录中按这份训练配置启动训练。'),
-    'launch.busy': ('Nothing was started, because {run} was still training. Wait until it is done, or end it in the '
-                    'step "{runs}" with "{stop}"; then press "{start}" again. To have several trainings at once, '
-                    'choose another run in the step "{runs}" first.',
-                    '{run} 当时仍在训练，因此没有启动新的训练。请等它结束，或在“{runs}”步骤中用“{stop}”停止它，然后再次'
-                    '点击“{start}”。如果要同时进行多个训练，请先在“{runs}”步骤中选择另一个训练任务。'),
+    'launch.outside': ('"{name}" leads out of the folder of the runs, which is set with "Folder" in the step "Runs".',
+                       '“{name}”指向训练任务目录之外；该目录由“训练任务”步骤中的“目录”设置。'),
+    'launch.busy': ('Nothing was started, because {run} was still training. Wait until it is done, or end it with '
+                    '"{stop}", here or in the step "{runs}"; then press "{start}" again. To have several trainings at '
+                    'once, choose another run in the step "{runs}" first.',
+                    '{run} 当时仍在训练，因此没有启动新的训练。请等它结束，或在这里或“{runs}”步骤中用“{stop}”停止它，'
+                    '然后再次点击“{start}”。如果要同时进行多个训练，请先在“{runs}”步骤中选择另一个训练任务。'),
 }
 
 # %% ../../nbs/panel/00_chinese.ipynb #zhruns0000
@@ -186,6 +204,7 @@ CHINESE |= {
     'runs.count': ('{shown} of {n} runs, the newest first. The chosen run: {run}.',
                    '共 {n} 个训练任务，显示 {shown} 个，最新的在前。当前选中：{run}。'),
     'runs.listing': ('Reading the folders of the runs …', '正在读取训练任务的目录……'),
+    'runs.of': ('About the run {run}, which is chosen in the step "{runs}".', '针对“{runs}”步骤中选中的 {run}。'),
     'runs.none': ('none yet', '无'),
     'runs.other': ('The chosen run is {run}. To watch, stop or resume the one that is selected in the list, press '
                    '"{choose}" first.',
@@ -410,6 +429,9 @@ CHINESE |= {
     'recipe.find.hint': ('Search names and explanations', '搜索名称和说明'),
     'recipe.add': ('Add', '添加'),
     'recipe.remove': ('Remove {name}', '移除 {name}'),
+    'recipe.nothing': ('No argument has these words in its name or explanation.',
+                       '没有名称或说明中包含这些词的参数。'),
+    'recipe.others': ('{n} more: type more words to see fewer.', '还有 {n} 个：再输入一些词可以缩小范围。'),
     'recipe.unknown': ('LLaMA-Factory has no argument of this name.', 'LLaMA-Factory 没有这个名称的参数。'),
     'recipe.no_change': ('Nothing changes yet: the usual value is {usual}.', '目前没有改动：默认值是 {usual}。'),
     'recipe.has_field': ('It is set with {field}.', '请用{field}设置。'),

@@ -153,6 +153,7 @@ def _follow(self:Panel):
     while self.comm is not None and not self._ended.wait(1):
         try:
             if self.session.project.read() or failed: self.refresh()
+            if self.shown: self.steps[self.shown].each_second()
             if failed: self.complain('')
             failed = False
         except Exception as e:

@@ -11,8 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from ipywidgets import HTML, Text, VBox
-from .chosen_run import about_run, is_going_on, live_view
-from .session import Action, Number, as_call, keep_value, near, what_ran
+from .chosen_run import about_run, is_going_on, live_view, look_again
+from .session import Action, Number, Refused, as_call, keep_value, near, what_ran
 from .shown import as_html
 from .steps import ActionBox, Step
 
@@ -31,7 +31,13 @@ def attached(
     "The code that finds a run again."
     return f"run = {as_call('attach', given.path('run', new=True))}"
 
-LAUNCH = Action('launch.start', lambda form: form('launch') | {'folder': form('runs')['folder']}, _started,
+def _start_given(form):
+    given = form('launch') | {'folder': form('runs')['folder']}
+    if '..' in Path(given['name']).parts or Path(given['name']).is_absolute():
+        raise Refused('launch.outside', name=given['name'])
+    return given
+
+LAUNCH = Action('launch.start', _start_given, _started,
                 needs=('recipe',), gives=('run',), reads=('registry',), again=attached,
                 keeps=lambda names: {'run': names['run'].output_dir})
 
@@ -86,6 +92,8 @@ class LaunchStep(Step):
         finally: self._thread = None
 
     def is_behind(self, action): return False
+
+    def each_second(self): look_again(self.live)
 
     def show(self, action, value):
         choose(self, self.panel.session.names['run'].output_dir)

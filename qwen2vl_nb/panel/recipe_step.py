@@ -20,7 +20,6 @@ from ..recipe import arguments_of_recipes, train_recipe
 # %% ../../nbs/panel/36_recipe_step.ipynb #36recipe0005
 def find_arguments(
     words:str, # What is searched for, such as `'lora rank'`
-    most:int=8, # Number of names
 )->list: # Names, the best first
     "The arguments whose names or explanations contain all words."
     wanted = words.lower().replace('_', ' ').split()
@@ -29,7 +28,7 @@ def find_arguments(
     found = [name for name, about in known.items() if wanted and all(word in text(name, about) for word in wanted)]
     joined = ' '.join(wanted)
     rank = lambda name: (not name.replace('_', ' ').startswith(joined), joined not in name.replace('_', ' '), name)
-    return sorted(found, key=rank)[:most]
+    return sorted(found, key=rank)
 
 def as_value(
     text:str, # What was typed, such as `1e-4`, `true` or `all`
@@ -53,6 +52,7 @@ USUAL = dict(stage='sft', finetuning_type='lora', lora_rank=8, quantization_bit=
              warmup_ratio=.1, eval_dataset='', eval_steps=100, save_steps=500, logging_steps=10, bf16=True,
              report_to='none')
 
+_most_found = 8 # Arguments that are offered at once
 _of_model = 'model_name_or_path', 'template' # What they are depends on the model
 
 def usual_values(
@@ -76,11 +76,14 @@ def changed_arguments(
 def wrong_arguments(
     more:dict, # Added arguments: name → value
 )->dict: # Key → (what was typed, `Number`), as in `WrongNumbers`
-    "The arguments that expect a number and have a text."
-    known = arguments_of_recipes()
-    is_number = lambda name: name in known and re.fullmatch(r'(Optional\[)?(int|float)(\]| \| None)?', known[name].kind)
-    return {f'recipe.more.{name}': (value, Number(0.)) for name, value in more.items()
-            if value and isinstance(value, str) and is_number(name)}
+    "The arguments that expect a number and have a text, or a fraction in place of a whole number."
+    known, found = arguments_of_recipes(), {}
+    for name, value in more.items():
+        kind = name in known and re.fullmatch(r'(Optional\[)?(int|float)(\]| \| None)?', known[name].kind)
+        if not kind or value == '' or not isinstance(value, (str, float)): continue
+        number = Number(0 if kind[2] == 'int' else 0.)
+        if isinstance(value, str) or number.read(value) is None: found[f'recipe.more.{name}'] = value, number
+    return found
 
 # %% ../../nbs/panel/36_recipe_step.ipynb #recipecode
 def _changes(values):
@@ -190,9 +193,12 @@ def _told(self:RecipeStep, table):
 
 @patch
 def _search(self:RecipeStep):
-    "Show the arguments that are found."
-    names = find_arguments(self._find.value)
-    self._found.children = [self._offer(name) for name in names if name not in self.values['more']]
+    "Show the arguments that are found, or that there are none, or how many more."
+    words, more = self._find.value, self.values['more']
+    names = [name for name in find_arguments(words) if name not in more]
+    rest = len(names) - _most_found
+    said = self.say('others', n=rest) if rest > 0 else self.say('nothing') if words.strip() and not names else ''
+    self._found.children = [*map(self._offer, names[:_most_found]), *[HTML(as_html('qvl-help', said))]*bool(said)]
 
 @patch
 def _offer(self:RecipeStep, name):
@@ -201,11 +207,17 @@ def _offer(self:RecipeStep, name):
     usual = usual_values([name], self.values)[name]
     add = Button(description=self.say('add'), icon='plus', tooltip=name, layout=Layout(width='90px', flex='none'))
     other = str(not usual).lower() if about.kind in ('bool', 'bool | None', 'Optional[bool]') else ''
-    add.on_click(lambda _: self._set(name, other))
+    add.on_click(lambda _: self._add(name, other))
     said = f'{about.kind} = {as_typed(usual) or "–"}. {about.help}'
     if field: said = self.say('has_field', field=self.called(field))
     text = HTML(f'<b>{escape(name)}</b> <span class="qvl-help">{escape(said)}</span>', layout=Layout(flex='1 1 260px'))
     return HBox([*[add]*(not field), text], layout=Layout(align_items='baseline', max_width='100%'))
+
+@patch
+def _add(self:RecipeStep, name, text):
+    "Add an argument, and end the search: its row takes the place of what was found."
+    self._set(name, text)
+    self._find.value = ''
 
 @patch
 def _set(self:RecipeStep, name, text):

@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import Event, Thread
 from fastcore.basics import patch
 from ipywidgets import HTML, Layout, Select, Text, VBox
-from .chosen_run import live_view
+from .chosen_run import live_view, look_again
 from .launch_step import attached, choose
 from .session import Action, Unfilled, near, what_ran
 from .shown import as_html
@@ -81,6 +81,8 @@ class RunsStep(Step):
                 self.boxes['runs.choose'], self.other, self.live]
 
     def show(self, action, value): return []  # the view is below, also without a choice
+
+    def each_second(self): look_again(self.live)
 
     def changed(self, name):
         if name == 'filter': self._show_list()

@@ -11,6 +11,7 @@ from collections import Counter
 from html import escape
 from pathlib import Path
 from ipywidgets import HTML, Checkbox, Combobox
+from .chosen_run import tell_run
 from .session import Action, Number, as_call, what_ran
 from .shown import as_html, as_widget
 from .steps import Step
@@ -74,7 +75,8 @@ class ScoreStep(Step):
 
     def build(self):
         measures = 'exact', 'json', 'number', 'boxes.f1', 'rouge-l', 'bleu-4'
-        return [self.field('tolerance', width='260px'),
+        self.of_run = HTML()
+        return [self.of_run, self.field('tolerance', width='260px'),
                 self.button('score.scores', icon='table'), self.field('measure', Combobox(options=measures)),
                 self.button('score.compare', icon='exchange', primary=False),
                 self.field('wrong', Checkbox(indent=True), 'auto'), self.button('score.show', icon='image')]
@@ -104,6 +106,7 @@ class ScoreStep(Step):
 
     def refresh(self):
         super().refresh()
+        self.of_run.value = tell_run(self)
         ran = what_ran(self.panel.session.project)
         rows = [ran[name].given.get('rows') for name in ('predict.before', 'predict.after') if name in ran]
         if not all(isinstance(n, int) and n < _most_rows for n in rows): return

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PANEL', 'NOTEBOOK', 'Given', 'near', 'as_call', 'Action', 'overheard', 'last_lines', 'without_bars', 'run_code',
            'Project', 'Number', 'form_values', 'typed_numbers', 'keep_value', 'Ran', 'what_ran', 'in_order', 'Session',
-           'WrongNumbers', 'earlier', 'NotYet', 'Unfilled', 'make_names', 'notebook_text', 'notebook_path',
-           'write_notebook', 'run_action', 'result_again', 'settle']
+           'WrongNumbers', 'earlier', 'NotYet', 'AtWork', 'Refused', 'Unfilled', 'make_names', 'notebook_text',
+           'notebook_path', 'write_notebook', 'run_action', 'result_again', 'settle']
 
 # %% ../../nbs/panel/10_session.ipynb #10sessio0002
 import ast, io, math, os, re, sys, time
@@ -304,6 +304,7 @@ class Session:
         self.project, self.defaults = project, defaults
         self.actions = {a.name: a for a in in_order(actions)}
         self.names, self.made, self.lock = {}, {}, RLock()  # namespace; action → the code that made its names
+        self.at_work = [] # Names of actions that are running
 
     def form(self,
         step:str, # Name of a step
@@ -408,6 +409,18 @@ class NotYet(Exception):
         self.action, self.again = action, again
         super().__init__(f'{action} comes first')
 
+class AtWork(NotYet):
+    "Another action comes first, and is at work."
+
+class Refused(Exception):
+    "What is in a form can't be used: `.key` is that of the text that says so, `.values` what belongs in its braces."
+    def __init__(self,
+        key:str, # Of a text of the panel
+        **values, # For its braces
+    ):
+        self.key, self.values = key, values
+        super().__init__(f'{key}: {values}')
+
 class Unfilled(Exception):
     "A control is empty that must not be; `.control` is its step and its name."
     def __init__(self,
@@ -498,12 +511,24 @@ def _check_needs(session, action):
         if each.binds and {*each.gives} & {*action.needs} and session.has_changed(each.name):
             raise NotYet(each.name, again=True)
 
+@contextmanager
+def _working(session, name):
+    "Note that an action is at work; raise `AtWork` if it would use what another one is about to give."
+    for other in session.at_work:
+        if name in session.depends(other): raise AtWork(other)
+    session.at_work.append(name)
+    try: yield
+    finally: session.at_work.remove(name)
+
 def run_action(
     session:Session, # The session
     name:str, # Name of an action
     heard=lambda text: None, # Function to which what it prints is passed
 ): # What its last line shows
     "Run an action with what is in the forms now, and note that it ran."
+    with _working(session, name): return _run_action(session, name, heard)
+
+def _run_action(session, name, heard):
     action, printed = session.actions[name], []
     _bring_up(session, name)
     _check_needs(session, action)
@@ -550,8 +575,21 @@ def has_changed(self:Session,
     name:str, # Name of an action
 )->bool: # `False` if it did not run, or runs again by itself
     "Whether the form differs from what an action last ran with."
+    return not self.actions[name].follows and self._differs(name)
+
+@patch
+def will_follow(self:Session,
+    name:str, # Name of an action
+)->bool: # `False` if it did not run, or does not run by itself
+    "Whether a later action will run this one again first, because its form, or one before it, has changed."
+    if not self.actions[name].follows or not self.code(name): return False
+    return any(self._differs(each) for each in (*earlier(self, name), name) if self.actions[each].follows)
+
+@patch
+def _differs(self:Session, name):
+    "Whether the code that would run now differs from what ran."
     before, action = self.code(name), self.actions[name]
-    if not before or action.follows: return False
+    if not before: return False
     given = what_ran(self.project)[name].given
     try: return self.next_code(name, {key: given[key.partition('.')[2]] for key in action.later})[1] != before
     except (Unfilled, WrongNumbers): return True

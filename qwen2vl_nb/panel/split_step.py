@@ -9,7 +9,7 @@ __all__ = ['ACTIONS', 'test_name', 'SplitStep']
 import ast
 from contextlib import suppress
 from ipywidgets import HTML, Combobox, Dropdown, Text
-from .data_step import source_columns, still_in
+from .data_step import KEYS, source_columns, still_in
 from .paths import suggestions
 from .session import Action, NotYet, Number, Unfilled, as_call
 from .shown import as_html, as_widget
@@ -22,11 +22,9 @@ def test_name(
     "The name under which the test data are registered."
     return f'{name}_test'
 
-_keys = {'image': 'images', 'prompt': 'instruction', 'response': 'output'} # Field of a column → its key in samples
-
 def _as_key(data, column):
     "What samples call a column of the table."
-    return next((key for name, key in _keys.items() if column and data[name] == column), column)
+    return next((key for name, key in KEYS.items() if column and data[name] == column), column)
 
 def _register_given(form):
     split, data = form('split'), form('data')

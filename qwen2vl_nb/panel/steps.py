@@ -15,8 +15,8 @@ from fastcore.basics import patch
 from ipywidgets import HTML, Button, Combobox, HBox, IntText, Layout, Text, VBox, jsdlink
 from traitlets import CUnicode
 from ..names import is_refusal
-from .session import (NotYet, Number, Unfilled, WrongNumbers, keep_value, result_again, run_action,
-                                      typed_numbers, what_ran)
+from .session import (AtWork, NotYet, Number, Refused, Unfilled, WrongNumbers, keep_value,
+                                      result_again, run_action, typed_numbers, what_ran)
 from .shown import as_html, as_widget, code_html
 from .wording import as_in_form, fields_of
 
@@ -35,12 +35,15 @@ def explain(
 )->str:
     "What went wrong, in words."
     if isinstance(error, NotYet):
-        key = 'panel.first_again' if error.again else 'panel.first'
+        key = 'at_work' if isinstance(error, AtWork) else 'first_again' if error.again else 'first'
+        key = f'panel.{key}'
         return say(key, step=say(error.action.partition('.')[0]), action=say(error.action))
+    if isinstance(error, Refused): return say(error.key, **error.values)
     if isinstance(error, Unfilled):
         step = say(error.control.partition('.')[0])
         return say('panel.fill', step=step, control=say(error.control))
     if isinstance(error, KeyError) and is_refusal(error): return str(error.args[0])
+    if isinstance(error, OSError) and error.strerror: return f'{error.filename}: {error.strerror}.'
     if is_refusal(error) or isinstance(error, OSError): return str(error)
     return say('panel.unexpected', error=f'{type(error).__name__}: {error}', where=_where(error))
 
@@ -229,7 +232,9 @@ def _end(self:ActionBox, said, shown, failed=None):
 def _tell_behind(self:ActionBox, failed):
     "Say whether the form has changed since the action ran, unless its new values have failed, or what it undid."
     is_behind = not failed and self.step.is_behind(self.action.name)
-    said = self.step.tell_behind(self.action.name) if is_behind else self.step.tell_undid(self._ran())
+    if is_behind: said = self.step.tell_behind(self.action.name)
+    elif self.step.panel.session.will_follow(self.action.name): said = self.step.panel.say('panel.follows')
+    else: said = self.step.tell_undid(self._ran())
     self.behind.value = as_html('qvl-next', said)
 
 # %% ../../nbs/panel/20_steps.ipynb #step0018c
@@ -347,6 +352,10 @@ def is_behind(self:Step,
 @patch
 def ended(self:Step):
     "Called after an action has ended, before its result is shown."
+
+@patch
+def each_second(self:Step):
+    "Called every second while the step is shown."
 
 @patch
 def show_kept(self:Step,

@@ -20,6 +20,8 @@ ENGLISH = {
     'panel.cancelled': 'Cancelled.',
     'panel.ran': 'Ran on {when}.',
     'panel.changed': 'Changed since: press "{action}" again.',
+    'panel.follows': 'Changed since: it runs again by itself when a later step needs it.',
+    'panel.at_work': '"{action}" in the step "{step}" is still at work. Wait until it has ended.',
     'panel.undid': 'Results that were based on this are out of date. To be done again: {what}.',
     'panel.unexpected': 'This error was not expected: {error}\nIt was raised in {where}. To see the full traceback, '
                         'run the code below in a cell.',
@@ -68,7 +70,8 @@ ENGLISH |= {
     'data.media_dir': 'Picture folder',
     'data.media_dir.help': 'Where the pictures are, if not beside the file.',
     'data.boxes': 'Answers are boxes',
-    'data.boxes.help': 'They are written in the form of the model that is chosen in the step "Model".',
+    'data.boxes.help': 'In four columns: xmin, ymin, xmax, ymax, or x, y, width, height. They are written in the form '
+                       'of the model that is chosen in the step "Model".',
 }
 
 # %% ../../nbs/panel/00_texts.ipynb #txtdata01
@@ -86,6 +89,10 @@ ENGLISH |= {
     'data.drop.help': 'Leave out the rows in which an error is left, and those with the findings that are chosen',
     'data.clean': 'Nothing found in {n} rows.',
     'data.found': 'Findings: {n}; rows concerned: {rows}.',
+    'data.none_mended': 'Nothing could be mended. Findings: {n}; rows concerned: {rows}.',
+    'data.no_text': 'Only pictures and clips were counted, as no model on this machine is chosen in the step '
+                    '"{model}"; "{check}" in the step "{recipe}" counts the text, too.',
+    'data.rows_left': 'Rows that are left: {n}.',
     'data.undone': 'This undoes what "{mend}" and "{drop}" have done with the rows.',
     'data.settled': 'Before the last check: {done}',
     'data.settled_mended': 'Mended: {n}.',
@@ -120,9 +127,10 @@ ENGLISH |= {
     'launch.nproc.help': 'On this machine; 0: one for each GPU, or one if there is none.',
     'launch.start': 'Launch',
     'launch.start.help': 'Start the recipe in a new folder.',
-    'launch.busy': 'Nothing was started, because {run} was still training. Wait until it is done, or end it in the '
-                   'step "{runs}" with "{stop}"; then press "{start}" again. To have several trainings at once, '
-                   'choose another run in the step "{runs}" first.',
+    'launch.outside': '"{name}" leads out of the folder of the runs, which is set with "Folder" in the step "Runs".',
+    'launch.busy': 'Nothing was started, because {run} was still training. Wait until it is done, or end it with '
+                   '"{stop}", here or in the step "{runs}"; then press "{start}" again. To have several trainings '
+                   'at once, choose another run in the step "{runs}" first.',
 }
 
 # %% ../../nbs/panel/00_texts.ipynb #txtruns00
@@ -146,6 +154,7 @@ ENGLISH |= {
     'runs.choose.help': 'Make this run the one that the following steps are about.',
     'runs.count': '{shown} of {n} runs, the newest first. The chosen run: {run}.',
     'runs.listing': 'Reading the folders of the runs …',
+    'runs.of': 'About the run {run}, which is chosen in the step "{runs}".',
     'runs.none': 'none yet',
     'runs.other': 'The chosen run is {run}. To watch, stop or resume the one that is selected in the list, press '
                   '"{choose}" first.',
@@ -317,6 +326,8 @@ ENGLISH |= {
     'recipe.find.hint': 'Search names and explanations',
     'recipe.add': 'Add',
     'recipe.remove': 'Remove {name}',
+    'recipe.nothing': 'No argument has these words in its name or explanation.',
+    'recipe.others': '{n} more: type more words to see fewer.',
     'recipe.unknown': 'LLaMA-Factory has no argument of this name.',
     'recipe.no_change': 'Nothing changes yet: the usual value is {usual}.',
     'recipe.has_field': 'It is set with {field}.',

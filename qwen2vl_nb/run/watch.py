@@ -231,6 +231,11 @@ def say_as(self:RunView,
     self._label()
     self.follow(self._trouble)
 
+@patch
+def look(self:RunView):
+    "Follow the run again if it was resumed elsewhere after its end was shown."
+    if not self._thread and self._run.is_running: self.follow()
+
 # %% ../../nbs/run/70_watch.ipynb #addcaafa
 @patch
 def _button(self:RunView, icon, doing, act):
@@ -259,6 +264,7 @@ def follow(self:RunView,
 ):
     "Bring the view up to date, and keep it up to date while the run is in progress."
     with self._lock:
+        if trouble and trouble != self._trouble: self._troubled = self._run.status  # it goes when this has changed
         self._trouble, self._left = trouble, 2
         self._wake.set()
         if self._thread: return
@@ -288,6 +294,7 @@ def _refresh(self:RunView, now):
     "Update what is due; returns whether the run is in progress."
     state = self._words(now)
     at_work = state in _at_work
+    if self._trouble and self._run.status != self._troubled: self._trouble = ''
     is_drawn = self._drawn == _read_up_to(self._log)
     if not is_drawn and (self._drawn or _has_curve(self._log)): self._curve(now=not at_work)
     self._health(now=not at_work)
