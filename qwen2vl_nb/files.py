@@ -348,7 +348,7 @@ def check_replaceable(
     "Raise `FileExistsError` if something would be lost."
     if may_replace(path, digest): return
     raise FileExistsError(f'{path} already exists, and was not written by this package or has changed since. Nothing '
-                          'was changed. Choose another name, or pass overwrite=True to replace it.')
+                          'was changed. Choose another name, or move it away; overwrite=True replaces it.')
 
 @contextmanager
 def own_file(

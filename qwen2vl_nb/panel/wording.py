@@ -20,6 +20,7 @@ _others = {'family': 'data.boxes', 'model': 'model.model', 'model_name_or_path':
 _call = r'\((?:[^()]|\([^()]*\))*\)' # What a function is called with, which may be another call
 
 # What a message about code asks to do → (what to do in the form, the button or the field for it)
+_only_in_code = '; overwrite=True replaces it' # What a form has no field for
 _deeds = {'set use_cpu: true': ('press', 'memory.pick'), 'leave bf16 out': ('switch off', 'recipe.bf16')}
 
 def fields_of(
@@ -53,6 +54,7 @@ def as_in_form(
         value = (given or '').strip('=…')
         said = called(fields[name]) + (f' to {value}' if passed and value else f' = {value}' if value else '')
         return ('set '*bool(passed)) + (start or '') + said
+    text = text.replace(_only_in_code, '')
     for name in _buttons: text = re.sub(rf'(\bcall )?(?<![\w.])`?({name})(?:{_call})?`?(?![\w(])', button, text)
     names = '|'.join(sorted(fields, key=len, reverse=True)) or '(?!)'
     value = r"(?:=(?:…|'[^']*'|[\w.]*\w)?)"

@@ -153,7 +153,8 @@ def _card_html(row, boxes=()):
     if _kind(row) == 'wrong': shown['label'], shown['answer'] = _marked_texts(lines['label'], lines['answer'])
     if row.get('finish_reason') == 'length': shown['answer'] += ' <small style="opacity:.65">[cut off]</small>'
     small = '<small class="t" style="opacity:.65;overflow-wrap:anywhere">'
-    head = f'<b style="color:{colour}">{said}</b> {small}{html.escape(str(row.get("id", "")))}</small>'
+    name = f'id {row["id"]}' if row.get('id') is not None else ''
+    head = f'<b style="color:{colour}">{said}</b> {small}{html.escape(name)}</small>'
     legend = [div('font-size:.75em;opacity:.65', _legend(boxes))]*bool(boxes)
     return ''.join([*(_picture(path, boxes) for path in _media(row)), *legend, div('margin-top:.35em', head),
                     *(_text_html(name, text) for name,text in shown.items())])
