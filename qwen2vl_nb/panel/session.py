@@ -511,11 +511,15 @@ def _check_needs(session, action):
         if each.binds and {*each.gives} & {*action.needs} and session.has_changed(each.name):
             raise NotYet(each.name, again=True)
 
+_patience = 3 # Seconds to wait for an action that is at work
+
 @contextmanager
 def _working(session, name):
-    "Note that an action is at work; raise `AtWork` if it would use what another one is about to give."
-    for other in session.at_work:
-        if name in session.depends(other): raise AtWork(other)
+    "Note that an action is at work; raise `AtWork` if it would use what another one takes long to give."
+    end = time.monotonic() + _patience
+    while before := next((other for other in [*session.at_work] if name in session.depends(other)), None):
+        if time.monotonic() > end: raise AtWork(before)
+        time.sleep(.05)
     session.at_work.append(name)
     try: yield
     finally: session.at_work.remove(name)
