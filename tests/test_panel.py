@@ -275,6 +275,7 @@ HOSTILE = [
     {'values': []}, {'values': {'data': 1, 'recipe': [], 'memory': None, 'split': {'test': 'x', 'name': {}, 'media': 'move'}}},
     {'values': {'recipe': {'more': {'x': 1, 'trust_remote_code': True, '__import__("os")': 1}, 'lora_rank': 10**30, 'stage': '<b>', 'num_train_epochs': float('1e300')}}},
     {'values': {'model': {'model': '\0'}, 'data': {'source': '\0', 'image': 'x'*100_000, 'media_dir': '/proc/self/fd/0'}}},
+    {'values': {'data': {'source': 'x'*300 + '/y', 'media_dir': 'x'*300}, 'model': {'model': 'x'*300 + '/y'}}},
     {'values': {'memory': {'gpus': -5, 'gpu_gib': -1.0}, 'split': {'folder': '/dev/stdin', 'test': -3.0}, 'runs': {'run': '\0', 'folder': '\0'}}},
     {'ran': []}, {'ran': {'data.read': []}}, {'ran': {'data.read': {'given': {}, 'when': 0, 'said': ''}, 'none.such': {'given': {}, 'when': 1, 'said': 'x'}}},
     {'ran': {'data.read': {'given': {'source': 1, 'image': [], 'prompt': {}, 'response': None, 'media_dir': 2, 'boxes': 'x', 'model': 3}, 'when': 1e300, 'said': '<script>'}}},

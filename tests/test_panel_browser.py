@@ -393,6 +393,28 @@ def test_fields_keep_what_is_typed_say_what_is_allowed_and_have_their_hints_belo
             assert n and not beside or step in ('model', 'runs'), step
             assert form.at.evaluate(CLIPPED) == [[], [], []], step
 
+def test_a_list_of_folders_keeps_its_place_and_the_focus(lab, page, tmp_path):
+    for name in (*(f'{i:02}' for i in range(30)), 'last/inner'): (tmp_path/name).mkdir(parents=True)
+    notebook(lab.root/'folders.ipynb', [f'from qwen2vl_nb.all import *\nPanel({str(tmp_path)!r})'])
+    open_notebook(page, lab, 'folders.ipynb')
+    form = _run_all(page)
+    form.go('data')
+    form.at.get_by_title(ENGLISH['data.media_dir'], exact=True).click()
+    shown, scrolled = form.at.locator('.qvl-list').last, 'e => e.scrollTop'
+    shown.get_by_text('29/').click()
+    form.says('There are no files in 29. There is nothing more to choose in it.')
+    assert shown.evaluate(scrolled) > 100 and shown.locator('.fa-check').is_visible()
+    shown.get_by_text('last/').focus()
+    page.keyboard.press('Enter')
+    shown.get_by_text('inner/').wait_for()
+    page.wait_for_function('document.activeElement.innerText.includes("one folder up")')
+    assert shown.evaluate(scrolled) == 0
+    form.keep('folders')
+    page.keyboard.press('Enter')
+    until(lambda: form.control('data.media_dir').input_value() == '.', 'the path is relative')
+    form.fill('data', media_dir='lost')
+    form.says(ENGLISH['panel.missing'])
+
 @pytest.mark.parametrize('width, abreast', [(400, 2), (150, 1), (1100, 4)])
 def test_cards_code_and_tall_tables_can_be_read_at_any_width(page, width, abreast):
     "Cards are next to each other where there is room; the button doesn't cover the code, and a table that goes on fades."

@@ -6,7 +6,7 @@
 __all__ = ['picture_bytes', 'plain_cell', 'BadCells', 'is_hub_name', 'InMemory', 'is_table', 'in_memory']
 
 # %% ../../nbs/data/18_objects.ipynb #695915a9
-import io, math, re, sys
+import io, math, os, re, sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -182,7 +182,7 @@ def is_hub_name(
     "Whether a text is the name of a data set on a hub rather than a path."
     if not (isinstance(source, str) and re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', source)): return False
     path = Path(source)
-    return not (re.fullmatch(r'\.[A-Za-z]\w{1,4}', path.suffix) or path.exists() or path.parent.exists())
+    return not (re.fullmatch(r'\.[A-Za-z]\w{1,4}', path.suffix) or os.path.exists(path.parent))
 
 def _check_connection(name):
     "Raise `ConnectionError` if nobody listens at the hub's address and the data set is not in the cache."

@@ -57,11 +57,19 @@ CHINESE |= {
                           'there again first, or undo the change.',
                           '点击“{action}”之后，“{step}”步骤的表单有改动。请先在那里再次点击“{action}”，或者撤销改动。'),
     'panel.done': ('done', '已完成'),
+}
+
+# %% ../../nbs/panel/00_chinese.ipynb #zhpanel001
+CHINESE |= {
     'panel.browse': ('Browse', '浏览'),
     'panel.up': ('.. (one folder up)', '..（上一级目录）'),
     'panel.more': ('{n} more: type the beginning of a name to see fewer.',
                    '还有 {n} 项：输入名称的开头可以缩小范围。'),
-    'panel.nothing': ('There is nothing to choose here.', '这里没有可选的内容。'),
+    'panel.holds': ('Files in {folder}: {files}.', '{folder} 中的文件：{files}。'),
+    'panel.others': ('{n} other', '{n} 个其他文件'),
+    'panel.empty': ('There are no files in {folder}.', '{folder} 中没有文件。'),
+    'panel.nothing': ('There is nothing more to choose in it.', '其中没有其他可选的内容。'),
+    'panel.missing': ('There is no such file or folder.', '没有这个文件或目录。'),
 }
 
 # %% ../../nbs/panel/00_chinese.ipynb #zhdata0000

@@ -193,9 +193,10 @@ class DataStep(Step):
     def build(self):
         folder, say = self.panel.session.project.folder, self.panel.say
         source = Combobox(options=suggestions(folder, table_endings))
-        row = path_row(self.field('source', source, '520px'), PathList(source, folder, say, table_endings))
         media = Combobox(options=suggestions(folder))
-        media_row = path_row(self.field('media_dir', media, '520px'), PathList(media, folder, say))
+        rows = [self.field(name, control, '520px') for name, control in (('source', source), ('media_dir', media))]
+        self.lists = [PathList(source, folder, say, table_endings), PathList(media, folder, say)]
+        row, media_row = map(path_row, rows, self.lists)
         widths = {'prompt': 'calc(100% - 4px)'}  # there may be a whole question
         columns = [self.field(name, Combobox(options=[]), widths.get(name, '520px'))
                    for name in ('image', 'prompt', 'response')]
@@ -218,6 +219,7 @@ class DataStep(Step):
         self._offer_columns()
         self._offer_kinds()
         self._tell_settled()
+        for listed in self.lists: listed.tell()
         ran = what_ran(self.panel.session.project)
         later = [ran.get(name) for name in ('data.mend', 'data.drop')]
         if later != self._later:

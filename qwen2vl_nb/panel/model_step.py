@@ -68,7 +68,7 @@ class ModelStep(Step):
         field = Combobox(options=names, placeholder=self.say('hint'))
         row = self.field('model', field, '520px')
         self.facts = HTML()
-        return [path_row(row, PathList(field, folder, self.panel.say)), self.facts]
+        return [path_row(row, PathList(field, folder, self.panel.say, models=True)), self.facts]
 
     def changed(self, name): self.panel.refresh()
 

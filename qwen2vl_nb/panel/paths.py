@@ -7,14 +7,21 @@ __all__ = ['entries', 'suggestions', 'PathList', 'path_row']
 
 # %% ../../nbs/panel/25_paths.ipynb #25paths0002
 import os
+from collections import Counter
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from fastcore.basics import patch
 from ipywidgets import HTML, Button, HBox, Layout, VBox
+from ..data.objects import is_hub_name
+from .session import PANEL, near
 from .shown import as_html
 
 # %% ../../nbs/panel/25_paths.ipynb #25paths0004
-_most_scanned, _most_shown = 20_000, 60 # Entries of a folder
+_most_scanned, _most_shown, _most_kinds = 20_000, 60, 5 # Entries of a folder; kinds of files
+
+def _scanned(folder):
+    with os.scandir(folder) as found: return [e for e in islice(found, _most_scanned) if e.name != PANEL]
 
 def entries(
     folder:Path, # A folder; one that can't be read has no entries
@@ -22,11 +29,9 @@ def entries(
     begin:str='', # What their names begin with
 )->list: # Names, folders first; those of folders end in a slash
     "The folders and files to choose from, without hidden ones."
-    try:
-        with os.scandir(folder) as found: each = [*islice(found, _most_scanned)]
-    except OSError: return []
     fits = lambda e: e.name.lower().startswith(begin.lower()) and (begin.startswith('.') or not e.name.startswith('.'))
-    each = [e for e in each if fits(e)]
+    try: each = [e for e in _scanned(folder) if fits(e)]
+    except OSError: return []
     folders = sorted(e.name + '/' for e in each if e.is_dir())
     return folders + sorted(e.name for e in each if e.name.lower().endswith(endings or ('/',)) and not e.is_dir())
 
@@ -48,21 +53,26 @@ class PathList(VBox):
         folder:Path, # The panel's folder
         say, # The panel's `Texts`
         endings:tuple=(), # As for `entries`
+        models:bool=False, # Whether the folder of a model is chosen; what is no path may be its name
     ):
-        self.field, self.folder, self.say, self.endings, self.at = field, folder, say, endings, None
+        self.field, self.folder, self.say, self.endings, self.models = field, folder, say, endings, models
+        self.at, self._names, self.note = None, None, HTML()
+        self._up = self._row(say('panel.up'), lambda: self.choose(self.at.parent), icon='arrow-up')
         look = Layout(width='auto', flex='none')
         self.button = Button(description=say('panel.browse'), icon='folder-open', layout=look)
         self.button.on_click(lambda _: self.toggle())
         self._list = VBox(layout=Layout(max_height='240px', overflow='hidden auto', display='none', width='420px',
                                         border='1px solid var(--jp-border-color2, #999)', max_width='100%'))
         self._list.add_class('qvl-list')
-        super().__init__([self._list])
-        field.observe(lambda _: self.at and self.look(self._place()), 'value')
+        super().__init__([self._list, self.note], layout=Layout(margin='0 4px 0 140px'))
+        self.add_class('qvl-below')
+        field.observe(lambda _: self.look(self._place()) if self.at else self.tell(), 'value')
+        self.tell()
 
     def _place(self):
         "The folder of the path in the field, or the nearest one above it; above, too, if there is nothing to choose."
         at = self._typed()
-        while not at.is_dir() and at != at.parent: at = at.parent
+        while not os.path.isdir(at) and at != at.parent: at = at.parent
         return at if entries(at, self.endings) else at.parent
 
     def _typed(self): return Path(os.path.normpath(self.folder/os.path.expanduser(self.field.value)))
@@ -75,6 +85,7 @@ class PathList(VBox):
     def close_list(self):
         "Close the list."
         self.at, self._list.layout.display = None, 'none'
+        self.tell()
 
 # %% ../../nbs/panel/25_paths.ipynb #path0007b
 @patch
@@ -85,31 +96,60 @@ def look(self:PathList,
     self.at, self._list.layout.display = at, None
     typed = self._typed()
     begin = '' if os.path.lexists(typed) else typed.name
-    icon = lambda name: 'check' if at/name == typed else 'folder' if name.endswith('/') else 'file'
     names = entries(at, self.endings, begin) or entries(at, self.endings)
-    n_shown = _most_shown if len(names) > _most_shown + 1 else len(names)
-    shown = [self._row(self.say('panel.up'), at.parent, 'arrow-up')] if at != at.parent else []
-    shown += [self._row(n, at/n, icon(n)) for n in names[:n_shown]]
-    if not names: shown.append(HTML(as_html('qvl-help', self.say('panel.nothing'))))
-    if names[n_shown:]: shown.append(HTML(as_html('qvl-help', self.say('panel.more', n=len(names) - n_shown))))
-    self._list.children = shown
+    if (at, names) != self._names: self._fill(at, names)
+    for name, row in zip(names, self._rows):
+        row.icon = 'check' if at/name == typed else 'folder' if name.endswith('/') else 'file'
+    self.tell()
 
 @patch
-def _row(self:PathList, name, path, icon):
+def _fill(self:PathList, at, names):
+    n_shown = _most_shown if len(names) > _most_shown + 1 else len(names)
+    self._names = at, names
+    self._rows = [self._row(name, lambda path=at/name: self.choose(path)) for name in names[:n_shown]]
+    more = as_html('qvl-help', self.say('panel.more', n=len(names) - n_shown))
+    self._list.children = [self._up, *self._rows, *[HTML(more)]*(len(names) > n_shown)]
+
+@patch
+def _row(self:PathList, name, click, icon=''):
     button = Button(description=name, icon=icon, layout=Layout(width='100%', min_height='26px', margin='0'))
     button.style.button_color = 'transparent'
-    button.on_click(lambda _: self.choose(path))
+    button.on_click(lambda _: click())
     return button
 
 @patch
 def choose(self:PathList,
     path:Path, # A folder or a file
 ):
-    "Put a path into the field; a file ends the choice."
-    path = Path(os.path.normpath(path))
-    is_inside = path.is_relative_to(self.folder) and path != self.folder
-    if path.is_file(): self.close_list()
-    self.field.value = str(path.relative_to(self.folder)) if is_inside else str(path)
+    "Put a path into the field; a file or a model ends the choice."
+    path, at = Path(os.path.normpath(path)), self.at
+    if (path/'config.json' if self.models else path).is_file(): self.close_list()
+    self.field.value = near(path, self.folder)
+    if self.at != at: (self._up if self.at else self.button).focus()
+
+# %% ../../nbs/panel/25_paths.ipynb #path0007t
+@patch
+def tell(self:PathList):
+    "Say which files are in the chosen folder, as long as the list is open, or that the path leads nowhere."
+    value, typed, said = self.field.value, self._typed(), ''
+    is_name = self.models or is_hub_name(value) and not os.path.isdir(typed.parent)
+    is_missing = value and not is_name and not os.path.exists(typed)
+    if is_missing: said = as_html('qvl-next', self.say('panel.missing'))
+    elif self.at and os.path.isdir(typed):
+        with suppress(OSError): said = as_html('qvl-help', self._holds(typed))
+    self.note.value, self.note.layout.display = said, None if said else 'none'
+
+@patch
+def _holds(self:PathList, folder):
+    "How many files of each kind are in a folder, and whether there is nothing to choose."
+    found, name = _scanned(folder), folder.name or str(folder)
+    kinds = [Path(e.name).suffix.lower() for e in found if not e.name.startswith('.') and e.is_file()]
+    first = Counter(filter(None, kinds)).most_common(_most_kinds)
+    shown, others = [f'{n:,} {kind}' for kind, n in first], len(kinds) - sum(n for _, n in first)
+    if others: shown.append(self.say('panel.others', n=others))
+    if len(found) == _most_scanned: shown.append('…')
+    said = self.say('panel.holds' if shown else 'panel.empty', folder=name, files=', '.join(shown))
+    return ' '.join([said, *[self.say('panel.nothing')]*(not entries(folder, self.endings))])
 
 # %% ../../nbs/panel/25_paths.ipynb #293af556
 def path_row(
@@ -118,5 +158,6 @@ def path_row(
 )->VBox:
     "A field for a path with its list below it."
     control, hint = row.children
+    listed.button.tooltip = control.description
     beside = HBox([control, listed.button], layout=Layout(flex_flow='row wrap', align_items='center', max_width='100%'))
     return VBox([beside, hint, listed], layout=Layout(max_width='100%'))

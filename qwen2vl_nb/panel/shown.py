@@ -50,7 +50,7 @@ viewBox='0 0 18 18'%3E%3Cpath d='M5 7l4 4 4-4' fill='none' stroke='%23888' strok
   white-space:pre-wrap;overflow-wrap:anywhere}
 .qvl-next {border-left:5px solid var(--jp-warn-color1,#ab6a00);padding:2px 10px;margin:4px 0;overflow-wrap:anywhere}
 .qvl-said {white-space:pre-wrap;overflow-wrap:anywhere;opacity:.85}
-.qvl .jp-RenderedHTMLCommon {overflow-x:auto}
+.qvl .jp-RenderedHTMLCommon {overflow-x:auto} .qvl .qvl-list button:focus-visible {outline-offset:-2px}
 .qvl .jp-RenderedHTMLCommon svg {max-width:100%;height:auto}
 .qvl .jp-RenderedHTMLCommon table {margin-left:0}
 .qvl-shown tr:has(td>div) td:last-child {min-width:160px}

@@ -46,7 +46,11 @@ ENGLISH = {
     'panel.browse': 'Browse',
     'panel.up': '.. (one folder up)',
     'panel.more': '{n} more: type the beginning of a name to see fewer.',
-    'panel.nothing': 'There is nothing to choose here.',
+    'panel.holds': 'Files in {folder}: {files}.',
+    'panel.others': '{n} other',
+    'panel.empty': 'There are no files in {folder}.',
+    'panel.nothing': 'There is nothing more to choose in it.',
+    'panel.missing': 'There is no such file or folder.',
 }
 
 # %% ../../nbs/panel/00_texts.ipynb #00texts0006
