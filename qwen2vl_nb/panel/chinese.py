@@ -57,10 +57,6 @@ CHINESE |= {
                           'there again first, or undo the change.',
                           '点击“{action}”之后，“{step}”步骤的表单有改动。请先在那里再次点击“{action}”，或者撤销改动。'),
     'panel.done': ('done', '已完成'),
-}
-
-# %% ../../nbs/panel/00_chinese.ipynb #zhpanel001
-CHINESE |= {
     'panel.browse': ('Browse', '浏览'),
     'panel.up': ('.. (one folder up)', '..（上一级目录）'),
     'panel.more': ('{n} more: type the beginning of a name to see fewer.',
