@@ -8,7 +8,6 @@ __all__ = ['half_findings', 'disk_findings', 'memory_findings', 'data_findings',
 
 # %% ../nbs/20_checks.ipynb #75130334
 import os, sys, tempfile
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 import psutil
@@ -27,7 +26,7 @@ from .data.box_check import box_faults
 from .data.boxes import box_pieces
 from .data.check import check_samples
 from .data.preprocessing import preprocessing_findings
-from .data.registry import Registry, dataset_samples, entry_faults, entry_source
+from .data.registry import Registry, dataset_samples, entry_faults, entry_source, instead_of
 from .data.samples import (is_dialogue, media_of, media_paths, sample_turns, trained_turns,
                                      without_tags)
 from .data.tokens import count_tokens, cut_samples, glance_at_samples
@@ -263,7 +262,7 @@ def _stage_of(name, recipe):
     asks_only = recipe.get('predict_with_generate') and name not in dataset_names({'dataset': recipe.get('dataset')})
     return 'predict' if asks_only else recipe.get('stage') or 'sft'
 
-def _entry_findings(name, registry, recipe):
+def _entry_findings(key, name, registry, recipe):
     """What is wrong with a registered data set and its rows; its rows, if they can be read, with their tokens and the
     size of the file."""
     try: entry = registry[name]
@@ -274,7 +273,7 @@ def _entry_findings(name, registry, recipe):
     if where != 'file' or any(f.level == 'error' for f in found): return found, None
     file = registry.dataset_dir/source
     if not file.exists():
-        return found + [Finding('dataset',
+        return found + [Finding(key,
             f'{name}: there is no file {file}.', 'Create the file, or correct file_name in the registry.')], None
     try: samples = dataset_samples(registry, name, recipe.get('max_samples'), recipe.get('media_dir'))
     except (ValueError, TypeError, KeyError) as e:
@@ -285,11 +284,9 @@ def _entry_findings(name, registry, recipe):
     return found, (samples, counted, file.stat().st_size)
 
 # %% ../nbs/20_checks.ipynb #731a7d55
-def _unregistered_finding(name, names, path):
-    near = get_close_matches(name, names, 1)
-    hint = f'; did you mean {near[0]!r}?' if near else '.'
-    return Finding('dataset',
-        f'{name!r} is not registered in {path}{hint}',
+def _unregistered_finding(key, name, names, path):
+    return Finding(key,
+        f'{name!r} is not registered in {path}{instead_of(name, names)}',
         f'Register it: `Registry(folder).add({name!r}, samples)`.')
 
 def _together_findings(trained, evaluated, recipe, ranks):
@@ -327,16 +324,14 @@ def data_findings(
             'or create that file with `Registry(folder).add(name, samples)`.')]
     try: names = list(reg)
     except (ValueError, OSError) as e: return [Finding('dataset_dir', str(e), 'Correct the file at that position.')]
-    found, trained, evaluated = [], [], []
-    for name in dataset_names(recipe):
-        if name not in names:
-            found.append(_unregistered_finding(name, names, reg.path))
-            continue
-        said, rows = _entry_findings(name, reg, recipe)
-        found += said
-        for key, known in (('dataset', trained), ('eval_dataset', evaluated)):
-            if rows and name in dataset_names({key: recipe.get(key)}): known.append(rows)
-    return found + _together_findings(trained, evaluated, recipe, ranks)
+    found, read = [], {'dataset': [], 'eval_dataset': []}
+    for key in read:
+        for name in dataset_names({key: recipe.get(key)}):
+            if name in names: said, rows = _entry_findings(key, name, reg, recipe)
+            else: said, rows = [_unregistered_finding(key, name, names, reg.path)], None
+            found += [finding for finding in said if finding not in found]
+            read[key] += [rows]*bool(rows)
+    return found + _together_findings(*read.values(), recipe, ranks)
 
 # %% ../nbs/20_checks.ipynb #473c86ab
 def _without_auto(value):

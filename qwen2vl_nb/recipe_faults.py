@@ -185,7 +185,25 @@ def _prompt_findings(recipe):
                       f'Name them before it, separated by commas, as {_as_trained} does.', 'warning')
 
 # %% ../nbs/15_recipe_faults.ipynb #6513270e
+def _step_findings(recipe):
+    "Numbers with which a training learns nothing, diverges or stops; LLaMA-Factory accepts them all."
+    given = lambda key, usual: recipe[key] if isinstance(recipe.get(key), (int, float)) else usual
+    rate, epochs = given('learning_rate', 5e-5), given('num_train_epochs', 3)
+    usual_rates = ('Usual learning rates are 1e-4 for LoRA and 1e-5 for full fine-tuning, and 5e-6 and 1e-6 with '
+                   'preferences.')
+    if rate < 0:
+        yield Finding('learning_rate', f'The optimizer stops: Invalid learning rate: {rate}.', usual_rates)
+    if rate == 0:
+        yield Finding('learning_rate', 'Nothing would be learned with a learning rate of 0: the run ends without an '
+                      'error, and the model is as it was.', usual_rates, 'warning')
+    if rate >= 1 and str(recipe.get('optim') or 'adamw').startswith('adamw'):
+        yield Finding('learning_rate', f'AdamW diverges with a learning rate of {rate}.', usual_rates, 'warning')
+    if epochs <= 0 and given('max_steps', -1) <= 0:
+        yield Finding('num_train_epochs', f'Nothing would be trained in {epochs} epochs: the run ends without an '
+                      'error, and the model is as it was.', 'Set num_train_epochs or max_steps above 0.', 'warning')
+
 def _argument_findings(recipe):
+    if recipe.get('do_train'): yield from _step_findings(recipe)
     trackers = [] if 'report_to' in recipe else list(filter(find_spec, _trackers))
     if trackers:
         yield Finding('report_to',

@@ -171,6 +171,17 @@ def test_by_hand(family):
     assert table.iou.tolist() == pytest.approx([100*(4/3)/4, 30, 100*(4/3 + .6)/6], abs=.3)
     pd.testing.assert_frame_equal(found.fields, table)
 
+@pytest.mark.parametrize('begun', ['<|box_start|>(44,2,44444(50,55)<|box_end|>', '<|box_start|>(100,100),(300', '[{"bbox_2d": [100, 100, 300', '[{"bbox_2d": [1, 2, 3], "label": "car"}]'])
+def test_an_answer_that_begins_a_box_and_states_none_is_not_parsed(begun):
+    rows = [_row(0, [CAR], [CAR]), *(_row(i, labels, []) | {'predict': begun} for i, labels in ((1, [CAR]), (2, [])))]
+    found = score(rows)
+    assert found.rows[[*box_measures]].values.tolist() == [[100]*4, [0]*4, [0]*4]
+    assert found.boxes.predicted.tolist() == [1, 1] and show_predictions(rows)._repr_html_().count('✗ wrong') == 2
+    rows[1] |= {'predict': f"{rows[0]['label']} {begun}"}
+    assert score(rows).rows['boxes.f1'].tolist() == [100, 100, 0], 'a malformed box after another is left out'
+    rows[1] |= {'label': begun, 'predict': '[]'}
+    assert score(rows).rows['boxes.parsed'].tolist() == [100, 100, 0], 'a label without a box that can be read has no boxes'
+
 def test_a_wrong_name_is_a_missing_and_an_unwanted_box():
     found = score([_row(0, [CAR, CAR], [Box('truck', *CAR.coordinates), CAR])]*2)
     assert found['boxes.f1'] == found['boxes.iou'] == 50

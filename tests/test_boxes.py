@@ -459,7 +459,7 @@ BAD = { # name → what makes the files, and the words with which they are refus
     'COCO: annotations that are null': (lambda f: _coco_file(f, annotations=None), ['instances.json has no list of annotations']),
     'COCO: an id of two classes': (lambda f: _coco_file(f, categories=_coco()['categories'] + [_coco()['categories'][0] | {'name': 'cow'}]), ['categories[2] has the id', 'of another class']),
     'COCO: the file is cut off': (lambda f: (_bytes(_coco_file, 'annotations/instances.json', json.dumps(_coco())[:-40])(f)), ['instances.json is not JSON', 'line 1']),
-    'COCO: boxes for another picture': (lambda f: _coco_file(f, images=[image | {'width': 300} for image in _coco()['images']]), ['picture 0 (', 'for 300×90 pixels, and the picture has 120×90']),
+    'COCO: boxes for another picture': (lambda f: _coco_file(f, images=[image | {'width': 300} for image in _coco()['images']]), ['- images[0] (', 'for 300×90 pixels, and the picture has 120×90']),
     'COCO: a rotated box of CVAT': (_changed(1, attributes={'occluded': False, 'rotation': 30.0}), ['annotations[1] is rotated; only upright boxes']),
     'YOLO: an outline': (lambda f: _yolo(f, '0 .1 .1 .2 .1 .2 .2\n'), ['a.txt: line 1 has 7 numbers instead of five; only upright boxes and points are read']),
     'YOLO: a rotated box': (lambda f: _yolo(f, '0 .1 .1 .2 .1 .2 .2 .1 .2\n'), ['a.txt: line 1 has 9 numbers instead of five']),
@@ -488,7 +488,7 @@ BAD = { # name → what makes the files, and the words with which they are refus
     'VOC: a file that is empty': (_bytes(_voc, 'Annotations/b.xml', ''), ['b.xml: it is not XML: ']),
     'VOC: other XML': (_bytes(_voc, 'Annotations/b.xml', '<html/>'), ['b.xml: its root element is html']),
     'VOC: an encoding that nobody knows': (_bytes(_voc, 'Annotations/b.xml', '<?xml version="1.0" encoding="klingon"?><annotation/>'), ['b.xml: it is not XML']),
-    'VOC: boxes for another picture': (lambda f: _voc(f, size=(500, 90)), ['for 500×90 pixels, and the picture has 120×90']),
+    'VOC: boxes for another picture': (lambda f: _voc(f, size=(500, 90)), ['a.xml (', 'for 500×90 pixels, and the picture has 120×90']),
     'VOC: a rotated box of CVAT': (_replaced('</object>', '<attributes><attribute><name>rotation</name><value>30.0</value></attribute></attributes></object>'), ['a.xml: object 1 is rotated; only']),
     "VOC: CVAT's own format": (_bytes(_voc, 'Annotations/a.xml', '<annotations><version>1.1</version></annotations>'), ["a.xml: it is in CVAT's own format: export the task as COCO 1.0"]),
     'LabelMe: a polygon': (lambda f: _labelme(f, lambda s: s | {'shape_type': 'polygon'}), ["a.json: shapes[0] is a 'polygon'; only upright boxes and points"]),
@@ -513,7 +513,7 @@ BAD = { # name → what makes the files, and the words with which they are refus
     'a table without a picture in a row': (lambda f: _table(f, rows=[f'{ROW},1,2,3,4', ',120,90,dog,1,2,3,4']), ["row 3 of boxes.csv has '' as filename"]),
     'a table without a column for the picture': (lambda f: _table(f, 'foto,width,height,class,xmin,ymin,xmax,ymax'), ['boxes.csv has boxes and no column for the picture: image=']),
     'a table whose column is misspelt': (lambda f: (_table(f)[0], {'image': 'foto'}), ["has no column 'foto'", 'filename, width']),
-    'a table for another picture': (lambda f: _table(f, rows=['a.png,500,90,dog,1,2,3,4']), ['for 500×90 pixels, and the picture has 120×90']),
+    'a table for another picture': (lambda f: _table(f, rows=['a.png,500,90,dog,1,2,3,4']), ["- row 2 of boxes.csv ('a.png'): its boxes are for 500×90 pixels, and the picture has 120×90"]),
     'a label between marks that is a mark': (lambda f: _table(f, rows=['a.png,120,90,<|box_end|>,1,2,3,4']), ["The label '<|box_end|>' contains a mark"]),
 }
 
@@ -530,7 +530,29 @@ def test_all_faults_come_at_once(tmp_path):
     notes = [note | {'bbox': None} for note in _coco()['annotations']]
     source, how = _coco_file(tmp_path, annotations=notes*1000)
     with pytest.raises(ValueError, match=r'has 3000 box\(es\) or picture\(s\) that cannot be read') as refused: read_samples(source, family='qwen2_vl', **how)
-    assert 'annotations[4]' in str(refused.value) and len(str(refused.value)) < 1000
+    assert 'annotations[19]' in str(refused.value) and len(str(refused.value)) < 3000
+
+def test_faults_of_boxes_and_of_pictures_come_together_each_with_its_place_and_its_cure(tmp_path):
+    _drawn(tmp_path)
+    (tmp_path/'cut.png').write_bytes((tmp_path/'a.png').read_bytes()[:20])
+    rows = ['a.png,dog,1,2,3,4', 'gone.png,dog,1,2,3,4', 'a.png,dog,1,2,3,wide', 'cut.png,dog,1,2,3,4', ',dog,,2,3,4', 'lost.png,dog,1,2,3,wide']
+    (tmp_path/'boxes.csv').write_text('\n'.join(['image,label,xmin,ymin,xmax,ymax', *rows]))
+    with pytest.raises(ValueError) as refused: read_samples(tmp_path/'boxes.csv', family='qwen2_vl')
+    title, *lines = str(refused.value).splitlines()
+    assert title == f'{tmp_path/"boxes.csv"} has 7 box(es) or picture(s) that cannot be read:'
+    nowhere, no_number = 'There is no file {0}. Correct the path, or drop the row. media_dir=… names', 'has something that is not a number in xmin, ymin, xmax, ymax.'
+    wanted = [(3, f"('gone.png'): {nowhere.format('gone.png')}"), (4, no_number), (5, "('cut.png'): cut.png cannot be read: "), (6, "has '' as image."), (6, no_number),
+              (7, f"('lost.png'): {nowhere.format('lost.png')}"), (7, no_number)]
+    for line, (row, words) in zip(sorted(lines), wanted, strict=True): assert line.startswith(f'- row {row} of boxes.csv {words}'), line
+    assert 'media_dir' not in lines[2] and lines[2].endswith('Save the picture again, or drop the row.')
+
+@pytest.mark.parametrize('make', [_coco_file, _voc, _labelme, _studio])
+def test_the_pictures_of_all_tools_are_found_in_media_dir(make, tmp_path):
+    source, how = make(tmp_path/'set')
+    moved = _made(tmp_path/'moved')
+    for picture in [*(tmp_path/'set').rglob('*.png')]: picture.rename(moved/picture.name)
+    samples = read_samples(source, family='qwen2_vl', **how | {'media_dir': moved})
+    assert sorted(s['images'][0] for s in samples) == sorted(map(str, moved.iterdir()))
 
 def test_a_family_that_is_none_is_refused(tmp_path):
     source, how = _coco_file(tmp_path)

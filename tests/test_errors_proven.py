@@ -311,6 +311,7 @@ RECIPES = { # name → the changes of a recipe that runs
     'an adapter for full fine-tuning': lambda r: r.adapter() | {'finetuning_type': 'full'},
     'a ZeRO config that is not there': lambda r: {'deepspeed': 'ds_z9.json', 'use_cpu': None},
     'a ZeRO config that is no JSON': lambda r: {'deepspeed': r.write('ds.json', '{'), 'use_cpu': None},
+    'a learning rate below 0': lambda r: {'learning_rate': -1},
     'a data set that is not registered': lambda r: {'dataset': 'car_itme'},
     'no registry': lambda r: {'dataset_dir': str(r.folder)},
     'a registry that is cut off': lambda r: {'dataset_dir': str(Path(r.write('dataset_info.json', '{"car_item": {')).parent)},
@@ -440,7 +441,7 @@ def test_ranks_that_do_so_in_an_evaluation_end(tiny, tmp_path, said):
 ELSEWHERE = { # function, or more of the line → the test in which it is proven, or why it is not
     'checks.ask_llamafactory': 'these are the words of LLaMA-Factory and DeepSpeed themselves',
     "recipe_faults._output_findings: Finding('output_dir', 'There is no": 'a run is a folder: without one there is nothing that could be started',
-    "media._file_fault: Fault(f'The path is {path!r}, not text": 'check_samples says it before, in words of its own that are proven',
+    "faults.file_fault: Fault(f'The path is {path!r}, not text": 'check_samples says it before, in words of its own that are proven',
     "recipe_faults._config_findings: Finding('deepspeed'": 'test_failures.py::zero3_generates',
     "checks._template_findings: Finding(name, f'Under the template": 'test_family.py::test_templates_of_other_families',
     "checks._clip_findings: Finding(name, f'{len(lost)}": 'test_family.py::test_clips_that_llamafactory_cannot_place',

@@ -16,12 +16,14 @@ from urllib.parse import parse_qs, unquote, urlparse
 @dataclass
 class Annotated:
     "A picture with its boxes."
-    image:object # Its path, as given in the file; or several paths to try; or the picture's bytes
+    image:object=None # Its path, as given in the file; or several paths to try; or the picture's bytes
     boxes:list=field(default_factory=list) # (name, two or four coordinates) of each point or box
     size:tuple=None # (width, height) in pixels according to the file; `None` if the file doesn't say
     frame:tuple=None # (width, height) of the picture in the coordinates of the boxes; `None`: they are pixels
     more:dict=field(default_factory=dict) # Other columns of the sample
     row:int=None # Index of the first row about it, if it is from a table
+    place:str='' # Where it is in what was read, as a message names it
+    fault:str='' # What cannot be read, and where: then there is nothing else
 
 # %% ../../nbs/data/05_annotations.ipynb #83f29726
 _only = 'only upright boxes and points are read: export boxes, or save the box around it'
@@ -64,7 +66,7 @@ def _coco_pictures(images, faults):
         elif number in pictures: faults.append(f'images[{i}] has the id {number!r} of another picture')
         else:
             size = _size(image.get('width'), image.get('height'))
-            pictures[number] = Annotated(name, size=size, more={'image_id': number})
+            pictures[number] = Annotated(name, size=size, more={'image_id': number}, place=f'images[{i}]')
     return pictures
 
 def _coco_fault(note, pictures, names):
@@ -310,7 +312,7 @@ def _labels_by_id(results):
 def _studio_picture(task, faults, where):
     results, n = _chosen_results(task) if 'data' in task else (_min_results(task), 1)
     names, about = _labels_by_id(results), set()
-    picture = Annotated([], frame=(100, 100), more={k: task[k] for k in ('id',) if k in task})
+    picture = Annotated([], frame=(100, 100), more={k: task[k] for k in ('id',) if k in task}, place=where)
     for i, result in enumerate(results):
         if not isinstance(result, dict): continue
         picture.size = picture.size or _size(result.get('original_width'), result.get('original_height'))
@@ -331,7 +333,7 @@ def studio_pictures(
     for i, task in enumerate(data):
         picture, n = _studio_picture(task, faults, f'task {i}')
         several, left = several + (n > 1), left + (n == 0)
-        if n: pictures.append(picture)
+        if n and picture.image: pictures.append(picture)
     remark = f', {several} with several annotations, of which one counts' if several else ''
     return pictures, faults, remark + (f', {left} without annotations left out' if left else '')
 
@@ -363,16 +365,18 @@ def _cells(row, names):
     if all(cell in (None, '') for cell in cells): return []
     return _as_numbers([str(cell).strip() for cell in cells])
 
+def _row_faults(row, columns):
+    "What is wrong with a row."
+    path = row.get(columns['image'])
+    if not isinstance(path, str) or not path: yield f"has {_short(path)} as {columns['image']}"
+    if _cells(row, columns['corners']) is None:
+        yield f"has something that is not a number in {', '.join(columns['corners'])}"
+
 def _table_box(row, columns):
-    "(picture, (name, corners) of its box or nothing, other cells) of a row; raises `ValueError`."
-    path, numbers = row.get(columns['image']), _cells(row, columns['corners'])
-    if not isinstance(path, str) or not path: raise ValueError(f"has {_short(path)} as {columns['image']}")
-    if numbers is None: raise ValueError(f"has something that is not a number in {', '.join(columns['corners'])}")
-    label = row.get(columns['label'])
+    "[(name, corners)] of the box of a row; empty if it has none that can be read."
+    label, numbers = row.get(columns['label']), _cells(row, columns['corners'])
     corners = _corners if columns['has_size'] else lambda *numbers: numbers
-    box = ('' if label is None else str(label), corners(*numbers)) if numbers else None
-    used = {columns['image'], columns['label'], *columns['corners']}
-    return path, box, {k: v for k, v in row.items() if k not in used}
+    return [('' if label is None else str(label), corners(*numbers))] if numbers else []
 
 def _are_fractions(pictures):
     numbers = [abs(n) for picture in pictures for _, corners in picture.boxes for n in corners]
@@ -385,16 +389,16 @@ def table_pictures(
     """The pictures and boxes of a table, once for each prompt. Other columns are kept if they have the same value in
     all rows of a picture."""
     pictures, faults = {}, []
+    used = {columns['image'], columns['label'], *columns['corners']}
     for i, row in enumerate(rows):
-        try: path, box, more = _table_box(row, columns)
-        except ValueError as e:
-            faults.append((i, str(e)))
-            continue
-        size = _cells(row, columns['size']) or ()
+        faults += [(i, fault) for fault in _row_faults(row, columns)]
+        path, size = row.get(columns['image']), _cells(row, columns['size']) or ()
+        if not isinstance(path, str) or not path: continue
+        more = {k: v for k, v in row.items() if k not in used}
         new = Annotated(path, size=_size(*size) if len(size) == 2 else None, more=more, row=i)
         picture = pictures.setdefault((path, str(row.get(columns['prompt']))), new)
         picture.more = {k: v for k, v in picture.more.items() if more.get(k) == v}
-        if box: picture.boxes.append(box)
+        picture.boxes += _table_box(row, columns)
     fractions = _are_fractions(pictures.values())
     for picture in pictures.values(): picture.frame = (1, 1) if fractions else None
     return list(pictures.values()), faults, ' as fractions' if fractions else ''
@@ -441,8 +445,7 @@ def fitted(
         upright, orientation = size, 1  # it was annotated as stored, not upright
     to = upright or told or picture.frame
     if not to:
-        raise ValueError('the picture cannot be read, and the annotation does not say its size; media_dir=… names the '
-                         'folder of the pictures')
+        raise ValueError('the picture cannot be read, and the annotation does not say its size')
     now = picture.frame or told or to
     scaled = [(label, tuple(n*to[i%2]/now[i%2] for i, n in enumerate(numbers))) for label, numbers in picture.boxes]
     back = {6: 8, 8: 6}.get(orientation, orientation)

@@ -9,7 +9,7 @@ __all__ = ['missing_media_faults', 'without_blanks', 'answer_faults_between']
 from collections import Counter
 from typing import NamedTuple
 from ..findings import show_value
-from .media import Fault
+from .faults import Fault
 from .samples import (is_dialogue, is_ranking, media_key, media_paths, name_row, sample_kind,
                                      sample_turns, without_tags)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..model import box_frame, families, model_type, pixel_limits, resized
 from ..findings import show_value
 from .boxes import box_pieces, known_frame
-from .media import Fault
+from .faults import Fault
 from .samples import media_of, sample_turns
 
 # %% ../../nbs/data/35_box_check.ipynb #d0c81c18

@@ -18,7 +18,8 @@ from ..findings import bulleted, finding_kind, findings_table, show_value
 from .answer_faults import answer_faults_between, missing_media_faults, without_blanks
 from .boxes import box_pieces, known_frame, turn_sample
 from .box_check import box_faults, class_faults
-from .media import Fault, look_at_picture, look_at_video, mend_picture, near_duplicates
+from .faults import Fault
+from .media import look_at_picture, look_at_video, mend_picture, near_duplicates
 from .objects import is_table
 from .preference_faults import preference_faults, preference_faults_between
 from .samples import (as_list, is_dialogue, is_ranking, map_media, media_key, media_of, media_paths,

@@ -8,7 +8,7 @@ __all__ = ['preference_faults', 'preference_faults_between']
 # %% ../../nbs/data/37_preference_faults.ipynb #35preferencefaults02
 from collections import Counter
 from ..findings import show_value
-from .media import Fault
+from .faults import Fault
 from .samples import (answer_keys, is_dialogue, is_ranking, media_paths, name_row, sample_kind,
                                      sample_turns, with_each_answer)
 

@@ -20,10 +20,11 @@ from ..names import progress
 from ..files import (Damaged, json_or, open_picture, open_regular, parse_json, read_bytes, read_json,
                               read_text, undone_on_error, video_endings, write_new)
 from ..model import box_frame, family_of, write_boxes
-from ..findings import first_few
+from ..findings import bulleted, first_few
 from .annotations import (Annotated, box_columns, coco_pictures, fitted, is_labelme, is_studio,
                                          labelme_picture, studio_pictures, table_pictures, voc_picture,
                                          yolo_boxes, yolo_names)
+from .faults import file_fault, unreadable
 from .objects import BadCells, InMemory, in_memory, is_hub_name, is_table
 from .samples import answer_keys, are_samples, at_place, history_turns, in_file, is_plain, name_row
 from .preferences import find_preferences
@@ -829,48 +830,59 @@ def _read_vqa(paths, place):
 
 # %% ../../nbs/data/20_sources.ipynb #c4ae61e4
 def _stored(path):
-    "(width, height) and orientation of a picture; `None` and 1 if it can't be read."
+    "(width, height) and orientation of a picture, and the `Fault` if it can't be read."
+    head = b''
     try:
-        with open_picture(path) as im: return im.size, im.getexif().get(0x0112, 1)
-    except Exception: return None, 1  # `check_samples` will say why
+        with open_regular(path) as f:
+            head = f.read(64)
+            with open_picture(f) as im: return im.size, im.getexif().get(0x0112, 1), None
+    except Exception as e: return None, 1, file_fault(path) or unreadable(os.path.basename(path), head, e)
+
+def _why_unread(path, name, fault):
+    "Why a picture cannot be read, and what to do; `path` is `None` if no file has the name."
+    if name.startswith('data:'): return 'This is not a picture in base64. Give the path of a file.'
+    hint = '' if path or '://' in name else ' media_dir=… names the folder of the pictures.'
+    return f'{fault.what} {fault.cure}{hint}'
 
 def _boxed_row(picture, place, family, limits):
     "A picture with its boxes as a row, and whether its boxes had to be turned; raises `ValueError`."
     paths = picture.image if isinstance(picture.image, list) else [picture.image]
+    paths = [_from_data_uri(p, place) if p.startswith('data:') else _without_scheme(p) for p in paths]
     path = next((found for p in paths if (found := place.find(p))), None)
-    size, orientation = _stored(path) if path else (None, 1)
+    form, name = family_of(family), path or (paths or [''])[0]
+    size, orientation, fault = _stored(name)
+    if not (size or picture.size or form.grid and picture.frame): raise ValueError(_why_unread(path, name, fault))
     boxes, whole, is_turned = fitted(picture, size, orientation)
-    form = family_of(family)
-    if not (form.grid or size or picture.size):
-        raise ValueError(f'the picture cannot be read, and the boxes of {form.name} depend on its size; media_dir=… '
-                         'names the folder of the pictures')
     frame = box_frame(*whole, family, **limits)
     inside = lambda numbers: [n*frame[i%2]/whole[i%2] for i, n in enumerate(numbers)]
     answer = write_boxes([(label, inside(numbers)) for label, numbers in boxes], form.boxes)
-    found = {'image': path or (paths or [''])[0], 'output': answer, 'box_frame': [*frame]}
+    found = {'image': name, 'output': answer, 'box_frame': [*frame]}
     return picture.more | found, is_turned
 
 # %% ../../nbs/data/20_sources.ipynb #0695b099
-def _check_faults(path, faults):
-    if not faults: return
-    raise ValueError(f'{path} has {len(faults)} box(es) or picture(s) that cannot be read. '
-                     f'{"; ".join(first_few(faults))}.')
+def _unread(faults): return [Annotated(fault=fault) for fault in faults]
+
+def _name_faults(path, faults):
+    named = bulleted([f'{fault.rstrip(".")}.' for fault in faults], 20)
+    return f'{path} has {len(faults)} box(es) or picture(s) that cannot be read:\n{named}'
 
 def _boxed_rows(path, pictures, place, family, limits):
     "Rows of pictures with boxes in a family's form, and what is to be said about them."
-    if not family: raise ValueError(_which_family(path))
-    rows, faults, turned = [], [], 0
+    faults = [picture.fault for picture in pictures if picture.fault]
+    if not family: raise ValueError('\n'.join([_name_faults(path, faults)]*bool(faults) + [_which_family(path)]))
+    rows, faults, turned, form = [], [], 0, family_of(family)
     has_prompts = any(name in picture.more for picture in pictures for name in _default_column_names['prompt'])
     asked = {} if has_prompts else {'instruction': 'Locate every object in the picture.'}
-    for i, picture in enumerate(pictures):
-        try: row, is_turned = _boxed_row(picture, place, family, limits)
-        except ValueError as e: faults.append(f'picture {i} ({_short_path(picture.image)}): {str(e).rstrip(".")}')
+    for picture in pictures:
+        try: row, is_turned = ({}, 0) if picture.fault else _boxed_row(picture, place, family, limits)
+        except ValueError as e: picture.fault = f'{picture.place} ({_short_path(picture.image)}): {e}'
+        if picture.fault: faults.append(picture.fault)
         else:
             rows.append(asked | row)
             turned += is_turned
-    _check_faults(path, faults)
+    if faults: raise ValueError(_name_faults(path, faults))
     named = [label for picture in pictures for label, _ in picture.boxes]
-    said = f"{len(named)} box(es) of {len(set(named))} class(es) in the form of {family_of(family).name}"
+    said = f"{len(named)} box(es) of {len(set(named))} class(es) in the form of {form.name}"
     return rows, f'{said}, {turned} picture(s) with boxes turned to fit the file' if turned else said
 
 def _short_path(image):
@@ -894,15 +906,15 @@ def _boxed_json(path, data, place):
     if isinstance(data, dict) and {'images', 'annotations'} <= data.keys() and _is_coco_boxes(data):
         for name in ('images', 'annotations'): _listed(path, data, name)
         (pictures, faults, remark), form = coco_pictures(data), 'COCO boxes'
-    elif is_labelme(data): return _labelme_pictures([Path(path)], path, place)
+    elif is_labelme(data): return _labelme_pictures([Path(path)], place)
     elif is_studio(data): (pictures, faults, remark), form = studio_pictures(data), 'Label Studio'
     else: return
-    _check_faults(path, faults)
+    pictures += _unread(faults)
     if form == 'Label Studio' and not pictures:
         raise ValueError(f'{path}: none of its {len(data)} task(s) has an annotation; predictions are not read.')
     return pictures, form + remark
 
-def _labelme_pictures(files, source, place):
+def _labelme_pictures(files, place):
     pictures, faults = [], []
     for file in files:
         data = read_json(file, object)
@@ -911,11 +923,11 @@ def _labelme_pictures(files, source, place):
             picture, found = labelme_picture(data)
             pictures.append(picture)
             faults += [f'{file.name}: {fault}' for fault in found]
+            picture.place = file.name
             picture.image = _beside(file, picture.image, file.parent, *_picture_places(file.parent))
             if isinstance(data.get('imageData'), str) and not any(map(place.find, picture.image)):
                 picture.image = _from_data_uri(f",{data['imageData']}", place)
-    _check_faults(source, faults)
-    return pictures, f'{len(files)} LabelMe file(s)'
+    return pictures + _unread(faults), f'{len(files)} LabelMe file(s)'
 
 def _picture_places(folder):
     "Where the pictures may be, if a folder has only their labels."
@@ -926,7 +938,7 @@ def _beside(file, name, *folders):
     name = name.replace('\\', '/')
     stem = [file.stem + ending for ending in picture_endings]
     names = dict.fromkeys([name, name.rpartition('/')[2], *stem])
-    return [str(folder/one) for one in names if one for folder in folders]
+    return [str(folder/one) for one in names if one for folder in folders] + [*filter(None, names)]
 
 # %% ../../nbs/data/20_sources.ipynb #da310aee
 def _yaml(file):
@@ -1002,16 +1014,15 @@ def _yolo_pictures(folder):
         boxes, wrong = yolo_boxes(read_text(labels), names) if labels else ([], [])
         without += not labels
         faults += [f'{labels.name}: {fault}' for fault in wrong]
-        pictures.append(Annotated(str(picture), boxes, frame=(1, 1)))
+        pictures.append(Annotated(str(picture), boxes, frame=(1, 1), place=picture.name))
     is_of_yolo = file.parent == folder.absolute() and file.suffix != '.txt'
     if without == len(files) and not is_of_yolo: return
     if not files or without == len(files):
         raise ValueError(f'{folder} has {file.name}, which names classes, but {len(files)} picture(s) and '
                          f'{len(files) - without} label file(s): give the folder that contains images and labels.')
-    _check_faults(folder, faults)
     part = f' in {where.name}' if where.resolve() != folder.resolve() else ''
     left = f' ({without} picture(s) without a label file have no boxes)' if without else ''
-    return pictures, f'YOLO labels{part}{left}'
+    return pictures + _unread(faults), f'YOLO labels{part}{left}'
 
 # %% ../../nbs/data/20_sources.ipynb #27710b07
 _label_folders = 'annotations', 'annotation', 'labels', 'xmls', 'json', 'jsons' # Names of folders with labels
@@ -1033,16 +1044,16 @@ def _voc_pictures(folder):
             faults.append(f'{file.name}: {e}')
             continue
         faults += [f'{file.name}: {fault}' for fault in found]
+        picture.place = file.name
         picture.image = _beside(file, picture.image, file.parent, *_picture_places(file.parent))
         pictures.append(picture)
-    _check_faults(folder, faults)
-    return pictures, f'{len(files)} Pascal VOC file(s)'
+    return pictures + _unread(faults), f'{len(files)} Pascal VOC file(s)'
 
 def _boxed_folder(folder, place):
     "The pictures and boxes of a folder of an annotation tool, and the name of its form; `None` for other folders."
     if found := _yolo_pictures(folder) or _voc_pictures(folder): return found
     files = _label_files(folder, '.json')
-    if any(is_labelme(json_or({}, file)) for file in files[:5]): return _labelme_pictures(files, folder, place)
+    if any(is_labelme(json_or({}, file)) for file in files[:5]): return _labelme_pictures(files, place)
 
 # %% ../../nbs/data/20_sources.ipynb #2f6b746d
 def _rows_of(path, data, place):
@@ -1155,9 +1166,11 @@ def _table_boxes(path, rows, image, label, prompt):
     if missing: raise ValueError(f'{path} has no column {" and ".join(missing)}. Its columns: {", ".join(names)}.')
     if not columns['image']: raise ValueError(f'{path} has boxes and no column for the picture: image=… names it.')
     pictures, faults, remark = table_pictures(rows, columns)
-    _check_faults(path, [f'{name_row(i, rows[i])} {what}' for i, what in faults])
-    for picture in pictures: picture.more = at_place(picture.more, rows[picture.row])
-    return pictures
+    for picture in pictures:
+        row = rows[picture.row]
+        picture.more, picture.place = at_place(picture.more, row), name_row(picture.row, row)
+    pictures += [Annotated(row=i, fault=f'{name_row(i, rows[i])} {what}') for i, what in faults]
+    return sorted(pictures, key=lambda picture: picture.row)
 
 def _with_boxes(path, rows, place, family, limits, image, label, prompt):
     "Rows in which boxes, if there are any, are answers in a family's form, and what is to be said about them."

@@ -20,20 +20,20 @@ if TYPE_CHECKING: import numpy as np, pandas as pd
 # %% ../../nbs/prediction/47_boxes.ipynb #b0838dc2
 def stated_boxes(
     text:str, # A label or an answer; `None` for a row that failed
-)->list: # `Box`es in the coordinates of the text; `None` if nothing in it is written as a box
+)->list: # `Box`es in the coordinates of the text; `None` if it is not parsed
     "The boxes in a text, without its points."
     return _stated(text, 4)
 
 def stated_points(
     text:str, # A label or an answer; `None` for a row that failed
-)->list: # `Box`es without x2 and y2; `None` if nothing in the text is written as a box or a point
+)->list: # `Box`es without x2 and y2; `None` if the text is not parsed
     "The points in a text, without its boxes."
     return _stated(text, 2)
 
 def _stated(text, n):
     "What is written with n coordinates."
     found = read_boxes(text, (1, 1), (1, 1))
-    return found if found is None else [box for box in found if len(box.coordinates) == n]
+    if found or found is not None and not box_pieces(text): return [box for box in found if len(box.coordinates) == n]
 
 # %% ../../nbs/prediction/47_boxes.ipynb #fcd1c6bb
 _far = 1e9 # Coordinates are clipped to it, so that areas stay finite

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from fastcore.basics import patch
 from ..findings import as_text, findings_table, first_few, one_header, text_table
 from ..model import after_thoughts
+from ..data.boxes import box_pieces
 from .predictions import Predictions
 from ..run.answers import AnswerFaults, answer_findings
 from .boxes import (box_measures, box_table, measure_boxes, measure_points, point_measures,
@@ -303,7 +304,9 @@ def usual_measure(
 @patch
 def _stated_boxes(self:Scores):
     "The boxes of label and answer of each row that was scored."
-    for i in self.rows.index: yield tuple(stated_boxes(self._given[i][key]) for key in ('label', 'predict'))
+    for i in self.rows.index:
+        label, predict = (stated_boxes(self._given[i][key]) for key in ('label', 'predict'))
+        yield label or [], predict
 
 @patch
 def _values(self:Scores, column):
@@ -389,9 +392,9 @@ class _Measured:
 @patch
 def _located(self:_Measured, label, predict, side):
     "The measures of boxes and points; -1 where the label has none, or where the size of the picture is not known."
-    boxes, points = stated_boxes(label), stated_points(label)
+    boxes, points = stated_boxes(label) or [], stated_points(label) or []
     self.has_boxes, self.has_points = self.has_boxes or bool(boxes), self.has_points or bool(points)
-    if boxes is None: return -1, *[-1]*(len(box_measures) + len(point_measures) - 1)
+    if box_pieces(label) is None: return -1, *[-1]*(len(box_measures) + len(point_measures) - 1)
     is_known = side or not points
     near = measure_points(points, stated_points(predict), side or 1) if is_known else [-1]*len(point_measures)
     return *measure_boxes(boxes, stated_boxes(predict)), *near

@@ -10,11 +10,10 @@ import itertools, json, math, os, time
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from filelock import Timeout
 from ..checkpoint import newest_complete
-from ..data.registry import Registry
+from ..data.registry import Registry, instead_of
 from ..files import name_part
 from ..findings import full_table, one_header, without_empty
 from ..hidden import apart
@@ -104,10 +103,8 @@ def _recipe_faults(recipe, score_on):
     if not isinstance(score_on, str):
         yield f'score_on: {score_on!r} is not the name of a data set.'
         return
-    near = get_close_matches(score_on, registry, 1)
     if score_on not in registry:
-        yield f"score_on: {score_on!r} is not registered in {registry.path}" + (f'; did you mean {near[0]!r}?' if near
-                                                                               else '.')
+        yield f"score_on: {score_on!r} is not registered in {registry.path}{instead_of(score_on, registry)}"
 
 # %% ../../nbs/tuning/20_sweep.ipynb #sweep12b
 def _is_number(value): return isinstance(value, int) and not isinstance(value, bool)
