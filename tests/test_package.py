@@ -166,6 +166,12 @@ def test_public_definitions_are_followed_by_an_example_with_output_and_by_a_test
 def test_exported_cells_are_short(path, cells):
     assert not [source for source, _ in cells if source.startswith('#| export') and len(source.splitlines()) > 51]
 
+def test_no_saved_output_names_the_machine_on_which_it_was_made():
+    "Such as in a warning, whose first words are the path of the source."
+    outputs = {path: json.dumps([c.get('outputs', []) for c in json.loads(path.read_text(encoding='utf-8'))['cells']]) for path in (ROOT/'nbs').rglob('*.ipynb')}
+    place = re.compile(r'/[\w./-]+/qwen2vl_nb/[\w/]+\.py:\d+|ipykernel_\d+|/site-packages/')
+    assert not {path.name: found[0] for path, text in outputs.items() if (found := place.search(text))}
+
 def _lines_of_code(source):
     "How many lines are neither blank nor a comment nor a docstring."
     layout = tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER

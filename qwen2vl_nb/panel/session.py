@@ -511,19 +511,6 @@ def _check_needs(session, action):
         if each.binds and {*each.gives} & {*action.needs} and session.has_changed(each.name):
             raise NotYet(each.name, again=True)
 
-_patience = 3 # Seconds to wait for an action that is at work
-
-@contextmanager
-def _working(session, name):
-    "Note that an action is at work; raise `AtWork` if it would use what another one takes long to give."
-    end = time.monotonic() + _patience
-    while before := next((other for other in [*session.at_work] if name in session.depends(other)), None):
-        if time.monotonic() > end: raise AtWork(before)
-        time.sleep(.05)
-    session.at_work.append(name)
-    try: yield
-    finally: session.at_work.remove(name)
-
 def run_action(
     session:Session, # The session
     name:str, # Name of an action
@@ -546,6 +533,20 @@ def _run_action(session, name, heard):
     kept = {k: near(v, folder) if isinstance(v, Path) else v for k, v in kept.items()}
     _note(session, name, given | kept, without_bars(last_lines(''.join(printed))))
     return value
+
+# %% ../../nbs/panel/10_session.ipynb #atwork001
+_patience = 3 # Seconds to wait for an action that is at work
+
+@contextmanager
+def _working(session, name):
+    "Note that an action is at work; raise `AtWork` if it would use what another one takes long to give."
+    end = time.monotonic() + _patience
+    while before := next((other for other in [*session.at_work] if name in session.depends(other)), None):
+        if time.monotonic() > end: raise AtWork(before)
+        time.sleep(.05)
+    session.at_work.append(name)
+    try: yield
+    finally: session.at_work.remove(name)
 
 # %% ../../nbs/panel/10_session.ipynb #46489492
 def result_again(

@@ -35,6 +35,7 @@ def fields_of(
     return {key: at for key, at in (_others | of('recipe') | added | places | of(step)).items()
             if at.split('.')[0] in defaults}
 
+# %% ../../nbs/panel/14_wording.ipynb #inform0b
 def as_in_form(
     text:str, # A message
     fields:dict, # Argument → key of its field
