@@ -169,6 +169,32 @@ def test_rows_with_chosen_warnings_are_dropped_and_mending_counts_what_is_left(f
     assert len(other.session.names['samples']) == 22
     assert "also=['The answer is empty.']" in (folder/NOTEBOOK).read_text()
 
+def test_what_was_read_anew_names_the_steps_that_are_due(filled):
+    "Until each was done again, also if it is read once more; buttons that only show something are not among them."
+    due = lambda step='data', action='data.read': filled.steps[step].boxes[action].behind.value
+    press(filled, 'split.plot')
+    for prompt in ('Which colour?', 'What is its colour?'):
+        fill(filled, 'data', prompt=prompt)
+        press(filled, 'data.read')
+        assert 'Steps to be done again: &quot;Split&quot;.' in due() and 'had done is undone: press &quot;Check&quot; again.' in due()
+    for action in ('data.check', 'data.mend', 'data.check', 'data.drop', 'split.register'):  # a mending without a dropping, too
+        box = press(filled, action)
+        assert 'qvl-error' not in shown(box), shown(box)
+        filled.refresh()
+    assert due() == ''
+    press(filled, 'recipe.check')
+    fill(filled, 'memory', gpus=0, gpu_gib=0.)
+    press(filled, 'memory.pick')
+    assert due('memory', 'memory.pick') == ''
+
+def test_a_refusal_goes_when_its_cause_is_gone(folder, tiny):
+    panel = Panel()
+    fill(panel, 'split', name='colours')
+    assert 'Fill in &quot;Model&quot;' in shown(press(panel, 'recipe.check'))
+    fill(panel, 'model', model=str(tiny))
+    panel.go('recipe')
+    assert 'Fill in' not in shown(panel.steps['recipe'].boxes['recipe.check'])
+
 def test_a_check_after_a_dropping_is_about_the_rows_that_are_left_and_only_reading_brings_the_others_back(filled, folder):
     count = lambda panel=filled: len(panel.session.names['samples'])
     assert 'Nothing found in 23 rows' in shown(press(filled, 'data.check')) and {'data.settled', 'split.register'} <= {*what_ran(filled.session.project)}

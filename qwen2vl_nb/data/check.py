@@ -513,9 +513,9 @@ def mend_samples(
     return mended, _rows_table([(i, field, noted(f)) for i, field, f in found], samples)
 
 # %% ../../nbs/data/40_check.ipynb #drop0002
-def _name_rows(samples, findings):
-    "A line for each row that there are findings about; of warnings with the cure."
-    said = findings.what.str.cat(findings.cure.where(findings.level == 'warning', ''), ' ').str.rstrip()
+def _name_rows(samples, findings, cures=False):
+    "A line for each row that there are findings about."
+    said = findings.what.str.cat(findings.cure, ' ') if cures else findings.what
     return bulleted([f'{name_row(i, samples[i])}: {" ".join(each)}' for i, each in said.groupby(findings.row)], 20)
 
 def _that_say(findings, texts):
@@ -542,8 +542,11 @@ def drop_samples(
     said = _that_say(findings, [also] if isinstance(also, str) else also)
     bad = findings[findings.level.isin(levels) | said]
     dropped = set(bad.row)
-    doubtful = findings[(findings.level == 'warning') & ~findings.row.isin(dropped)]
+    kept = findings[~findings.row.isin(dropped)]
+    doubtful, noted = kept[kept.level == 'warning'], kept[kept.level == 'note'].row.nunique()
     if dropped: print(f'Dropped {len(dropped):,} of {n:,} samples:\n{_name_rows(samples, bad)}')
     else: print(f'Nothing to drop: {n:,} samples.')
-    if len(doubtful): print(f'Kept with warnings, {doubtful.row.nunique():,}:\n{_name_rows(samples, doubtful)}')
+    cures = _name_rows(samples, doubtful, cures=True)
+    if cures: print(f'Kept with warnings, {doubtful.row.nunique():,}:\n{cures}')
+    if noted: print(f'Kept with notes, {noted:,}: the findings name them.')
     return [s for i, s in enumerate(samples) if i not in dropped]

@@ -24,12 +24,11 @@ CHINESE = {
                       '之后有改动：后面的步骤需要时会自动重新运行。'),
     'panel.at_work': ('"{action}" in the step "{step}" is still at work. Wait until it has ended.',
                       '“{step}”步骤中的“{action}”还在运行，请等它结束。'),
-    'panel.undid': ('Results that were based on this are out of date. To be done again: {what}.',
-                    '基于它的结果已经过期。需要重新进行：{what}。'),
-    'panel.unexpected': ('This error was not expected: {error}\nIt was raised in {where}. To see the full '
-                         'traceback, run the code below in a cell.',
-                         '意外的错误：{error}\n出错位置：{where}。要查看完整的 traceback，请在单元格中运行下面的代'
-                         '码。'),
+    'panel.undid': ('Results that were based on this are out of date. Steps to be done again: {what}.',
+                    '基于它的结果已经过期。需要重新完成的步骤：{what}。'),
+    'panel.unexpected': ('This error was not expected: {error}\nIt was raised in {where}. The traceback is '
+                         'below the code.',
+                         '意外的错误：{error}\n出错位置：{where}。代码下面是完整的 traceback。'),
     'panel.fill': ('Fill in "{control}" in the step "{step}" first.', '请先在“{step}”步骤中填写“{control}”。'),
     'panel.field': ('"{control}"', '“{control}”'),
     'panel.field_of': ('"{control}" in the step "{step}"', '“{step}”步骤中的“{control}”'),
@@ -124,11 +123,13 @@ CHINESE |= {
     'data.found': ('Findings: {n}; rows concerned: {rows}.', '发现 {n} 个问题，涉及 {rows} 行。'),
     'data.none_mended': ('Nothing could be mended. Findings: {n}; rows concerned: {rows}.',
                          '没有可以修复的问题。发现 {n} 个问题，涉及 {rows} 行。'),
-    'data.no_text': ('Only pictures and clips were counted, as no model on this machine is chosen in the step '
+    'data.no_text': ('Only pictures and clips were counted, as no model on this machine was chosen in the step '
                      '"{model}"; "{check}" in the step "{recipe}" counts the text, too.',
                      '“{model}”步骤中没有选择本机上的模型，因此只统计了图片和视频；“{recipe}”步骤中的“{check}”'
                      '也会统计文本。'),
     'data.rows_left': ('Rows that are left: {n}.', '剩余 {n} 行。'),
+    'data.was_undone': ('What "{mend}" and "{drop}" had done is undone: press "{check}" again.',
+                        '“{mend}”和“{drop}”所做的处理已撤销：请再次点击“{check}”。'),
     'data.undone': ('This undoes what "{mend}" and "{drop}" have done with the rows.',
                     '这会撤销“{mend}”和“{drop}”对数据行所做的处理。'),
     'data.settled': ('Before the last check: {done}', '上次检查之前：{done}'),

@@ -148,7 +148,7 @@ def _settle(session, *changes):
     done = {name: {k: v for k, v in ran[name].given.items() if k in _settled_keys} for name in names}
     last = ran['data.settled'] if session.code('data.settled') else Ran({'rounds': [], 'mended': 0}, 0, '')
     mended = last.given.get('mended', 0) + (ran['data.mend'].given.get('mended', 0) if 'data.mend' in ran else 0)
-    dropped = [ran['data.drop'].said]*('data.drop' in ran)
+    dropped = [ran[name].said for name in ('data.drop',) if name in ran]
     settle(session, 'data.settled', [name for name in _codes if name in ran],
            {'rounds': [*last.given['rounds'], done], 'mended': mended}, '\n'.join(filter(None, [last.said, *dropped])))
     if dropped: keep_value(session.project, 'data', also=[])
@@ -251,6 +251,13 @@ def tell_behind(self:DataStep, action):
     undone = self.say('undone', mend=say('data.mend'), drop=say('data.drop'))
     return ' '.join([Step.tell_behind(self, action), *[undone]*bool(is_undone)])
 
+@patch
+def tell_undid(self:DataStep, ran):
+    say, there = self.panel.say, what_ran(self.panel.session.project)
+    is_undone = ran and {'data.settled', 'data.mend', 'data.drop'} & {*ran.undid} and 'data.check' not in there
+    undone = self.say('was_undone', mend=say('data.mend'), drop=say('data.drop'), check=say('data.check'))
+    return ' '.join(filter(None, [undone*bool(is_undone), Step.tell_undid(self, ran)]))
+
 # %% ../../nbs/panel/32_data_step.ipynb #32datastkinds
 @patch
 def _build_kinds(self:DataStep):
@@ -277,9 +284,10 @@ def _offer_kinds(self:DataStep):
 # %% ../../nbs/panel/32_data_step.ipynb #shownkept1
 @patch
 def _is_mended(self:DataStep):
-    "Whether what the last check found was mended since, which shows all of it again."
+    "Whether some of what the last check found was mended since, which shows all of it again."
     ran = what_ran(self.panel.session.project)
-    return {'data.check', 'data.mend'} <= ran.keys() and ran['data.mend'].when > ran['data.check'].when
+    if not {'data.check', 'data.mend'} <= ran.keys() or not ran['data.mend'].given.get('mended'): return False
+    return ran['data.mend'].when > ran['data.check'].when
 
 @patch
 def _dropped(self:DataStep, table):
@@ -309,4 +317,5 @@ def show_kept(self:DataStep, action, given):
     if 'source' in table: table = table.drop(columns='row')  # the index, which only code needs
     table = table.replace({'field': {key: self.say(name) for name, key in KEYS.items()}})
     shown = [*[HTML(as_html('qvl-said', given['line']))]*bool(given['line']), as_widget(self.tell_table(table))]
-    return [HTML(as_html('qvl-said', self._summary(action, given))), *shown*bool(found or mended)]
+    is_new = mended or found and (action == 'data.check' or 'data.check' not in what_ran(self.panel.session.project))
+    return [HTML(as_html('qvl-said', self._summary(action, given))), *shown*bool(is_new)]

@@ -180,6 +180,7 @@ class RecipeStep(Step):
     def show(self, action, value):
         if action == 'recipe.check': return [as_widget(self._told(value))]
         from yaml import safe_dump
+        value = {k: v for k, v in value.items() if k != 'output_dir'}  # the launch sets it
         lines = safe_dump(value, sort_keys=False, allow_unicode=True, width=math.inf)
         summary = f'<summary>{escape(self.say("whole"))}</summary>'
         text = f'<div class="qvl-code"><pre>{escape(lines)}</pre></div>'

@@ -565,11 +565,11 @@ def _note(session, name, given, said):
     for later in session.depends(name): session.made.pop(later, None)
     with session.project.edit() as state:
         ran = state['ran'] = _as_dict(state.get('ran'))
-        before, undid = _codes(session, name), _as_dict(ran.get(name)).get('undid')
+        before, undid = _codes(session, name), what_ran(session.project)[name].undid if name in ran else ()
         ran[name] = {'given': given, 'when': time.time(), 'said': said[-_most_said:]}
         changed = _codes(session, name) != before
         outdated = [other for other in session.depends(name)*changed if not session.actions[other].follows]
-        ran[name]['undid'] = [other for other in outdated if other in ran] if changed else undid
+        ran[name]['undid'] = [*dict.fromkeys([*undid, *(other for other in outdated if other in ran)])]
         for other in session.replaces(name) + outdated: ran.pop(other, None)
         session.made[name] = session.code(name, again=True)
     write_notebook(session)

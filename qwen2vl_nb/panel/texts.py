@@ -22,9 +22,9 @@ ENGLISH = {
     'panel.changed': 'Changed since: press "{action}" again.',
     'panel.follows': 'Changed since: it runs again by itself when a later step needs it.',
     'panel.at_work': '"{action}" in the step "{step}" is still at work. Wait until it has ended.',
-    'panel.undid': 'Results that were based on this are out of date. To be done again: {what}.',
-    'panel.unexpected': 'This error was not expected: {error}\nIt was raised in {where}. To see the full traceback, '
-                        'run the code below in a cell.',
+    'panel.undid': 'Results that were based on this are out of date. Steps to be done again: {what}.',
+    'panel.unexpected': 'This error was not expected: {error}\nIt was raised in {where}. The traceback is below '
+                        'the code.',
     'panel.fill': 'Fill in "{control}" in the step "{step}" first.',
     'panel.field': '"{control}"',
     'panel.field_of': '"{control}" in the step "{step}"',
@@ -94,9 +94,10 @@ ENGLISH |= {
     'data.clean': 'Nothing found in {n} rows.',
     'data.found': 'Findings: {n}; rows concerned: {rows}.',
     'data.none_mended': 'Nothing could be mended. Findings: {n}; rows concerned: {rows}.',
-    'data.no_text': 'Only pictures and clips were counted, as no model on this machine is chosen in the step '
+    'data.no_text': 'Only pictures and clips were counted, as no model on this machine was chosen in the step '
                     '"{model}"; "{check}" in the step "{recipe}" counts the text, too.',
     'data.rows_left': 'Rows that are left: {n}.',
+    'data.was_undone': 'What "{mend}" and "{drop}" had done is undone: press "{check}" again.',
     'data.undone': 'This undoes what "{mend}" and "{drop}" have done with the rows.',
     'data.settled': 'Before the last check: {done}',
     'data.settled_mended': 'Mended: {n}.',

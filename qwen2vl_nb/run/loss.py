@@ -338,7 +338,7 @@ def summary(self:Log)->dict: # The last `step`, `loss`, `eval_loss`, `lr`, `marg
     courses = {name: _series(self.rows, column) for name, column in named.items()}
     found = {name: float(values.iloc[-1]) for name,values in courses.items() if len(values)}
     evals = courses['eval_loss'].dropna()
-    if found: found['step'] = int(self.rows.last_step)
+    if found: found['step'] = int(max(values.index[-1] for values in courses.values() if len(values)))
     if len(evals): found['lowest'] = float(evals.min())
     return found
 
