@@ -376,9 +376,10 @@ CHINESE |= {
     'recipe.stage': ('Stage', '训练阶段'),
     'recipe.stage.help': ('sft: answers. dpo, kto, rm: preferences.', 'sft：学习回答。dpo、kto、rm：学习偏好。'),
     'recipe.finetuning_type': ('Trained weights', '微调方法'),
-    'recipe.finetuning_type.help': ('lora: small additional matrices. full: all weights, which takes far more '
-                                    'memory.',
-                                    'lora：只训练附加的小矩阵。full：训练全部权重，需要的显存多得多。'),
+    'recipe.finetuning_type.help': ('lora: small additional matrices. freeze: the last layers. full: all weights, '
+                                    'which takes far more memory.',
+                                    'lora：只训练附加的小矩阵。freeze：只训练最后几层。full：训练全部权重，需要的显存多得'
+                                    '多。'),
     'recipe.lora_rank': ('LoRA rank', 'LoRA 秩'),
     'recipe.lora_rank.help': ('Size of the additional matrices.', '附加矩阵的大小。'),
     'recipe.quantization_bit': ('Quantization', '量化等级'),

@@ -271,7 +271,8 @@ def _offer_kinds(self:DataStep):
     found, control = last_findings(self.panel.session), self.controls['also']
     with self._filling, suppress(Exception):  # foreign files may have anything there
         kinds, levels = (found.given.get(key, {}) if found else {} for key in ('kinds', 'levels'))
-        options = [(f'{levels.get(kind, "warning")} ({n}): {self.tell(kind)}', kind) for kind, n in kinds.items()]
+        options = [(f'{levels.get(kind, "warning")} ({n}): {self.tell(kind).replace("….", "…")}', kind)
+                   for kind, n in kinds.items()]
         if options != [*control.options]:
             self._restoring = True  # other options deselect all, which is no change by the user
             control.options, control.rows = options, max(2, len(options))  # Chromium makes a menu of a single row

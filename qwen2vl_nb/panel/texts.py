@@ -284,7 +284,8 @@ ENGLISH |= {
     'recipe.stage': 'Stage',
     'recipe.stage.help': 'sft: answers. dpo, kto, rm: preferences.',
     'recipe.finetuning_type': 'Trained weights',
-    'recipe.finetuning_type.help': 'lora: small additional matrices. full: all weights, which takes far more memory.',
+    'recipe.finetuning_type.help': 'lora: small additional matrices. freeze: the last layers. full: all weights, which '
+                                   'takes far more memory.',
     'recipe.lora_rank': 'LoRA rank',
     'recipe.lora_rank.help': 'Size of the additional matrices.',
     'recipe.quantization_bit': 'Quantization',
