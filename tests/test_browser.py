@@ -135,7 +135,7 @@ def test_predictions_are_paged_filtered_and_searched(lab, page):
     menu(page, 'Run', 'Run All Cells')
     view = page.locator('.widget-vbox')
     def shows(found):
-        ids = [f'car-{i}' for i in found[:4]]
+        ids = [f'id car-{i}' for i in found[:4]]
         until(lambda: view.locator('small.t').all_text_contents() == ids, f'the cards of {ids}')
     shows(range(len(labels)))
     assert all(view.locator('img').evaluate_all('all => all.map(image => image.naturalWidth)')), 'the pictures are there'
