@@ -172,10 +172,12 @@ def test_rows_with_chosen_warnings_are_dropped_and_mending_counts_what_is_left(f
 def test_what_was_read_anew_names_the_steps_that_are_due(filled):
     "Until each was done again, also if it is read once more; buttons that only show something are not among them."
     due = lambda step='data', action='data.read': filled.steps[step].boxes[action].behind.value
+    press(filled, 'recipe.check')
     press(filled, 'split.plot')
     for prompt in ('Which colour?', 'What is its colour?'):
         fill(filled, 'data', prompt=prompt)
         press(filled, 'data.read')
+        assert 'recipe.check' not in what_ran(filled.session.project), 'it was about the rows that were registered'
         assert 'Steps to be done again: &quot;Split&quot;.' in due() and 'had done is undone: press &quot;Check&quot; again.' in due()
     for action in ('data.check', 'data.mend', 'data.check', 'data.drop', 'split.register'):  # a mending without a dropping, too
         box = press(filled, action)

@@ -110,7 +110,8 @@ def _make_code(given):
     return f"recipe = {as_call('train_recipe', given.path('model'), given['dataset'], **where, **changes)}\nrecipe"
 
 ACTIONS = [Action('recipe.make', _make_given, _make_code, gives=('recipe',), follows=True),
-           Action('recipe.check', lambda form: {}, lambda given: 'check_recipe(recipe)', needs=('recipe',))]
+           Action('recipe.check', lambda form: {}, lambda given: 'check_recipe(recipe)', needs=('recipe',),
+                  reads=('registry',))]
 
 # %% ../../nbs/panel/36_recipe_step.ipynb #36recipe0015
 _choices = dict(stage=('sft', 'dpo', 'kto', 'rm'), finetuning_type=('lora', 'freeze', 'full'),
