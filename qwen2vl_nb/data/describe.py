@@ -74,8 +74,9 @@ def _draw_lengths(ax, table, cutoff_len):
         ax.legend(frameon=False, labelcolor=GREY, fontsize=8, ncols=2, loc='upper right', borderaxespad=0)
     ax.set_ylim(0, 1.2*highest or 1)  # the legend is above the bars
     if max(total, default=0) > cutoff_len/2: ax.axvline(cutoff_len, color=RED, linewidth=1)
-    ax.set_title(f'{longer:,} of {len(total):,} rows above cutoff_len {cutoff_len}',
-                 color=RED if longer else GREY, fontsize=9)
+    is_known = has_text or longer  # text that is not counted may be what is too long
+    said = f'{longer:,} of {len(total):,} rows above cutoff_len {cutoff_len}' if is_known else 'text is not counted'
+    ax.set_title(said, color=RED if longer else GREY, fontsize=9)
     plain_axes(ax, 'tokens' if has_text else 'tokens, without text', 'rows')
     ax.yaxis.get_major_locator().set_params(integer=True)
 
