@@ -148,10 +148,10 @@ def _settle(session, *changes):
     done = {name: {k: v for k, v in ran[name].given.items() if k in _settled_keys} for name in names}
     last = ran['data.settled'] if session.code('data.settled') else Ran({'rounds': [], 'mended': 0}, 0, '')
     mended = last.given.get('mended', 0) + (ran['data.mend'].given.get('mended', 0) if 'data.mend' in ran else 0)
-    dropped = [ran[name].said for name in ('data.drop',) if name in ran]
+    dropped = ran['data.drop'].said if 'data.drop' in ran else ''
     settle(session, 'data.settled', [name for name in _codes if name in ran],
-           {'rounds': [*last.given['rounds'], done], 'mended': mended}, '\n'.join(filter(None, [last.said, *dropped])))
-    if dropped: keep_value(session.project, 'data', also=[])
+           {'rounds': [*last.given['rounds'], done], 'mended': mended}, '\n'.join(filter(None, [last.said, dropped])))
+    if 'data.drop' in ran: keep_value(session.project, 'data', also=[])
 
 # %% ../../nbs/panel/32_data_step.ipynb #dataacts1
 _of_later_steps = 'model.model', 'recipe.cutoff_len' # Checking the recipe counts every row with them
