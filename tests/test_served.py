@@ -222,6 +222,16 @@ def test_a_server_that_fails_all_the_time_takes_no_row_from_one_that_does_not(lo
     assert _run(tmp_path/'run', [_row(i, f'{i}') for i in range(60)], [bad.url, good.url], concurrency=2) == 0
     assert not [row for row in _rows(tmp_path/'run', 60) if 'error' in row] and bad.asked
 
+def test_a_row_goes_to_another_server_than_the_one_that_failed_to_answer_it(loopback, tmp_path):
+    "The server that fails is the faster one, and a row that it gets twice is lost."
+    good = loopback(lambda *_: time.sleep(.3))
+    def fails(handler, *_):
+        _until(lambda: len(good.asked) > 2)  # of two at once, one is answered
+        return handler.reply(500, {'error': 'broken'}) or True
+    bad = loopback(fails)
+    assert _run(tmp_path/'run', [_row(i, f'{i}') for i in range(30)], [bad.url, good.url], concurrency=2, tries=2) == 0
+    assert not [row for row in _rows(tmp_path/'run', 30) if 'error' in row] and len(bad.asked) > 2
+
 def test_servers_that_answer_no_row_at_all_end_the_run(loopback, tmp_path):
     bad = loopback(lambda handler, *_: handler.reply(500, {'error': 'broken'}) or True)
     assert _run(tmp_path/'run', [_row(i, f'{i}') for i in range(200)], bad.url, concurrency=64, tries=1) == 1

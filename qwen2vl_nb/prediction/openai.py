@@ -339,6 +339,7 @@ class _Question:
     told:dict = field(compare=False)
     body:bytes = field(compare=False)
     tries:int = field(default=0, compare=False)
+    failed_at:Server = field(default=None, compare=False) # The server that failed to answer it last
 
 def _give_up(said, patience):
     said = '\n'.join(f'- {url}: {error}' for url, error in said.items())
@@ -383,9 +384,9 @@ class Asking:
 
 # %% ../../nbs/prediction/25_openai.ipynb #9ef71f79
 @patch
-def _again(self:Asking, question, error, seconds):
+def _again(self:Asking, question, server, error, seconds):
     "Put a row back into the queue after a while, or give it up."
-    question.tries += 1
+    question.tries, question.failed_at = question.tries + 1, server
     if question.tries < self.options['tries']:
         later = max(seconds, pause(question.tries))
         asyncio.get_running_loop().call_later(later, self.queue.put_nowait, question)
@@ -408,17 +409,26 @@ def _requeue(self:Asking, question):
 
 # %% ../../nbs/prediction/25_openai.ipynb #f66a6ea1
 @patch
+async def _take(self:Asking, server):
+    "The next row. One that this server failed to answer last is left to another, if one is there that answers."
+    while True:
+        question = await self.queue.get()
+        others = [other for other in self.servers if other is not server and other.is_good and not other.error]
+        if question.failed_at is not server or not others: return question
+        asyncio.get_running_loop().call_later(.2, self.queue.put_nowait, question)
+
+@patch
 async def _send_rows(self:Asking, server):
     "Send requests to a server, one after the other."
     failures = 0
     while True:
         await server.is_due()
-        question = await self.queue.get()
+        question = await self._take(server)
         try: self._finish(question.told | await server.ask(question.body))
         except _AllFail: raise
         except _Away: self._requeue(question)
         except _Again as error:
-            self._again(question, *error.args)
+            self._again(question, server, *error.args)
             failures += 1
             await asyncio.sleep(max(error.args[1], pause(failures)))
             continue
