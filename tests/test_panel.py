@@ -16,7 +16,7 @@ from qwen2vl_nb.panel.launch_step import choose
 from qwen2vl_nb.panel.session import NOTEBOOK, PANEL, form_values, keep_value, run_action, what_ran
 from qwen2vl_nb.prediction.serve import serve
 from qwen2vl_nb.recipe import load_recipe, save_recipe, train_recipe
-from qwen2vl_nb.run.folder import RECIPE, RUN
+from qwen2vl_nb.run.folder import ENDED, RECIPE, RUN
 from qwen2vl_nb.run.start import attach, launch
 from qwen2vl_nb.stack import gpus
 
@@ -46,6 +46,12 @@ def press(panel, action):
     box.start()
     box.wait()
     return box
+
+def opened(folder):
+    "Another panel on the folder, at its first step."
+    panel = Panel(folder)
+    panel.go('data')
+    return panel
 
 def shown(box): return ' '.join([box.line.value, *(w.value for w in box.result.children if hasattr(w, 'value') and isinstance(w.value, str))])
 
@@ -132,13 +138,38 @@ def test_other_data_make_what_came_from_the_old_ones_out_of_date(filled, folder)
     assert {*what_ran(filled.session.project)} == {'data.read', 'recipe.make', 'memory.pick'}
     assert (folder/'data'/'colours.json').exists()
 
+def make_run(run, returncode=0):
+    "The folder of a run that has ended."
+    run.mkdir(parents=True)
+    files = {RUN: dict(host='', env={}, inherited={}, nproc=1, nnodes=1, node_rank=0, id=''), ENDED: dict(returncode=returncode, asked=False)}
+    for name, value in files.items(): (run/name).write_text(json.dumps(value))
+    return run
+
+def test_a_training_is_done_when_it_has_ended_and_did_not_fail(filled, folder):
+    "The tick goes and comes without anything being pressed; where another run is shown is said."
+    given = {'launch.start': dict(run='runs/a', folder='runs', name='', nproc=0)}
+    with filled.session.project.edit() as state: state['ran'] |= {'launch.start': dict(given=given, when=1., said='')}
+    ticks = lambda: [bool(filled.tabs[name].icon) for name in ('launch', 'runs')]
+    filled._repr_mimebundle_()
+    run = make_run(folder/'runs'/'a', returncode=1)
+    choose(filled.steps['runs'], run)
+    filled.refresh()
+    assert ticks() == [False, False]
+    (run/ENDED).write_text(json.dumps(dict(returncode=0, asked=False)))
+    until(lambda: ticks() == [True, True])
+    (run/ENDED).unlink()
+    until(lambda: ticks() == [False, False])
+    choose(filled.steps['runs'], make_run(folder/'runs'/'b'))
+    filled.go('launch')
+    assert 'The chosen run is runs/b: the step &quot;Runs&quot; shows it.' in filled.steps['launch'].elsewhere.value
+
 def test_a_new_split_makes_a_training_and_its_answers_out_of_date(filled):
     given = {'launch.start': dict(run='runs/a', folder='runs', name='', nproc=0)}
     names = 'launch.start', 'checkpoints.score', 'predict.after', 'score.scores'
     with filled.session.project.edit() as state: state['ran'] |= {name: dict(given=given.get(name, {}), when=1., said='') for name in names}
     ticks = lambda: [name for name, tab in filled.tabs.items() if tab.icon]
     press(filled, 'split.register')
-    assert {*names} < {*what_ran(filled.session.project)} and {'launch', 'checkpoints', 'predict', 'score'} < {*ticks()}, 'it is the same split'
+    assert {*names} < {*what_ran(filled.session.project)} and {'checkpoints', 'predict', 'score'} < {*ticks()}, 'it is the same split'
     fill(filled, 'split', test=.5)
     assert 'qvl-error' not in shown(press(filled, 'split.register'))
     assert ticks() == ['data', 'split', 'model', 'recipe', 'memory'] and not {*names} & {*what_ran(filled.session.project)}
@@ -168,6 +199,15 @@ def test_rows_with_chosen_warnings_are_dropped_and_mending_counts_what_is_left(f
     press(other, 'split.register')
     assert len(other.session.names['samples']) == 22
     assert "also=['The answer is empty.']" in (folder/NOTEBOOK).read_text()
+    press(panel, 'data.check')
+    assert also.value == ()  # they are gone
+    press(panel, 'data.drop')
+    assert panel.session.code('data.drop').startswith('samples = drop_samples(samples, findings)'), 'nothing is left of them'
+    fill(panel, 'data', prompt='Which colour?')
+    for action in ('data.read', 'data.check'): press(panel, action)
+    assert also.value == ('The answer is empty.',), 'a choice is kept for when it is found again'
+    shown_rows = shown(panel.steps['data'].boxes['data.read'])
+    assert shown_rows.count('<img') == 3 and shown(opened(folder).steps['data'].boxes['data.read']).count('<img') == 3
 
 def test_what_was_read_anew_names_the_steps_that_are_due(filled):
     "Until each was done again, also if it is read once more; buttons that only show something are not among them."
@@ -185,6 +225,9 @@ def test_what_was_read_anew_names_the_steps_that_are_due(filled):
         filled.refresh()
     assert due() == ''
     press(filled, 'recipe.check')
+    filled.go('recipe')
+    made, pick, check = (filled.steps['recipe'].code.value.find(word) for word in ('train_recipe', 'pick_zero', 'check_recipe'))
+    assert 0 < made < pick < check, 'what was checked is what was picked'
     fill(filled, 'memory', gpus=0, gpu_gib=0.)
     press(filled, 'memory.pick')
     assert due('memory', 'memory.pick') == ''
@@ -240,7 +283,7 @@ def test_wrong_columns_and_files_are_told_in_the_step(folder):
     assert 'There is no file none.xlsx' in shown(press(panel, 'data.read'))
     fill(panel, 'data', source='labels.xlsx')
     told = html.unescape(shown(press(panel, 'data.read')))
-    assert '''set "Pictures" to 'photo'.''' in told and 'To be set in this form: "Question" · "Answer" · "Pictures".' in told and 'image=' not in told
+    assert '''set "Pictures" to 'photo'.''' in told and 'To be set in this form: "Prompt" · "Answer" · "Pictures".' in told and 'image=' not in told
     assert '请在此表单中设置：“提示词” · “回答” · “图片”。' in html.unescape(shown(press(Panel(language='zh'), 'data.read')))
     fill(panel, 'data', source='labels.xlsx', image='picture', prompt='What?', response='label')
     told = shown(press(panel, 'data.read'))

@@ -25,7 +25,7 @@ def test_the_ten_lines_run_as_they_stand(here):
     assert len(lines.splitlines()) == 10
     done = subprocess.run([sys.executable, '-c', lines], cwd=here, capture_output=True, text=True)
     assert not done.returncode, done.stderr
-    for said in ('Dropped 2 of 60 samples:', '- row 8 of labels.xlsx: There is no file gone.png.',
+    for said in ('Dropped 2 of 60 rows:', '- row 8 of labels.xlsx: There is no file gone.png.',
                  '- row 32 of labels.xlsx: The answer has <image>', 'the recipe is for the CPU (use_cpu: true; without bf16',
                  '52 rows for training, 6 for the test.', 'Folder: saves/Qwen2-VL-7B-Instruct/lora/my_cars-'):
         assert said in done.stdout, done.stdout

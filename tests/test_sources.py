@@ -153,7 +153,7 @@ def test_from_each_source_to_llamafactory(make, n, factory, tiny, tmp_path, monk
     folder.mkdir()
     samples = read_samples(**make(folder, _pictures(folder)))
     said = capsys.readouterr().out
-    assert f'{n} rows of ' in said and 'lead nowhere' not in said and len(samples) == n
+    assert f'{n} rows of ' in said and ' nowhere' not in said and len(samples) == n
     found = check_samples(samples, model=tiny)
     assert not len(found), found
     monkeypatch.chdir(tmp_path)  # any working folder
@@ -273,16 +273,16 @@ def test_messages_about_rows_name_their_place(tmp_path):
 def test_a_path_that_leads_nowhere_among_others_is_not_blamed_on_the_folder(tmp_path, capsys):
     for name in ('a.png', 'c.png'): Image.new('RGB', (56, 56)).save(tmp_path/name)
     read_samples(_workbook(tmp_path, ROWS), image='photo', prompt='What is this?', response='caption')
-    assert '1 of 3 path(s) lead nowhere; the first is b.png: `check_samples` names the rows.' in capsys.readouterr().out
+    assert '1 of 3 paths leads nowhere; the first is b.png: `check_samples` names the rows.' in capsys.readouterr().out
     for path in tmp_path.glob('*.png'): path.unlink()
     read_samples(tmp_path/'labels.xlsx', image='photo', prompt='What is this?', response='caption')
-    assert '3 of 3 path(s) lead nowhere; the first is a.png: pass the folder of the pictures as media_dir.' in capsys.readouterr().out
+    assert '3 of 3 paths lead nowhere; the first is a.png: pass the folder of the pictures as media_dir.' in capsys.readouterr().out
 
 def test_findings_of_other_samples_are_refused_before_anything_is_dropped(tmp_path, capsys):
     samples = read_samples(_workbook(tmp_path, ROWS), image='photo', prompt='What is this?', response='caption')
     findings = check_samples(samples)
     assert drop_samples(samples, findings) == [] and '- row 6 of labels.xlsx: There is no file b.png.' in capsys.readouterr().out
-    with pytest.raises(ValueError, match='about 3 samples, and these are 2'): drop_samples(samples[1:], findings)
+    with pytest.raises(ValueError, match='about 3 rows, and these are 2'): drop_samples(samples[1:], findings)
     part = findings[findings.row == 2]
     assert drop_samples(samples, part) == samples[:2]
 

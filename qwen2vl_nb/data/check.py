@@ -537,15 +537,15 @@ def drop_samples(
     "Drop the samples that have errors, and print which and why; rows with only warnings are kept, and printed, too."
     n = findings.attrs.get('samples', len(samples))
     if n != len(samples):
-        raise ValueError(f'The findings are about {n:,} samples, and these are {len(samples):,}: '
+        raise ValueError(f'The findings are about {n:,} rows, and these are {len(samples):,}: '
                          'check_samples(samples) finds what is wrong with these.')
     said = _that_say(findings, [also] if isinstance(also, str) else also)
     bad = findings[findings.level.isin(levels) | said]
     dropped = set(bad.row)
     kept = findings[~findings.row.isin(dropped)]
     doubtful, noted = kept[kept.level == 'warning'], kept[kept.level == 'note'].row.nunique()
-    if dropped: print(f'Dropped {len(dropped):,} of {n:,} samples:\n{_name_rows(samples, bad)}')
-    else: print(f'Nothing to drop: {n:,} samples.')
+    if dropped: print(f'Dropped {len(dropped):,} of {n:,} rows:\n{_name_rows(samples, bad)}')
+    else: print(f'Nothing to drop: {n:,} rows.')
     cures = _name_rows(samples, doubtful, cures=True)
     if cures: print(f'Kept with warnings, {doubtful.row.nunique():,}:\n{cures}')
     if noted: print(f'Kept with notes, {noted:,}: the findings name them.')

@@ -1136,8 +1136,8 @@ def _print_summary(source, samples, taken, place, how, media_dir):
         if place.found: cure = '`check_samples` names the rows'
         elif media_dir: cure = f'there is no such file in {media_dir}'
         else: cure = 'pass the folder of the pictures as media_dir'
-        many = f'{place.lost} of {place.found + place.lost} path(s)'
-        more.append(f'{many} lead nowhere; the first is {place.first_lost}: {cure}.')
+        many = f'{place.lost} of {place.found + place.lost} paths {"leads" if place.lost == 1 else "lead"} nowhere'
+        more.append(f'{many}; the first is {place.first_lost}: {cure}.')
     if place.weights:
         more.append(f'{place.weights} turn(s) have a loss_weight that LLaMA-Factory does not read in this form; '
                     '`check_samples` names them.')

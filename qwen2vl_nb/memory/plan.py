@@ -27,6 +27,8 @@ speed_of = {'z0': 'fastest: gradients are summed over the GPUs once per step',
           'z3': 'slower: every layer is gathered from all GPUs, forward and backward',
           'z2_offload': 'slow: the optimizer runs on the host, gradients and trained weights cross the bus',
           'z3_offload': 'slowest: every layer crosses the bus to each GPU, forward and backward'}
+_alone = {'z0': 'fastest', 'z2': 'nearly as fast', # With one GPU
+          'z3': 'slower: every layer is gathered, forward and backward'}
 _never_chosen = {'z2_autotp': 'not predicted: splits layers between GPUs, not tried with these models',
                  'z3_fp8': 'not predicted: needs fp8: true and a Hopper GPU'}
 
@@ -152,7 +154,8 @@ def _row(name, recipe, gpus, gpu_gib, sample):
     "The row of a config that can be chosen."
     try: estimate = predict_memory(recipe, name, gpus, sample=sample)
     except NotPredicted as e: return ZeroRow(name, None, 'not predicted', ' '.join(str(e).splitlines()))
-    return ZeroRow(name, estimate, estimate.fits(gpu_gib), speed_of[name])
+    speeds = speed_of if gpus > 1 else speed_of | _alone
+    return ZeroRow(name, estimate, estimate.fits(gpu_gib), speeds[name])
 
 def _rows(*about):
     "The rows of the configs that can be chosen, the fastest first."

@@ -70,7 +70,7 @@ CHINESE |= {
 # %% ../../nbs/panel/00_chinese.ipynb #zhdata0000
 CHINESE |= {
     'data': ('Data', '数据'),
-    'data.about': ('Read pictures with their questions and answers from a table, a folder or a data set, and find '
+    'data.about': ('Read pictures with their prompts and answers from a table, a folder or a data set, and find '
                    'every fault in them before training does.',
                    '从表格、目录或数据集中读取图片、提示词和回答，并在训练之前找出其中的所有问题。'),
     'data.source': ('File or folder', '文件或目录'),
@@ -81,8 +81,8 @@ CHINESE |= {
     'data.image': ('Pictures', '图片'),
     'data.image.help': ('Column with the paths of the pictures. Left empty: the column "image" or "images".',
                         '图片路径所在的列。留空则使用名为 image 或 images 的列。'),
-    'data.prompt': ('Question', '提示词'),
-    'data.prompt.help': ('Column with the questions, or one question for all rows. Left empty: the column '
+    'data.prompt': ('Prompt', '提示词'),
+    'data.prompt.help': ('Column with the prompts, or one prompt for all rows. Left empty: the column '
                          '"instruction", "prompt" or "question".',
                          '提示词所在的列，或所有行共用的一条提示词。'
                          '留空则使用名为 instruction、prompt 或 question 的列。'),
@@ -210,6 +210,8 @@ CHINESE |= {
                    '共 {n} 个训练任务，显示 {shown} 个，最新的在前。当前选中：{run}。'),
     'runs.listing': ('Reading the folders of the runs …', '正在读取训练任务的目录……'),
     'runs.of': ('About the run {run}, which is chosen in the step "{runs}".', '针对“{runs}”步骤中选中的 {run}。'),
+    'runs.elsewhere': ('The chosen run is {run}: the step "{runs}" shows it.',
+                       '当前选中的是 {run}，请在“{runs}”步骤中查看。'),
     'runs.none': ('none yet', '无'),
     'runs.other': ('The chosen run is {run}. To watch, stop or resume the one that is selected in the list, press '
                    '"{choose}" first.',
@@ -223,8 +225,11 @@ CHINESE |= {
                           'checkpoint is used from then on.',
                           '用每个检查点回答一个数据集中的问题，并为回答评分。之后会使用得分最高的检查点。'),
     'checkpoints.dataset': ('Data set', '数据集'),
-    'checkpoints.dataset.help': ('A registered data set with answers that was not used for training.',
-                                 '已注册、带有参考答案且没有用于训练的数据集。'),
+    'checkpoints.dataset.help': ('A registered data set with answers that was not used for training. The rows on '
+                                 'which a checkpoint is chosen flatter it: for a fair score, predict others '
+                                 'afterwards.',
+                                 '已注册、带有参考答案且没有用于训练的数据集。检查点在用来挑选它的行上得分会偏高：'
+                                 '要得到公正的得分，之后请在其他行上预测。'),
     'checkpoints.measure': ('Measure', '指标'),
     'checkpoints.measure.help': ('What decides; empty: json, boxes.f1, number or exact, as the answers are.',
                                  '据此选出最好的检查点；留空则根据回答的形式选用 json、boxes.f1、number 或 exact。'),
@@ -297,7 +302,7 @@ CHINESE |= {
                              '相对误差不超过这个值的数视为相等。'),
     'score.wrong': ('Begin with wrong answers', '先看答错的'),
     'score.scores': ('Score', '评分'),
-    'score.scores.help': ('Scores with 95 % intervals.', '得分及 95% 置信区间。'),
+    'score.scores.help': ('Scores in percent, with 95 % intervals.', '得分（百分比）及 95% 置信区间。'),
     'score.compare': ('Compare', '对比'),
     'score.compare.help': ('Before and after, row by row, and whether the difference could be due to chance.',
                            '逐行对比训练前后，并判断差异是否可能出于偶然。'),
@@ -387,6 +392,8 @@ CHINESE |= {
                                      '冻结权重所用的比特数（QLoRA）；需要 bitsandbytes。'),
     'recipe.no_quantization': ('none', '不量化'),
     'recipe.freeze_vision_tower': ('Freeze the vision tower', '冻结视觉编码器'),
+    'recipe.freeze_vision_tower.help': ('Train only the language part, which takes less memory.',
+                                        '只训练语言部分，占用的显存更少。'),
     'recipe.learning_rate': ('Learning rate', '学习率'),
     'recipe.learning_rate.help': ('Empty: 1e-4 for LoRA, 1e-5 for all weights.',
                                   '留空则 LoRA 为 1e-4，全参数微调为 1e-5。'),
@@ -430,6 +437,8 @@ CHINESE |= {
                          'it out.',
                          '较旧的 GPU 请关闭。使用 CPU 时，“显存”步骤中的“选用放得下的最快配置”会去掉它。'),
     'recipe.report_to': ('Tracker', '实验跟踪'),
+    'recipe.report_to.help': ('Where the curves are sent, too; it has to be installed.',
+                              '同时把曲线发送到哪里；需要已安装相应的软件包。'),
     'recipe.more': ('Other arguments', '其他参数'),
     'recipe.find': ('Other arguments', '其他参数'),
     'recipe.find.hint': ('Search names and explanations', '搜索名称和说明'),

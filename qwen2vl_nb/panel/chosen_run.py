@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['about_run', 'registered_names', 'test_set', 'live_view', 'look_again', 'tell_run', 'folders_at_work', 'is_going_on',
-           'is_loaded', 'AtWork']
+           'has_trained', 'is_loaded', 'AtWork']
 
 # %% ../../nbs/panel/55_chosen_run.ipynb #55chosen0002
 import time
@@ -97,6 +97,15 @@ def is_going_on(
     "Whether a run is in progress."
     from qwen2vl_nb.run import attach
     try: return attach(run).is_running
+    except (OSError, ValueError): return False
+
+def has_trained(
+    session, # The panel's `Session`
+)->bool:
+    "Whether a run is chosen that has ended, and did not fail."
+    from qwen2vl_nb.run import attach
+    run = session.form('runs')['run']
+    try: return bool(run) and attach(session.project.folder/run).status in ('done', 'stopped')
     except (OSError, ValueError): return False
 
 def is_loaded(

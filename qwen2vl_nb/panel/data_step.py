@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from fastcore.basics import patch
 from ipywidgets import HTML, Checkbox, Combobox, Layout, SelectMultiple
+from ..data.describe import show_samples
 from ..files import open_regular
 from ..findings import finding_kind, findings_class, worst_findings
 from .paths import PathList, path_row, suggestions
@@ -96,7 +97,14 @@ def _read_code(given):
     if given['media_dir']: named['media_dir'] = given.path('media_dir')
     if given.get('header'): named['header'] = given['header']  # older panels have none
     if given['boxes']: named['family'] = given.path('model')
-    return f"samples = {as_call('read_samples', given.path('source'), **named)}\nshow_samples(samples, n=4)"
+    return f"samples = {as_call('read_samples', given.path('source'), **named)}\nshow_samples(samples, n={_most_shown})"
+
+_most_shown, _longest = 4, 20_000 # Rows that are shown after reading; characters of one that is kept
+
+def _first(names):
+    "The first rows, to be shown again."
+    texts = (json.dumps(sample, default=str) for sample in names['samples'][:_most_shown])
+    return {'first': [json.loads(text) for text in texts if len(text) < _longest]}
 
 def _check_given(form): return {'model': form('model')['model'], 'cutoff_len': form('recipe')['cutoff_len']}
 
@@ -112,6 +120,11 @@ def _check_code(given):
 
 def _mend_code(given):
     return f"samples, findings = {as_call('mend_samples', ast.Name('samples'), **check_arguments(given))}\nfindings"
+
+def _drop_given(form):
+    "The chosen findings that there are: a choice is kept for rows that are read once more."
+    data = form('data')
+    return {'also': [kind for kind in data['also'] if kind in data['_kinds']]}
 
 def _drop_code(given):
     also = {'also': given['also']} if given.get('also') else {}  # older panels have none
@@ -151,19 +164,18 @@ def _settle(session, *changes):
     dropped = ran['data.drop'].said if 'data.drop' in ran else ''
     settle(session, 'data.settled', [name for name in _codes if name in ran],
            {'rounds': [*last.given['rounds'], done], 'mended': mended}, '\n'.join(filter(None, [last.said, dropped])))
-    if 'data.drop' in ran: keep_value(session.project, 'data', also=[])
 
 # %% ../../nbs/panel/32_data_step.ipynb #dataacts1
 _of_later_steps = 'model.model', 'recipe.cutoff_len' # Checking the recipe counts every row with them
 
 ACTIONS = [
-    Action('data.read', _read_given, _read_code, gives=('samples',), binds=True),
+    Action('data.read', _read_given, _read_code, gives=('samples',), binds=True, keeps=_first),
     Action('data.settled', None, _settled_code, needs=('samples',), gives=('samples',)),
     Action('data.check', _check_given, _check_code, needs=('samples',), gives=('findings',), keeps=_found,
            before=lambda session: _settle(session, 'data.mend', 'data.drop'), later=_of_later_steps),
     Action('data.mend', _check_given, _mend_code, needs=('samples',), gives=('samples', 'findings'), keeps=_found,
            before=lambda session: _settle(session, 'data.drop'), later=_of_later_steps),
-    Action('data.drop', lambda form: {'also': form('data')['also']}, _drop_code, needs=('samples', 'findings'),
+    Action('data.drop', _drop_given, _drop_code, needs=('samples', 'findings'),
            gives=('samples',), keeps=lambda names: {'samples': len(names['samples'])})]
 
 # %% ../../nbs/panel/32_data_step.ipynb #stillin2
@@ -188,7 +200,7 @@ class DataStep(Step):
     "Read samples, and find, mend or drop what is wrong with them."
     name, done, actions = 'data', 'data.read', ACTIONS
     defaults = dict(source='', image='', prompt='', response='', media_dir='', boxes=False,
-                    header=Number(0, 0, _most_rows), also=[])
+                    header=Number(0, 0, _most_rows), also=[], _kinds=[])
 
     def build(self):
         folder, say = self.panel.session.project.folder, self.panel.say
@@ -229,10 +241,6 @@ class DataStep(Step):
     def _offer_columns(self):
         names = source_columns(self.panel.session)
         for name in ('image', 'prompt', 'response'): self.controls[name].options = names
-
-    def show(self, action, value):
-        if action == 'data.read': return [as_widget(value)]
-        return self.show_kept(action, what_ran(self.panel.session.project)[action].given)
 
 # %% ../../nbs/panel/32_data_step.ipynb #tellsettl
 @patch
@@ -276,8 +284,7 @@ def _offer_kinds(self:DataStep):
         if options != [*control.options]:
             self._restoring = True  # other options deselect all, which is no change by the user
             control.options, control.rows = options, max(2, len(options))  # Chromium makes a menu of a single row
-            self._shown.pop('also', None)
-            self._put('also')
+            control.value = [kind for kind in self.values['also'] if kind in kinds]
     self._restoring = False
     self.kinds.layout.display = None if control.options else 'none'
 
@@ -310,6 +317,7 @@ def _summary(self:DataStep, action, given):
 
 @patch
 def show_kept(self:DataStep, action, given):
+    if action == 'data.read': return [as_widget(show_samples(given['first']))]*bool(given.get('first'))
     if action == 'data.drop': return [HTML(as_html('qvl-said', self.say('rows_left', n=given['samples'])))]
     if 'findings' not in given or action == 'data.check' and self._is_mended(): return []
     found, mended = given['findings'], given.get('mended', 0)
@@ -320,3 +328,10 @@ def show_kept(self:DataStep, action, given):
     shown = [*[HTML(as_html('qvl-said', given['line']))]*bool(given['line']), as_widget(self.tell_table(table))]
     is_new = mended or found and (action == 'data.check' or 'data.check' not in what_ran(self.panel.session.project))
     return [HTML(as_html('qvl-said', self._summary(action, given))), *shown*bool(is_new)]
+
+@patch
+def show(self:DataStep, action, value):
+    if action == 'data.read': return [as_widget(value)]
+    given = what_ran(self.panel.session.project)[action].given
+    if 'kinds' in given: keep_value(self.panel.session.project, 'data', _kinds=[*given['kinds']])
+    return self.show_kept(action, given)

@@ -16,6 +16,7 @@ from IPython.display import display
 from ipywidgets import HTML, Box, Button, Layout, Output, VBox
 from jupyter_core.paths import jupyter_runtime_dir
 from .checkpoints_step import CheckpointsStep
+from .chosen_run import has_trained
 from .data_step import DataStep
 from .launch_step import LaunchStep
 from .memory_step import MemoryStep
@@ -123,6 +124,7 @@ def complain(self:Panel,
 @patch
 def refresh(self:Panel):
     "Bring what is shown up to date with the files."
+    self._trained = has_trained(self.session)
     for n, (name, tab) in enumerate(self.tabs.items(), 1):
         is_done, title = self.steps[name].is_done, self.say(name)
         tab.description, tab.icon = f'{n} {title}', 'check' if is_done else ''
@@ -152,7 +154,8 @@ def _follow(self:Panel):
     failed = False
     while self.comm is not None and not self._ended.wait(1):
         try:
-            if self.session.project.read() or failed: self.refresh()
+            has_news = self.session.project.read() or has_trained(self.session) != self._trained
+            if has_news or failed: self.refresh()
             if self.shown: self.steps[self.shown].each_second()
             if failed: self.complain('')
             failed = False

@@ -10,8 +10,9 @@ import ast, time
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
+from fastcore.basics import patch
 from ipywidgets import HTML, Text, VBox
-from .chosen_run import about_run, is_going_on, live_view, look_again
+from .chosen_run import about_run, has_trained, is_going_on, live_view, look_again
 from .session import Action, Number, Refused, as_call, keep_value, near, what_ran
 from .shown import as_html
 from .steps import ActionBox, Step
@@ -62,34 +63,20 @@ class LaunchBox(ActionBox):
 class LaunchStep(Step):
     "Start the recipe, and watch it."
     name, defaults, actions = 'launch', {'name': '', 'nproc': Number(0, 0)}, (LAUNCH,)
-    is_done = property(lambda self: bool({'launch.start', 'runs.choose'} & {*what_ran(self.panel.session.project)}))
+
+    @property
+    def is_done(self):
+        "Whether a run that was launched or chosen has ended, and did not fail."
+        session = self.panel.session
+        return bool({'launch.start', 'runs.choose'} & what_ran(session.project).keys()) and has_trained(session)
 
     def build(self):
         self.live, self.held, self._watched, self._thread = VBox(), HTML(), None, None
+        self.elsewhere = HTML()
         self.boxes['launch.start'] = LaunchBox(self, LAUNCH, hears=False)
         name = self.field('name', Text(placeholder='run'))
         return [name, self.field('nproc', width='260px'),
-                self.boxes['launch.start'], self.held, self.live]
-
-    def is_held(self)->bool:
-        "Whether nothing may be started because the chosen run is training; if so, say it."
-        run = self.panel.session.form('runs')['run']
-        is_training = bool(run) and is_going_on(self.panel.session.project.folder/run)
-        say = self.panel.say
-        values = dict(run=run, runs=say('runs'), stop=say('runs.stop'), start=self.say('start'))
-        self.held.value = as_html('qvl-error', self.say('busy', **values) if is_training else '')
-        return is_training
-
-    def hold(self):
-        "Keep saying it until the run has ended; whoever shows the step again calls this once more."
-        if self._thread or not self.held.value: return
-        self._thread = Thread(target=self._keep_up, daemon=True, name='run in progress')
-        self._thread.start()
-
-    def _keep_up(self):
-        try:
-            while self.is_held() and self.panel.shown == self.name: time.sleep(1)
-        finally: self._thread = None
+                self.boxes['launch.start'], self.held, self.elsewhere, self.live]
 
     def is_behind(self, action): return False
 
@@ -103,8 +90,34 @@ class LaunchStep(Step):
         super().refresh()
         self.hold()
         ran = what_ran(self.panel.session.project).get('launch.start')
-        run = ran and ran.given.get('run')
+        run, chosen, say = ran and ran.given.get('run'), self.panel.session.form('runs')['run'], self.panel.say
+        told = say('runs.elsewhere', run=chosen, runs=say('runs')) if chosen not in ('', run) else ''
+        self.elsewhere.value = as_html('qvl-said', told)
         if run == self._watched: return
         self._watched = run
         view = live_view(self.panel.session.project.folder/run, self) if isinstance(run, str) else None
         self.live.children = [view] if view else []
+
+# %% ../../nbs/panel/60_launch_step.ipynb #launchst2
+@patch
+def is_held(self:LaunchStep)->bool:
+    "Whether nothing may be started because the chosen run is training; if so, say it."
+    run = self.panel.session.form('runs')['run']
+    is_training = bool(run) and is_going_on(self.panel.session.project.folder/run)
+    say = self.panel.say
+    values = dict(run=run, runs=say('runs'), stop=say('runs.stop'), start=self.say('start'))
+    self.held.value = as_html('qvl-error', self.say('busy', **values) if is_training else '')
+    return is_training
+
+@patch
+def hold(self:LaunchStep):
+    "Keep saying it until the run has ended; whoever shows the step again calls this once more."
+    if self._thread or not self.held.value: return
+    self._thread = Thread(target=self._keep_up, daemon=True, name='run in progress')
+    self._thread.start()
+
+@patch
+def _keep_up(self:LaunchStep):
+    try:
+        while self.is_held() and self.panel.shown == self.name: time.sleep(1)
+    finally: self._thread = None

@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import Event, Thread
 from fastcore.basics import patch
 from ipywidgets import HTML, Layout, Select, Text, VBox
-from .chosen_run import live_view, look_again
+from .chosen_run import has_trained, live_view, look_again
 from .launch_step import attached, choose
 from .session import Action, Unfilled, near, what_ran
 from .shown import as_html
@@ -47,7 +47,7 @@ def describe_run(
     number = lambda name, value: f'{name} {value:.4g}' if value is not None and value == value else ''
     steps = f'step {row["step"]} of {row["of"]}' if row['of'] else ''
     return ' · '.join(filter(None, [row['run'], row['state'], steps, number('loss', row['loss']),
-                                    number('eval loss', row['best eval_loss']), row['health']]))
+                                    number('lowest evaluation', row['best eval_loss']), row['health']]))
 
 # %% ../../nbs/panel/62_runs_step.ipynb #62runsst0009
 def _chosen(form):
@@ -66,7 +66,7 @@ class RunsStep(Step):
     "Choose a run, and watch it."
     name, actions = 'runs', (CHOOSE,)
     defaults = {'folder': 'runs', 'filter': '', 'run': '', '_about': {}}
-    is_done = property(lambda self: bool(self.values['run']))
+    is_done = property(lambda self: has_trained(self.panel.session))
 
     def build(self):
         self.rows, self._thread, self._watched, self.live = None, None, None, VBox()

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from ipywidgets import HTML, Button, Combobox, HBox, IntText, Layout, Text, VBox, jsdlink
 from traitlets import CUnicode
 from ..names import is_refusal
-from .session import (AtWork, NotYet, Number, Refused, Unfilled, WrongNumbers, keep_value,
+from .session import (AtWork, NotYet, Number, Refused, Unfilled, WrongNumbers, earlier, keep_value,
                                       result_again, run_action, typed_numbers, what_ran)
 from .shown import as_html, as_widget, code_html
 from .wording import as_in_form, fields_of
@@ -376,12 +376,20 @@ def show_kept(self:Step,
     "The widgets that show what is kept of a result; foreign files may have anything there."
     return []
 
+# %% ../../nbs/panel/20_steps.ipynb #steps20rf
+@patch
+def _shown_actions(self:Step):
+    "The names of the actions whose code is shown: the step's own, and others that run between them."
+    session, own = self.panel.session, [action.name for action in self.actions]
+    order = [*session.actions]
+    between = [name for each in own for name in earlier(session, each)]
+    return [name for i, name in enumerate(order) if name in own or name in between and own[0] in order[:i]]
+
 @patch
 def refresh(self:Step):
     "Bring what is shown up to date with the files."
     self.restore()
-    codes = [self.panel.session.code(a.name) for a in self.actions]
-    text = '\n'.join(filter(None, codes))
+    text = '\n'.join(filter(None, map(self.panel.session.code, self._shown_actions())))
     title = as_html('qvl-help', self.panel.say('panel.code' if text else 'panel.no_code'))
     self.code.value = title + (code_html(text, self.panel.say('panel.copy')) if text else '')
     for box in self.boxes.values(): box.restore()

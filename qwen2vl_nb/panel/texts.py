@@ -56,15 +56,15 @@ ENGLISH = {
 # %% ../../nbs/panel/00_texts.ipynb #00texts0006
 ENGLISH |= {
     'data': 'Data',
-    'data.about': 'Read pictures with their questions and answers from a table, a folder or a data set, and find every '
+    'data.about': 'Read pictures with their prompts and answers from a table, a folder or a data set, and find every '
                   'fault in them before training does.',
     'data.source': 'File or folder',
     'data.source.help': 'A table (CSV, TSV, Excel, Parquet, JSON, JSON lines), a folder with one subfolder per class, '
                         'or annotations such as COCO or YOLO.',
     'data.image': 'Pictures',
     'data.image.help': 'Column with the paths of the pictures. Left empty: the column "image" or "images".',
-    'data.prompt': 'Question',
-    'data.prompt.help': 'Column with the questions, or one question for all rows. Left empty: the column '
+    'data.prompt': 'Prompt',
+    'data.prompt.help': 'Column with the prompts, or one prompt for all rows. Left empty: the column '
                         '"instruction", "prompt" or "question".',
     'data.response': 'Answer',
     'data.response.help': 'Column with the answers. Left empty: the column "output", "response" or "answer".',
@@ -160,6 +160,7 @@ ENGLISH |= {
     'runs.count': '{shown} of {n} runs, the newest first. The chosen run: {run}.',
     'runs.listing': 'Reading the folders of the runs …',
     'runs.of': 'About the run {run}, which is chosen in the step "{runs}".',
+    'runs.elsewhere': 'The chosen run is {run}: the step "{runs}" shows it.',
     'runs.none': 'none yet',
     'runs.other': 'The chosen run is {run}. To watch, stop or resume the one that is selected in the list, press '
                   '"{choose}" first.',
@@ -171,7 +172,8 @@ ENGLISH |= {
     'checkpoints.about': 'Let each checkpoint of the run answer a data set, and score the answers. The best checkpoint '
                          'is used from then on.',
     'checkpoints.dataset': 'Data set',
-    'checkpoints.dataset.help': 'A registered data set with answers that was not used for training.',
+    'checkpoints.dataset.help': 'A registered data set with answers that was not used for training. The rows on which '
+                                'a checkpoint is chosen flatter it: for a fair score, predict others afterwards.',
     'checkpoints.measure': 'Measure',
     'checkpoints.measure.help': 'What decides; empty: json, boxes.f1, number or exact, as the answers are.',
     'checkpoints.max_samples': 'Rows',
@@ -227,7 +229,7 @@ ENGLISH |= {
     'score.tolerance.help': 'Relative difference up to which numbers count as equal.',
     'score.wrong': 'Begin with wrong answers',
     'score.scores': 'Score',
-    'score.scores.help': 'Scores with 95 % intervals.',
+    'score.scores.help': 'Scores in percent, with 95 % intervals.',
     'score.compare': 'Compare',
     'score.compare.help': 'Before and after, row by row, and whether the difference could be due to chance.',
     'score.show': 'Look at the answers',
@@ -292,6 +294,7 @@ ENGLISH |= {
     'recipe.quantization_bit.help': 'Bits of a frozen weight (QLoRA); needs bitsandbytes.',
     'recipe.no_quantization': 'none',
     'recipe.freeze_vision_tower': 'Freeze the vision tower',
+    'recipe.freeze_vision_tower.help': 'Train only the language part, which takes less memory.',
     'recipe.learning_rate': 'Learning rate',
     'recipe.learning_rate.help': 'Empty: 1e-4 for LoRA, 1e-5 for all weights.',
     'recipe.usual_rate': 'usual',
@@ -327,6 +330,7 @@ ENGLISH |= {
     'recipe.bf16.help': 'Off for an older GPU. For a CPU, "Use the fastest that fits" in the step "Memory" '
                         'leaves it out.',
     'recipe.report_to': 'Tracker',
+    'recipe.report_to.help': 'Where the curves are sent, too; it has to be installed.',
     'recipe.more': 'Other arguments',
     'recipe.find': 'Other arguments',
     'recipe.find.hint': 'Search names and explanations',

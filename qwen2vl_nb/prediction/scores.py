@@ -19,7 +19,7 @@ from ..findings import as_text, findings_table, first_few, one_header, text_tabl
 from ..model import after_thoughts
 from ..data.boxes import box_pieces
 from .predictions import Predictions
-from ..run.answers import AnswerFaults, answer_findings
+from ..run.answers import AnswerFaults, Commonest, answer_findings
 from .boxes import (box_measures, box_table, measure_boxes, measure_points, point_measures,
                                          point_side, stated_boxes, stated_points)
 if TYPE_CHECKING: import pandas as pd
@@ -262,8 +262,9 @@ class Scores(dict):
         judged=None, # For labels that are JSON objects: distinct outcomes, whether each is malformed, number of rows
         notes:list=(), # Sentences that are shown below the figures
         findings:list=(), # `Finding`s about the answers
+        common:float=0., # Percent of the labels that are the most common one
     ):
-        self.rows, self._given, self._judged = text_table(rows), given, judged
+        self.rows, self._given, self._judged, self._common = text_table(rows), given, judged, common
         self.findings = findings_table(findings) # A `DataFrame`: answers that look wrong, such as empty ones
         self._notes = [*notes, *map(str, findings)]
         # Shares the memory of `rows`, unlike a slice
@@ -291,7 +292,8 @@ class Scores(dict):
                          f'{self.rows.id[other[0]]}: {self._given[other[0]]["label"]!r}.')
 
     def __repr__(self):
-        return '\n'.join([self._title(), one_header(self.overall.round(2)).to_string(na_rep=''), *self._notes])
+        return '\n'.join([self._title(), one_header(self.overall.round(2)).to_string(na_rep=''),
+                          *self._said()])
 
 # %% ../../nbs/prediction/50_scores.ipynb #usualmeasa
 def usual_measure(
@@ -299,6 +301,29 @@ def usual_measure(
 )->str: # One of them
     "The measure that says most about answers of their form."
     return next(name for name in ('json', 'boxes.f1', 'points.f1', 'number', 'exact') if name in names)
+
+# %% ../../nbs/prediction/50_scores.ipynb #guesses01
+_nearly_all = 80 # Percent of equal labels
+
+@patch(as_prop=True)
+def guess(self:Scores):
+    "Percent that always giving the most common label would get, if the answers are no better; otherwise `None`."
+    name = usual_measure(self)
+    share = self._common if name in ('json', 'number', 'exact') else 0.
+    return share if self[name] <= (share if share < _nearly_all else 0) else None
+
+@patch
+def advice(self:Scores)->str: # Empty if they are better, or if the findings say what is wrong with them
+    "What to do about answers that are no better than a guess."
+    if self.guess is None or len(self.findings) or self['failed'] == self['rows']: return ''
+    right = self[usual_measure(self)]
+    said = 'No answer is right.' if not right else (f'Always giving the most common label would be right in '
+        f'{self.guess:.0f} % of the rows; these answers are right in {right:.0f} %.')
+    return (f'{said} show_predictions(…, wrong=True) shows whether they are nearly right, have another form than the '
+            'labels, or are about something else; plot_loss(run) shows whether the training was too short.')
+
+@patch
+def _said(self:Scores): return [*self._notes, *filter(None, [self.advice()])]
 
 # %% ../../nbs/prediction/50_scores.ipynb #65a3f6fc
 @patch
@@ -348,7 +373,7 @@ def _title(self:Scores):
 # %% ../../nbs/prediction/50_scores.ipynb #52aaddf7
 @patch
 def _repr_html_(self:Scores):
-    notes = ''.join(f'<p>{html.escape(note)}</p>' for note in self._notes)
+    notes = ''.join(f'<p>{html.escape(note)}</p>' for note in self._said())
     table = one_header(self.overall.round(2)).to_html(na_rep="")
     return as_text(f'<p>{self._title()}</p>{table}{notes}')
 
@@ -369,6 +394,7 @@ class _Measured:
         self.compared = lru_cache(2**14)(self._compared)
         self.places, self.ids, self.failed, self.block, self.blocks = array('q'), [], 0, [], []
         self.own, self.faults = {name: array('d') for name in measures}, AnswerFaults()
+        self.labels = Commonest()
         # Answered rows whose labels have special tokens; the first token; whether any answer has one
         self.marked, self.token, self.are_kept = 0, '', False
 
@@ -383,6 +409,7 @@ class _Measured:
             self.are_kept = self.are_kept or bool(_special.search(row['predict']))
         if row['predict'] is None: self.failed += 1
         self.faults.add(row)
+        self.labels.add(row['label'].strip())
         if self.own:
             row = row | {'id': self.ids[-1], 'predict': row['predict'] or ''}
             for name,values in self.own.items(): values.append(_own(name, self.measures[name], row))
@@ -458,7 +485,7 @@ def scores(self:_Measured, given):
         notes.append(_unknown_side)
     if isinstance(given, Predictions): notes += given.remarks
     return Scores(given, pd.DataFrame({'id': ids} | columns, index, copy=False), self.failed, judged, notes,
-                  answer_findings(self.faults))
+                  answer_findings(self.faults), 100*self.labels.share)
 
 # %% ../../nbs/prediction/50_scores.ipynb #c40118d9
 def score(
