@@ -74,7 +74,8 @@ def recipe_family(
 
 # %% ../nbs/15_recipe_faults.ipynb #d2203f55
 def _no_zero_findings(recipe, nproc):
-    if nproc < 2 or recipe.get('fsdp') or not recipe.get('do_train'): return []
+    is_elsewhere = recipe.get('fsdp') or recipe.get('use_cpu')  # shared out by FSDP, or in the memory of the host
+    if nproc < 2 or is_elsewhere or not recipe.get('do_train'): return []
     return [Finding('deepspeed',
         f'No deepspeed key for {nproc} processes: '
         'every GPU loads the whole model, with its own gradients and optimizer.',

@@ -8,6 +8,7 @@ __all__ = ['box_faults', 'class_faults']
 # %% ../../nbs/data/35_box_check.ipynb #463b58d2
 from collections import Counter
 from pathlib import Path
+from ..files import short_path
 from ..model import box_frame, families, model_type, pixel_limits, resized
 from ..findings import show_value
 from .boxes import box_pieces, known_frame
@@ -61,7 +62,7 @@ def _style_fault(pieces, family, model):
     right = forms.pop(family.boxes)
     wrong, = forms.values()
     return Fault(f'It has boxes {wrong}, and {family.name} was trained to write them {right}.',
-                 f'Convert the samples: to_boxes(sample, {str(model)!r}, …).', 'warning')
+                 f'Convert the samples: to_boxes(sample, {short_path(model)!r}, …).', 'warning')
 
 def _frame_fault(frame, expected, family, model):
     "Coordinates that, according to the sample itself, are not those that the model should write."
@@ -71,7 +72,7 @@ def _frame_fault(frame, expected, family, model):
     why = '' if family.grid else ', which is what it sees with these pixel limits'
     limits = '' if family.grid else ', with image_max_pixels and image_min_pixels of the recipe'
     return Fault(f'Its boxes are in {named(frame)}, and {family.name} writes them in {named(expected)}{why}.',
-                 f'Convert the samples: to_boxes(sample, {str(model)!r}){limits}.', 'warning')
+                 f'Convert the samples: to_boxes(sample, {short_path(model)!r}){limits}.', 'warning')
 
 def _scale_fault(pieces, frame, size, family):
     "Coordinates that cannot be the family's, in samples that don't say what their coordinates mean."

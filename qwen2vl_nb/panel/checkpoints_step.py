@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 from fastcore.basics import patch
 from ipywidgets import HTML, Combobox, VBox
-from .chosen_run import AtWork, folders_at_work, live_view, registered_names, tell_run, test_set
+from .chosen_run import AtWork, folders_at_work, live_view, tell_run, test_set
+from .paths import registered_names
 from .session import Action, Number, Unfilled, as_call, keep_value, what_ran
 from .steps import Step
 

@@ -116,7 +116,7 @@ def _compute(self:MemoryStep):
             if not names: run_code('from qwen2vl_nb.all import *', names)
             run_code(code[0], names)
             shown = marked_table(run_code(code[1], names), say)
-        shown = f'<div class="jp-RenderedHTMLCommon qvl-shown">{shown}</div>'
+        shown = f'<div class="jp-RenderedHTMLCommon qvl-shown" style="max-height:none">{shown}</div>'
         self.table.value = shown + code_html(code[1], say('panel.copy'))
         self._of = code
     except Exception as e:

@@ -11,9 +11,10 @@ from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from ipywidgets import HTML, Combobox, Dropdown, Text
-from ..files import Damaged, file_digest, json_or
+from ..files import file_digest
 from .checkpoints_step import ROWS, DatasetStep, dataset_given, limits
 from .chosen_run import is_loaded
+from .paths import registered
 from .session import Action, Given, Unfilled, as_call, keep_value, what_ran
 from .shown import as_html
 from ..run.folder import SERVED
@@ -86,8 +87,8 @@ def rows_digest(
     name:str, # Name of a data set
 )->str: # Eight digits; empty if they have no file
     "What tells other rows of the same name apart; an unchanged file is not read twice."
-    with suppress(OSError, Damaged, ValueError, TypeError, KeyError):  # foreign files may have anything there
-        path = folder/json_or({}, folder/'dataset_info.json')[name]['file_name']
+    with suppress(OSError, ValueError, TypeError, KeyError):  # foreign files may have anything there
+        path = folder/registered(folder)[name]['file_name']
         s = os.stat(path)
         return _digest(path, (s.st_ino, s.st_size, s.st_mtime_ns))
     return ''

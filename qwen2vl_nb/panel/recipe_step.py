@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['USUAL', 'ACTIONS', 'find_arguments', 'as_value', 'usual_values', 'changed_arguments', 'wrong_arguments', 'as_typed',
-           'dataset_choices', 'RecipeStep']
+           'RecipeStep']
 
 # %% ../../nbs/panel/36_recipe_step.ipynb #36recipe0002
 import ast, math, re
 from html import escape
 from fastcore.basics import patch
 from ipywidgets import HTML, Box, Button, Checkbox, Combobox, Dropdown, HBox, Layout, Text, VBox
-from ..files import json_or
+from .paths import registered_names
 from .session import Action, Number, Unfilled, WrongNumbers, as_call, keep_value
 from .shown import as_html, as_widget
 from .steps import Step, shown_number
@@ -141,12 +141,6 @@ def _input(kind, value):
     if 'bool' in kind: options = ['true', 'false']
     return Combobox(value=as_typed(value), options=options, continuous_update=False)
 
-def dataset_choices(
-    folder, # Folder of a registry
-)->list: # Names
-    "The data sets that are registered in a folder."
-    return [name for name in json_or({}, folder/'dataset_info.json', 2**24)][:500]
-
 # %% ../../nbs/panel/36_recipe_step.ipynb #20d01011
 class RecipeStep(Step):
     "Choose the arguments of the run."
@@ -173,7 +167,7 @@ class RecipeStep(Step):
     def restore(self):
         super().restore()
         if not self.controls: return
-        names = dataset_choices(self.panel.session.project.folder/self.panel.session.form('split')['folder'])
+        names = registered_names(self.panel.session.project.folder/self.panel.session.form('split')['folder'])
         self.controls['dataset'].placeholder = self.panel.session.form('split')['name']
         for name in ('dataset', 'eval_dataset'): self.controls[name].options = names
         self._show_more()
