@@ -157,7 +157,7 @@ def test_a_training_is_done_when_it_has_ended_and_did_not_fail(filled, folder):
     assert ticks() == [False, False]
     (run/ENDED).write_text(json.dumps(dict(returncode=0, asked=False)))
     until(lambda: ticks() == [True, True])
-    (run/ENDED).unlink()
+    (run/ENDED).write_text(json.dumps(dict(returncode=1, asked=True)))  # it was stopped
     until(lambda: ticks() == [False, False])
     choose(filled.steps['runs'], make_run(folder/'runs'/'b'))
     filled.go('launch')
@@ -232,6 +232,59 @@ def test_what_was_read_anew_names_the_steps_that_are_due(filled):
     press(filled, 'memory.pick')
     assert due('memory', 'memory.pick') == ''
 
+def test_rows_that_have_changed_in_the_file_are_other_rows(filled, folder):
+    "Reading the same once more leaves all as it is."
+    before = {*what_ran(filled.session.project)}
+    press(filled, 'data.read')
+    assert {*what_ran(filled.session.project)} == before
+    rows = pd.read_excel('labels.xlsx')
+    pd.concat([rows, rows.tail(4).head(1).assign(caption='another')]).to_excel('labels.xlsx', index=False)
+    press(filled, 'data.read')
+    assert not {'data.check', 'data.drop', 'split.register'} & {*what_ran(filled.session.project)}
+    assert 'Steps to be done again: &quot;Split&quot;.' in filled.steps['data'].boxes['data.read'].behind.value
+    assert not filled.tabs['split'].icon
+
+def test_after_a_new_split_the_training_is_due_also_if_its_run_was_chosen(filled, folder):
+    "A run that is chosen takes the place of a launch, which is not due because of it."
+    given = {'launch.start': dict(run='runs/a', folder='runs', name='', nproc=0), 'checkpoints.score': {}}
+    with filled.session.project.edit() as state: state['ran'] |= {name: dict(given=about, when=1., said='') for name, about in given.items()}
+    due = lambda step, action: filled.steps[step].boxes[action].behind.value
+    fill(filled, 'recipe', num_train_epochs=3.)
+    press(filled, 'recipe.make')
+    assert 'Steps to be done again: &quot;Launch&quot; · &quot;Checkpoints&quot;.' in due('recipe', 'recipe.make')
+    save_recipe(filled.session.names['recipe'], make_run(folder/'runs'/'b')/RECIPE)
+    choose(filled.steps['runs'], folder/'runs'/'b')
+    run_action(filled.session, 'runs.choose')
+    filled.go('recipe')
+    assert 'Steps to be done again: &quot;Checkpoints&quot;.' in due('recipe', 'recipe.make')
+    fill(filled, 'split', test=.5)
+    press(filled, 'split.register')
+    assert 'runs.choose' not in what_ran(filled.session.project)
+    assert 'Steps to be done again: &quot;Launch&quot;' in due('split', 'split.register') and '&quot;Runs&quot;' not in due('split', 'split.register')
+
+def test_what_was_checked_is_out_of_date_as_soon_as_the_recipe_changes(filled):
+    press(filled, 'recipe.check')
+    filled.go('recipe')
+    behind = lambda: filled.steps['recipe'].boxes['recipe.check'].behind.value
+    assert behind() == ''
+    fill(filled, 'recipe', cutoff_len=1000)
+    assert 'press &quot;Check the recipe&quot; again' in behind()
+    fill(filled, 'recipe', cutoff_len=2048)
+    assert behind() == ''
+
+def test_what_runs_again_by_itself_says_when(filled):
+    when = lambda: what_ran(filled.session.project)['memory.pick'].when
+    first = when()
+    fill(filled, 'recipe', cutoff_len=1000)
+    press(filled, 'recipe.check')
+    assert when() > first
+
+def test_a_button_of_the_same_step_is_named_without_its_step(folder):
+    panel = Panel()
+    fill(panel, 'data', source='labels.xlsx')
+    assert 'Press &quot;Read&quot; first.' in shown(press(panel, 'data.check'))
+    assert 'This needs the step &quot;Data&quot; first' in shown(press(panel, 'split.register'))
+
 def test_a_refusal_goes_when_its_cause_is_gone(folder, tiny):
     panel = Panel()
     fill(panel, 'split', name='colours')
@@ -272,7 +325,7 @@ def test_choosing_the_model_after_the_check_sends_nobody_back(folder, tiny):
     assert f"check_samples(samples, model='{tiny}', cutoff_len=8)" in panel.session.next_code('data.check')[1]
     assert 'rows concerned: 23' in shown(press(panel, 'data.check')), 'who presses it again has the texts counted'
     press(panel, 'recipe.make')
-    assert all(panel.steps[name].is_done for name in steps)
+    assert [panel.steps[name].is_done for name in steps] == [False, True, True, True], 'rows with errors are left in the data'
     fill(panel, 'data', prompt='Which colour?')
     assert panel.steps['data'].boxes['data.read'].behind.value
 

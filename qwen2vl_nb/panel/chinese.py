@@ -46,12 +46,13 @@ CHINESE |= {
     'panel.set': ('To be set in this form: {fields}.', '请在此表单中设置：{fields}。'),
     'panel.ended': ('This form is now shown in another cell. Run this cell again to have it here.',
                     '此表单现在显示在另一个单元格中。重新运行本单元格即可在这里继续使用。'),
-    'panel.run_again': ('The kernel that showed this form has ended. Run this cell again: the form comes back as it '
-                        'was.',
-                        '显示此表单的内核已经结束。重新运行本单元格，表单就会恢复原样。'),
+    'panel.run_again': ('The kernel that showed this form has ended. Run this cell again: the form comes back with '
+                        'all that was done.',
+                        '显示此表单的内核已经结束。重新运行本单元格，表单和已完成的内容就会恢复。'),
     'panel.refused': ('The form could not be saved: {error}', '无法保存表单：{error}'),
     'panel.first': ('This needs the step "{step}" first: press "{action}" there.',
                     '请先完成“{step}”步骤：在那里点击“{action}”。'),
+    'panel.first_here': ('Press "{action}" first.', '请先点击“{action}”。'),
     'panel.first_again': ('In the step "{step}", the form has changed since "{action}" was pressed. Press "{action}" '
                           'there again first, or undo the change.',
                           '点击“{action}”之后，“{step}”步骤的表单有改动。请先在那里再次点击“{action}”，或者撤销改动。'),
@@ -209,7 +210,8 @@ CHINESE |= {
     'runs.count': ('{shown} of {n} runs, the newest first. The chosen run: {run}.',
                    '共 {n} 个训练任务，显示 {shown} 个，最新的在前。当前选中：{run}。'),
     'runs.listing': ('Reading the folders of the runs …', '正在读取训练任务的目录……'),
-    'runs.of': ('About the run {run}, which is chosen in the step "{runs}".', '针对“{runs}”步骤中选中的 {run}。'),
+    'runs.of': ('About {run}, which is chosen in the step "{runs}".', '针对“{runs}”步骤中选中的 {run}。'),
+    'runs.no_runs': ('There are no runs yet.', '还没有训练任务。'),
     'runs.elsewhere': ('The chosen run is {run}: the step "{runs}" shows it.',
                        '当前选中的是 {run}，请在“{runs}”步骤中查看。'),
     'runs.none': ('none yet', '无'),
@@ -255,9 +257,11 @@ CHINESE |= {
     'predict.engine': ('Engine', '推理引擎'),
     'predict.engine.help': ('hf: transformers on this machine; kept loaded, the next prediction begins at once, and '
                             'the model is unloaded after half an hour without a question. vllm is faster, and is '
-                            'installed in an environment of its own. openai asks a server, whatever model it has.',
+                            'installed in an environment of its own. openai asks a server, whatever model it has. '
+                            'llamafactory is the prediction of LLaMA-Factory itself.',
                             'hf 是本机上的 transformers；保持加载时，下一次预测可以立即开始，半小时无人提问后模型会被卸'
-                            '载。vllm 更快，需要安装在单独的环境中。openai 向服务器提问，用的是服务器上加载的模型。'),
+                            '载。vllm 更快，需要安装在单独的环境中。openai 向服务器提问，用的是服务器上加载的模型。'
+                            'llamafactory 是 LLaMA-Factory 自带的预测。'),
     'predict.served': ('hf, kept loaded', 'hf，保持加载'),
     'predict.loaded': ('The model of this run is loaded already: with "{served}", it is used.',
                        '这个训练任务的模型已经加载：选择“{served}”即可直接使用。'),
@@ -343,8 +347,9 @@ CHINESE |= {
                          'do.',
                          '该列取值相同的行会分在同一部分；共用图片的行总是分在同一部分。'),
     'split.stratify': ('Same shares of', '分层列'),
-    'split.stratify.help': ('Column whose values are as frequent in one part as in the other.',
-                            '该列的各个取值在两部分中所占的比例相同。'),
+    'split.stratify.help': ('Column whose values are as frequent in one part as in the other, such as that of the '
+                            'answers.',
+                            '该列的各个取值在两部分中所占的比例相同，例如答案所在的列。'),
     'split.name': ('Name', '名称'),
     'split.name.help': ('The test rows are registered under the same name with _test.',
                         '测试集以同样的名称加 _test 注册。'),
@@ -414,7 +419,8 @@ CHINESE |= {
     'recipe.image_max_pixels.help': ('In pixels (width times height); larger pictures are scaled down.',
                                      '以像素计（宽乘高）；更大的图片会被缩小。'),
     'recipe.lr_scheduler_type': ('Schedule', '学习率调度'),
-    'recipe.lr_scheduler_type.help': ('How the learning rate falls.', '学习率按什么方式下降。'),
+    'recipe.lr_scheduler_type.help': ('How the learning rate changes during the training.',
+                                      '学习率在训练过程中如何变化。'),
     'recipe.warmup_ratio': ('Warm-up', '预热比例'),
 }
 

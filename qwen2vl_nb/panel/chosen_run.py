@@ -93,10 +93,10 @@ def is_going_on(
 def has_trained(
     session, # The panel's `Session`
 )->bool:
-    "Whether a run is chosen that has ended, and did not fail."
+    "Whether a run is chosen that has come to its end."
     from qwen2vl_nb.run import attach
     run = session.form('runs')['run']
-    try: return bool(run) and attach(session.project.folder/run).status in ('done', 'stopped')
+    try: return bool(run) and attach(session.project.folder/run).status == 'done'
     except (OSError, ValueError): return False
 
 def is_loaded(

@@ -10,6 +10,7 @@ __all__ = ['KEYS', 'table_endings', 'ACTIONS', 'column_names', 'source_columns',
 import ast, csv, json, os
 from contextlib import suppress
 from functools import lru_cache
+from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from fastcore.basics import patch
@@ -101,10 +102,14 @@ def _read_code(given):
 
 _most_shown, _longest = 4, 20_000 # Rows that are shown after reading; characters of one that is kept
 
-def _first(names):
-    "The first rows, to be shown again."
-    texts = (json.dumps(sample, default=str) for sample in names['samples'][:_most_shown])
-    return {'first': [json.loads(text) for text in texts if len(text) < _longest]}
+def _rows_read(names):
+    "The first rows, to be shown again, and what tells whether other rows are read later."
+    content, first = blake2b(digest_size=8), []
+    for i, sample in enumerate(names['samples']):
+        text = json.dumps(sample, default=str)
+        content.update(text.encode())
+        if i < _most_shown and len(text) < _longest: first.append(json.loads(text))
+    return {'first': first, 'content': content.hexdigest()}
 
 def _check_given(form): return {'model': form('model')['model'], 'cutoff_len': form('recipe')['cutoff_len']}
 
@@ -140,9 +145,11 @@ def _found(names):
     kind = others.what.map(finding_kind)
     kinds, levels = others.row.groupby(kind).nunique().nlargest(_most_kinds), others.level.groupby(kind).first()
     errors = int(findings[findings.level == 'error'].row.nunique())
+    examples = dict(zip(kind, others.what))  # of a kind with a single row, this is the one
     return {'samples': len(names['samples']), 'findings': len(left), 'rows': int(left.row.nunique()), 'line': line,
             'errors': errors, 'mended': len(findings) - len(left),
-            'kinds': kinds.to_dict(), 'levels': levels[kinds.index].to_dict(), 'shown': worst.to_dict('split')}
+            'kinds': kinds.to_dict(), 'levels': levels[kinds.index].to_dict(), 'shown': worst.to_dict('split'),
+            'alone': {k: examples[k] for k in kinds.index[kinds == 1]}}
 
 # %% ../../nbs/panel/32_data_step.ipynb #settlec01
 _codes = {'data.check': _check_code, 'data.mend': _mend_code, 'data.drop': _drop_code}
@@ -169,7 +176,7 @@ def _settle(session, *changes):
 _of_later_steps = 'model.model', 'recipe.cutoff_len' # Checking the recipe counts every row with them
 
 ACTIONS = [
-    Action('data.read', _read_given, _read_code, gives=('samples',), binds=True, keeps=_first),
+    Action('data.read', _read_given, _read_code, gives=('samples',), binds=True, keeps=_rows_read),
     Action('data.settled', None, _settled_code, needs=('samples',), gives=('samples',)),
     Action('data.check', _check_given, _check_code, needs=('samples',), gives=('findings',), keeps=_found,
            before=lambda session: _settle(session, 'data.mend', 'data.drop'), later=_of_later_steps),
@@ -192,8 +199,9 @@ def still_in(
     "What the last check found in rows that were not dropped since."
     ran, found = what_ran(session.project), last_findings(session)
     if not found or 'data.drop' in ran or 'data.read' not in ran or ran['data.read'].when > found.when: return 0, {}
-    kinds, also = found.given.get('kinds', {}), session.form('data')['also']
-    return found.given.get('errors', 0), {kind: n for kind, n in kinds.items() if kind in also}
+    kinds, also = found.given.get('kinds'), session.form('data')['also']
+    kinds = kinds.items() if isinstance(kinds, dict) else ()  # foreign files may have anything there
+    return found.given.get('errors', 0), {kind: n for kind, n in kinds if kind in also}
 
 # %% ../../nbs/panel/32_data_step.ipynb #32datast0013
 class DataStep(Step):
@@ -201,6 +209,11 @@ class DataStep(Step):
     name, done, actions = 'data', 'data.read', ACTIONS
     defaults = dict(source='', image='', prompt='', response='', media_dir='', boxes=False,
                     header=Number(0, 0, _most_rows), also=[], _kinds=[])
+
+    @property
+    def is_done(self):
+        "Whether rows were read, and no errors were found that are still in them."
+        return super().is_done and not still_in(self.panel.session)[0]
 
     def build(self):
         folder, say = self.panel.session.project.folder, self.panel.say
@@ -278,9 +291,9 @@ def _build_kinds(self:DataStep):
 def _offer_kinds(self:DataStep):
     found, control = last_findings(self.panel.session), self.controls['also']
     with self._filling, suppress(Exception):  # foreign files may have anything there
-        kinds, levels = (found.given.get(key, {}) if found else {} for key in ('kinds', 'levels'))
-        options = [(f'{levels.get(kind, "warning")} ({n}): {self.tell(kind).replace("….", "…")}', kind)
-                   for kind, n in kinds.items()]
+        kinds, levels, alone = (found.given.get(key, {}) if found else {} for key in ('kinds', 'levels', 'alone'))
+        told = lambda kind: self.tell(alone.get(kind, kind)).replace('….', '…')
+        options = [(f'{levels.get(kind, "warning")} ({n}): {told(kind)}', kind) for kind, n in kinds.items()]
         if options != [*control.options]:
             self._restoring = True  # other options deselect all, which is no change by the user
             control.options, control.rows = options, max(2, len(options))  # Chromium makes a menu of a single row
@@ -312,8 +325,9 @@ def _summary(self:DataStep, action, given):
     key = 'mended' if mended else 'none_mended' if found and action == 'data.mend' else 'found' if found else 'clean'
     said = self.say(key, n=found or given['samples']*(not mended), rows=given['rows'], mended=mended)
     is_counted = 'model' in check_arguments(Given(given, self.panel.session.project.folder))
+    is_said = action == 'data.mend' and self.boxes['data.check'].result.children  # by the check above it
     later = self.say('no_text', model=say('model'), check=say('recipe.check'), recipe=say('recipe'))
-    return ' '.join([said, *[later]*(not is_counted)])
+    return ' '.join([said, *[later]*(not is_counted and not is_said)])
 
 @patch
 def show_kept(self:DataStep, action, given):
@@ -321,6 +335,7 @@ def show_kept(self:DataStep, action, given):
     if action == 'data.drop': return [HTML(as_html('qvl-said', self.say('rows_left', n=given['samples'])))]
     if 'findings' not in given or action == 'data.check' and self._is_mended(): return []
     found, mended = given['findings'], given.get('mended', 0)
+    if action == 'data.mend' and not mended and 'data.drop' in what_ran(self.panel.session.project): return []
     table = findings_class()(**{key: given['shown'][key] for key in ('data', 'index', 'columns')})
     table = table.assign(level=table.level.mask(table.row.isin(self._dropped(table)), 'dropped'))
     if 'source' in table: table = table.drop(columns='row')  # the index, which only code needs

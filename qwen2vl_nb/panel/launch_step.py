@@ -66,7 +66,7 @@ class LaunchStep(Step):
 
     @property
     def is_done(self):
-        "Whether a run that was launched or chosen has ended, and did not fail."
+        "Whether a run that was launched or chosen has come to its end."
         session = self.panel.session
         return bool({'launch.start', 'runs.choose'} & what_ran(session.project).keys()) and has_trained(session)
 

@@ -54,7 +54,8 @@ def _chosen(form):
     if not form('runs')['run']: raise Unfilled('runs.run')
     return {'run': form('runs')['run']}
 
-CHOOSE = Action('runs.choose', _chosen, lambda given: f'{attached(given)}\nrun.watch()', gives=('run',), again=attached)
+CHOOSE = Action('runs.choose', _chosen, lambda given: f'{attached(given)}\nrun.watch()', gives=('run',),
+                reads=('registry',), again=attached)
 
 class ChooseBox(ActionBox):
     "The button that makes the selected run the chosen one."
@@ -157,5 +158,6 @@ def _show_list(self:RunsStep):
     self.select.value = next((place for place in (kept, run) if place in there), None)
     self._is_listing = False
     self._offer()
-    said = self.say('count', shown=len(there), n=len(self.rows), run=run or self.say('none'))
+    count = self.say('count', shown=len(there), n=len(self.rows), run=run or self.say('none'))
+    said = count if self.rows else self.say('no_runs')
     self.count.value = as_html('qvl-help', said)

@@ -501,7 +501,8 @@ def _bring_up(session, name):
     first = [next((a.name for a in session.actions.values() if need in a.gives), name) for need in missing]
     for each in dict.fromkeys([*first, *before]):
         if not session.actions[each].follows or each == name: continue
-        if session.next_code(each)[1] != session.code(each): run_action(session, each)
+        is_made = session.made.get(each) == session.code(each, again=True)
+        if not is_made or session.next_code(each)[1] != session.code(each): run_action(session, each)
 
 def _check_needs(session, action):
     before = [session.actions[each] for each in earlier(session, action.name)]
@@ -565,9 +566,10 @@ def _note(session, name, given, said):
     for later in session.depends(name): session.made.pop(later, None)
     with session.project.edit() as state:
         ran = state['ran'] = _as_dict(state.get('ran'))
-        before, undid = _codes(session, name), what_ran(session.project)[name].undid if name in ran else ()
+        last = what_ran(session.project).get(name, Ran({}, 0, ''))
+        before, undid = _codes(session, name), last.undid
         ran[name] = {'given': given, 'when': time.time(), 'said': said[-_most_said:]}
-        changed = _codes(session, name) != before
+        changed = _codes(session, name) != before or given.get('content') != last.given.get('content')
         outdated = [other for other in session.depends(name)*changed if not session.actions[other].follows]
         ran[name]['undid'] = [*dict.fromkeys([*undid, *(other for other in outdated if other in ran)])]
         for other in session.replaces(name) + outdated: ran.pop(other, None)
@@ -579,8 +581,11 @@ def _note(session, name, given, said):
 def has_changed(self:Session,
     name:str, # Name of an action
 )->bool: # `False` if it did not run, or runs again by itself
-    "Whether the form differs from what an action last ran with."
-    return not self.actions[name].follows and self._differs(name)
+    "Whether the form, or that of what runs by itself before it, differs from what an action last ran with."
+    action = self.actions[name]
+    if action.follows or not self.code(name): return False
+    given = [each for each in earlier(self, name) if {*self.actions[each].gives} & {*action.needs}]
+    return self._differs(name) or any(map(self.will_follow, given))
 
 @patch
 def will_follow(self:Session,

@@ -40,12 +40,13 @@ def is_expected(
 def explain(
     error:Exception, # An exception that was caught
     say, # The panel's `Texts`
+    here:str='', # Name of the step that says it
 )->str:
     "What went wrong, in words."
     if isinstance(error, NotYet):
-        key = 'at_work' if isinstance(error, AtWork) else 'first_again' if error.again else 'first'
-        key = f'panel.{key}'
-        return say(key, step=say(error.action.partition('.')[0]), action=say(error.action))
+        step, first = error.action.partition('.')[0], 'first_here' if error.action.startswith(f'{here}.') else 'first'
+        key = 'at_work' if isinstance(error, AtWork) else 'first_again' if error.again else first
+        return say(f'panel.{key}', step=say(step), action=say(error.action))
     if isinstance(error, Refused): return say(error.key, **error.values)
     if isinstance(error, Unfilled):
         step = say(error.control.partition('.')[0])
@@ -269,6 +270,7 @@ def show_again(self:ActionBox):
 def _again(self:ActionBox):
     session, name = self.step.panel.session, self.action.name
     self._hold(True)
+    self.line.value = as_html('qvl-said', self.step.panel.say('panel.running'))
     failed = None
     try: shown = self.step.show(name, result_again(session, name))
     except Exception as e:
@@ -410,8 +412,10 @@ def tell_undid(self:Step,
     say, actions = self.panel.say, [*self.panel.session.actions.values()]
     there, of = what_ran(self.panel.session.project), lambda action: action.name.partition('.')[0]
     first = {of(action): action for action in reversed(actions)}
-    is_due = lambda action: action.name in ran.undid and action.name not in there
-    due = [of(a) for a in actions if ran and is_due(a) and (a.gives or a is first[of(a)])]  # others only show something
+    alike = lambda a: [b.name for b in actions if b is a or b.name in self.panel.session.replaces(a.name)]
+    is_undone = lambda names: {*names} & {*ran.undid} and not {*names} & there.keys()
+    undone = [a for a in actions if ran and a.name == alike(a)[0] and is_undone(alike(a))]
+    due = [of(a) for a in undone if a.gives or a is first[of(a)]]  # others only show something
     names = [say('panel.field', control=say(name)) for name in dict.fromkeys(due) if name != self.name]
     return say('panel.undid', what=' · '.join(names)) if names else ''
 
@@ -473,7 +477,7 @@ def tell_error(self:Step,
     say, fields = self.panel.say, self.fields()
     wrong = [fields[name] for name in getattr(error, 'arguments', ()) if name in fields]
     wrong = [self.called(key, [key.partition('.')[0]]) for key in wrong]
-    told = self.tell(explain(error, say))
+    told = self.tell(explain(error, say, self.name))
     return '\n'.join([told, *[say('panel.set', fields=' · '.join(wrong))]*bool(wrong)])
 
 @patch

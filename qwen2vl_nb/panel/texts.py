@@ -36,10 +36,11 @@ ENGLISH = {
     'panel.least': '{kind} from {least} up',
     'panel.set': 'To be set in this form: {fields}.',
     'panel.ended': 'This form is now shown in another cell. Run this cell again to have it here.',
-    'panel.run_again': 'The kernel that showed this form has ended. Run this cell again: the form comes back as it '
-                       'was.',
+    'panel.run_again': 'The kernel that showed this form has ended. Run this cell again: the form comes back with '
+                       'all that was done.',
     'panel.refused': 'The form could not be saved: {error}',
     'panel.first': 'This needs the step "{step}" first: press "{action}" there.',
+    'panel.first_here': 'Press "{action}" first.',
     'panel.first_again': 'In the step "{step}", the form has changed since "{action}" was pressed. Press "{action}" '
                          'there again first, or undo the change.',
     'panel.done': 'done',
@@ -159,7 +160,8 @@ ENGLISH |= {
     'runs.choose.help': 'Make this run the one that the following steps are about.',
     'runs.count': '{shown} of {n} runs, the newest first. The chosen run: {run}.',
     'runs.listing': 'Reading the folders of the runs …',
-    'runs.of': 'About the run {run}, which is chosen in the step "{runs}".',
+    'runs.of': 'About {run}, which is chosen in the step "{runs}".',
+    'runs.no_runs': 'There are no runs yet.',
     'runs.elsewhere': 'The chosen run is {run}: the step "{runs}" shows it.',
     'runs.none': 'none yet',
     'runs.other': 'The chosen run is {run}. To watch, stop or resume the one that is selected in the list, press '
@@ -195,7 +197,8 @@ ENGLISH |= {
     'predict.engine': 'Engine',
     'predict.engine.help': 'hf: transformers on this machine; kept loaded, the next prediction begins at once, and the '
                            'model is unloaded after half an hour without a question. vllm is faster, and is installed '
-                           'in an environment of its own. openai asks a server, whatever model it has.',
+                           'in an environment of its own. openai asks a server, whatever model it has. llamafactory is '
+                           'the prediction of LLaMA-Factory itself.',
     'predict.served': 'hf, kept loaded',
     'predict.loaded': 'The model of this run is loaded already: with "{served}", it is used.',
     'predict.python': 'Interpreter',
@@ -258,7 +261,8 @@ ENGLISH |= {
     'split.group': 'Keep together',
     'split.group.help': 'Column: rows with the same value stay in one part, as rows that share a picture always do.',
     'split.stratify': 'Same shares of',
-    'split.stratify.help': 'Column whose values are as frequent in one part as in the other.',
+    'split.stratify.help': 'Column whose values are as frequent in one part as in the other, such as that of the '
+                           'answers.',
     'split.name': 'Name',
     'split.name.help': 'The test rows are registered under the same name with _test.',
     'split.folder': 'Folder',
@@ -311,7 +315,7 @@ ENGLISH |= {
     'recipe.image_max_pixels': 'Picture size',
     'recipe.image_max_pixels.help': 'In pixels (width times height); larger pictures are scaled down.',
     'recipe.lr_scheduler_type': 'Schedule',
-    'recipe.lr_scheduler_type.help': 'How the learning rate falls.',
+    'recipe.lr_scheduler_type.help': 'How the learning rate changes during the training.',
     'recipe.warmup_ratio': 'Warm-up',
 }
 
