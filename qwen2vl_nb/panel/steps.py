@@ -384,7 +384,7 @@ def _shown_actions(self:Step):
     "The names of the actions whose code is shown: the step's own, and others that run between them."
     session, own = self.panel.session, [action.name for action in self.actions]
     order = [*session.actions]
-    between = [name for each in own for name in earlier(session, each)]
+    between = [name for each in own if session.code(each) for name in earlier(session, each)]
     return [name for i, name in enumerate(order) if name in own or name in between and own[0] in order[:i]]
 
 @patch
