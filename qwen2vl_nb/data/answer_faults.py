@@ -95,10 +95,10 @@ def _question_of(sample, same):
 def copies_in(
     other:dict, # A sample
     sample:dict, # One that shows the same pictures, possibly in other files
-)->str: # Such as ` (a copy: photos/b.png)`; empty if there is none, or if the place of the sample is its name
+)->str: # Such as ` (a copy: photos/b.png)`; empty if there is none, or if the place of `other` is its name
     "Which files of a sample are copies of those of another one, as a message adds it."
     copies = [short_path(path) for path, own in zip(media_paths(other), media_paths(sample))
-              if path != own and not path.endswith(f'/{place_of(other)}')]
+              if short_path(path) != short_path(own) and not path.endswith(f'/{place_of(other)}')]
     return f' (a copy: {", ".join(copies)})' if copies else ''
 
 def _contradictions(answers, same):
