@@ -5,7 +5,7 @@ import pandas as pd, pytest
 from PIL import Image
 
 from qwen2vl_nb.data.check import check_samples, drop_samples, mend_samples
-from qwen2vl_nb.data.samples import as_list, is_dialogue
+from qwen2vl_nb.data.samples import as_list, is_dialogue, place_of
 from qwen2vl_nb.data.sources import read_samples
 from qwen2vl_nb.data.split import split_samples
 from qwen2vl_nb.data.tokens import count_tokens
@@ -339,3 +339,73 @@ def test_a_header_that_is_not_found_can_be_given(tmp_path):
     (tmp_path/'a.json').write_text('[{"image": "a.png", "output": "x"}]')
     for source in (tmp_path/'a.json', tmp_path, [{'output': 'x'}]):
         with pytest.raises(ValueError, match='header=2 is a row of a CSV file or an Excel sheet'): read_samples(source, prompt='What?', header=2)
+
+def _dice(folder):
+    "A folder by class whose files have the same names in each class."
+    for k, words in enumerate(('five', 'six', 'two')):
+        (folder/words).mkdir(parents=True)
+        for i in range(6): Image.effect_noise((60, 60), 20 + 6*k + i).save(folder/words/f'die_{i}.png')
+
+def test_rows_of_a_folder_by_class_are_named_by_their_file(tmp_path, capsys):
+    _dice(tmp_path/'dice')
+    for name in ('five/die_3.png', 'five/die_x.png'): (tmp_path/'dice'/name).write_bytes(b'no picture')
+    samples = read_samples(tmp_path/'dice', prompt='Which side?')[2:]
+    found = check_samples(samples)
+    assert [*zip(found.source, found.what)] == [(f'five/{name}', f'{said} cannot be read: Pillow does not recognize it as a picture.')
+                                               for name, said in (('die_3.png', 'five/die_3.png'), ('die_x.png', 'die_x.png'))]
+    left = drop_samples(samples, found)
+    assert '- five/die_3.png: five/die_3.png cannot be read' in capsys.readouterr().out
+    assert set(check_samples(left[:1], against=left).what) == {'It is the same file as five/die_2.png of the other split.'}
+
+def test_rows_of_a_folder_of_an_annotation_tool_are_named_by_their_file(tmp_path):
+    (tmp_path/'classes.txt').write_text('car')
+    for name in ('a/1', 'b/1'):
+        for kind in ('images', 'labels'): (tmp_path/kind/name).parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((60, 60), 20).save(tmp_path/'images'/f'{name}.png')
+        (tmp_path/'labels'/f'{name}.txt').write_text('0 .5 .5 .2 .2')
+    samples = read_samples(tmp_path, family='qwen2_vl')
+    assert [place_of(s) for s in samples] == ['a/1.png', 'b/1.png']
+    (tmp_path/'voc').mkdir()
+    (tmp_path/'voc'/'a.xml').write_text('<annotation><filename>../images/a/1.png</filename><size><width>60</width><height>60</height></size></annotation>')
+    assert place_of(*read_samples(tmp_path/'voc', family='qwen2_vl')) == 'a.xml'
+
+def test_names_of_files_are_as_long_as_they_must_be(tmp_path):
+    names = 'a/1/x.png', 'b/1/x.png', 'b/1/y.png'
+    for name in names:
+        (tmp_path/name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path/name).touch()
+    (tmp_path/'labels.csv').write_text('photo,caption\n' + ''.join(f'{name},a car\n' for name in names))
+    samples = read_samples(tmp_path/'labels.csv', image='photo', prompt='What is this?', response='caption')
+    assert list(check_samples(samples).what) == ['a/1/x.png is empty.', 'b/1/x.png is empty.', 'y.png is empty.']
+    Image.new('CMYK', (60, 60)).save(tmp_path/'cmyk.jpg')
+    for name in names[:2]: shutil.copy(tmp_path/'cmyk.jpg', tmp_path/name)
+    assert [what[:13] for what in check_samples(samples).what if 'CMYK' in what] == ['a/1/x.png: It', 'b/1/x.png: It']
+
+def test_copies_of_a_picture_are_one_picture(tmp_path):
+    _dice(dice := tmp_path/'dice')
+    shutil.copy(dice/'six'/'die_5.png', dice/'two'/'die_1.png')
+    shutil.copy(dice/'six'/'die_2.png', dice/'six'/'die_9.png')
+    for words in ('five', 'two'): (dice/words/'broken.png').write_bytes(b'no picture')  # of which more is said already
+    found = check_samples(samples := read_samples(dice, prompt='Which side?')).query("level != 'error'")
+    assert [*zip(found.source, found.level, found.what)] == [
+        ('six/die_5.png', 'warning', "The answer is 'six', and that of two/die_1.png to the same prompt about the same picture is 'two'."),
+        ('six/die_9.png', 'note', 'The row has the same content as six/die_2.png.'),
+        ('two/die_1.png', 'warning', "The answer is 'two', and that of six/die_5.png to the same prompt about the same picture is 'six'.")]
+    plain = check_samples([dict(s) for s in samples]).query("level != 'error'")
+    assert [what[what.index(' (a copy: '):] for what in plain.what] == [f' (a copy: {dice}/{end}' for end in ("two/die_1.png) is 'two'.", 'six/die_2.png).', "six/die_5.png) is 'six'.")]
+    asked = [s | {'instruction': f'<image>Which side, {i}?'} for i, s in enumerate(samples)]
+    assert check_samples(asked).query("level != 'error'").empty  # other questions
+    assert check_samples(samples, media=False).empty
+    pair = {'instruction': '<image>Which side?', 'chosen': 'two', 'rejected': 'six'}
+    swapped = [pair | {'images': [str(dice/'two'/'die_1.png')]}, pair | {'images': [str(dice/'six'/'die_5.png')], 'chosen': 'six', 'rejected': 'two'}]
+    assert list(check_samples(swapped).what) == ['The row says the opposite of row 0.']
+
+def test_prices_that_are_no_numbers_are_named(tmp_path):
+    odd = {30: '#DIV/0!', 31: 'n/a', 32: '12,50'}
+    (tmp_path/'prices.csv').write_text('item,price\n' + ''.join(f'item {n},"{odd.get(n, 4.5)}"\n' for n in range(2, 33)))
+    found = check_samples(read_samples(tmp_path/'prices.csv', prompt='How much is it?', response='price'))
+    assert not found.what.str.contains('is the answer of').any()
+    found = found.query("level != 'note'").reset_index()  # the notes are about rows with the same content
+    assert [*zip(found.source, found.level)] == [(f'row {n} of prices.csv', 'warning') for n in odd]
+    assert "is '#DIV/0!', which Excel shows" in found.what[0] and 'Correct the cell' in found.cure[0]
+    assert "is '12,50', and 28 of 30 to the same prompt are numbers" in found.what[2]

@@ -15,7 +15,7 @@ from ..model import special_tokens
 from ..names import progress
 from ..files import short_path
 from ..findings import bulleted, finding_kind, findings_table, show_value
-from .answer_faults import answer_faults_between, missing_media_faults, without_blanks
+from .answer_faults import answer_faults_between, copies_in, missing_media_faults, without_blanks
 from .boxes import box_pieces, known_frame, turn_sample
 from .box_check import box_faults, class_faults
 from .faults import Fault
@@ -260,19 +260,29 @@ def _id_faults(rows):
                                  'Give each row its own id.', 'warning')
 
 # %% ../../nbs/data/40_check.ipynb #680ab9a9
+def _equal_files(looks):
+    "Path → the first path with the same bytes, for the others of several equal files that can be read."
+    first = {}
+    return {path: one for seen in looks for path, look in seen.items()
+            if look.digest and look.size and (one := first.setdefault(look.digest, path)) != path}
+
+def _with_first_files(sample, same):
+    "The sample, with the first of each group of equal files."
+    return map_media(sample, lambda path: same.get(path, path)) if same else sample
+
 def _content_of(sample):
     "Pictures and turns of a sample as one text; `None` if it is too long or too deeply nested."
     media = media_of(sample, 'images'), media_of(sample, 'videos')
     try: return repr((*media, sample_turns(sample), sample.get('kto_tag')))
     except (ValueError, RecursionError): return None
 
-def _duplicate_row_faults(rows):
+def _duplicate_row_faults(rows, same):
     first = {}
     for i, s in rows:
-        if (said := _content_of(s)) is None: continue
-        what = hash(said)
-        if first.setdefault(what, (i, s))[0] != i:
-            yield i, '', Fault(f'The row has the same content as {name_row(*first[what])}.',
+        if (said := _content_of(_with_first_files(s, same))) is None: continue
+        j, other = first.setdefault(hash(said), (i, s))
+        if i != j:
+            yield i, '', Fault(f'The row has the same content as {name_row(j, other)}{copies_in(other, s)}.',
                                'Drop one of them, unless it should have twice the weight.', 'note')
 
 # %% ../../nbs/data/40_check.ipynb #33983140
@@ -295,23 +305,39 @@ def _leaks(looks, others, against, key):
     for path, (other, equal) in found.items():
         how = 'the same file as' if equal else 'nearly the same as'
         row = name_row(rows[other], against[rows[other]])
-        yield path, Fault(f'It is {how} {os.path.basename(other)} in {row} of the other split.',
+        where = row if other.endswith(f'/{row}') else f'{os.path.basename(other)} in {row}'
+        yield path, Fault(f'It is {how} {where} of the other split.',
                           'Keep them in one split: `split_samples(…, group=…)`.', 'warning')
 
 # %% ../../nbs/data/40_check.ipynb #579decbe
-def _with_file_name(path, fault):
-    "The fault, with the name of its file added if the text doesn't contain it."
-    name = os.path.basename(path)
-    return fault if name in fault.what else fault._replace(what=f'{name}: {fault.what}')
+def _file_names(paths):
+    "Path → the shortest end of it that no other path has, for files whose name occurs in several folders."
+    groups = {}
+    for path in paths: groups.setdefault(os.path.basename(path), []).append(path)
+    found = {}
+    for group in groups.values():
+        if len(group) == 1: continue
+        n = 2
+        while len(ends := {'/'.join(path.split('/')[-n:]): path for path in group}) < len(group): n += 1
+        found |= {path: end for end, path in ends.items()}
+    return found
 
-def _item_faults(key, item, looks, leaks, copies):
+def _with_file_name(name, fault):
+    "The fault, with the name of its file added if the text doesn't contain it."
+    if name in fault.what: return fault
+    base = os.path.basename(name)
+    said = fault.what[len(base):] if fault.what.startswith(f'{base} ') else f': {fault.what}'
+    return fault._replace(what=name + said)
+
+def _item_faults(key, item, looks, leaks, copies, names):
     "Faults of one picture or clip; for those that were mended, `cure` names the copy."
     if isinstance(item, str):
+        name = names.get(item, os.path.basename(item))
         faults = [*looks[key == 'videos'][item].faults, *leaks.get(item, [])]
         mended = lambda f: f._replace(cure=f'Mended in the copy {short_path(copies[item])}', level='mended')
-        return [_with_file_name(item, mended(f) if f.mends and item in copies else f) for f in faults]
+        return [_with_file_name(name, mended(f) if f.mends and item in copies else f) for f in faults]
     if key == 'videos' and isinstance(item, list) and item:
-        return [f for frame in item for f in _item_faults('images', frame, looks, leaks, copies)]
+        return [f for frame in item for f in _item_faults('images', frame, looks, leaks, copies, names)]
     return [Fault(f'The path is {show_value(item)}, not text.', 'Give the path of a file.')]
 
 def _media_faults(sample, *about):
@@ -438,11 +464,13 @@ def _leaked_text_rows(rows, against):
             yield i, '', Fault(f'The row has the same content as {others[said]} of the other split.',
                                'Keep them in one split: `split_samples` does.', 'warning')
 
-def _between_rows(rows, told):
-    "Faults between rows; each (row, field) in `told` already has a worse finding and is skipped."
-    return [*_column_faults(rows, told), *_late_column_faults(rows), *_id_faults(rows), *_duplicate_row_faults(rows),
-            *answer_faults_between(rows), *missing_media_faults(rows, {i for i, _ in told}),
-            *class_faults(rows), *preference_faults_between(rows)]
+def _between_rows(rows, told, same):
+    """Faults between rows; each (row, field) in `told` already has a worse finding and is skipped. `same`: as
+    `_equal_files` gives it."""
+    return [*_column_faults(rows, told), *_late_column_faults(rows), *_id_faults(rows),
+            *_duplicate_row_faults(rows, same), *answer_faults_between(rows, same),
+            *missing_media_faults(rows, {i for i, _ in told}), *class_faults(rows),
+            *preference_faults_between([(i, _with_first_files(s, same)) for i, s in rows])]
 
 def _rows_table(found, samples):
     columns = ('row', 'source', 'field', 'what', 'cure', 'level')
@@ -467,12 +495,13 @@ def _check(samples, fix, against, model, cutoff_len, media, workers, **limits):
     found += _leaked_text_rows(rows, against or [])
     looks, leaks, copies, more = _inspect_media(samples if media else [], against, fix, workers, limits)
     found += more
-    if media: found += [(i, *fault) for i, s in rows for fault in _media_faults(s, looks, leaks, copies)]
+    names = _file_names({path for seen in looks for path in seen})
+    if media: found += [(i, *fault) for i, s in rows for fault in _media_faults(s, looks, leaks, copies, names)]
     sizes = {path: look.size for path, look in looks[0].items()}
     pixels = {key: limits[key] for key in ('image_max_pixels', 'image_min_pixels')}
     found += [(i, *fault) for i, s in rows for fault in box_faults(s, sizes, model, **pixels)]
     told = {(i, field.split('[')[0]) for i, field, fault in found if fault.level == 'error'}
-    found += _between_rows(rows, told)
+    found += _between_rows(rows, told, _equal_files(looks))
     text = text_tokens(samples, model, looks, fps=limits['video_fps']) if model else [0]*len(samples)
     shown = media_tokens(samples, looks, model, limits) if media else [0]*len(samples)
     found += _refused_faults(samples, looks, model, limits) if media else []

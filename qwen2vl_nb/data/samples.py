@@ -20,8 +20,8 @@ class Row(dict):
 
 def in_file(
     values:dict, # The content of a row
-    number:int, # Its number as the file's own program counts, from 1; in a spreadsheet, the header is among them
-    file:tuple, # (`'row'` of a spreadsheet or `'line'` of a text file, name of the file)
+    number:int|str, # As the file's own program counts, with the header; of a file in a folder, its path there
+    file:tuple, # (`'row'` of a spreadsheet or `'line'` of a text file, name of the file); `()` for a file in a folder
 )->Row:
     "A row with its place in a file."
     row = Row(values)
@@ -37,9 +37,10 @@ def at_place(
 
 def place_of(
     sample, # A sample, or anything else
-)->str: # Such as `row 6 of labels.xlsx`; empty if it is not known
-    "Where in a file a sample comes from."
-    return f'{sample.file[0]} {sample.number} of {sample.file[1]}' if isinstance(sample, Row) else ''
+)->str: # Such as `row 6 of labels.xlsx` or `five/die.png`; empty if it is not known
+    "Where in a file or folder a sample comes from."
+    if not isinstance(sample, Row): return ''
+    return f'{sample.file[0]} {sample.number} of {sample.file[1]}' if sample.file else sample.number
 
 def name_row(
     i:int, # Index of a sample

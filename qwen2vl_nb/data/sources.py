@@ -497,7 +497,8 @@ def _read_class_folder(folder):
         raise ValueError(f'{folder} contains splits, not classes: '
                          f'read each by itself, as in read_samples({str(folder/next(iter(classes)))!r}, …).')
     key = lambda f: 'videos' if f.suffix.lower() in video_endings else 'images'
-    rows = [{key(f): [str(f.resolve())], 'output': f.relative_to(folder).parts[0]} for f in files]
+    parts = lambda f: f.relative_to(folder).parts
+    rows = [in_file({key(f): [str(f.resolve())], 'output': parts(f)[0]}, '/'.join(parts(f)), ()) for f in files]
     passed = f' ({len(others)} other file(s) skipped: {", ".join(first_few(others))})' if others else ''
     return rows, f'a folder of {len(classes)} classes{passed}'
 
@@ -1014,7 +1015,7 @@ def _yolo_pictures(folder):
         boxes, wrong = yolo_boxes(read_text(labels), names) if labels else ([], [])
         without += not labels
         faults += [f'{labels.name}: {fault}' for fault in wrong]
-        pictures.append(Annotated(str(picture), boxes, frame=(1, 1), place=picture.name))
+        pictures.append(Annotated(str(picture), boxes, frame=(1, 1), place=picture.relative_to(where).as_posix()))
     is_of_yolo = file.parent == folder.absolute() and file.suffix != '.txt'
     if without == len(files) and not is_of_yolo: return
     if not files or without == len(files):
@@ -1051,9 +1052,10 @@ def _voc_pictures(folder):
 
 def _boxed_folder(folder, place):
     "The pictures and boxes of a folder of an annotation tool, and the name of its form; `None` for other folders."
-    if found := _yolo_pictures(folder) or _voc_pictures(folder): return found
-    files = _label_files(folder, '.json')
-    if any(is_labelme(json_or({}, file)) for file in files[:5]): return _labelme_pictures(files, place)
+    found, files = _yolo_pictures(folder) or _voc_pictures(folder), _label_files(folder, '.json')
+    if not found and any(is_labelme(json_or({}, file)) for file in files[:5]): found = _labelme_pictures(files, place)
+    for picture in found[0] if found else []: picture.more = in_file(picture.more, picture.place, ())
+    return found
 
 # %% ../../nbs/data/20_sources.ipynb #2f6b746d
 def _rows_of(path, data, place):
