@@ -90,10 +90,13 @@ class CheckpointScores(dict):
         table.columns = pd.MultiIndex.from_tuples(table.columns)
         return full_table(table)
 
+    def _deciding(self, measure):
+        "The columns by which checkpoints are compared, the first one first."
+        return [key for key in dict.fromkeys([(measure, 'value'), ('bleu-4', 'value')]) if key in self.table]
+
     def _ranked(self, measure):
         "The table, the checkpoint that is best by a measure first."
-        keys = [key for key in dict.fromkeys([(measure, 'value'), ('bleu-4', 'value')]) if key in self.table]
-        return self.table.sort_values(keys, ascending=False, kind='stable')
+        return self.table.sort_values(self._deciding(measure), ascending=False, kind='stable')
 
     @property
     def best(self):
@@ -125,10 +128,11 @@ def _shown(self:CheckpointScores):
 
 @patch
 def _title(self:CheckpointScores):
-    row, values = self.table.loc[self.best.name][self.measure], self.table[self.measure, 'value']
-    n = int((values == row.value).sum())
-    has_bleu = {('bleu-4', 'value')} & {*self.table} - {(self.measure, 'value')}
-    why = 'the answers of this one are most like the labels by BLEU-4' if has_bleu else 'this one is the earliest'
+    values, row = self.table[self._deciding(self.measure)], self.table.loc[self.best.name][self.measure]
+    is_same = values == values.loc[self.best.name]
+    n, alike = int(is_same[self.measure, 'value'].sum()), int(is_same.all(axis=1).sum())
+    why = 'this one is the earliest' if alike == n else 'the answers of this one are most like the labels by BLEU-4'
+    if 1 < alike < n: why = f'{alike} of these are most like the labels by BLEU-4, and this one is the earliest of them'
     tied = f' {n} of {len(values)} have this value; {why}.'*(n > 1)
     return f'Best by {self.measure}: {self.best.name}, {_interval(row)}.{tied} In parentheses: the 95 % interval.'
 

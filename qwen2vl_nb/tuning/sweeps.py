@@ -25,10 +25,11 @@ from ..recipe import (absolute_recipe, adapters_of, answer_arguments, answering_
                                unknown_argument, without_time)
 from ..run.command import gpus_for
 from ..run.folder import RUN, TRAINER_LOG, state_or_empty
+from ..run.learned import changed_data
 from ..run.loss import best_evaluation
 from ..run.owner import refuse_stranger
 from ..names import bar_file, warn
-from ..run.start import Run, changed_data, launch, start_lock
+from ..run.start import Run, launch, start_lock
 from ..zero import read_zero
 
 # %% ../../nbs/tuning/20_sweep.ipynb #sweep006
