@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 import orjson
 from fastcore.basics import patch
 from ..names import warn
-from ..files import Damaged, json_or, name_part, open_regular, short_path, whole_lines
+from ..files import Damaged, json_or, open_regular, short_path, whole_lines
 from ..findings import bulleted, text_table
 from .rows import Index, is_at, json_line, load_line, parse_row, with_own_keys
 from ..recipe import best_measured, load_recipe
-from ..run.folder import (ANSWERS, ASKED, BEST, GENERATED, PROGRESS, QUESTION, RECIPE, RUN, SCORES,
-                                   is_training, state_or_empty, trained_in)
+from ..run.folder import (ANSWERS, ASKED, BEST, GENERATED, PROGRESS, QUESTION, RECIPE, RUN, is_training,
+                                   scores_folder, state_or_empty, trained_in)
 from ..run.learned import new_split
 from ..run.life import status
 if TYPE_CHECKING: import pandas as pd
@@ -94,7 +94,7 @@ def _chosen_on(predictions, recipe, folder):
     "That `score_checkpoints` chose the checkpoint of a recipe on rows of these predictions, in words; empty otherwise."
     best, about = best_measured(folder), state_or_empty(folder, BEST)
     named = ','.join(str(recipe.get(key)) for key in ('model_name_or_path', 'adapter_name_or_path')).split(',')
-    tried = folder/SCORES/name_part(about.get('dataset'))
+    tried = scores_folder(folder, about.get('dataset'), about.get('asked'))
     if str(best) not in named or len(list(tried.glob('checkpoint*'))) < 2: return ''
     try:
         known, there = {*_contents(tried/best.name/ASKED)}, {*predictions._index.numbers}
