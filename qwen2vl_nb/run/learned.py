@@ -28,11 +28,11 @@ def data_digests(
 
 def changed_data(
     run, # A training run
-    recipe:dict, # Its recipe
+    now:dict, # What `data_digests` returns for its recipe
 )->list: # Names; empty for a run of an earlier version, which has not noted what they contained
     "The data sets whose files have changed since a run was started."
     before = state_or_empty(run, RUN).get('data', {})
-    return [name for name, now in data_digests(recipe).items() if before.get(name, now) != now]
+    return [name for name in now if before.get(name, now[name]) != now[name]]
 
 # %% ../../nbs/run/22_learned.ipynb #newsplit01
 def _written(recipe, name):
@@ -50,7 +50,7 @@ def new_split(
     with suppress(OSError, ValueError, TypeError, LookupError):  # others say what is wrong with the run
         name, learned = recipe['eval_dataset'], load_recipe(folder/RECIPE) | {'eval_dataset': None}
         if not (folder/RUN).stat().st_mtime < _written(recipe, name) <= asked: return ''
-        names = [n for n in changed_data(folder, learned) if n != name and _written(learned, n) <= asked]
+        names = [n for n in changed_data(folder, data_digests(learned)) if n != name and _written(learned, n) <= asked]
         if names:
             return (f'{name} and {", ".join(names)} were written after the training in {folder} began. If the data was '
                     'split anew, the model may have seen rows that it is asked about: train again.')

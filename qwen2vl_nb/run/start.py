@@ -656,12 +656,13 @@ def _resume(run, master, trust):
     if not trust: refuse_stranger(run, about, recipe)
     _check_resumable(recipe)
     last = _newest(recipe, about['nproc']*about['nnodes'], about.get('stale', {}))
-    if changed := changed_data(run, recipe):
+    data = data_digests(recipe)
+    if changed := changed_data(run, data):
         warn(f"{', '.join(changed)}: the rows have changed since the run was started, and it continues with the new "
              'ones.')
     recipe = {k: v for k,v in recipe.items() if k != 'resume_from_checkpoint'} | {'overwrite_output_dir': False}
     about |= {'id': uuid.uuid4().hex, 'master': master or about['master'], 'host': socket.gethostname(),
-              'versions': installed_versions(about['python']), 'data': data_digests(recipe)}
+              'versions': installed_versions(about['python']), 'data': data}
     then = _check_before_start(recipe | {'resume_from_checkpoint': str(last)}, about)
     run = start(recipe, about, keep_earlier,
                 [*run_command(recipe, about), f"resume_from_checkpoint={os.path.relpath(last, about['cwd'])}"])
