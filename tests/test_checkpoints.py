@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from conftest import small_disk, until
 from qwen2vl_nb.checkpoint import when_written
-from qwen2vl_nb.data.registry import Registry
+from qwen2vl_nb.data.registry import Registry, dataset_samples
 from qwen2vl_nb.prediction.engines import predict
 from qwen2vl_nb.prediction.predictions import Predictions
 from qwen2vl_nb.prediction.scores import compare, score
@@ -172,7 +172,9 @@ def test_the_best_by_each_measure_is_found_again_elsewhere(scored, tiny, tmp_pat
     assert run.best == shortest.best
     tied = score_checkpoints(run, 'car_item_test', 'same', measures={'same': lambda row: 0}, **ASKED)
     assert tied.best.name == max(tied, key=lambda name: tied[name]['bleu-4'])
-    assert '4 of 4 have this value; the answers of this one are most like the labels' in repr(tied) and 'have this value' not in repr(shortest)
+    alike = [found['bleu-4'] for found in tied.values()].count(tied[tied.best.name]['bleu-4'])
+    why = {1: 'the answers of this one are most like the labels', 4: 'this one is the earliest'}.get(alike, f'{alike} of these are most like the labels')
+    assert f'4 of 4 have this value; {why}' in repr(tied) and 'have this value' not in repr(shortest)
     first = run.output_dir/'checkpoint-40'
     write_best(run, Best(first.name, when_written(first), 'mine', 1., None, None, 1, 'x'))
     merged, name = load_file(export(run, tmp_path/'merged')/'model.safetensors'), 'model.layers.0.mlp.up_proj'
@@ -203,6 +205,31 @@ def test_a_checkpoint_that_is_deleted_meanwhile_costs_no_other_its_answers(train
         shutil.rmtree(run/'checkpoint-160')
         for process in held: process.resume()
         assert list(call.result()) == ['checkpoint-40', 'checkpoint-80', 'checkpoint-120']
+
+def test_other_rows_under_the_same_name_are_answered_in_a_folder_of_their_own(trained, data, tmp_path):
+    "As after a second split; the folder of the first ones is used as long as their answers are in it, also by the next scoring of them."
+    run, registry, rows = tmp_path/'run', Registry(tmp_path/'data'), dataset_samples(Registry(data), 'car_item_test', 5)
+    shutil.copytree(trained.plain.output_dir, run, ignore=shutil.ignore_patterns('checkpoint-120', 'checkpoint-160'))
+    few = dict(dataset_dir=str(registry.dataset_dir), max_new_tokens=4)
+    def scored(first, last, **changes):
+        registry.add('cars', rows[first:last])
+        found = score_checkpoints(run, 'cars', **few | changes)
+        folder = found.predictions[found.best.name].output_dir.parent
+        assert state_or_empty(run, 'best.json')['rows'] == last - first and [len(p) for p in found.predictions.values()] == [last - first]*2
+        said, = [remark for remark in Predictions(folder/found.best.name).remarks if 'was chosen' in remark]
+        assert 'was chosen on these rows' in said
+        return folder
+    first, second = scored(0, 3), scored(3, 5)
+    assert first == run/'scores'/'cars' and second.parent == first.parent and second.name.startswith('cars-')
+    started = [(folder/'run.json').stat().st_mtime_ns for folder in (first, second)]
+    assert [scored(0, 3), scored(3, 5)] == [first, second] and [(folder/'run.json').stat().st_mtime_ns for folder in (first, second)] == started
+    for rows_of in ((0, 3), (3, 5)):
+        with pytest.raises(ValueError, match='contains the answers to another question:\n- recipe, max_new_tokens: 4 before, 5 now'): scored(*rows_of, max_new_tokens=5)
+    assert {p.name for p in first.parent.iterdir()} == {first.name, second.name}
+    best = state_or_empty(run, 'best.json')
+    assert not [text for text in Predictions(first/best['checkpoint']).remarks if 'was chosen' in text], 'the checkpoint was chosen on other rows'
+    shutil.rmtree(first)
+    assert scored(3, 5) == second and not first.exists()
 
 def test_what_was_scored_is_found_again_where_nothing_can_be_written(trained, tmp_path):
     "In another place, on a disk that is read-only by now, as an archive is; what would have to be asked says that it can't be written."

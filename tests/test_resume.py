@@ -266,7 +266,7 @@ def test_the_newest_complete_checkpoint_is_named_to_llamafactory(resumed, stoppe
     assert command == f'resume_from_checkpoint={checkpoints(stopped)[-1].name}' and not said
 
 def test_the_training_data_is_read_once_and_noted_as_it_was_compared(resumed, stopped, monkeypatch):
-    from qwen2vl_nb.run import start as module
+    from qwen2vl_nb.run import learned as module
     read, digest = [], module.file_digest
     monkeypatch.setattr(module, 'file_digest', lambda path, **options: read.append(path) or digest(path, **options))
     command, said = resumed()

@@ -33,8 +33,9 @@ from .rows import (Index, json_line, load_line, missing, parse_row, put_in_order
                                         set_damaged_aside, without_question)
 from .vllm import vllm_servers
 from ..run.folder import ANSWERS, ASKED, GENERATED, QUESTION, RUN, SERVED, state_or_empty, trained_in
+from ..run.learned import new_split
 from ..run.owner import refuse_training
-from ..run.start import Run, changed_data, describe_start, keep_earlier, launch, raise_errors, start
+from ..run.start import Run, describe_start, keep_earlier, launch, raise_errors, start
 
 # %% ../../nbs/prediction/45_engines.ipynb #6a8b2104
 def _weights(recipe):
@@ -206,17 +207,10 @@ def _begin_llamafactory(recipe, samples, folder, about):
 
 # %% ../../nbs/prediction/45_engines.ipynb #askedsam1
 def _warn_of_new_split(recipe, *others):
-    """Warn if the rows to ask and those of a training were both written after the training began: some may be in both.
-    `others`: recipes that ask the same rows of other models."""
-    registry = Registry(recipe.get('dataset_dir', 'data'))
+    """Warn if some of the rows to ask may also be rows that a training has learned from. `others`: recipes that ask the
+    same rows of other models."""
     for folder in trained_in(recipe, *others):
-        with suppress(OSError, ValueError, TypeError, LookupError):  # others say what is wrong with the run
-            asked = registry.dataset_dir/registry[recipe['eval_dataset']]['file_name']
-            if asked.stat().st_mtime <= (folder/RUN).stat().st_mtime: continue
-            if changed := changed_data(run := Run(folder), run.recipe):
-                warn(f"{recipe['eval_dataset']} and {', '.join(changed)} were written after the training in {folder} "
-                     'began. If the data was split anew, the model may have seen rows that it is asked about now: '
-                     'train again.')
+        if said := new_split(recipe, folder): warn(said)
 
 def asked_samples(
     recipe:dict, # A prediction recipe

@@ -8,18 +8,20 @@ __all__ = ['without_end', 'parse_generated', 'early_end', 'Predictions']
 # %% ../../nbs/prediction/40_predictions.ipynb #predictionprediction02
 import os, re
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 import orjson
 from fastcore.basics import patch
 from ..names import warn
-from ..files import Damaged, json_or, name_part, open_regular, short_path, whole_lines
+from ..files import Damaged, json_or, open_regular, short_path, whole_lines
 from ..findings import bulleted, text_table
-from .rows import Index, is_at, load_line, parse_row, with_own_keys
-from ..recipe import best_measured
-from ..run.folder import (ANSWERS, ASKED, BEST, GENERATED, PROGRESS, QUESTION, SCORES, state_or_empty,
-                                   trained_in)
+from .rows import Index, is_at, json_line, load_line, parse_row, with_own_keys
+from ..recipe import best_measured, load_recipe
+from ..run.folder import (ANSWERS, ASKED, BEST, GENERATED, PROGRESS, QUESTION, RECIPE, RUN, is_training,
+                                   scores_folder, state_or_empty, trained_in)
+from ..run.learned import new_split
 from ..run.life import status
 if TYPE_CHECKING: import pandas as pd
 
@@ -73,19 +75,34 @@ def early_end(
     if not how or now.get('step', 0) >= now.get('steps', 0): return ''
     return f'The training in {folder} {how} at step {now["step"]} of {now["steps"]}.'
 
-_chosen = ('The checkpoint was chosen on these rows, so its score flatters it; rows that nobody has looked at are '
-           'needed for a fair one.')
+# %% ../../nbs/prediction/40_predictions.ipynb #newsplits01
+def _new_splits(folder, trainings):
+    "What `new_split` says about the trainings of a model that has answered the rows in a folder."
+    start = folder if (folder/RUN).exists() else folder.parent  # of several models in turn
+    with suppress(OSError, ValueError):
+        recipe, asked = load_recipe(start/RECIPE), (folder/ASKED).stat().st_mtime
+        return [] if is_training(start) else [new_split(recipe, training, asked) for training in trainings]
+    return []
 
-def _was_chosen_on(asked, recipe, folder):
-    "Whether a recipe has the best checkpoint of a run, and `score_checkpoints` chose it on some of the rows in a file."
+# %% ../../nbs/prediction/40_predictions.ipynb #chosenon01
+def _contents(asked):
+    "The rows in a file as text, without their numbers, which depend on the data set that they are in."
+    for _, line in whole_lines(asked):
+        yield json_line({k: v for k, v in _load_quickly(line).items() if k not in ('row', 'id')})
+
+def _chosen_on(predictions, recipe, folder):
+    "That `score_checkpoints` chose the checkpoint of a recipe on rows of these predictions, in words; empty otherwise."
     best, about = best_measured(folder), state_or_empty(folder, BEST)
     named = ','.join(str(recipe.get(key)) for key in ('model_name_or_path', 'adapter_name_or_path')).split(',')
-    tried = folder/SCORES/name_part(about.get('dataset'))
-    if str(best) not in named or len(list(tried.glob('checkpoint*'))) < 2: return False
+    tried = scores_folder(folder, about.get('dataset'), about.get('asked'))
+    if str(best) not in named or len(list(tried.glob('checkpoint*'))) < 2: return ''
     try:
-        known = {line for _, line in whole_lines(tried/best.name/ASKED)}
-        return any(line in known for _, line in whole_lines(asked))
-    except (OSError, Damaged): return False
+        known, there = {*_contents(tried/best.name/ASKED)}, {*predictions._index.numbers}
+        is_known = [row in known for i, row in enumerate(_contents(predictions.output_dir/ASKED)) if i in there]
+    except (OSError, ValueError): return ''
+    which = 'these' if all(is_known) else f'{sum(is_known)} of these {len(is_known)}'
+    return (f'The checkpoint was chosen on {which} rows, so its score flatters it; rows that nobody has looked at are '
+            'needed for a fair one.')*any(is_known)
 
 # %% ../../nbs/prediction/40_predictions.ipynb #17c5656b
 class Predictions(Sequence):
@@ -154,14 +171,14 @@ def failed(self:Predictions):
 
 @patch(as_prop=True)
 def remarks(self:Predictions):
-    """What a reader of scores should know, as sentences: that rows were not reached, that a training ended early, or
-    that the checkpoint was chosen on these rows."""
+    """What a reader of scores should know, as sentences: that rows were not reached, that a training ended early, that
+    it may have seen rows, or that the checkpoint was chosen on rows of these."""
     missed = (f'Only {len(self)} of the {len(self) + self._left} rows that were asked have an answer; predicting again '
               'asks the others.')
     recipe = json_or({}, self.output_dir/QUESTION).get('recipe')
     folders = trained_in(recipe) if isinstance(recipe, dict) else ()
-    is_chosen = any(_was_chosen_on(self.output_dir/ASKED, recipe, folder) for folder in folders)
-    return [*[missed]*bool(self._left), *filter(None, map(early_end, folders)), *[_chosen]*is_chosen]
+    said = [*map(early_end, folders), *_new_splits(self.output_dir, folders)]
+    return [*[missed]*bool(self._left), *filter(None, said + [_chosen_on(self, recipe, folder) for folder in folders])]
 
 @patch
 def to_pandas(self:Predictions)->'pd.DataFrame':

@@ -7,8 +7,8 @@ __all__ = ['RUN', 'RECIPE', 'RUN_LOG', 'RANKS', 'RANK_OUT', 'RANK_ERR', 'TRAINER
            'BEST', 'SCORES', 'STOP', 'STOPPING', 'REFUSED', 'ENDED', 'EARLIER', 'QUESTION', 'ASKED', 'MISSING',
            'ANSWERS', 'GENERATED', 'SERVED', 'RUN_LOCK', 'ASKED_LOCK', 'SERVER', 'failure_file', 'RunStart',
            'write_start', 'is_number', 'is_count', 'read_state', 'state_or_empty', 'write_progress', 'write_doing',
-           'end_doing', 'write_failure', 'Best', 'write_best', 'parts_of', 'trained_in', 'is_training', 'last_start',
-           'files_of']
+           'end_doing', 'write_failure', 'Best', 'write_best', 'scores_folder', 'parts_of', 'trained_in', 'is_training',
+           'last_start', 'files_of']
 
 # %% ../../nbs/run/00_folder.ipynb #d10b0003
 import os, re, time
@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from ..hidden import mask
-from ..files import Damaged, read_json, write_json
+from ..files import Damaged, name_part, read_json, write_json
 
 # %% ../../nbs/run/00_folder.ipynb #fold0011
 RUN = 'run.json'            # How the run was started, see `RunStart`
@@ -30,7 +30,7 @@ PROGRESS = 'progress.json'  # How far the run has got, see `write_progress`
 DOING = 'doing.json'        # What the run is doing until its first step is done, see `write_doing`
 PREVIEW = 'preview.jsonl'   # Answers to a few rows at each evaluation, see `run.preview`
 BEST = 'best.json'          # The checkpoint that answers best, see `Best`
-SCORES = 'scores'           # Folder with the answers of the checkpoints, by data set
+SCORES = 'scores'           # Folder with the answers of the checkpoints, see `scores_folder`
 STOP = 'stop'               # Its presence asks the run to stop; it contains how many seconds the run has for that
 STOPPING = 'stopping'       # The name that `stop` gets once the run has seen it
 REFUSED = 'refused.json'    # Findings of checks that finished only after the start
@@ -135,12 +135,12 @@ _checks = { # For each field of a file
     PROGRESS: _step,
     DOING: dict(doing=_text, done=is_count, of=is_count, unit=_text, time=_time),
     BEST: dict(checkpoint=_text, written=is_count, measure=_text, value=is_number, low=_or_none(is_number),
-               high=_or_none(is_number), rows=is_count, dataset=_text),
+               high=_or_none(is_number), rows=is_count, dataset=_text, asked=_text),
     'failure.json': dict(type=_text, message=_text, file=_text, line=is_count, function=_text, traceback=_text,
                          time=_time, rank=is_count, where=_text)}
 _needed = {RUN: [], WAITER: ['pid', 'created'], ENDED: ['returncode'], PROGRESS: ['step', 'steps'],
-           DOING: [*_checks[DOING]], BEST: [*_checks[BEST]], SERVER: ['port', 'key', 'pid', 'created'],
-           'failure.json': ['type', 'message']}
+           DOING: [*_checks[DOING]], BEST: [key for key in _checks[BEST] if key != 'asked'],
+           SERVER: ['port', 'key', 'pid', 'created'], 'failure.json': ['type', 'message']}
 
 def _describe_faults(found, kind):
     "What is wrong with the dict in a file, in words."
@@ -236,6 +236,7 @@ class Best:
     high:float     # Upper end
     rows:int       # Number of rows that were scored
     dataset:str    # The data set that was predicted
+    asked:str=''   # What tells its rows apart from others of its name that were answered earlier, if there are any
 
 def write_best(
     folder, # Folder of the run
@@ -243,10 +244,18 @@ def write_best(
 ):
     "Record the best checkpoint of a run. Raises `FileExistsError` instead of replacing a file of another kind."
     try:
-        if read_state(folder, BEST) == asdict(best): return
+        if {'asked': ''} | read_state(folder, BEST) == asdict(best): return
     except Damaged as e:
         raise FileExistsError(f'{e} It is not replaced: move it elsewhere, and score the checkpoints again.') from None
     write_json(Path(folder)/BEST, asdict(best), state=True)
+
+def scores_folder(
+    folder, # Folder of the run
+    dataset:str, # The data set that its checkpoints predict
+    asked:str='', # As in `Best`
+)->Path:
+    "The folder for the answers of the checkpoints of a run."
+    return Path(folder)/SCORES/name_part(f'{dataset}-{asked}' if asked else dataset)
 
 # %% ../../nbs/run/00_folder.ipynb #part0002
 def parts_of(

@@ -8,17 +8,19 @@ __all__ = ['complete_checkpoints', 'CheckpointScores', 'score_checkpoints']
 # %% ../../nbs/tuning/00_checkpoints.ipynb #chec0003
 import base64, html, math, os, re
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 from fastcore.basics import patch
 from ..names import warn
 from ..checkpoint import checkpoints, file_fault, is_stale, when_written
-from ..files import name_part
+from ..files import file_digest
 from ..findings import as_text, full_table, one_header, without_empty
 from ..prediction.engines import asked_samples, predict_in_turn
-from ..prediction.question import asked_row
+from ..prediction.question import asked_row, has_answered_others, treated_alike
+from ..prediction.rows import json_line
 from ..prediction.scores import check_measure, score, usual_measure
 from ..recipe import answering_faults, answering_recipe, is_adapter
-from ..run.folder import RUN, SCORES, Best, state_or_empty, write_best
+from ..run.folder import RUN, Best, scores_folder, state_or_empty, write_best
 from ..run.loss import plot_loss, read_log
 from ..run.start import attach
 
@@ -90,10 +92,13 @@ class CheckpointScores(dict):
         table.columns = pd.MultiIndex.from_tuples(table.columns)
         return full_table(table)
 
+    def _deciding(self, measure):
+        "The columns by which checkpoints are compared, the first one first."
+        return [key for key in dict.fromkeys([(measure, 'value'), ('bleu-4', 'value')]) if key in self.table]
+
     def _ranked(self, measure):
         "The table, the checkpoint that is best by a measure first."
-        keys = [key for key in dict.fromkeys([(measure, 'value'), ('bleu-4', 'value')]) if key in self.table]
-        return self.table.sort_values(keys, ascending=False, kind='stable')
+        return self.table.sort_values(self._deciding(measure), ascending=False, kind='stable')
 
     @property
     def best(self):
@@ -125,10 +130,11 @@ def _shown(self:CheckpointScores):
 
 @patch
 def _title(self:CheckpointScores):
-    row, values = self.table.loc[self.best.name][self.measure], self.table[self.measure, 'value']
-    n = int((values == row.value).sum())
-    has_bleu = {('bleu-4', 'value')} & {*self.table} - {(self.measure, 'value')}
-    why = 'the answers of this one are most like the labels by BLEU-4' if has_bleu else 'this one is the earliest'
+    values, row = self.table[self._deciding(self.measure)], self.table.loc[self.best.name][self.measure]
+    is_same = values == values.loc[self.best.name]
+    n, alike = int(is_same[self.measure, 'value'].sum()), int(is_same.all(axis=1).sum())
+    why = 'this one is the earliest' if alike == n else 'the answers of this one are most like the labels by BLEU-4'
+    if 1 < alike < n: why = f'{alike} of these are most like the labels by BLEU-4, and this one is the earliest of them'
     tied = f' {n} of {len(values)} have this value; {why}.'*(n > 1)
     return f'Best by {self.measure}: {self.best.name}, {_interval(row)}.{tied} In parentheses: the 95 % interval.'
 
@@ -144,28 +150,31 @@ def _repr_html_(self:CheckpointScores):
                    f'<img src="data:image/png;base64,{picture}" style="max-width:100%" alt="Loss and scores by step">')
 
 # %% ../../nbs/tuning/00_checkpoints.ipynb #chec0041
-def _folder_of(run, dataset):
-    "The folder for the answers to a data set."
-    return run.output_dir/SCORES/name_part(dataset)
+def _told_apart(run, found, recipe, asked):
+    "What tells rows apart from others that checkpoints have answered under the same name; empty if there are none."
+    rows, dataset = [json_line(row).decode() for row in treated_alike(recipe, asked)[1]], recipe['eval_dataset']
+    digits = file_digest(BytesIO(''.join(rows).encode()))[:8]
+    is_other = any(has_answered_others(scores_folder(run, dataset)/p.name, rows) for p in found)
+    return digits if is_other or scores_folder(run, dataset, digits).is_dir() else ''
 
-def _predict_all(run, found, dataset, changes, workers):
+def _predict_all(run, found, dataset, apart, changes, workers):
     "The predictions of checkpoints, without those that the trainer deletes meanwhile."
     while True:
         try:
             recipes = {p.name: answering_recipe(run.recipe, p, dataset, **changes) for p in found}
-            return predict_in_turn(recipes, _folder_of(run, dataset), *workers, 'score_checkpoints')
+            return predict_in_turn(recipes, scores_folder(run, dataset, apart), *workers, 'score_checkpoints')
         except (ValueError, RuntimeError, OSError):
             gone = [p.name for p in found if not p.exists()]
             if not gone: raise
             warn(f'Deleted meanwhile, probably because of save_total_limit, and left out: {", ".join(gone)}.')
             found = complete_checkpoints(run)
 
-def _record(found, dataset):
+def _record(found, dataset, apart):
     "Record the best checkpoint in the folder of the run."
     row, best = found.table.loc[found.best.name][found.measure], found.best
     low, high = (None if math.isnan(v) else float(v) for v in (row.low, row.high))
     about = Best(best.name, when_written(best), found.measure, float(row.value), low, high, found[best.name]['rows'],
-                 dataset)
+                 dataset, apart)
     try: write_best(found.run, about)
     except OSError as e: warn(f'{best.name} could not be recorded as the best checkpoint: {e}')
 
@@ -193,10 +202,12 @@ def score_checkpoints(
         raise ValueError(f'{run.output_dir} has no checkpoints that could answer: it is not a training run, or '
                          'it trained a reward model.')
     found = complete_checkpoints(run)
-    samples = asked_samples(answering_recipe(trained, found[0], dataset, **changes))
-    check_measure([asked_row(i, sample) for i,sample in enumerate(samples)], measure, tolerance, measures)
-    predictions = _predict_all(run, found, dataset, changes, (nproc, env, python))
+    recipe = answering_recipe(trained, found[0], dataset, **changes)
+    asked = [asked_row(i, sample) for i,sample in enumerate(asked_samples(recipe))]
+    check_measure(asked, measure, tolerance, measures)
+    apart = _told_apart(run, found, recipe, asked)
+    predictions = _predict_all(run, found, dataset, apart, changes, (nproc, env, python))
     scores = {name: score(rows, tolerance, measures) for name,rows in predictions.items()}
     scored = CheckpointScores(run, predictions, scores, measure)
-    _record(scored, dataset)
+    _record(scored, dataset, apart)
     return scored

@@ -25,10 +25,11 @@ from ..recipe import (absolute_recipe, adapters_of, answer_arguments, answering_
                                unknown_argument, without_time)
 from ..run.command import gpus_for
 from ..run.folder import RUN, TRAINER_LOG, state_or_empty
+from ..run.learned import changed_data, data_digests
 from ..run.loss import best_evaluation
 from ..run.owner import refuse_stranger
 from ..names import bar_file, warn
-from ..run.start import Run, changed_data, launch, start_lock
+from ..run.start import Run, launch, start_lock
 from ..zero import read_zero
 
 # %% ../../nbs/tuning/20_sweep.ipynb #sweep006
@@ -151,7 +152,7 @@ def clash(
 def _warn_of_other_rows(trials):
     "Warn if some runs were trained with rows that have changed since, unless all were, and none is to be trained."
     old = {t.run.output_dir.name: names for t in trials if t.state != 'not started'
-           and (names := changed_data(t.run, t.recipe))}
+           and (names := changed_data(t.run, data_digests(t.recipe)))}
     if old and not all(t.state == 'done' and t.run.output_dir.name in old for t in trials):
         names = ', '.join(dict.fromkeys(itertools.chain(*old.values())))
         warn(f'{names}: the rows have changed since these runs were started, and the others can\'t be compared with '
