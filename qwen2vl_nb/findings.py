@@ -157,8 +157,8 @@ def show_value(
 
 # %% ../nbs/04_findings.ipynb #find0064
 _value = re.compile(r"""(?<!\w)'(?:[^'\\]|\\.)*'|(?<!\w)"(?:[^"\\]|\\.)*"|"""
-                    r"""\b(?:row|line) \d+(?: of \S*\.[a-z]\w{1,4}\b)?|"""
-                    r"""[^\s:]*\.[a-z]\w{1,4}\b|(?<!\w)\d[\d.,]*(?!\w)""")
+                    r"""\b(?:row|line) \d+(?: of \S*\.[a-zA-Z]\w{1,4}\b)?|"""
+                    r"""[^\s:]*\.[a-zA-Z]\w{1,4}\b|(?<!\w)\d[\d.,]*(?!\w)""")
 
 def finding_kind(
     what:str, # What a finding says

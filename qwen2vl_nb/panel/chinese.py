@@ -83,9 +83,9 @@ CHINESE |= {
     'data.image.help': ('Column with the paths of the pictures. Left empty: the column "image" or "images".',
                         '图片路径所在的列。留空则使用名为 image 或 images 的列。'),
     'data.prompt': ('Prompt', '提示词'),
-    'data.prompt.help': ('Column with the prompts, or one prompt for all rows. Left empty: the column '
-                         '"instruction", "prompt" or "question".',
-                         '提示词所在的列，或所有行共用的一条提示词。'
+    'data.prompt.help': ('Column with the prompts, or one prompt for all rows, as for a folder with one subfolder '
+                         'per class. Left empty: the column "instruction", "prompt" or "question".',
+                         '提示词所在的列，或所有行共用的一条提示词（每个类别一个子目录的图片目录需要填写）。'
                          '留空则使用名为 instruction、prompt 或 question 的列。'),
     'data.response': ('Answer', '回答'),
     'data.response.help': ('Column with the answers. Left empty: the column "output", "response" or "answer".',

@@ -65,8 +65,8 @@ ENGLISH |= {
     'data.image': 'Pictures',
     'data.image.help': 'Column with the paths of the pictures. Left empty: the column "image" or "images".',
     'data.prompt': 'Prompt',
-    'data.prompt.help': 'Column with the prompts, or one prompt for all rows. Left empty: the column '
-                        '"instruction", "prompt" or "question".',
+    'data.prompt.help': 'Column with the prompts, or one prompt for all rows, as for a folder with one subfolder per '
+                        'class. Left empty: the column "instruction", "prompt" or "question".',
     'data.response': 'Answer',
     'data.response.help': 'Column with the answers. Left empty: the column "output", "response" or "answer".',
     'data.header': 'Header row',
