@@ -19,6 +19,7 @@ from qwen2vl_nb.recipe import train_recipe, with_time
 from qwen2vl_nb.run.start import attach, launch
 
 ROWS, TEST_ROWS = 120, 20
+N_STEPS = 120 # Enough to be seen at work, stopped and resumed on a fast machine
 STEPS = 'data', 'split', 'model', 'recipe', 'memory', 'launch', 'runs', 'checkpoints', 'predict', 'score'
 
 def _spreadsheet(folder):
@@ -132,7 +133,7 @@ def _prepared(form):
     form.fill('model', model='model')
     form.says(ENGLISH['model.folder'].format(family='Qwen2-VL', template='qwen2_vl'))
     form.go('recipe')
-    form.fill('recipe', learning_rate='3e-3', max_steps=40, per_device_train_batch_size=8, gradient_accumulation_steps=1, save_steps=20)
+    form.fill('recipe', learning_rate='3e-3', max_steps=N_STEPS, per_device_train_batch_size=8, gradient_accumulation_steps=1, save_steps=N_STEPS//2)
     form.press('recipe.make')
     form.says(ENGLISH['recipe.whole'])
     form.go('memory')
@@ -145,15 +146,15 @@ def _trained(form, root):
     form.fill('launch', name='cars')
     form.press('launch.start')
     waiter, = until(lambda: [*root.glob('runs/cars-*/waiter.json')], 'the launch')
-    form.says(re.compile(r'cars-\d+-\d+: running, step \d+ of 40'))
+    form.says(re.compile(rf'cars-\d+-\d+: running, step \d+ of {N_STEPS}'))
     form.button('Stop').click()
-    form.says(re.compile(r'cars-\d+-\d+: stopped, step \d+ of 40'))
+    form.says(re.compile(rf'cars-\d+-\d+: stopped, step \d+ of {N_STEPS}'))
     form.says('"Score the checkpoints" in the step "Checkpoints" scores the answers that it gives so far.')
     form.button('Resume').click()
-    form.says(re.compile(r'cars-\d+-\d+: running, step \d+ of 40'))
+    form.says(re.compile(rf'cars-\d+-\d+: running, step \d+ of {N_STEPS}'))
     form.keep('training')
     form.go('runs')
-    form.says(re.compile(r'cars-\d+-\d+: done, step 40 of 40'))
+    form.says(re.compile(rf'cars-\d+-\d+: done, step {N_STEPS} of {N_STEPS}'))
     until(lambda: 'done' in form.control('runs.run').inner_text(), 'the list says so')
     return attach(waiter.parent)
 
@@ -176,7 +177,7 @@ def _started_by_somebody_else(form, root):
     form.keep('failed')
     form.control('runs.run').select_option(label=chosen)
     form.press('runs.choose')
-    form.says(re.compile(r'cars-\d+-\d+: done, step 40 of 40'))
+    form.says(re.compile(rf'cars-\d+-\d+: done, step {N_STEPS} of {N_STEPS}'))
 
 def _answered(form):
     "Checkpoints by answers, predictions before and after, scores and answers."
@@ -225,7 +226,7 @@ def test_from_a_spreadsheet_with_faults_to_a_score(lab, page):
     _answered(form)
     form.keep('scores')
     before, after = (float(n) for n in re.search(r'exact: (\d+) of 20 right before, (\d+) after', form.at.inner_text()).groups())
-    assert (before, run.recipe['max_steps']) == (0, 40) and after > before
+    assert (before, run.recipe['max_steps']) == (0, N_STEPS) and after > before
 
     # what is shown is what is in the notebook
     shown, cells = form.state(), _cells(lab.root/'panel.ipynb')
