@@ -218,7 +218,7 @@ def test_what_was_read_anew_names_the_steps_that_are_due(filled):
         fill(filled, 'data', prompt=prompt)
         press(filled, 'data.read')
         assert 'recipe.check' not in what_ran(filled.session.project), 'it was about the rows that were registered'
-        assert 'Steps to be done again: &quot;Split&quot;.' in due() and 'had done is undone: press &quot;Check&quot; again.' in due()
+        assert 'Steps to be done again: &quot;Split&quot;.' in due() and 'What was done with the rows is undone: press &quot;Check&quot; again.' in due()
     for action in ('data.check', 'data.mend', 'data.check', 'data.drop', 'split.register'):  # a mending without a dropping, too
         box = press(filled, action)
         assert 'qvl-error' not in shown(box), shown(box)
@@ -261,6 +261,27 @@ def test_after_a_new_split_the_training_is_due_also_if_its_run_was_chosen(filled
     press(filled, 'split.register')
     assert 'runs.choose' not in what_ran(filled.session.project)
     assert 'Steps to be done again: &quot;Launch&quot;' in due('split', 'split.register') and '&quot;Runs&quot;' not in due('split', 'split.register')
+
+def test_nothing_is_launched_on_rows_that_were_registered_before_others_were_read(filled):
+    "Unless the recipe names them; without a run, its step and the list of runs are named."
+    fill(filled, 'data', prompt='Which colour?')
+    press(filled, 'data.read')
+    assert not filled.steps['data'].is_done, 'what was dropped is back'
+    assert 'Other rows were read since the data set of the recipe was registered' in shown(press(filled, 'launch.start'))
+    assert 'launch.start' not in what_ran(filled.session.project)
+    save_recipe(filled.session.names['recipe'], make_run(Path('runs/b').absolute())/RECIPE)
+    choose(filled.steps['runs'], Path('runs/b').absolute())
+    fill(filled, 'predict', dataset='colours_test')
+    told = shown(press(filled, 'predict.before'))
+    assert 'press &quot;Launch&quot; there. Or press &quot;Choose&quot; in the step &quot;Runs&quot;.' in told, told
+
+def test_a_tick_goes_with_what_is_typed(filled):
+    filled._repr_mimebundle_()
+    assert filled.tabs['split'].icon
+    fill(filled, 'split', test=.5)
+    until(lambda: not filled.tabs['split'].icon)
+    fill(filled, 'split', test=.25)
+    until(lambda: filled.tabs['split'].icon)
 
 def test_what_was_checked_is_out_of_date_as_soon_as_the_recipe_changes(filled):
     press(filled, 'recipe.check')

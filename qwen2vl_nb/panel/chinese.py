@@ -52,6 +52,7 @@ CHINESE |= {
     'panel.refused': ('The form could not be saved: {error}', '无法保存表单：{error}'),
     'panel.first': ('This needs the step "{step}" first: press "{action}" there.',
                     '请先完成“{step}”步骤：在那里点击“{action}”。'),
+    'panel.or_else': ('Or press "{action}" in the step "{step}".', '或者在“{step}”步骤中点击“{action}”。'),
     'panel.first_here': ('Press "{action}" first.', '请先点击“{action}”。'),
     'panel.first_again': ('In the step "{step}", the form has changed since "{action}" was pressed. Press "{action}" '
                           'there again first, or undo the change.',
@@ -129,8 +130,8 @@ CHINESE |= {
                      '“{model}”步骤中没有选择本机上的模型，因此只统计了图片和视频；“{recipe}”步骤中的“{check}”'
                      '也会统计文本。'),
     'data.rows_left': ('Rows that are left: {n}.', '剩余 {n} 行。'),
-    'data.was_undone': ('What "{mend}" and "{drop}" had done is undone: press "{check}" again.',
-                        '“{mend}”和“{drop}”所做的处理已撤销：请再次点击“{check}”。'),
+    'data.was_undone': ('What was done with the rows is undone: press "{check}" again.',
+                        '对数据行所做的处理已撤销：请再次点击“{check}”。'),
     'data.undone': ('This undoes what "{mend}" and "{drop}" have done with the rows.',
                     '这会撤销“{mend}”和“{drop}”对数据行所做的处理。'),
     'data.settled': ('Before the last check: {done}', '上次检查之前：{done}'),
@@ -177,6 +178,11 @@ CHINESE |= {
     'launch.start.help': ('Start the recipe in a new folder.', '在新目录中按这份训练配置启动训练。'),
     'launch.outside': ('"{name}" leads out of the folder of the runs, which is set with "Folder" in the step "Runs".',
                        '“{name}”指向训练任务目录之外；该目录由“训练任务”步骤中的“目录”设置。'),
+    'launch.other_rows': ('Other rows were read since the data set of the recipe was registered: press '
+                          '"Split and register" in the step "Split" first. To train on what is registered, choose it '
+                          'as "Data set" in the step "Recipe".',
+                          '注册配置所用的数据集之后，又读取了其他的数据行：请先在“划分”步骤中点击“划分并注册”。'
+                          '要用已注册的数据训练，请在“训练配置”步骤的“数据集”中选择它。'),
     'launch.busy': ('Nothing was started, because {run} was still training. Wait until it is done, or end it with '
                     '"{stop}", here or in the step "{runs}"; then press "{start}" again. To have several trainings at '
                     'once, choose another run in the step "{runs}" first.',

@@ -212,8 +212,10 @@ class DataStep(Step):
 
     @property
     def is_done(self):
-        "Whether rows were read, and no errors were found that are still in them."
-        return super().is_done and not still_in(self.panel.session)[0]
+        "Whether rows were read, and nothing is left to be done with them as far as it is known."
+        session = self.panel.session
+        is_due = still_in(session)[0] or self._is_undone(what_ran(session.project).get('data.read'))
+        return super().is_done and not is_due
 
     def build(self):
         folder, say = self.panel.session.project.folder, self.panel.say
@@ -251,11 +253,12 @@ class DataStep(Step):
             for name in ('data.check', 'data.mend'): self.boxes[name].redraw()
         self._later = later
 
-    def _offer_columns(self):
-        names = source_columns(self.panel.session)
-        for name in ('image', 'prompt', 'response'): self.controls[name].options = names
-
 # %% ../../nbs/panel/32_data_step.ipynb #tellsettl
+@patch
+def _offer_columns(self:DataStep):
+    names = source_columns(self.panel.session)
+    for name in ('image', 'prompt', 'response'): self.controls[name].options = names
+
 @patch
 def _tell_settled(self:DataStep):
     "Say what was done with the rows before the last check."
@@ -273,11 +276,16 @@ def tell_behind(self:DataStep, action):
     return ' '.join([Step.tell_behind(self, action), *[undone]*bool(is_undone)])
 
 @patch
+def _is_undone(self:DataStep, ran):
+    "Whether reading has undone what was done with the rows, which were not checked since."
+    undone = ran and {'data.settled', 'data.mend', 'data.drop'} & {*ran.undid}
+    return bool(undone) and 'data.check' not in what_ran(self.panel.session.project)
+
+@patch
 def tell_undid(self:DataStep, ran):
-    say, there = self.panel.say, what_ran(self.panel.session.project)
-    is_undone = ran and {'data.settled', 'data.mend', 'data.drop'} & {*ran.undid} and 'data.check' not in there
-    undone = self.say('was_undone', mend=say('data.mend'), drop=say('data.drop'), check=say('data.check'))
-    return ' '.join(filter(None, [undone*bool(is_undone), Step.tell_undid(self, ran)]))
+    say = self.panel.say
+    undone = self.say('was_undone', check=say('data.check')) if self._is_undone(ran) else ''
+    return ' '.join(filter(None, [undone, Step.tell_undid(self, ran)]))
 
 # %% ../../nbs/panel/32_data_step.ipynb #32datastkinds
 @patch

@@ -124,14 +124,19 @@ def complain(self:Panel,
 @patch
 def refresh(self:Panel):
     "Bring what is shown up to date with the files."
-    self._trained = has_trained(self.session)
+    self._tick()
+    if self.shown: self.steps[self.shown].refresh()
+    self._show_folder()
+
+@patch
+def _tick(self:Panel):
+    "Bring the ticks up to date."
+    self._trained, self._ticked = has_trained(self.session), self.session.project.stamp
     for n, (name, tab) in enumerate(self.tabs.items(), 1):
         is_done, title = self.steps[name].is_done, self.say(name)
         tab.description, tab.icon = f'{n} {title}', 'check' if is_done else ''
         tab.button_style = 'info' if name == self.shown else ''
         tab.tooltip = f'{title}: {self.say("panel.done")}' if is_done else title
-    if self.shown: self.steps[self.shown].refresh()
-    self._show_folder()
 
 # %% ../../nbs/panel/90_form.ipynb #form0007e
 @patch
@@ -156,6 +161,7 @@ def _follow(self:Panel):
         try:
             has_news = self.session.project.read() or has_trained(self.session) != self._trained
             if has_news or failed: self.refresh()
+            elif self.session.project.stamp != self._ticked: self._tick()  # after what was typed here
             if self.shown: self.steps[self.shown].each_second()
             if failed: self.complain('')
             failed = False

@@ -38,8 +38,14 @@ def _start_given(form):
         raise Refused('launch.outside', name=given['name'])
     return given
 
+def _check_rows(session):
+    "Raise `Refused` if other rows were read since the data set was registered that the recipe takes by itself."
+    ran = what_ran(session.project)
+    is_due = 'split.register' not in ran and any('split.register' in each.undid for each in ran.values())
+    if is_due and not session.form('recipe')['dataset']: raise Refused('launch.other_rows')
+
 LAUNCH = Action('launch.start', _start_given, _started,
-                needs=('recipe',), gives=('run',), reads=('registry',), again=attached,
+                needs=('recipe',), gives=('run',), reads=('registry',), again=attached, before=_check_rows,
                 keeps=lambda names: {'run': names['run'].output_dir})
 
 # %% ../../nbs/panel/60_launch_step.ipynb #60launch0009
@@ -66,9 +72,9 @@ class LaunchStep(Step):
 
     @property
     def is_done(self):
-        "Whether a run that was launched or chosen has come to its end."
+        "Whether the run that was launched has come to its end."
         session = self.panel.session
-        return bool({'launch.start', 'runs.choose'} & what_ran(session.project).keys()) and has_trained(session)
+        return 'launch.start' in what_ran(session.project) and has_trained(session)
 
     def build(self):
         self.live, self.held, self._watched, self._thread = VBox(), HTML(), None, None

@@ -175,6 +175,11 @@ class Project:
         self._is_news = False  # whether somebody has written something that `read` has not reported yet
         self.read()
 
+    @property
+    def stamp(self):
+        "What changes with the file."
+        return self._stamp
+
     def read(self)->bool: # Whether somebody else has changed it since the last call
         "Read the file again if it has changed. Raises `FileExistsError` if a panel did not write it."
         with self._lock:
@@ -405,8 +410,9 @@ class NotYet(Exception):
     def __init__(self,
         action:str, # Name of an action
         again:bool=False, # Whether it ran with other values than those of its form
+        instead:str='', # Name of an action that would do as well
     ):
-        self.action, self.again = action, again
+        self.action, self.again, self.instead = action, again, instead
         super().__init__(f'{action} comes first')
 
 class AtWork(NotYet):
@@ -507,7 +513,9 @@ def _bring_up(session, name):
 def _check_needs(session, action):
     before = [session.actions[each] for each in earlier(session, action.name)]
     missing = {*action.needs} - {name for each in before for name in each.gives}
-    if missing: raise NotYet(next(a.name for a in session.actions.values() if missing & {*a.gives}))
+    if missing:
+        first = next(a.name for a in session.actions.values() if missing & {*a.gives})
+        raise NotYet(first, instead=next(iter(session.replaces(first)), ''))
     for each in before:
         if each.binds and {*each.gives} & {*action.needs} and session.has_changed(each.name):
             raise NotYet(each.name, again=True)

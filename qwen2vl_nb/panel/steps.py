@@ -46,7 +46,10 @@ def explain(
     if isinstance(error, NotYet):
         step, first = error.action.partition('.')[0], 'first_here' if error.action.startswith(f'{here}.') else 'first'
         key = 'at_work' if isinstance(error, AtWork) else 'first_again' if error.again else first
-        return say(f'panel.{key}', step=say(step), action=say(error.action))
+        told = say(f'panel.{key}', step=say(step), action=say(error.action))
+        other = say('panel.or_else', step=say(error.instead.partition('.')[0]), action=say(error.instead)) \
+            if error.instead else ''
+        return ' '.join(filter(None, [told, other]))
     if isinstance(error, Refused): return say(error.key, **error.values)
     if isinstance(error, Unfilled):
         step = say(error.control.partition('.')[0])

@@ -40,6 +40,7 @@ ENGLISH = {
                        'all that was done.',
     'panel.refused': 'The form could not be saved: {error}',
     'panel.first': 'This needs the step "{step}" first: press "{action}" there.',
+    'panel.or_else': 'Or press "{action}" in the step "{step}".',
     'panel.first_here': 'Press "{action}" first.',
     'panel.first_again': 'In the step "{step}", the form has changed since "{action}" was pressed. Press "{action}" '
                          'there again first, or undo the change.',
@@ -98,7 +99,7 @@ ENGLISH |= {
     'data.no_text': 'Only pictures and clips were counted, as no model on this machine was chosen in the step '
                     '"{model}"; "{check}" in the step "{recipe}" counts the text, too.',
     'data.rows_left': 'Rows that are left: {n}.',
-    'data.was_undone': 'What "{mend}" and "{drop}" had done is undone: press "{check}" again.',
+    'data.was_undone': 'What was done with the rows is undone: press "{check}" again.',
     'data.undone': 'This undoes what "{mend}" and "{drop}" have done with the rows.',
     'data.settled': 'Before the last check: {done}',
     'data.settled_mended': 'Mended: {n}.',
@@ -134,6 +135,9 @@ ENGLISH |= {
     'launch.start': 'Launch',
     'launch.start.help': 'Start the recipe in a new folder.',
     'launch.outside': '"{name}" leads out of the folder of the runs, which is set with "Folder" in the step "Runs".',
+    'launch.other_rows': 'Other rows were read since the data set of the recipe was registered: press "Split and '
+                         'register" in the step "Split" first. To train on what is registered, choose it as "Data '
+                         'set" in the step "Recipe".',
     'launch.busy': 'Nothing was started, because {run} was still training. Wait until it is done, or end it with '
                    '"{stop}", here or in the step "{runs}"; then press "{start}" again. To have several trainings '
                    'at once, choose another run in the step "{runs}" first.',
