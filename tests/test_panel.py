@@ -243,6 +243,12 @@ def test_rows_that_have_changed_in_the_file_are_other_rows(filled, folder):
     assert not {'data.check', 'data.drop', 'split.register'} & {*what_ran(filled.session.project)}
     assert 'Steps to be done again: &quot;Split&quot;.' in filled.steps['data'].boxes['data.read'].behind.value
     assert not filled.tabs['split'].icon
+    filled.go('split')
+    said = 'Results of this step are out of date since &quot;Read&quot; was pressed in the step &quot;Data&quot;.'
+    assert said in filled.steps['split'].undone.value
+    for action in ('data.check', 'data.drop', 'split.register'): press(filled, action)
+    filled.refresh()
+    assert filled.steps['split'].undone.value == ''
 
 def test_after_a_new_split_the_training_is_due_also_if_its_run_was_chosen(filled, folder):
     "A run that is chosen takes the place of a launch, which is not due because of it."
@@ -297,6 +303,9 @@ def test_what_runs_again_by_itself_says_when(filled):
     when = lambda: what_ran(filled.session.project)['memory.pick'].when
     first = when()
     fill(filled, 'recipe', cutoff_len=1000)
+    press(filled, 'recipe.make')
+    filled.go('memory')
+    assert 'it runs again by itself' in filled.steps['memory'].boxes['memory.pick'].behind.value
     press(filled, 'recipe.check')
     assert when() > first
 

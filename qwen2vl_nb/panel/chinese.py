@@ -52,6 +52,8 @@ CHINESE |= {
     'panel.refused': ('The form could not be saved: {error}', '无法保存表单：{error}'),
     'panel.first': ('This needs the step "{step}" first: press "{action}" there.',
                     '请先完成“{step}”步骤：在那里点击“{action}”。'),
+    'panel.out_of_date': ('Results of this step are out of date since "{action}" was pressed in the step "{step}".',
+                          '在“{step}”步骤中点击“{action}”之后，本步骤的结果已经过期。'),
     'panel.or_else': ('Or press "{action}" in the step "{step}".', '或者在“{step}”步骤中点击“{action}”。'),
     'panel.first_here': ('Press "{action}" first.', '请先点击“{action}”。'),
     'panel.first_again': ('In the step "{step}", the form has changed since "{action}" was pressed. Press "{action}" '

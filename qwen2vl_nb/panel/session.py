@@ -599,9 +599,10 @@ def has_changed(self:Session,
 def will_follow(self:Session,
     name:str, # Name of an action
 )->bool: # `False` if it did not run, or does not run by itself
-    "Whether a later action will run this one again first, because its form, or one before it, has changed."
+    "Whether a later action will run this one again first: its form, or one before it, has changed or ran since."
     if not self.actions[name].follows or not self.code(name): return False
-    return any(self._differs(each) for each in (*earlier(self, name), name) if self.actions[each].follows)
+    ran, before = what_ran(self.project), [each for each in earlier(self, name) if self.actions[each].follows]
+    return any(map(self._differs, [*before, name])) or any(ran[each].when > ran[name].when for each in before)
 
 @patch
 def _differs(self:Session, name):

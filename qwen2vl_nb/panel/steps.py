@@ -315,7 +315,7 @@ class Step:
         panel, # The `Panel`, with its `session` and its texts `say`
     ):
         self.panel, self.controls, self.hints, self.boxes, self._view, self._restoring = panel, {}, {}, {}, None, False
-        self.code, self._shown, self._filling, self._refused = HTML(), {}, RLock(), False
+        self.code, self.undone, self._shown, self._filling, self._refused = HTML(), HTML(), {}, RLock(), False
         # `_shown`: the values of the files that the controls were given, or gave
 
     def say(self,
@@ -341,7 +341,7 @@ class Step:
         "The widget, which is made when it is first needed."
         if self._view is None:
             about = HTML(as_html('qvl-help', self.say('about')))
-            self._view = VBox([about, *self.build(), self.code], layout=Layout(max_width='100%'))
+            self._view = VBox([about, self.undone, *self.build(), self.code], layout=Layout(max_width='100%'))
         return self._view
 
 # %% ../../nbs/panel/20_steps.ipynb #step0020b
@@ -383,6 +383,18 @@ def show_kept(self:Step,
 
 # %% ../../nbs/panel/20_steps.ipynb #steps20rf
 @patch
+def _tell_undone(self:Step):
+    "Say which action of another step has put results of this one out of date."
+    session, there, say = self.panel.session, what_ran(self.panel.session.project), self.panel.say
+    is_there = lambda name: {name, *session.replaces(name)} & there.keys()
+    own = {action.name for action in self.actions}
+    others = [name for name in there if name in session.actions and name not in own]
+    by = [name for name in others for each in own & {*there[name].undid} if not is_there(each)]
+    last = max(by, key=lambda name: there[name].when, default=None)
+    values = {'action': say(last), 'step': say(last.partition('.')[0])} if last else {}
+    self.undone.value = as_html('qvl-next', say('panel.out_of_date', **values) if last else '')
+
+@patch
 def _shown_actions(self:Step):
     "The names of the actions whose code is shown: the step's own, and others that run between them."
     session, own = self.panel.session, [action.name for action in self.actions]
@@ -394,6 +406,7 @@ def _shown_actions(self:Step):
 def refresh(self:Step):
     "Bring what is shown up to date with the files."
     self.restore()
+    self._tell_undone()
     text = '\n'.join(filter(None, map(self.panel.session.code, self._shown_actions())))
     title = as_html('qvl-help', self.panel.say('panel.code' if text else 'panel.no_code'))
     self.code.value = title + (code_html(text, self.panel.say('panel.copy')) if text else '')

@@ -40,6 +40,7 @@ ENGLISH = {
                        'all that was done.',
     'panel.refused': 'The form could not be saved: {error}',
     'panel.first': 'This needs the step "{step}" first: press "{action}" there.',
+    'panel.out_of_date': 'Results of this step are out of date since "{action}" was pressed in the step "{step}".',
     'panel.or_else': 'Or press "{action}" in the step "{step}".',
     'panel.first_here': 'Press "{action}" first.',
     'panel.first_again': 'In the step "{step}", the form has changed since "{action}" was pressed. Press "{action}" '
