@@ -281,6 +281,18 @@ def test_nothing_is_launched_on_rows_that_were_registered_before_others_were_rea
     told = shown(press(filled, 'predict.before'))
     assert 'press &quot;Launch&quot; there. Or press &quot;Choose&quot; in the step &quot;Runs&quot;.' in told, told
 
+def test_answers_are_the_same_in_another_folder(filled, folder):
+    about = dict(model='m', dataset_dir='data', data_sets=['colours'], adapter='', trained='')
+    keep_value(filled.session.project, 'runs', run='runs/a', _about=about)
+    fill(filled, 'predict', dataset='colours_test')
+    given = filled.session.next_code('predict.after')[0]
+    with filled.session.project.edit() as state: state['ran'] |= {'predict.after': dict(given=given, when=1., said='')}
+    assert not filled.session.has_changed('predict.after')
+    fill(filled, 'predict', folder='other')
+    assert "output_dir='other/after'" in filled.session.next_code('predict.after')[1].replace('\n', '') and not filled.session.has_changed('predict.after')
+    fill(filled, 'predict', max_new_tokens=9)
+    assert filled.session.has_changed('predict.after')
+
 def test_a_tick_goes_with_what_is_typed(filled):
     filled._repr_mimebundle_()
     assert filled.tabs['split'].icon

@@ -26,7 +26,7 @@ def dataset_given(
     runs, own = form('runs'), form(step)
     if not runs['run'] or not runs['_about']: raise Unfilled('runs.run')
     if not own['dataset']: raise Unfilled(f'{step}.dataset')
-    return runs['_about'] | {name: value for name, value in own.items() if name != '_suggested'}
+    return runs['_about'] | {name: own[name] for name in own if name != '_suggested'}
 
 def limits(
     given, # `Given` with `max_samples` and `max_new_tokens`

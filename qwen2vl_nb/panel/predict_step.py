@@ -73,10 +73,12 @@ def _given(form):
     if own['engine'] == 'openai' and not own['base_url']: raise Unfilled('predict.base_url')
     return dataset_given(form, 'predict')
 
+_no_matter = 'predict.folder', # Answers are the same in another folder
+
 BEFORE = Action('predict.before', _given, _before, needs=('run',), gives=('before',), again=_again('before'),
-                keeps=_keeps('before'))
+                keeps=_keeps('before'), later=_no_matter)
 AFTER = Action('predict.after', _given, _after, needs=('run',), gives=('after',), again=_again('after'),
-               keeps=_keeps('after'))
+               keeps=_keeps('after'), later=_no_matter)
 
 # %% ../../nbs/panel/75_predict_step.ipynb #predrows01
 @lru_cache(8)

@@ -84,7 +84,7 @@ class Action:
     keeps:Callable=None # Names → values that are kept with the given ones; a `Path` is kept as `near` gives it
     before:Callable=None # `Session` → nothing; called before it runs
     binds:bool=False # Nothing uses what it gives while its form differs from what it ran with
-    later:tuple=() # Fields of later steps, such as `'model.model'`: it is not out of date when they change
+    later:tuple=() # Fields, such as `'model.model'` of a later step: it is not out of date when they change
 
 # %% ../../nbs/panel/10_session.ipynb #10sessio0012
 _switch = Lock()

@@ -9,7 +9,7 @@ __all__ = ['data_digests', 'changed_data', 'new_split']
 import math
 from contextlib import suppress
 from pathlib import Path
-from ..files import file_digest
+from ..files import file_digest, short_path
 from ..data.registry import Registry
 from ..recipe import dataset_names, load_recipe
 from .folder import RECIPE, RUN, state_or_empty
@@ -52,6 +52,6 @@ def new_split(
         if not (folder/RUN).stat().st_mtime < _written(recipe, name) <= asked: return ''
         names = [n for n in changed_data(folder, data_digests(learned)) if n != name and _written(learned, n) <= asked]
         if names:
-            return (f'{name} and {", ".join(names)} were written after the training in {folder} began. If the data was '
-                    'split anew, the model may have seen rows that it is asked about: train again.')
+            return (f'{name} and {", ".join(names)} were written after the training in {short_path(folder)} began. '
+                    'If the data was split anew, the model may have seen rows that it is asked about: train again.')
     return ''
