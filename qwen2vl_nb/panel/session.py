@@ -81,7 +81,8 @@ class Action:
     reads:tuple=() # Names whose files the code reads, if there are any: it is out of date when they are written anew
     again:Callable=None # `Given` → lines that set the names once more; `None`: the code itself
     follows:bool=False # It is cheap: it runs again by itself when its form, or something before it, has changed
-    keeps:Callable=None # Names → values that are kept with the given ones; a `Path` is kept as `near` gives it
+    keeps:Callable=None # Names → values that are kept with the given ones; a `Path` is kept as `near` gives it, and
+    # another value of `content` than the last time puts out of date what uses its names, like other code
     before:Callable=None # `Session` → nothing; called before it runs
     binds:bool=False # Nothing uses what it gives while its form differs from what it ran with
     later:tuple=() # Fields, such as `'model.model'` of a later step: it is not out of date when they change
