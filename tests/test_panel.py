@@ -311,6 +311,29 @@ def test_what_was_checked_is_out_of_date_as_soon_as_the_recipe_changes(filled):
     fill(filled, 'recipe', cutoff_len=2048)
     assert behind() == ''
 
+def test_a_recipe_with_errors_is_not_ticked_and_one_whose_check_is_out_of_date_is(filled):
+    press(filled, 'recipe.check')
+    assert filled.steps['recipe'].is_done and what_ran(filled.session.project)['recipe.check'].given['errors'] == 0
+    fill(filled, 'recipe', dataset='colors')
+    press(filled, 'recipe.make')
+    assert filled.steps['recipe'].is_done, 'nobody has looked yet'
+    press(filled, 'recipe.check')
+    assert not filled.steps['recipe'].is_done
+    fill(filled, 'recipe', dataset='')
+    press(filled, 'recipe.make')
+    assert filled.steps['recipe'].is_done
+
+def test_no_code_is_shown_under_a_refusal_of_the_form(filled):
+    "It has not run; code that has led to an error is shown."
+    fill(filled, 'launch', name='../elsewhere')
+    fill(filled, 'data', prompt='Which colour?')
+    press(filled, 'data.read')
+    for action in ('data.drop', 'launch.start'):
+        box = press(filled, action)
+        assert box.has_failed and 'qvl-code' not in shown(box), action
+    fill(filled, 'data', source='nowhere.xlsx')
+    assert 'qvl-code' in shown(press(filled, 'data.read'))
+
 def test_what_runs_again_by_itself_says_when(filled):
     when = lambda: what_ran(filled.session.project)['memory.pick'].when
     first = when()

@@ -170,13 +170,21 @@ def coins(rng, n, share): return rows_of([('a', 'a' if x else 'b') for x in rng.
 
 def test_intervals_are_scipys():
     rows = coins(np.random.default_rng(3), 60, .7)
-    s = score(rows)
-    exact = s.rows['exact'].to_numpy()
-    rng = np.random.default_rng(0)
-    theirs = stats.bootstrap((exact,), np.mean, n_resamples=1000, method='percentile', rng=rng)
-    assert s.overall.loc['exact', ['low', 'high']].tolist() == pytest.approx(list(theirs.confidence_interval))
+    score_of = lambda: score(rows, measures={'graded': lambda row: row['id'] % 7})
+    s, ends = score_of(), ['low', 'high']
+    theirs = stats.bootstrap((s.rows['graded'].to_numpy(),), np.mean, n_resamples=1000, method='percentile',
+                             rng=np.random.default_rng(0)).confidence_interval
+    assert s.overall.loc['graded', ends].tolist() == pytest.approx(list(theirs))
+    n = sum(row['predict'] == 'a' for row in rows)
+    wilson = stats.binomtest(n, 60).proportion_ci(method='wilson')
+    assert s.overall.loc['exact', ends].tolist() == pytest.approx([100*wilson.low, 100*wilson.high])
     assert s.overall.loc['exact', 'value'] == s['exact']
-    assert score(rows).overall.equals(s.overall), 'the same each time'
+    assert score_of().overall.equals(s.overall), 'the same each time'
+
+def test_few_right_answers_do_not_look_less_certain_than_none():
+    "Wilson's interval grows with the share, so that a measure of 5 % does not end lower than one of 0 %."
+    some, none = (score(rows_of([('a', 'a' if i < n else 'b') for i in range(20)])).overall.loc['exact'] for n in (1, 0))
+    assert some.high > none.high > 10 and some.low > none.low == 0
 
 def test_intervals_hold_the_truth_about_as_often_as_they_say():
     rng = np.random.default_rng(4)
@@ -184,7 +192,7 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
     assert 88 <= sum(line.low <= 60 <= line.high for line in lines) <= 100
 
 def test_intervals_of_rows_that_are_alike_and_of_one():
-    "A share of all or none has Wilson's interval, since a bootstrap of equal values is a point."
+    "A share of all or none is not a point."
     for answer, k in (('a', 5), ('b', 0)):
         wilson = stats.binomtest(k, 5).proportion_ci(method='wilson')
         assert score(rows_of([('a', answer)]*5)).overall.loc['exact'].tolist() == pytest.approx([20*k, 100*wilson.low, 100*wilson.high])
@@ -243,12 +251,26 @@ def test_mcnemar():
 
 @pytest.mark.parametrize('n', [2, 30, 100])
 def test_a_change_of_all_rows_is_not_certain(n):
-    "The interval is that of the share of rows that have changed, as in `score`."
     wrong, right = (rows_of([('a', answer)]*n) for answer in 'ba')
-    least = 100*stats.binomtest(n, n).proportion_ci(method='wilson').low
+    least = 200*.025**(1/n) - 100
     found, back = compare(wrong, right).difference, compare(right, wrong).difference
     assert [found[k] for k in ('value', 'low', 'high')] == pytest.approx([100, least, 100]) and least < 97
     assert [back[k] for k in ('value', 'low', 'high')] == pytest.approx([-100, -100, -least])
+
+@pytest.mark.parametrize('same', [0, 5, 200])
+def test_the_interval_of_a_difference_says_what_its_test_says(same):
+    "Whatever the numbers of rows that got better and worse, the interval has 0 in it if p is above 0.05, and only then."
+    said = set()
+    for better in range(12):
+        for worse in range(12):
+            if not same + better + worse: continue
+            first = rows_of([('a', 'b')]*(same + better) + [('a', 'a')]*worse)
+            second = rows_of([('a', 'b')]*same + [('a', 'a')]*better + [('a', 'b')]*worse)
+            c = compare(first, second)
+            low, value, high = (c.difference[k] for k in ('low', 'value', 'high'))
+            assert low <= value <= high and (low <= 0 <= high) == (c.p > .05), (better, worse, c)
+            said.add(c.p > .05)
+    assert said == {True, False}
 
 def test_permutation():
     rng = random.Random(6)

@@ -468,7 +468,7 @@ CHINESE |= {
     'recipe.check': ('Check the recipe', '检查训练配置'),
     'recipe.check.help': ('With LLaMA-Factory’s own parser, and every row of the data; takes some seconds',
                           '用 LLaMA-Factory 自己的解析器检查，并检查每一行数据；需要几秒钟'),
-    'recipe.whole': ('The whole recipe', '完整的训练配置'),
+    'recipe.whole': ('The recipe; "{memory}" may add to it', '完整的训练配置（“{memory}”步骤还可能补充）'),
 }
 
 # %% ../../nbs/panel/00_chinese.ipynb #zhmemory00

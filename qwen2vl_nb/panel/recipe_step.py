@@ -12,7 +12,7 @@ from html import escape
 from fastcore.basics import patch
 from ipywidgets import HTML, Box, Button, Checkbox, Combobox, Dropdown, HBox, Layout, Text, VBox
 from .paths import registered_names
-from .session import Action, Number, Unfilled, WrongNumbers, as_call, keep_value
+from .session import Action, Number, Unfilled, WrongNumbers, as_call, keep_value, what_ran
 from .shown import as_html, as_widget
 from .steps import Step, shown_number
 from ..recipe import arguments_of_recipes, train_recipe
@@ -109,9 +109,11 @@ def _make_code(given):
     where = {'dataset_dir': folder} if folder != 'data' else {}
     return f"recipe = {as_call('train_recipe', given.path('model'), given['dataset'], **where, **changes)}\nrecipe"
 
+def _errors(names): return {'errors': int((names['faults'].level == 'error').sum())}
+
 ACTIONS = [Action('recipe.make', _make_given, _make_code, gives=('recipe',), follows=True),
-           Action('recipe.check', lambda form: {}, lambda given: 'check_recipe(recipe)', needs=('recipe',),
-                  reads=('registry',))]
+           Action('recipe.check', lambda form: {}, lambda given: 'faults = check_recipe(recipe)\nfaults',
+                  needs=('recipe',), reads=('registry',), keeps=_errors)]
 
 # %% ../../nbs/panel/36_recipe_step.ipynb #36recipe0015
 _choices = dict(stage=('sft', 'dpo', 'kto', 'rm'), finetuning_type=('lora', 'freeze', 'full'),
@@ -147,6 +149,13 @@ class RecipeStep(Step):
     name, done, actions = 'recipe', 'recipe.make', ACTIONS
     defaults = {'dataset': '', **{name: _default(name, usual) for name, usual in USUAL.items()}, 'more': {}}
 
+    @property
+    def is_done(self):
+        "Whether the recipe was made, and its last check, if it is about this recipe, has found no errors."
+        checked = what_ran(self.panel.session.project).get('recipe.check')
+        is_wrong = checked and checked.given.get('errors') and not self.is_behind('recipe.check')
+        return super().is_done and not is_wrong
+
     def build(self):
         columns = 'repeat(auto-fit, minmax(min(100%, 420px), 1fr))'
         grid = Layout(display='grid', grid_template_columns=columns, max_width='100%')
@@ -177,7 +186,7 @@ class RecipeStep(Step):
         from yaml import safe_dump
         value = {k: v for k, v in value.items() if k != 'output_dir'}  # the launch sets it
         lines = safe_dump(value, sort_keys=False, allow_unicode=True, width=math.inf)
-        summary = f'<summary>{escape(self.say("whole"))}</summary>'
+        summary = f'<summary>{escape(self.say("whole", memory=self.panel.say("memory")))}</summary>'
         text = f'<div class="qvl-code"><pre>{escape(lines)}</pre></div>'
         return [HTML(f'<details class="tex2jax_ignore mathjax_ignore">{summary}{text}</details>')]
 

@@ -46,8 +46,9 @@ def describe_run(
     "A run in a line."
     number = lambda name, value: f'{name} {value:.4g}' if value is not None and value == value else ''
     steps = f'step {row["step"]} of {row["of"]}' if row['of'] else ''
-    return ' · '.join(filter(None, [row['run'], row['state'], steps, number('loss', row['loss']),
-                                    number('lowest evaluation', row['best eval_loss']), row['health']]))
+    return ' · '.join(filter(None, [row['run'], row['state'], number('learning rate', row['learning_rate']), steps,
+                                    number('loss', row['loss']), number('lowest evaluation', row['best eval_loss']),
+                                    row['health']]))
 
 # %% ../../nbs/panel/62_runs_step.ipynb #62runsst0009
 def _chosen(form):

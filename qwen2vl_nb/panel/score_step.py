@@ -14,6 +14,7 @@ from .chosen_run import tell_run
 from .session import Action, Number, as_call, what_ran
 from .shown import as_html, as_widget
 from .steps import Step
+from ..run.answers import ONE_ANSWER
 
 # %% ../../nbs/panel/80_score_step.ipynb #80scores0004
 def _tolerance(given): return {'tolerance': given['tolerance']} if given['tolerance'] else {}
@@ -73,10 +74,11 @@ class ScoreStep(Step):
         if action != 'score.scores': return [as_widget(value)]
         shown = as_widget(value)
         shown.value = shown.value.replace(f'<p>{escape(value.advice())}</p>', '')  # `_next` says more
-        for row in value.findings.to_dict('records'):
-            text = f"{row['where']}: {row['what']} {row['cure']}"
-            shown.value = shown.value.replace(escape(text), escape(self.tell(text)))
         said = self._next(value)
+        for row in value.findings.to_dict('records'):
+            what = f"{row['where']}: {row['what']}"
+            cure = f" {row['cure']}" if not said or row['where'] != ONE_ANSWER else ''  # `said` is more specific
+            shown.value = shown.value.replace(escape(f"{what} {row['cure']}"), escape(self.tell(f'{what}{cure}')))
         return [*[HTML(as_html('qvl-next', said))]*bool(said), shown]
 
     def _next(self, scores):

@@ -31,11 +31,13 @@ def _where(error):
     place = 'the code' if file == '<panel>' else '/'.join(Path(file).parts[-2:])
     return f'line {tb.tb_lineno} of {place}'
 
+_refusals = NotYet, Refused, Unfilled, WrongNumbers # Of the form: no code has run
+
 def is_expected(
     error:Exception, # An exception that was caught
 )->bool:
     "Whether an exception is about the form or the data, rather than about the code."
-    return is_refusal(error) or isinstance(error, (NotYet, Refused, Unfilled, WrongNumbers, OSError))
+    return is_refusal(error) or isinstance(error, (*_refusals, OSError))
 
 def explain(
     error:Exception, # An exception that was caught
@@ -185,10 +187,10 @@ def _basis(self:ActionBox):
 
 @patch
 def _failed(self:ActionBox, error):
-    "What is shown of an error, with the code that led to it, and the traceback if it is a fault of the code."
+    "What is shown of an error, with the code that led to it, if any, and the traceback if it is a fault of the code."
     say, shown = self.step.panel.say, []
     with suppress(Exception):  # the code could not even be built
-        shown = [HTML(code_html(self.step.panel.session.next_code(self.action.name)[1], say('panel.copy')))]
+        if not isinstance(error, _refusals): shown = [HTML(code_html(self.step.panel.session.next_code(self.action.name)[1], say('panel.copy')))]
     if not is_expected(error): shown.append(HTML(as_html('qvl-said', ''.join(format_exception(error)))))
     return [HTML(as_html('qvl-error', self.step.tell_error(error))), *shown]
 

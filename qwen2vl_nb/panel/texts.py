@@ -353,7 +353,7 @@ ENGLISH |= {
     'recipe.make': 'Make the recipe',
     'recipe.check': 'Check the recipe',
     'recipe.check.help': 'With LLaMA-Factory’s own parser, and every row of the data; takes some seconds',
-    'recipe.whole': 'The whole recipe',
+    'recipe.whole': 'The recipe; "{memory}" may add to it',
 }
 
 # %% ../../nbs/panel/00_texts.ipynb #txtmemory00

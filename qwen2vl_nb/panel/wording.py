@@ -10,7 +10,7 @@ import re
 
 # %% ../../nbs/panel/14_wording.ipynb #inform01
 _buttons = {'read_samples': 'data.read', 'check_samples': 'data.check', 'mend_samples': 'data.mend',
-            'drop_samples': 'data.drop', 'split_samples': 'split.register',
+            'drop_samples': 'data.drop', 'show_samples': 'data.read', 'split_samples': 'split.register',
             r'Registry\([^)]*\)\.add': 'split.register',
             'check_recipe': 'recipe.check', 'pick_zero': 'memory.pick', 'score_checkpoints': 'checkpoints.score',
             r'launch\(recipe\)': 'launch.start', r'resume\(\)': 'runs.resume'}

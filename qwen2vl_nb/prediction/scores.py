@@ -203,7 +203,7 @@ def _interval_of_many(values):
     return np.percentile(means, [2.5, 97.5])
 
 def _summary(columns):
-    "The mean of each column of a table, and its 95 % interval."
+    "The mean of each column of a table, and its 95 % interval by resampling rows."
     import numpy as np, pandas as pd
     from scipy.stats import bootstrap
     found = pd.DataFrame({'value': columns.mean(), 'low': math.nan, 'high': math.nan}).rename_axis('measure')
@@ -221,8 +221,8 @@ def _shares(columns):
     "The same for columns that contain a share of rows or a similarity, 0 to 100."
     from scipy.stats import binomtest
     found, n = _summary(columns), len(columns)
-    for name in found.index[(columns.nunique() == 1) & found.value.isin([0, 100])] if n > 1 else []:
-        wilson = binomtest(n*int(found.value[name] == 100), n).proportion_ci(method='wilson')
+    for name in found.index[((columns == 0) | (columns == 100)).all()] if n > 1 else []:
+        wilson = binomtest(int((columns[name] == 100).sum()), n).proportion_ci(method='wilson')
         found.loc[name, ['low', 'high']] = 100*wilson.low, 100*wilson.high
     return found
 
@@ -273,7 +273,7 @@ class Scores(dict):
 
     @cached_property
     def overall(self):
-        "A `DataFrame`: each measure with its 95 % bootstrap interval."
+        "A `DataFrame`: each measure with its 95 % interval."
         return text_table(_shares(self._measures))
 
     @cached_property
@@ -611,13 +611,15 @@ def _table(one, two, is_sharp):
     return pd.crosstab(side(one).rename('before'), side(two).rename('after')).reindex(
         index=sides.rename('before'), columns=sides.rename('after'), fill_value=0)
 
-def _difference(change):
+def _difference(change, is_sharp):
     "The mean of the changes of all rows, in points, with its 95 % interval."
-    found = _summary(change.to_frame()).iloc[0]
-    if set(change) in ({100}, {-100}):  # the bootstrap knows no other change
-        share = _shares(change.abs().to_frame()).iloc[0]
-        found = share if found.value > 0 else (-share).set_axis(['value', 'high', 'low'])
-    return found.to_dict()
+    from scipy.stats import binomtest
+    if not is_sharp: return _summary(change.to_frame()).iloc[0].to_dict()
+    better, changed, value = int((change > 0).sum()), int((change != 0).sum()), float(change.mean())
+    if not changed: return dict(value=value, low=value, high=value)
+    share = binomtest(better, changed).proportion_ci()
+    low, high = (100*changed/len(change)*(2*end - 1) for end in share)
+    return dict(value=value, low=low, high=high)
 
 def compare(
     before:Sequence, # `Predictions`, or any sequence of their rows
@@ -642,6 +644,6 @@ def compare(
                   what=_kind_of_change(one[i], two[i], is_sharp), change=change[i])
              for i,a,b in pairs if change[i] or answer(a) != answer(b)]
     changed = text_table(pd.DataFrame(lines, columns=['id', 'label', 'before', 'after', 'what', 'change']))
-    return Comparison(measure, one.mean(), two.mean(), _difference(change),
+    return Comparison(measure, one.mean(), two.mean(), _difference(change, is_sharp),
                       *_p_value(change.to_numpy(), is_sharp), text_table(_table(one, two, is_sharp)), changed,
                       [second[i] for i in one.index if change[i] < 0])

@@ -9,6 +9,7 @@ __all__ = ['Progress', 'Run', 'attach', 'what_next', 'run_folders', 'runs', 'rai
 # %% ../../nbs/run/60_start.ipynb #49a64c03
 import itertools, os, shutil, socket, subprocess, sys, time, uuid
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -344,13 +345,17 @@ def resume(self:Run,
     return _resume(self, master, trust)
 
 # %% ../../nbs/run/60_start.ipynb #c8864673
+def _learning_rate(run):
+    "The learning rate of a training; `None` for other runs, and if its recipe can't be read."
+    with suppress(OSError, ValueError, TypeError, KeyError): return float(run.recipe['learning_rate'])
+
 def _row(run):
     "A run as a row of the table of runs."
     log = Log(run)
     lowest, found = best_evaluation(log), health_findings(log)
     now, started = run.progress, state_or_empty(run, WAITER).get('started')
-    return {'state': run.status, 'started': started, 'step': now.step, 'of': now.steps, 'loss': now.loss,
-            'best eval_loss': lowest, 'health': ', '.join(f.where for f in found),
+    return {'state': run.status, 'started': started, 'learning_rate': _learning_rate(run), 'step': now.step,
+            'of': now.steps, 'loss': now.loss, 'best eval_loss': lowest, 'health': ', '.join(f.where for f in found),
             'cure': ' '.join(f.cure for f in found)}
 
 _known_rows = {} # Folder → what its files were, and the row, of runs that have ended
@@ -391,7 +396,7 @@ def run_folders(
 
 def runs(
     folder:str|Path='.', # Folder to search, including its subfolders, without links and hidden ones
-)->'pd.DataFrame': # A row for each run: run (its path in the folder), state, started, step, of, loss, …, health, cure
+)->'pd.DataFrame': # A row for each run: run (its path in the folder), state, started, learning_rate, step, …, health, cure
     "List all runs in a folder and its subfolders. Raises `FileNotFoundError` if there is no such folder."
     import pandas as pd
     folder = Path(folder).absolute()
@@ -402,8 +407,8 @@ def runs(
     own = [run for run in found if is_run(state_or_empty(run, RUN))]
     rows = [{'run': str(run.output_dir.relative_to(folder))} | _known_row(run) for run in own]
     table = pd.DataFrame(rows,
-                         columns=['run', 'state', 'started', 'step', 'of', 'loss', 'best eval_loss', 'health',
-                                  'cure'])
+                         columns=['run', 'state', 'started', 'learning_rate', 'step', 'of', 'loss', 'best eval_loss',
+                                  'health', 'cure'])
     table['started'] = pd.to_datetime(table.started, unit='s').dt.floor('s')
     return full_table(table)
 
