@@ -34,16 +34,17 @@ def _answers(rows): return [row['predict'] for row in rows]
 def trained(tiny, data, tmp_path_factory):
     "Runs of the embedded model, which train side by side."
     folder = tmp_path_factory.mktemp('runs')
-    def begin(name, nproc=1, preview=2, **changes):
+    def begin(name, nproc=1, preview=2, share='1', **changes):
         usual = dict(dataset_dir=str(data), max_steps=160, max_samples=200, val_size=.1, eval_strategy='steps', eval_steps=40, save_steps=40, logging_steps=10,
                      learning_rate=1e-3, per_device_train_batch_size=4, per_device_eval_batch_size=4, gradient_accumulation_steps=1, bf16=None, use_cpu=True,
                      preprocessing_num_workers=None)
-        return launch(train_recipe(tiny, 'car_item', folder/name, **usual | changes), nproc=nproc, preview=preview, env={'QWEN2VL_NB_PREVIEW': '1'})  # however fast it trains
+        return launch(train_recipe(tiny, 'car_item', folder/name, **usual | changes), nproc=nproc, preview=preview, env={'QWEN2VL_NB_PREVIEW': share})  # however fast it trains
     two_ranks = dict(nproc=2, preview=1, deepspeed=zero_config('z2'), use_cpu=None, max_steps=100, eval_steps=50, save_steps=1000)
     runs = dict(lora=begin('lora'), plain=begin('plain', preview=0), full=begin('full', finetuning_type='full', lora_target=None, learning_rate=1e-4, max_steps=20,
                                                                                eval_steps=10, save_steps=10))
     (runs['full'].output_dir/'preview.jsonl').mkdir()  # its answers cannot be written
-    runs |= dict(z2=begin('z2', **two_ranks), z3=begin('z3', **two_ranks | dict(nproc=1, deepspeed=zero_config('z3'), max_steps=2, eval_steps=1, save_steps=1000)))
+    runs |= dict(z2=begin('z2', **two_ranks), z3=begin('z3', **two_ranks | dict(nproc=1, deepspeed=zero_config('z3'), max_steps=2, eval_steps=1, save_steps=1000)),
+                 hurried=begin('hurried', share='0.001', max_steps=2, eval_steps=1, save_steps=1000))
     return SimpleNamespace(**{name: run.wait() for name, run in runs.items()})
 
 @pytest.fixture(scope='module')
@@ -97,6 +98,16 @@ def test_under_zero_3_it_says_why_there_are_no_answers(trained):
     note, = read_previews(trained.z3)
     assert trained.z3.status == 'done' and 'ZeRO-3' in note['note'] and 'score_checkpoints' in note['note']
     assert 'ZeRO-3' in str(show_previews(trained.z3))
+
+def test_it_says_once_why_there_are_no_answers_yet(trained):
+    note, = read_previews(trained.hurried)
+    assert trained.hurried.status == 'done' and note['step'] == 1 and 'at most 0.1 % of the training time' in note['note']
+    assert str(show_previews(trained.hurried)).startswith('No answers yet')
+
+def test_what_was_said_before_there_were_answers_is_gone_with_them(trained, tmp_path):
+    lines = (trained.lora.output_dir/'preview.jsonl').read_text()
+    (tmp_path/'preview.jsonl').write_text(json.dumps({'step': 1, 'note': 'No answers yet.'}) + '\n' + lines)
+    assert str(show_previews(tmp_path)).startswith('Answers during the training')
 
 def test_a_training_goes_on_without_answers_that_cannot_be_written(trained):
     assert trained.full.status == 'done' and 'Answers could not be generated: IsADirectoryError' in trained.full.log()

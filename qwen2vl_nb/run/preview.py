@@ -229,13 +229,19 @@ def preview_callback(
             if self.rows is None: self.rows = _features(loader.dataset, n)
             speed = next((v for k, v in metrics.items() if k.endswith('_samples_per_second') and v), 1)
             left = self.budget.left(_least*args.world_size*len(self.rows)/speed)
-            if not left: return
+            if not left: return self.wait(state)
             began = time.monotonic()
             answers = generate(model, loader.collate_fn, args, [row for _, row, _ in self.rows], left)
             took = time.monotonic() - began
             self.budget.needed = took*(2 if any(end == 'time' for _, end in answers) else 1)
             _add_line(folder, {'step': state.global_step, 'seconds': round(took, 3),
                                'rows': describe_rows(self.rows, answers, model, loader.collate_fn)})
+
+        def wait(self, state):
+            "Say why there are no answers yet."
+            said = ('No answers yet: generating them may take at most '
+                    f'{100*self.budget.share:g} % of the training time, which has not been enough so far.')
+            if not read_previews(folder): _add_line(folder, {'step': state.global_step, 'note': said})
 
         def give_up(self, state, error):
             import torch
@@ -304,10 +310,9 @@ def show_previews(
 ): # `PictureGrid`
     "The rows with their pictures, labels and latest answers."
     lines = read_previews(run)
-    notes, steps = [line['note'] for line in lines if 'note' in line], [line for line in lines if 'rows' in line]
-    cards = []
+    note, steps, cards = lines[-1].get('note') if lines else '', [line for line in lines if 'rows' in line], []
     for row in steps[-1]['rows'] if steps else []:
         answers = [_answer_line(line['step'], other) for line in steps[-_shown_steps:] for other in line['rows']
                    if other['row'] == row['row']]
         cards.append((row['images'], [('prompt', row['prompt'], ''), ('label', row['label'], ''), *answers]))
-    return PictureGrid(cards, 4, notes[-1] if notes else 'Answers during the training' if cards else '')
+    return PictureGrid(cards, 4, note or ('Answers during the training' if cards else ''))
