@@ -28,7 +28,7 @@ from .score_step import ScoreStep
 from .split_step import SplitStep
 from .session import NOTEBOOK, PANEL, Project, Session
 from .shown import STYLE, as_html
-from ..display import display_again
+from ..display import ARROW_STYLE, display_again
 from ..files import json_or
 from .texts import Texts
 
@@ -79,8 +79,8 @@ class Panel(VBox):
         self.tabs = {name: self._tab(name) for name in self.steps}
         row = Box([*self.tabs.values()], layout=Layout(margin='4px 0'))
         row.add_class('qvl-tabs')
-        super().__init__([HTML(STYLE), self.where, row, self.complaint, self._body])
-        self.add_class('qvl')
+        super().__init__([HTML(STYLE + ARROW_STYLE), self.where, row, self.complaint, self._body])
+        for name in ('qvl', 'qvl-arrow'): self.add_class(name)
         self.go(project.state.get('open'))
 
     def __repr__(self): return f'Panel; the code that it ran is in panel.ipynb, in {self.session.project.folder}'

@@ -30,8 +30,6 @@ STYLE = '''<style>
 }
 .qvl .widget-html-content,.qvl .jupyter-widget-html-content {line-height:1.45;min-width:0}
 .qvl .widget-label,.qvl .jupyter-widget-label {color:inherit}
-.qvl {--jp-widgets-dropdown-arrow:url("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' \
-viewBox='0 0 18 18'%3E%3Cpath d='M5 7l4 4 4-4' fill='none' stroke='%23888' stroke-width='2'/%3E%3C/svg%3E")}
 .qvl .qvl-wrong input {border-color:var(--jp-error-color1,#d64545)} .qvl-list button {text-align:left}
 .qvl select[multiple] {min-width:0} .qvl select[size]>option {white-space:normal;overflow-wrap:anywhere}
 .qvl-help {opacity:.75;line-height:1.35;overflow-wrap:anywhere} .qvl .qvl-held {opacity:.5;cursor:default}

@@ -190,7 +190,8 @@ def _failed(self:ActionBox, error):
     "What is shown of an error, with the code that led to it, if any, and the traceback if it is a fault of the code."
     say, shown = self.step.panel.say, []
     with suppress(Exception):  # the code could not even be built
-        if not isinstance(error, _refusals): shown = [HTML(code_html(self.step.panel.session.next_code(self.action.name)[1], say('panel.copy')))]
+        text = self.step.panel.session.next_code(self.action.name)[1]
+        if not isinstance(error, _refusals): shown = [HTML(code_html(text, say('panel.copy')))]
     if not is_expected(error): shown.append(HTML(as_html('qvl-said', ''.join(format_exception(error)))))
     return [HTML(as_html('qvl-error', self.step.tell_error(error))), *shown]
 

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from ipywidgets import HTML, BoundedIntText, Button, Dropdown, HBox, Layout, Text, VBox
 from ..files import whole_file
 from ..findings import as_text
-from ..display import ANSWER, FILL, LABEL, card_text, div, grid_style, picture_html
+from ..display import ANSWER, ARROW_STYLE, FILL, LABEL, card_text, div, grid_style, picture_html
 from ..model import after_thoughts, box_frame
 from ..recipe import load_recipe
 from ..data.boxes import box_pieces
@@ -291,9 +291,10 @@ class PredictionView(VBox):
                                     style=dict(description_width='36px'))
         self._at, self._cards = HTML(), HTML()
         pager = HBox([self._back, self._page, self._at, self._next], layout=Layout(align_items='center'))
-        bars = HBox([self._filter, self._search]), pager
+        bars = HBox([self._filter, self._search, HTML(ARROW_STYLE)]), pager
         pager.add_class('qvl-pager')  # which stays one line in the panel, however narrow
         super().__init__([*bars, self._cards])
+        self.add_class('qvl-arrow')
         for widget in (self._filter, self._search): widget.observe(lambda _: self._select(), 'value')
         self._page.observe(lambda _: self._draw(), 'value')
         self._select()

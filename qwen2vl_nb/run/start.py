@@ -396,7 +396,7 @@ def run_folders(
 
 def runs(
     folder:str|Path='.', # Folder to search, including its subfolders, without links and hidden ones
-)->'pd.DataFrame': # A row for each run: run (its path in the folder), state, started, learning_rate, step, …, health, cure
+)->'pd.DataFrame': # A row for each run: run (its path in the folder), state, started, …, health, cure
     "List all runs in a folder and its subfolders. Raises `FileNotFoundError` if there is no such folder."
     import pandas as pd
     folder = Path(folder).absolute()
