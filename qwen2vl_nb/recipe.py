@@ -24,6 +24,7 @@ from .model import usual_template
 from .zero import zero_stage
 from .checkpoint import checkpoints, is_stale, is_whole_file, when_written
 from .run.folder import BEST, RUN, state_or_empty
+from .run.life import status
 
 # %% ../nbs/10_recipe.ipynb #recplain00
 def _plain(value):
@@ -213,6 +214,9 @@ def find_adapter(
     own, best = _own_folders(folder), measured and best_measured(folder)
     for found in (*[best]*bool(best), *_best_checkpoint(own), *own):
         if is_adapter(found): return found
+    if status(folder) == 'running':
+        raise FileNotFoundError(f'There is no adapter in {folder} yet: its run is in progress. Wait for its end with '
+                                'run.wait(), or for its first checkpoint.')
     why = '; did the run end without an error?' if folder.is_dir() else ': the folder does not exist.'
     raise FileNotFoundError(f'There is no adapter in {folder}{why} '
                             'A fully fine-tuned model is not an adapter: pass its folder as the model.')

@@ -19,6 +19,7 @@ from .recipe import (earlier_adapters, is_adapter, load_recipe, template_names, 
                                trains_nothing, unknown_argument)
 from .model_faults import model_findings, quantized_findings
 from .run.folder import RECIPE, RUN
+from .run.life import early_end, status
 from .zero import read_zero, zero_stage
 
 # %% ../nbs/15_recipe_faults.ipynb #kinds002
@@ -269,10 +270,16 @@ def _output_findings(recipe):
     goes_on = recipe.get('overwrite_output_dir') or recipe.get('resume_from_checkpoint')
     if goes_on or not recipe.get('do_train') or not _is_finished(Path(out)): return found
     other = next(f'{out}-{n}' for n in count(2) if not os.path.lexists(f'{out}-{n}'))
-    return found + [Finding('output_dir',
-        f'{Path(out)} contains a finished run, and LLaMA-Factory does not overwrite it.',
-        f"Keep it, and start beside it: launch(recipe | {{'output_dir': {other!r}}}). Or replace it: "
-        'overwrite_output_dir: true.')]
+    beside = f"start beside it: launch(recipe | {{'output_dir': {other!r}}})."
+    replaced = 'Or replace it: overwrite_output_dir: true.'
+    if status(out) == 'running':
+        what, cure = f'A run is in progress in {Path(out)}.', f'attach({out!r}) shows it. Or {beside}'
+    elif said := early_end(Path(out)):
+        what, cure = said, f'attach({out!r}).resume() continues it. Or {beside} {replaced}'
+    else:
+        what = f'{Path(out)} contains a finished run, and LLaMA-Factory does not overwrite it.'
+        cure = f'Keep it, and {beside} {replaced}'
+    return found + [Finding('output_dir', what, cure)]
 
 # %% ../nbs/15_recipe_faults.ipynb #f56185f5
 def _has_reference(recipe):

@@ -39,8 +39,8 @@ def next_step(
     run:Path, # Folder of the training
 )->tuple: # (key of a text, what belongs in its braces)
     "The likeliest reason in the training for answers that are no better than a guess."
-    from qwen2vl_nb.prediction.predictions import early_end
     from qwen2vl_nb.run.health import health_findings
+    from qwen2vl_nb.run.life import early_end
     from qwen2vl_nb.run.loss import Log
     log = Log(run)
     found, rows = health_findings(log), log.rows
