@@ -88,8 +88,16 @@ def test_cells_of_all_dtypes():
     one, two = read_samples(frame)
     assert one | {'box': one['box']} == {'f32': 1.5, 'flag': True, 'when': '2026-03-01 10:00:00', 'day': '2026-03-01', 'price': '1.50', 'box': [1, 2, 3, 4], 'text': 'café', 'path': 'a/b.txt',
         'nested': {'a': [1, None], '2': [None]}, 'arrow': ['a', 'b'], 'sparse': 0, 'period': '0 days 01:00:00', 'images': [], 'instruction': 'q', 'input': '', 'output': 'yes'}
-    assert two['output'] is None and [k for k, v in two.items() if v is None] == ['f32', 'flag', 'when', 'day', 'price', 'box', 'text', 'path', 'arrow', 'period', 'output']
+    assert two['output'] == '' and [k for k, v in two.items() if v is None] == ['f32', 'flag', 'when', 'day', 'price', 'box', 'text', 'path', 'arrow', 'period']
     json.dumps([one, two], allow_nan=False)
+
+def test_an_empty_cell_is_the_same_fault_in_a_table_and_in_its_file(tmp_path, monkeypatch):
+    "pandas reads empty cells as NaN; a number that is missing is not made a text."
+    monkeypatch.chdir(tmp_path)
+    pd.DataFrame({'question': ['q', 'r', 's'], 'answer': ['yes', None, 'no'], 'n': [1, None, 3]}).to_excel('t.xlsx', index=False)
+    told = [check_samples(read_samples(source))[['row', 'field', 'what', 'level']].to_numpy().tolist() for source in ('t.xlsx', pd.read_excel('t.xlsx'))]
+    assert told[0] == told[1] and told[0][0][1:] == ['output', 'The answer is empty.', 'warning']
+    assert read_samples(pd.read_excel('t.xlsx'))[1]['n'] is None
 
 def test_columns_of_one_name_are_all_kept(capsys):
     frame = pd.DataFrame([['q', 'a', 1, 2]], columns=['question', 'answer', 'note', 'note'])

@@ -65,6 +65,7 @@ def _text_faults(role, text):
     if not isinstance(text, str):
         is_json = isinstance(text, (dict, list))
         cure = 'Write it as JSON text: json.dumps(…).' if is_json else f'Give the {name} as text.'
+        if text is None: cure = f'Fill in the {name}, or drop the row.'
         return [Fault(f'The {name} is {show_value(text)}, not text: '
                       'LLaMA-Factory would drop the row or stop.', cure)]
     faults = (_empty_fault(text, name), _special_token_fault(text, name), _misplaced_tag_fault(role, text, name),
@@ -482,9 +483,12 @@ def _rows_table(found, samples):
 
 # %% ../../nbs/data/40_check.ipynb #82b876b4
 def _given(samples):
-    "The samples as a list; raises `TypeError` if they are a file or a table."
+    "The samples as a list; raises `TypeError` if they are something else, such as a file."
     if isinstance(samples, (str, os.PathLike)) or is_table(samples):
         raise TypeError('Samples are checked, not files or tables: check_samples(read_samples(…)).')
+    if isinstance(samples, tuple) and len(samples) == 2 and is_table(samples[1]):
+        raise TypeError('These are samples and findings, as mend_samples returns them: '
+                        'samples, findings = mend_samples(samples).')
     return list(samples)
 
 def _check(samples, fix, against, model, cutoff_len, media, workers, **limits):
@@ -560,7 +564,7 @@ def _that_say(findings, texts):
 def drop_samples(
     samples:list, # Samples
     findings:'pd.DataFrame', # What `check_samples` or `mend_samples` found in them, or a part of it
-    levels:tuple=('error',), # A row with a finding of one of these levels is dropped
+    levels:str|tuple=('error',), # A row with a finding of this level, or of one of these, is dropped
     also:str|list=(), # Text or texts: a row with a finding that says one of them is dropped, too
 )->list: # The samples that are left, in the same order
     "Drop the samples that have errors, and print which and why; rows with only warnings are kept, and printed, too."
@@ -569,13 +573,14 @@ def drop_samples(
         raise ValueError(f'The findings are about {n:,} rows, and these are {len(samples):,}: '
                          'check_samples(samples) finds what is wrong with these.')
     said = _that_say(findings, [also] if isinstance(also, str) else also)
-    bad = findings[findings.level.isin(levels) | said]
+    bad = findings[findings.level.isin([levels] if isinstance(levels, str) else levels) | said]
     dropped = set(bad.row)
     kept = findings[~findings.row.isin(dropped)]
     doubtful, noted = kept[kept.level == 'warning'], kept[kept.level == 'note'].row.nunique()
     if dropped: print(f'Dropped {len(dropped):,} of {n:,} rows:\n{_name_rows(samples, bad)}')
     else: print(f'Nothing to drop: {n:,} rows.')
     cures = _name_rows(samples, doubtful, cures=True)
-    if cures: print(f'Kept with warnings, {doubtful.row.nunique():,}:\n{cures}')
+    how = 'also=… drops rows by what is said about them'
+    if cures: print(f'Kept with warnings, {doubtful.row.nunique():,} ({how}):\n{cures}')
     if noted: print(f'Kept with notes, {noted:,}: the findings name them.')
     return [s for i, s in enumerate(samples) if i not in dropped]

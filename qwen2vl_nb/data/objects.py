@@ -131,12 +131,21 @@ def _renamed(names):
     often = [name for name, n in Counter(map(str, names)).items() if n > 1]
     return f' ({often[0]!r} occurs more than once as a column: the second is {often[0] + ".1"!r})' if often else ''
 
+def _has_texts(column):
+    "Whether all cells of a column that are not empty are texts."
+    import pandas as pd
+    values = column.cat.categories if isinstance(column.dtype, pd.CategoricalDtype) else column
+    return pd.api.types.infer_dtype(values, skipna=True) == 'string'
+
 def _frame_rows(frame):
-    "The rows of a DataFrame as dicts."
+    "The rows of a DataFrame as dicts; in a column of texts, an empty cell is an empty text, as in a CSV file."
     names = _apart(frame.columns)
+    is_text = [_has_texts(frame.iloc[:, j]) for j in range(len(names))]
+    def cells(column, is_text):
+        return (column.astype(object).where(column.notna(), '') if is_text else column).tolist()
     for start in range(0, len(frame), _batch):
         part = frame.iloc[start:start+_batch]
-        columns = [part.iloc[:, j].tolist() for j in range(part.shape[1])]
+        columns = [cells(part.iloc[:, j], is_text[j]) for j in range(len(names))]
         yield from (dict(zip(names, cells)) for cells in zip(*columns))
 
 def _checked_frame(frame):
