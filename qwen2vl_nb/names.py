@@ -103,7 +103,8 @@ def _with_short_refusals(f):
     def short(*args, **kwargs):
         try: return f(*args, **kwargs)
         except Exception as error:
-            if is_refusal(error): error._render_traceback_ = partial(_callers_traceback, error)
+            is_miscalled = error.__traceback__.tb_next is None  # such as with an argument that it does not have
+            if is_miscalled or is_refusal(error): error._render_traceback_ = partial(_callers_traceback, error)
             raise
     return short
 

@@ -52,6 +52,10 @@ REFUSED = {  # Cell → a part of the message
     'plot_loss(folder)': 'trainer_log.jsonl',
     'Predictions(damaged)': 'predictions.jsonl',
     'score([])': '',
+    'compare(Run(folder), [])': 'A Run is not predictions',
+    'check_samples(mend_samples([]))': 'samples, findings = mend_samples(samples)',
+    'attach()': 'missing 1 required positional argument',
+    'score([], tolerence=1)': "unexpected keyword argument 'tolerence'",
     'sweep(recipe, lora_rank=8)': 'not a list of values',
 }
 

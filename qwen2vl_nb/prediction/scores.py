@@ -9,12 +9,14 @@ __all__ = ['checked_rows', 'is_right', 'Scores', 'usual_measure', 'score', 'chec
 import html, json, math, re, unicodedata
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Context, Decimal
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 from fastcore.basics import patch
+from ..names import warn
 from ..findings import as_text, findings_table, first_few, one_header, text_table
 from ..model import after_thoughts
 from ..data.boxes import box_pieces
@@ -37,7 +39,9 @@ def _check_row(i, row):
             raise ValueError(f'Row {row.get("id", i)}: its {key} is {row[key]!r}, not text.')
 
 def _sequence(predictions):
-    return predictions if isinstance(predictions, Sequence) and not isinstance(predictions, str) else list(predictions)
+    if isinstance(predictions, Sequence) and not isinstance(predictions, str): return predictions
+    if isinstance(predictions, Iterable): return list(predictions)
+    raise TypeError(f'A {type(predictions).__name__} is not predictions: pass what `predict` returns.')
 
 def checked_rows(
     predictions, # Rows, as returned by `predict`
@@ -556,6 +560,11 @@ def _matched(first, second):
     if other:
         raise ValueError(f'{len(other)} row(s) have another label in the second ({", ".join(first_few(other))}): '
                          'was the data changed in between?')
+    names = lambda row: [Path(str(p)).name for key in ('images', 'videos') for p in row.get(key) or []]
+    other = [k for k,row,match in zip(asked, first, found) if names(row) != names(match)]
+    if other:
+        warn(f'{len(other)} row(s) have other pictures in the second ({", ".join(first_few(other))}): compare '
+             'predictions of the same rows.')
     return found
 
 # %% ../../nbs/prediction/50_scores.ipynb #18fd7a57

@@ -111,6 +111,7 @@ def _lines(row):
     return {name: text.strip() for name,text in lines.items() if text is not None}
 
 def _media(row): return (row.get('images') or []) + (row.get('videos') or [])
+def _file_names(row): return [Path(path).name for path in _media(row) if isinstance(path, str)]
 
 def _changed(path):
     "When a file, or the newest of several files, was last changed."
@@ -126,7 +127,7 @@ def _not_a_file(path):
 @lru_cache(maxsize=2000)
 def _kept_picture(path, changed, boxes=()):
     wrong = _not_a_file(path)  # such as a URL, a FIFO or a device, which must not be opened just by viewing a card
-    if wrong: return div('padding:2em 1em;border:1px dashed', html.escape(wrong))
+    if wrong: return div('padding:2em 1em;border:1px dashed;overflow-wrap:anywhere', html.escape(wrong))
     return picture_html(list(path) if isinstance(path, tuple) else path, boxes)
 
 # %% ../../nbs/prediction/60_show.ipynb #e023a9c1
@@ -154,6 +155,7 @@ def _card_html(row, boxes=()):
     if row.get('finish_reason') == 'length': shown['answer'] += ' <small style="opacity:.65">[cut off]</small>'
     small = '<small class="t" style="opacity:.65;overflow-wrap:anywhere">'
     name = f'id {row["id"]}' if row.get('id') is not None else ''
+    if name and row['id'] == row.get('row'): name = ' · '.join([name, *_file_names(row)])  # the number says little
     head = f'<b style="color:{colour}">{said}</b> {small}{html.escape(name)}</small>'
     legend = [div('font-size:.75em;opacity:.65', _legend(boxes))]*bool(boxes)
     return ''.join([*(_picture(path, boxes) for path in _media(row)), *legend, div('margin-top:.35em', head),
