@@ -176,18 +176,25 @@ def _held(run):
     yield
     worker.resume()
 
-def _wait_a_little(run, chance):
-    "Until some moment of the start, or of the work once it has begun."
-    is_early, more = chance.random() < .4, chance.uniform(0, .6)
-    until(lambda: not run.is_running or (_worker(run) if is_early else run.progress.step != run.progress.begin))
-    time.sleep(5*more if is_early else more)
+def _rows_done(folder):
+    path = folder/'predictions.jsonl'
+    return path.read_bytes().count(b'\n') if path.exists() else 0
+
+def _wait_a_little(run, chance, before, most):
+    "Until some moment of the start, or until some more rows are done, however fast the machine is."
+    more, seconds = chance.randint(1, most), chance.uniform(0, 3)
+    if chance.random() < .6: return until(lambda: not run.is_running or _rows_done(run.output_dir) >= before + more)
+    until(lambda: not run.is_running or _worker(run))
+    end = time.monotonic() + seconds
+    until(lambda: not run.is_running or time.monotonic() > end or _rows_done(run.output_dir) > before)
 
 def _killed_again_and_again(ask, many, uninterrupted, folder, times):
     chance, done = random.Random(0), []
     recipe = ask(folder/'out')
     for _ in range(times):
+        before = _rows_done(folder/'out')
         caller, run = _begun(_call(recipe, many, folder), folder/'out')
-        _wait_a_little(run, chance)
+        _wait_a_little(run, chance, before, len(many)//(2*times))
         if worker := _worker(run): worker.kill()
         assert 'rows are done and kept' in caller.communicate(timeout=PATIENCE)[0]
         done.append(len(Predictions(folder/'out')) if (folder/'out'/'predictions.jsonl').exists() else 0)
@@ -237,6 +244,13 @@ def test_a_row_that_the_model_fails_of_does_not_take_the_others_along(ask, many,
     with pytest.warns(UserWarning, match='1 of 10 rows have no answer'): p = predict(ask(tmp_path/'out'), asked)
     assert [r['row'] for r in p.failed] == [9] and 'tokens' in p[9]['error'] and all(r['predict'] for r in p[:9])
     assert all(row[f'column.{name}'] == value for row in p for name, value in columns.items())
+
+def test_pictures_that_are_not_there_are_told_before_the_start(ask, many, tmp_path):
+    asked = [*many[:2], many[2] | {'images': [str(tmp_path/'gone.png')]}]
+    with pytest.warns(UserWarning) as found: predict(ask(tmp_path/'out'), asked)
+    first, last = [str(w.message) for w in found if issubclass(w.category, UserWarning)]
+    assert first == '1 of 3 rows have a picture or clip that is not there, and get no answer: row 2.'
+    assert last.startswith('1 of 3 rows have no answer; once the cause is gone, calling predict again')
 
 @pytest.mark.soak
 def test_two_calls_at_once_wait_for_the_same_run(ask, many, uninterrupted, tmp_path):

@@ -272,12 +272,20 @@ def _answering(recipe, engine, asked):
     if engine == 'llamafactory' or any(row['label'] for row in asked): return recipe
     return {'skip_special_tokens': False} | recipe
 
+def _warn_of_lost_files(asked):
+    "Warn of rows whose pictures or clips are not there, before the model is loaded."
+    lost = lambda paths: any(lost(p) if isinstance(p, list) else not os.path.exists(p) for p in paths)
+    gone = [row for row in asked if lost([*row['images'], *row.get('videos', [])])]
+    if gone:
+        first = ', '.join(first_few([f'row {row["row"]}' for row in gone]))
+        warn(f'{len(gone)} of {len(asked)} rows have a picture or clip that is not there, and get no answer: {first}.')
+
 def _warn_of_failed(predictions, caller='predict'):
     failed = predictions.failed
     if not failed: return
     said = bulleted([f"row {row['row']} (id {row['id']!r}): {row.get('error')}" for row in failed])
-    warn(f'{len(failed)} of {len(predictions)} rows have no answer; calling {caller} again asks them again.'
-         f'\n{said}')
+    warn(f'{len(failed)} of {len(predictions)} rows have no answer; once the cause is gone, calling {caller} again '
+         f'asks them again.\n{said}')
 
 # %% ../../nbs/prediction/45_engines.ipynb #6b59010e
 def _check_engine(engine, options, started):
@@ -332,6 +340,7 @@ def predict(
         if not is_at_work and missing(path, len(rows)):
             begin = partial(_begin_served, served) if served else _engines[engine]
             about = describe_again(served) if served else describe_start(nproc, python=python, env=env)
+            _warn_of_lost_files(asked)
             begin(_answering(recipe, engine, asked), samples, folder, about, **options)
             is_at_work = True
     if is_at_work: _wait(run, len(rows))
