@@ -69,6 +69,13 @@ def without_empty(
     "A table without the columns that have no value in any row."
     return table.loc[:, (table.notna() & (table != '')).any()] if len(table) else table
 
+_longest_line = 60 # Characters of a cell, such as a path or a date, that stays on one line
+
+def _aligned(html):
+    "A table whose cells are left-aligned, and on one line if they are short: texts are easy to compare."
+    html = html.replace('text-align: right', 'text-align: left').replace('<td>', '<td style="text-align:left">')
+    return re.sub(rf'(?<=text-align:left)(?=">[^<]{{,{_longest_line}}}</td>)', ';white-space:nowrap', html)
+
 @cache
 def _full_class():
     import pandas as pd
@@ -79,7 +86,9 @@ def _full_class():
             text = without_empty(self)
             text = text.astype(object).where(text.notna(), '')
             with pd.option_context('display.max_colwidth', None): return show(text_table(text))
-        def _repr_html_(self): return self._shown(lambda table: table._repr_html_())
+        def _repr_html_(self):
+            shown = self._shown(lambda table: table._repr_html_())  # `None` if pandas is set to show plain text
+            return shown and _aligned(shown)
         def __repr__(self): return self._shown(repr)
     return FullTable
 

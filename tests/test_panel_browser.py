@@ -193,7 +193,7 @@ def _answered(form):
         form.at.get_by_text('20 rows have an answer now, in ').nth(int(action == 'predict.after')).wait_for()
     form.go('score')
     form.press('score.scores')
-    form.says('20 rows; with 95 % intervals')
+    form.says('20 rows; in percent, with 95 % intervals')
     form.press('score.compare')
     form.says('McNemar')
     form.press('score.show')

@@ -372,7 +372,7 @@ def by(self:Scores,
 def _title(self:Scores):
     rest = len(self._given) - len(self.rows)
     return ', '.join([f'{len(self.rows)} rows', *[f'{self["failed"]} of them failed']*bool(self['failed']),
-                      *[f'{rest} more without a label']*bool(rest)]) + '; with 95 % intervals'
+                      *[f'{rest} more without a label']*bool(rest)]) + '; in percent, with 95 % intervals'
 
 # %% ../../nbs/prediction/50_scores.ipynb #52aaddf7
 @patch

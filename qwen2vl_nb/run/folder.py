@@ -8,12 +8,13 @@ __all__ = ['RUN', 'RECIPE', 'RUN_LOG', 'RANKS', 'RANK_OUT', 'RANK_ERR', 'TRAINER
            'ANSWERS', 'GENERATED', 'SERVED', 'RUN_LOCK', 'ASKED_LOCK', 'SERVER', 'failure_file', 'RunStart',
            'write_start', 'is_number', 'is_count', 'read_state', 'state_or_empty', 'write_progress', 'write_doing',
            'end_doing', 'write_failure', 'Best', 'write_best', 'scores_folder', 'parts_of', 'trained_in', 'is_training',
-           'last_start', 'files_of']
+           'run_folders', 'last_start', 'files_of']
 
 # %% ../../nbs/run/00_folder.ipynb #d10b0003
 import os, re, time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
+from itertools import islice
 from pathlib import Path
 from ..hidden import mask
 from ..files import Damaged, name_part, read_json, write_json
@@ -281,6 +282,24 @@ def is_training(
 )->bool:
     "Whether a run trains, and is not a prediction or a model that is kept loaded."
     return state_or_empty(folder, RUN).get('unit', 'step') == 'step'
+
+# %% ../../nbs/run/00_folder.ipynb #runfolders
+_most_searched = 50_000 # Folders; those near the top come first
+
+def _subfolders(folder):
+    "The folders in a folder, without links, hidden ones and earlier starts; none if it can't be read."
+    is_own = lambda e: e.is_dir(follow_symlinks=False) and not e.name.startswith('.') and e.name != EARLIER
+    try:
+        with os.scandir(folder) as found: return [e.path for e in found if is_own(e)]
+    except OSError: return []
+
+def run_folders(
+    folder:Path, # Folder to search, including its subfolders
+)->list: # Folders, sorted
+    "The folders in which something was started."
+    found = [os.fspath(folder)]
+    for each in islice(found, _most_searched): found += _subfolders(each)  # the list grows meanwhile
+    return sorted(Path(p) for p in found[:_most_searched] if os.path.lexists(os.path.join(p, RUN)))
 
 # %% ../../nbs/run/00_folder.ipynb #d10b000a
 _always_noted = {'id', 'command', 'cwd', 'python', 'versions', 'host', 'nproc', 'nnodes', 'node_rank', 'master',
