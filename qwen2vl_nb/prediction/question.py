@@ -9,11 +9,12 @@ __all__ = ['asked_row', 'treated_alike', 'special_token_findings', 'question', '
 # %% ../../nbs/prediction/35_question.ipynb #predictionquestion02
 import hashlib, json, os, re
 from contextlib import nullcontext, suppress
+from itertools import count
 from pathlib import Path
 from filelock import FileLock
 from ..names import warn
 from .. import hidden
-from ..files import Damaged, file_digest, read_json, whole_lines, write_json, write_text
+from ..files import Damaged, file_digest, read_json, short_path, whole_lines, write_json, write_text
 from ..findings import Finding, first_few
 from ..recipe import absolute_recipe
 from ..data.samples import media_key, media_of, sample_turns, trained_turns
@@ -241,9 +242,11 @@ class OtherQuestion(ValueError):
     def __init__(self,
         folder:Path, # The folder
         changes:list, # What differs, in words
-        cure:str='Choose another output_dir, or delete this one.', # What to do about it
+        cure:str='', # What to do about it; empty: choose another folder
     ):
         self.changes = changes
+        free = next(f'{folder}-{n}' for n in count(2) if not os.path.lexists(f'{folder}-{n}'))
+        cure = cure or f'Choose another output_dir, such as {short_path(free)}, or delete this one.'
         super().__init__('\n- '.join([f'{folder} contains the answers to another question:', *changes])
                          + f'\nNothing was touched. {cure}')
 
