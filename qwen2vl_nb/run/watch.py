@@ -319,7 +319,8 @@ def _update_text(self:RunView):
     self._head.value = _line(_headline(seen))
     self._rest = ' · '.join(filter(None, [seen.now.pace, self._gpu() if state in _at_work else '']))
     waits = state in _at_work and seen.now.unit == 'step'  # a prediction has no curve
-    if not self._drawn: self._logged = _first_loss(self._run, seen.now.steps) if waits else ''
+    if not self._drawn and _has_curve(self._log): self._logged = _figures(self._log.summary())
+    elif not self._drawn: self._logged = _first_loss(self._run, seen.now.steps) if waits else ''
     self._show_figures()
     return state
 
