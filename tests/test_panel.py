@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from conftest import until
+from qwen2vl_nb.data.sources import read_samples
 from qwen2vl_nb.execute import execute
 from qwen2vl_nb.panel.data_step import column_names
 from qwen2vl_nb.panel.form import Panel
@@ -553,6 +554,15 @@ def test_columns_are_found_without_reading_the_file(folder):
         f.write(b'photo,text\n')
         f.truncate(10**12)  # a terabyte, of which nothing is on the disk
     assert column_names('large.csv') == ['photo', 'text']
+
+@pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'gb18030', 'utf-16'])
+def test_columns_have_the_names_that_the_reader_gives_them(folder, encoding):
+    "Also of a file that is longer than what is looked at, which may end within a character."
+    line = ''.join(f'photos/{i}.png,{COLOURS[i%4]}色,{i}\n' for i in range(24))
+    for n, times in enumerate((1, 5000)):
+        Path(f'{encoding}{n}.csv').write_bytes(('图片,描述,编号\n' + line*times).encode(encoding))
+        assert column_names(f'{encoding}{n}.csv') == ['图片', '描述', '编号']
+    read_samples(f'{encoding}0.csv', image='图片', prompt='?', response='描述')
 
 def test_a_table_with_a_title_is_read_with_and_without_the_number_of_its_header(folder):
     rows = [['Colours of 2026'], [], ['photo', 'caption'], *pd.read_excel('labels.xlsx').values.tolist()]

@@ -101,8 +101,8 @@ def copies_in(
               if short_path(path) != short_path(own) and not path.endswith(f'/{place_of(other)}')]
     return f' (a copy: {", ".join(copies)})' if copies else ''
 
-def _contradictions(answers, same):
-    "Rows that have the same pictures and the same prompt as another one, and another label."
+def _contradictions(answers, same, are_labels):
+    "Rows that have the same pictures and the same prompt as another one, and another answer."
     shown = [(hash((*paths,)), a) for a in answers if sample_kind(a.sample) == 'answers'
              and (paths := _shown_in(a.sample, same))]
     often = Counter(paths for paths, _ in shown)
@@ -111,13 +111,15 @@ def _contradictions(answers, same):
         if often[paths] > 1: groups.setdefault(_question_of(a.sample, same), []).append(a)
     several = [group for group in groups.values() if len(group) > 1]
     once = len(groups) - len(several) + sum(n == 1 for n in often.values())
-    for group in several*(len(several) < once):
+    level, cure = 'warning', 'Correct one of them, or drop both rows.'
+    if not are_labels: level, cure = 'note', 'Correct one of them, unless both are right.'
+    for group in several*(len(several)*(1 if are_labels else _rare) < once):
         for a in group:
             if other := next((b for b in group if b.label != a.label), None):
                 yield a.row, a.field, Fault(
                     f'The answer is {show_value(a.text)}, and that of {name_row(other.row, other.sample)} to the same '
                     f'prompt about the same picture{copies_in(other.sample, a.sample)} is {show_value(other.text)}.',
-                    'Correct one of them, or drop both rows.', 'warning')
+                    cure, level)
 
 # %% ../../nbs/data/38_answer_faults.ipynb #38answnum02
 _cell_errors = {'#DIV/0!', '#N/A', '#NAME?', '#NULL!', '#NUM!', '#REF!', '#VALUE!'} # Of Excel
@@ -155,7 +157,7 @@ def _blank_faults(answers):
     for a in answers if plain else []:
         if a.text != (text := a.text.strip()) and text in plain:
             yield a.row, a.field, Fault(
-                f'The answer {show_value(a.text)} has blanks around it; in {plain[text]} row(s) it has none.',
+                f'The answer {show_value(a.text)} has blanks around it; {plain[text]} row(s) have it without.',
                 'Remove them', 'warning', 'blanks')
 
 def without_blanks(
@@ -179,4 +181,4 @@ def answer_faults_between(
     answers = [a for a in answers if a.row not in wrong]
     spellings = _label_spellings(answers)
     return [*bad, *_blank_faults(answers), *_balance_faults(answers, spellings), *_case_faults(answers, spellings),
-            *(_contradictions(answers, same) if len(spellings) > 1 else [])]
+            *_contradictions(answers, same, bool(spellings))]

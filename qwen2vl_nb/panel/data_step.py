@@ -16,6 +16,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from ipywidgets import HTML, Checkbox, Combobox, Layout, SelectMultiple
 from ..data.describe import show_samples
+from ..data.sources import decoded
 from ..files import open_regular
 from ..findings import finding_kind, findings_class, worst_findings
 from .paths import PathList, path_row, suggestions
@@ -31,8 +32,8 @@ _most_peeked, _most_columns, _most_rows = 2**20, 200, 1000 # Bytes of a text fil
 
 def _beginning(file):
     "The first complete lines of a text file."
-    text = file.read(_most_peeked).decode('utf-8-sig', errors='replace')
-    return text if len(text) < _most_peeked else text.rpartition('\n')[0]
+    data = file.read(_most_peeked)
+    return decoded(data if len(data) < _most_peeked else data.rpartition(b'\n')[0], file.name)[0]
 
 def _header_in(rows, header):
     "The cells of the header, which is the first row with several cells if `header` is 0."
