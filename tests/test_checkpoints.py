@@ -102,7 +102,7 @@ def test_under_zero_3_it_says_why_there_are_no_answers(trained):
 def test_it_says_once_why_there_are_no_answers_yet(trained):
     note, = read_previews(trained.hurried)
     assert trained.hurried.status == 'done' and note['step'] == 1 and 'at most 0.1 % of the training time' in note['note']
-    assert str(show_previews(trained.hurried)).startswith('No answers yet')
+    assert str(show_previews(trained.hurried)).startswith('At step 1, there were no answers')
 
 def test_what_was_said_before_there_were_answers_is_gone_with_them(trained, tmp_path):
     lines = (trained.lora.output_dir/'preview.jsonl').read_text()

@@ -44,8 +44,8 @@ CHINESE = {
 # %% ../../nbs/panel/00_chinese.ipynb #zhpanel001
 CHINESE |= {
     'panel.set': ('To be set in this form: {fields}.', '请在此表单中设置：{fields}。'),
-    'panel.ended': ('This form is now shown in another cell. Run this cell again to have it here.',
-                    '此表单现在显示在另一个单元格中。重新运行本单元格即可在这里继续使用。'),
+    'panel.ended': ('This form was opened again, here or in another cell. Run this cell to have it here.',
+                    '此表单已重新打开（在这里或另一个单元格中）。运行本单元格即可在这里继续使用。'),
     'panel.run_again': ('The kernel that showed this form has ended. Run this cell again: the form comes back with '
                         'all that was done.',
                         '显示此表单的内核已经结束。重新运行本单元格，表单和已完成的内容就会恢复。'),
@@ -112,7 +112,7 @@ CHINESE |= {
     'data.check': ('Check', '检查'),
     'data.check.help': ('Decode every picture, count every token, and list what would stop training, drop a row '
                         'or spoil it',
-                        '解码每张图片，统计所有 token，列出会中断训练、丢弃或损坏数据行的问题'),
+                        '解码每张图片，统计所有 token，列出会中断训练、使数据行被丢弃或出错的问题'),
     'data.mend': ('Mend', '修复'),
     'data.mend.help': ('Repair in copies what can be repaired without guessing',
                        '在副本中修复无需猜测就能修好的问题，原文件保持不变'),
@@ -212,7 +212,7 @@ CHINESE |= {
     'runs.resume': ('Resume', '继续'),
     'runs.resume.help': ('From the newest complete checkpoint', '从最新的完整检查点继续'),
     'runs.place': ('Folder:', '目录：'),
-    'runs.choose': ('Choose', '选择'),
+    'runs.choose': ('Choose', '选用'),
     'runs.choose.help': ('Make this run the one that the following steps are about.',
                          '让之后的步骤都针对这个训练任务。'),
     'runs.count': ('{shown} of {n} runs, the newest first. The chosen run: {run}.',
@@ -364,7 +364,7 @@ CHINESE |= {
     'split.folder': ('Folder', '目录'),
     'split.folder.help': ('Where dataset_info.json and the data are written.',
                           'dataset_info.json 和数据写入这个目录。'),
-    'split.media': ('Pictures', '图片'),
+    'split.media': ('Pictures', '图片存放'),
     'split.refer': ('stay where they are', '留在原处'),
     'split.copy': ('are copied into the folder', '复制到该目录'),
     'split.link': ('are linked into the folder', '链接到该目录'),
@@ -400,7 +400,7 @@ CHINESE |= {
                                     '多。'),
     'recipe.lora_rank': ('LoRA rank', 'LoRA 秩'),
     'recipe.lora_rank.help': ('Size of the additional matrices.', '附加矩阵的大小。'),
-    'recipe.quantization_bit': ('Quantization', '量化等级'),
+    'recipe.quantization_bit': ('Quantization', '量化位数'),
     'recipe.quantization_bit.help': ('Bits of a frozen weight (QLoRA); needs bitsandbytes.',
                                      '冻结权重所用的比特数（QLoRA）；需要 bitsandbytes。'),
     'recipe.no_quantization': ('none', '不量化'),

@@ -6,6 +6,7 @@
 __all__ = ['STYLE', 'as_html', 'code_html', 'as_widget']
 
 # %% ../../nbs/panel/12_shown.ipynb #shown003
+import re
 from html import escape
 from ipywidgets import HTML, DOMWidget, Image, Layout
 
@@ -64,7 +65,8 @@ def as_html(
     style:str, # Class of the element
     text:str, # Text that is shown literally
 )->str:
-    "Text as HTML that shows it literally."
+    "Text as HTML that shows it literally; after a Chinese mark, there is no blank."
+    text = re.sub('(?<=[。！？；：]) ', '', text)
     return f'<div class="tex2jax_ignore mathjax_ignore {style}">{escape(text)}</div>' if text else ''
 
 _copy = ("const r=document.createRange();r.selectNodeContents(this.nextElementSibling);const s=getSelection();"

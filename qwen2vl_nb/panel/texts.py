@@ -35,7 +35,7 @@ ENGLISH = {
     'panel.range': '{kind} from {least} to {most}',
     'panel.least': '{kind} from {least} up',
     'panel.set': 'To be set in this form: {fields}.',
-    'panel.ended': 'This form is now shown in another cell. Run this cell again to have it here.',
+    'panel.ended': 'This form was opened again, here or in another cell. Run this cell to have it here.',
     'panel.run_again': 'The kernel that showed this form has ended. Run this cell again: the form comes back with '
                        'all that was done.',
     'panel.refused': 'The form could not be saved: {error}',

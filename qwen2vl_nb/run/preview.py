@@ -239,8 +239,8 @@ def preview_callback(
 
         def wait(self, state):
             "Say why there are no answers yet."
-            said = ('No answers yet: generating them may take at most '
-                    f'{100*self.budget.share:g} % of the training time, which has not been enough so far.')
+            said = (f'At step {state.global_step:,}, there were no answers: generating them may take at most '
+                    f'{100*self.budget.share:g} % of the training time, which was not enough.')
             if not read_previews(folder): _add_line(folder, {'step': state.global_step, 'note': said})
 
         def give_up(self, state, error):
