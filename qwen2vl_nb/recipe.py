@@ -23,8 +23,7 @@ from .files import json_or, read_text, write_text
 from .model import usual_template
 from .zero import zero_stage
 from .checkpoint import checkpoints, is_stale, is_whole_file, when_written
-from .run.folder import BEST, RUN, state_or_empty
-from .run.life import status
+from .run.folder import BEST, ENDED, RUN, is_training, state_or_empty
 
 # %% ../nbs/10_recipe.ipynb #recplain00
 def _plain(value):
@@ -214,8 +213,8 @@ def find_adapter(
     own, best = _own_folders(folder), measured and best_measured(folder)
     for found in (*[best]*bool(best), *_best_checkpoint(own), *own):
         if is_adapter(found): return found
-    if status(folder) == 'running':
-        raise FileNotFoundError(f'There is no adapter in {folder} yet: its run is in progress. Wait for its end with '
+    if (folder/RUN).exists() and not (folder/ENDED).exists() and is_training(folder):
+        raise FileNotFoundError(f'There is no adapter in {folder} yet: its run has not ended. Wait for it with '
                                 'run.wait(), or for its first checkpoint.')
     why = '; did the run end without an error?' if folder.is_dir() else ': the folder does not exist.'
     raise FileNotFoundError(f'There is no adapter in {folder}{why} '

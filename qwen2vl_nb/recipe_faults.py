@@ -18,8 +18,7 @@ from .checkpoint import checkpoints
 from .recipe import (earlier_adapters, is_adapter, load_recipe, template_names, train_recipe,
                                trains_nothing, unknown_argument)
 from .model_faults import model_findings, quantized_findings
-from .run.folder import RECIPE, RUN
-from .run.life import early_end, status
+from .run.folder import PROGRESS, RECIPE, RUN, state_or_empty
 from .zero import read_zero, zero_stage
 
 # %% ../nbs/15_recipe_faults.ipynb #kinds002
@@ -272,13 +271,12 @@ def _output_findings(recipe):
     other = next(f'{out}-{n}' for n in count(2) if not os.path.lexists(f'{out}-{n}'))
     beside = f"start beside it: launch(recipe | {{'output_dir': {other!r}}})."
     replaced = 'Or replace it: overwrite_output_dir: true.'
-    if status(out) == 'running':
-        what, cure = f'A run is in progress in {Path(out)}.', f'attach({out!r}) shows it. Or {beside}'
-    elif said := early_end(Path(out)):
-        what, cure = said, f'attach({out!r}).resume() continues it. Or {beside} {replaced}'
-    else:
-        what = f'{Path(out)} contains a finished run, and LLaMA-Factory does not overwrite it.'
-        cure = f'Keep it, and {beside} {replaced}'
+    now = state_or_empty(Path(out), PROGRESS)
+    what, cure = 'a finished run', f'Keep it, and {beside} {replaced}'
+    if now.get('step', 0) < now.get('steps', 0):
+        what = f'a run that has reached step {now["step"]} of {now["steps"]}'
+        cure = f'attach({out!r}).resume() continues it if it was stopped. Or {beside} {replaced}'
+    what = f'{Path(out)} contains {what}, and LLaMA-Factory does not overwrite it.'
     return found + [Finding('output_dir', what, cure)]
 
 # %% ../nbs/15_recipe_faults.ipynb #f56185f5

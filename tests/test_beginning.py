@@ -5,7 +5,7 @@ import nbformat
 import pytest
 
 from conftest import PATIENCE, until
-from qwen2vl_nb.recipe import without_time
+from qwen2vl_nb.recipe import find_adapter, without_time
 from qwen2vl_nb.run.folder import DOING, state_or_empty
 from qwen2vl_nb.run.loss import read_log
 from qwen2vl_nb.run.start import attach, launch, runs
@@ -84,6 +84,16 @@ def test_a_launch_cell_can_be_run_again(few_steps, tmp_path, capsys):
     assert sorted(table.run) == sorted(p.output_dir.name for p in (first, second)) and list(table.state) == ['done']*2
     first.output_dir.rename(tmp_path/'mine')
     with pytest.raises(ValueError, match=r"contains a finished run[\s\S]*launch\(recipe \| \{'output_dir': '\S+mine-2'\}\)"): launch(recipe | {'output_dir': str(tmp_path/'mine')})
+
+def test_a_folder_that_is_taken_says_how_far_its_run_is(few_steps, tmp_path):
+    recipe = few_steps(output_dir=tmp_path/'cars', max_steps=5000, num_train_epochs=1000., save_steps=5000)
+    run = launch(recipe)
+    with pytest.raises(FileNotFoundError, match='its run has not ended'): find_adapter(run)
+    with pytest.raises(FileNotFoundError, match=r'There are runs below it[\s\S]*cars'): attach(tmp_path)
+    until(lambda: run.progress.step, 'the first step')
+    with pytest.raises(RuntimeError, match='A run is in progress in'): launch(recipe)
+    run.stop()
+    with pytest.raises(ValueError, match=r"has reached step \d+ of 5000[\s\S]*resume\(\) continues it"): launch(recipe)
 
 def test_machines_that_would_take_different_folders_are_warned(few_steps, tmp_path):
     recipe = few_steps(output_dir=tmp_path/'cars-20260101-120000', use_cpu=None) | {'dataset': 'no_such'}

@@ -65,6 +65,13 @@ class Form:
             self.page.keyboard.type(str(value))
             self.page.keyboard.press('Tab')
 
+    def choose_by_key(self, name, key, becomes):
+        "Choose in a list with the keyboard, which JupyterLab must leave to it."
+        self.control(name).focus()
+        self.page.keyboard.press(key)
+        assert self.control(name).evaluate('e => e.options[e.selectedIndex].text').replace('\xa0', ' ') == becomes
+        assert self.control(name).evaluate('e => e == document.activeElement')
+
     def press(self, action): self.button(ENGLISH[action]).and_(self.page.locator(':not(.qvl-held)')).click()
     def says(self, text): self.at.get_by_text(text).first.wait_for()
     def code(self): return '\n'.join(self.at.locator('.qvl-code pre').all_inner_texts())
@@ -127,6 +134,8 @@ def _prepared(form):
     form.keep('dropped')
     form.go('split')
     form.fill('split', test='20', name='cars')
+    form.choose_by_key('split.media', 'ArrowDown', ENGLISH['split.copy'])
+    form.choose_by_key('split.media', 'ArrowUp', ENGLISH['split.refer'])
     form.press('split.register')
     form.says('cars_test')
     form.go('model')
@@ -135,7 +144,7 @@ def _prepared(form):
     form.go('recipe')
     form.fill('recipe', learning_rate='3e-3', max_steps=N_STEPS, per_device_train_batch_size=8, gradient_accumulation_steps=1, save_steps=N_STEPS//2)
     form.press('recipe.make')
-    form.says(ENGLISH['recipe.whole'])
+    form.says(ENGLISH['recipe.whole'].format(memory=ENGLISH['memory']))
     form.go('memory')
     form.press('memory.pick')
     form.says('recipe = pick_zero(')

@@ -18,7 +18,7 @@ CHINESE = {
     'panel.running': ('Running …', '正在运行……'),
     'panel.cancel': ('Cancel', '取消'),
     'panel.cancelled': ('Cancelled.', '已取消。'),
-    'panel.ran': ('Ran on {when}.', '运行时间：{when}。'),
+    'panel.ran': ('Ran on {when}.', '运行于 {when}。'),
     'panel.changed': ('Changed since: press "{action}" again.', '之后有改动：请再次点击“{action}”。'),
     'panel.follows': ('Changed since: it runs again by itself when a later step needs it.',
                       '之后有改动：后面的步骤需要时会自动重新运行。'),
@@ -198,12 +198,12 @@ CHINESE |= {
     'runs.about': ('All trainings in the folder of this panel, also those that were started without it. The steps '
                    'after this one are about the run that is chosen here: the one that was launched last, unless '
                    'you choose another.',
-                   '本面板目录中的所有训练任务，包括不是从面板启动的。之后的步骤都针对这里选中的任务；没有另选时，就是'
+                   '本表单目录中的所有训练任务，包括不是从表单启动的。之后的步骤都针对这里选中的任务；没有另选时，就是'
                    '最近启动的那个。'),
     'runs.folder': ('Folder', '目录'),
     'runs.folder.help': ('Where new runs are put. If it is outside the folder of this panel, its runs are listed, '
                          'too.',
-                         '新的训练任务保存在这里。如果它不在本面板的目录中，其中的训练任务也会列出。'),
+                         '新的训练任务保存在这里。如果它不在本表单的目录中，其中的训练任务也会列出。'),
     'runs.filter': ('Filter', '筛选'),
     'runs.filter.help': ('Part of a name or of a state, such as failed.', '名称或状态的一部分，例如 failed。'),
     'runs.run': ('Run', '训练任务'),
@@ -238,7 +238,7 @@ CHINESE |= {
     'checkpoints.dataset.help': ('A registered data set with answers that was not used for training. The rows on '
                                  'which a checkpoint is chosen flatter it: for a fair score, predict others '
                                  'afterwards.',
-                                 '已注册、带有参考答案且没有用于训练的数据集。检查点在用来挑选它的行上得分会偏高：'
+                                 '已注册、带有参考回答且没有用于训练的数据集。检查点在用来挑选它的行上得分会偏高：'
                                  '要得到公正的得分，之后请在其他行上预测。'),
     'checkpoints.measure': ('Measure', '指标'),
     'checkpoints.measure.help': ('What decides; empty: json, boxes.f1, number or exact, as the answers are.',
@@ -261,7 +261,7 @@ CHINESE |= {
                       '为整个数据集生成回答，逐行写入。如果预测中断，再次运行会接着处理剩下的行。'),
     'predict.dataset': ('Data set', '数据集'),
     'predict.dataset.help': ('A registered data set; with answers, it can be scored.',
-                             '已注册的数据集；带有参考答案的可以评分。'),
+                             '已注册的数据集；带有参考回答的可以评分。'),
     'predict.engine': ('Engine', '推理引擎'),
     'predict.engine.help': ('hf: transformers on this machine; kept loaded, the next prediction begins at once, and '
                             'the model is unloaded after half an hour without a question. vllm is faster, and is '
@@ -357,7 +357,7 @@ CHINESE |= {
     'split.stratify': ('Same shares of', '分层列'),
     'split.stratify.help': ('Column whose values are as frequent in one part as in the other, such as that of the '
                             'answers.',
-                            '该列的各个取值在两部分中所占的比例相同，例如答案所在的列。'),
+                            '该列的各个取值在两部分中所占的比例相同，例如回答所在的列。'),
     'split.name': ('Name', '名称'),
     'split.name.help': ('The test rows are registered under the same name with _test.',
                         '测试集以同样的名称加 _test 注册。'),

@@ -206,6 +206,7 @@ def _changes(folder, before, asked, rows):
     parts = [_changed_values('recipe, ', *recipes), *parts]
     return engine + sum(parts, []) + ([] if _has_rows(before, rows) else _changed_rows(folder/ASKED, rows))
 
+# %% ../../nbs/prediction/35_question.ipynb #havechang1
 def have_weights_changed(
     asked:dict, # A question, as it was read
 )->bool: # `False` if they are gone, or on a hub

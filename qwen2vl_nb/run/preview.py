@@ -190,6 +190,12 @@ def _add_line(folder, line):
     with open(folder/PREVIEW, 'ab') as f:
         f.write(json.dumps(line, ensure_ascii=False).encode(errors='backslashreplace') + b'\n')
 
+def _say_too_early(folder, step, share):
+    "Say why there are no answers yet."
+    said = (f'At step {step:,}, there were no answers: generating them may take at most {100*share:g} % of the '
+            'training time, which was not enough.')
+    if not read_previews(folder): _add_line(folder, {'step': step, 'note': said})
+
 def _keep_until(folder, step):
     "Keep what was written up to a step, by this start or by the one before it."
     earlier = sorted((folder/EARLIER).glob(f'*/{PREVIEW}'), key=lambda p: p.stat().st_mtime)
@@ -229,19 +235,13 @@ def preview_callback(
             if self.rows is None: self.rows = _features(loader.dataset, n)
             speed = next((v for k, v in metrics.items() if k.endswith('_samples_per_second') and v), 1)
             left = self.budget.left(_least*args.world_size*len(self.rows)/speed)
-            if not left: return self.wait(state)
+            if not left: return _say_too_early(folder, state.global_step, self.budget.share)
             began = time.monotonic()
             answers = generate(model, loader.collate_fn, args, [row for _, row, _ in self.rows], left)
             took = time.monotonic() - began
             self.budget.needed = took*(2 if any(end == 'time' for _, end in answers) else 1)
             _add_line(folder, {'step': state.global_step, 'seconds': round(took, 3),
                                'rows': describe_rows(self.rows, answers, model, loader.collate_fn)})
-
-        def wait(self, state):
-            "Say why there are no answers yet."
-            said = (f'At step {state.global_step:,}, there were no answers: generating them may take at most '
-                    f'{100*self.budget.share:g} % of the training time, which was not enough.')
-            if not read_previews(folder): _add_line(folder, {'step': state.global_step, 'note': said})
 
         def give_up(self, state, error):
             import torch

@@ -217,7 +217,7 @@ def locking_until_its_end(
             return super().try_acquire()
 
         def release(self):
-            super().release()
+            with suppress(FileNotFoundError): super().release()  # torch's own lock removed it, in another program
             self.held.release()
 
     return Baton

@@ -463,6 +463,12 @@ def _resumed_progress(run, make_room):
     now = run.progress if make_room is keep_earlier else Progress()
     return {'step': now.step, 'steps': now.steps} if now.steps else {}
 
+def _refuse_running(run):
+    "Raise `RuntimeError` if a run is in progress."
+    if run.is_running:
+        raise RuntimeError(f'A run is in progress in {run.output_dir}: attach(…) to it, stop() it, or use another '
+                           'output_dir.')
+
 def start_lock(
     folder:str|os.PathLike, # Folder of a run
 )->FileLock:
@@ -480,9 +486,7 @@ def start(
     run = Run(about['cwd'])
     run.output_dir.mkdir(parents=True, exist_ok=True)
     with start_lock(run):
-        if run.is_running:
-            raise RuntimeError(f'A run is in progress in {run.output_dir}: attach(…) to it, stop() it, or use another '
-                               'output_dir.')
+        _refuse_running(run)
         about = about | {'command': command or run_command(recipe, about), 'tells': True,
                          'before': _resumed_progress(run, make_room)}
         refuse_foreign(run.output_dir, recipe, about)
@@ -598,6 +602,7 @@ def launch(
 )->Run: # The run, started
     "Start a recipe in its `output_dir`, independently of this kernel."
     recipe, learning_rates = plain_values(recipe), plain_values(learning_rates)
+    if nnodes == 1 and recipe.get('output_dir'): _refuse_running(Run(recipe['output_dir']))
     recipe = _beside_finished(recipe) if nnodes == 1 else recipe
     about = describe_start(nproc, nnodes, node_rank, master, env, python, force)
     about |= {'learning_rates': learning_rates, 'preview': _preview_rows(recipe, preview)}
