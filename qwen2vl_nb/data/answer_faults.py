@@ -111,15 +111,15 @@ def _contradictions(answers, same, are_labels):
         if often[paths] > 1: groups.setdefault(_question_of(a.sample, same), []).append(a)
     several = [group for group in groups.values() if len(group) > 1]
     once = len(groups) - len(several) + sum(n == 1 for n in often.values())
-    level, cure = 'warning', 'Correct one of them, or drop both rows.'
-    if not are_labels: level, cure = 'note', 'Correct one of them, unless both are right.'
+    end = 'or drop both rows' if are_labels else 'unless both are right'
     for group in several*(len(several)*(1 if are_labels else _rare) < once):
         for a in group:
             if other := next((b for b in group if b.label != a.label), None):
-                yield a.row, a.field, Fault(
+                fault = Fault(
                     f'The answer is {show_value(a.text)}, and that of {name_row(other.row, other.sample)} to the same '
                     f'prompt about the same picture{copies_in(other.sample, a.sample)} is {show_value(other.text)}.',
-                    cure, level)
+                    f'Correct one of them, {end}.', 'warning')
+                yield a.row, a.field, fault if are_labels else fault._replace(level='note')
 
 # %% ../../nbs/data/38_answer_faults.ipynb #38answnum02
 _cell_errors = {'#DIV/0!', '#N/A', '#NAME?', '#NULL!', '#NUM!', '#REF!', '#VALUE!'} # Of Excel

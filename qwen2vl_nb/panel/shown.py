@@ -10,11 +10,12 @@ import re
 from html import escape
 from ipywidgets import HTML, DOMWidget, Image, Layout
 
-# %% ../../nbs/panel/12_shown.ipynb #20steps0005
+# %% ../../nbs/panel/12_shown.ipynb #ownkeys001
 # JupyterLab takes the arrow keys from a list that has the focus, unless it has this attribute
 _own_keys = ("const q=this.closest('.qvl');if(q)q.addEventListener('focusin',e=>e.target.tagName=='SELECT'&&"
              "e.target.setAttribute('data-lm-suppress-shortcuts','true'))")
 
+# %% ../../nbs/panel/12_shown.ipynb #20steps0005
 STYLE = f'<style onload="{_own_keys}">' + '''
 .qvl {color:var(--jp-ui-font-color1,inherit);max-width:1100px;padding:2px 6px 8px;container-type:inline-size}
 .qvl-tabs {display:grid!important;grid-template-columns:repeat(10,auto);gap:3px;width:100%}
