@@ -204,6 +204,14 @@ class PictureGrid:
         grid = grid_style(self.columns, 240)
         return as_text(title + div(grid, ''.join(_card_html(*card) for card in self.cards)))
 
+    def said_as(self,
+        tell, # Function: the title, or the name of a line → what is shown in its place
+    )->'PictureGrid':
+        "The same cards with other words around their texts, such as those of another language."
+        def told(line): return [*map(told, line)] if isinstance(line, list) else (tell(line[0]), *line[1:])
+        cards = [(pictures, [*map(told, lines)], *boxes) for pictures, lines, *boxes in self.cards]
+        return PictureGrid(cards, self.columns, tell(self.title))
+
     def __repr__(self):
         title = [self.title] if self.title else []
         return '\n'.join(title + [card_text(*card) for card in self.cards])

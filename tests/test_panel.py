@@ -245,7 +245,7 @@ def test_rows_that_have_changed_in_the_file_are_other_rows(filled, folder):
     assert 'Steps to be done again: &quot;Split&quot;.' in filled.steps['data'].boxes['data.read'].behind.value
     assert not filled.tabs['split'].icon
     filled.go('split')
-    said = 'Results of this step are out of date since &quot;Read&quot; was pressed in the step &quot;Data&quot;.'
+    said = 'Out of date since &quot;Read&quot; was pressed in the step &quot;Data&quot;: &quot;Split and register&quot;.'
     assert said in filled.steps['split'].undone.value
     for action in ('data.check', 'data.drop', 'split.register'): press(filled, action)
     filled.refresh()

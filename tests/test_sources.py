@@ -297,6 +297,15 @@ def test_blank_rows_of_a_sheet_are_counted(tmp_path, capsys, blank, said):
     read_samples(tmp_path/'labels.xlsx', image='photo', prompt='What is this?', response='caption')
     assert f"labels.xlsx: {6 - len(blank)} rows of the sheet 'Sheet' of an Excel workbook{said};" in capsys.readouterr().out
 
+@pytest.mark.parametrize('ending', ['xlsx', 'csv'])
+def test_rows_that_repeat_the_header_are_left_out(tmp_path, capsys, ending):
+    Image.new('RGB', (56, 56)).save(tmp_path/'a.png')
+    rows = [['photo', 'caption', ''], ['a.png', 'a car', ''], ['photo ', 'caption', ''], [], ['photo', 'caption'], ['photo', 'a photo'], ['a.png', 'caption']]
+    samples = read_samples(_written(tmp_path, rows, ending), image='photo', prompt='What is this?', response='caption')
+    assert [(s.number, s['output']) for s in samples] == [(2, 'a car'), (6, 'a photo'), (7, 'caption')]
+    blank = '1 blank row and '*(ending == 'xlsx')  # an empty line of a CSV file is not a row
+    assert f'({blank}2 repeated header rows left out)' in capsys.readouterr().out
+
 TITLED = { # name → the rows of a table whose header is not the first row, arguments of `read_samples`
     'a title': ([['Cars of 2026'], [], ['photo', 'caption'], ['a.png', 'a car']], {}),
     'a title with separators': ([['Cars, trucks, buses', ''], ['photo', 'caption'], ['a.png', 'a car']], {}),
@@ -304,7 +313,7 @@ TITLED = { # name → the rows of a table whose header is not the first row, arg
     'usual names': ([['Cars'], ['image', 'answer'], ['a.png', 'a car']], dict(image=None, response=None)),
     'a question in a column': ([['Cars'], ['asked', 'said'], ['What is this?', 'a car']], dict(image=None, prompt='asked', response='said')),
     'boxes': ([['Cars'], ['filename', 'class', 'xmin', 'ymin', 'xmax', 'ymax'], ['a.png', 'car', 1, 2, 30, 40]], dict(image=None, response=None, family='qwen2_vl')),
-    'names that occur again in a cell': ([['Cars'], ['photo', 'caption'], ['photo', 'caption'], ['a.png', 'a car']], {}),
+    'names that occur again in a cell': ([['Cars'], ['photo', 'caption'], ['photo', 'a caption'], ['a.png', 'a car']], {}),
 }
 
 def _written(folder, rows, ending, mark=','):
@@ -324,7 +333,7 @@ def test_a_header_below_a_title_is_found_or_given(rows, how, ending, mark, tmp_p
     assert found == read_samples(path, header=at, **how) and [s.number for s in found] == [*range(at + 1, len(rows) + 1)]
     with pytest.raises(ValueError, match=f'row {len(rows) + 1} is blank, or there is no such row'): read_samples(path, header=len(rows) + 1, **how)
 
-@pytest.mark.parametrize('rows', [[['photo', 'caption'], ['a.png', 'caption'], ['photo', 'caption']], [['photo', 'caption'], ['x'], ['a.png', 'a car']], [['photo', 'other', 'caption'], ['photo', 'caption', 'x']]])
+@pytest.mark.parametrize('rows', [[['photo', 'caption'], ['a.png', 'caption'], ['photo', 'a caption']], [['photo', 'caption'], ['x'], ['a.png', 'a car']], [['photo', 'other', 'caption'], ['photo', 'caption', 'x']]])
 def test_a_first_row_that_fits_is_the_header(rows, tmp_path, capsys):
     for ending in ('xlsx', 'csv'):
         samples = read_samples(_written(tmp_path, rows, ending), image='photo', prompt='What is this?', response='caption')

@@ -1,5 +1,5 @@
 "The Chinese files beside the English ones: complete, up to date, with the same code, links and figures."
-import importlib.util, json, re, shutil, sys
+import ast, importlib.util, json, re, shutil, sys
 
 import pytest
 
@@ -114,3 +114,59 @@ def test_the_panel_speaks_chinese(tmp_path):
         shown = [*_shown(panel)]
         assert any(CHINESE[f'{name}.about'][1] in text for text in shown)
         assert not english & {re.sub(r'<.*?>', '', text).strip() for text in shown}
+
+_latin = 'loss', 'IoU', 'id', 'DeepSpeed' # Words that stay as they are in Chinese
+
+def _english_in(text): return [word for word in re.findall(r'[A-Za-z]{2,}', text) if word not in _latin]
+
+def _said_of_the_beginning():
+    "What the package's code tells of what a run is doing before its first step."
+    from qwen2vl_nb.run.beginning import _bars
+    yield from (doing for doing, _ in _bars.values())
+    for path in (ROOT/'qwen2vl_nb').glob('*/*.py'):
+        for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+            name = isinstance(node, ast.Call) and getattr(node.func, 'attr', getattr(node.func, 'id', ''))
+            at = {'write_doing': 1, 'before': 2, 'tell': 0}.get(name)
+            if at is None or len(node.args) <= at or path.parent.name == 'panel': continue
+            parts = [node.args[at].body, node.args[at].orelse] if isinstance(node.args[at], ast.IfExp) else [node.args[at]]
+            yield from (part.value for part in parts if isinstance(part, ast.Constant) and ' ' in part.value)
+
+def test_live_views_speak_chinese():
+    "All that can be in the lines of a view, and nothing of it stays English."
+    from qwen2vl_nb.panel.texts import Texts
+    from qwen2vl_nb.run.start import Progress
+    from qwen2vl_nb.run.watch import Seen, _figures, _headline
+    told = Texts('zh').retold
+    doing = {*_said_of_the_beginning()}
+    assert len(doing) > 12 and "building DeepSpeed's engine" in doing and 'reading the data' in doing
+    for text in doing: assert not _english_in(told(text)), text
+    for unit in ('step', 'row', 'batch'):
+        for rate in (.5, 2.): assert not _english_in(told(Progress(1, 2, rate=rate, unit=unit).pace))
+        for state in ('running', 'done', 'failed', 'stopped', 'stopping', 'resuming', 'damaged'):
+            for now in (Progress(1, 2000, .5, left=1e6, unit=unit), Progress(unit=unit, doing='tokenizing: 1 of 2 rows')):
+                for ended in ('', 'took 0:00:29, ended 2026-12-01 04:00', 'took 0:00:29 since it was resumed, ended 2026-12-01 04:00'):
+                    line = _headline(Seen('7', state, now, ended), told)
+                    assert not _english_in(line), line
+    logged = _figures(dict(step=7, loss=.5, eval_loss=.4, lowest=.3, lr=1e-4, margin=1.25, accuracy=.9), told)
+    assert logged == '已记录到第 7 步: loss 0.5, 评估 0.4（最低 0.3）, 学习率 0.0001, 间隔 1.25, 准确率 0.9'
+
+def test_a_gallery_speaks_chinese_and_english_again():
+    from qwen2vl_nb.panel.texts import Texts
+    from qwen2vl_nb.prediction.show import show_predictions
+    labels = [('7', '7'), ('7', '78'), ('7', None), (None, '7')]
+    rows = [{'id': i, 'prompt': '?', 'label': a, 'predict': b, 'finish_reason': b and 'length', 'error': None if b else '!'} for i, (a, b) in enumerate(labels)]
+    view = show_predictions(rows, wrong=True, n=1)
+    before = [*_shown(view)], view._filter.options
+    view.say_as(Texts('zh').retold)
+    def text():
+        parts = [part for part in _shown(view) if part != view._filter.value] + [name for name, _ in view._filter.options]
+        return re.sub(r'<style>.*?</style>|<.*?>', ' ', ' '.join(parts), flags=re.S)
+    assert view._filter.value == 'wrong' and len(view.rows) == 2 and view._filter.options[1] == ('错误 (2)', 'wrong')
+    for name in ('wrong', 'right', 'failed', 'no label', 'all'):
+        view._filter.value = name
+        assert not _english_in(text()), text()
+    view._search.value = 'zebra'
+    assert '没有可显示的内容' in text() and not _english_in(text().replace('zebra', ''))
+    view._search.value, view._filter.value = '', 'wrong'
+    view.say_as(str)
+    assert ([*_shown(view)], view._filter.options) == before

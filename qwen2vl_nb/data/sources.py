@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime, time
 from difflib import get_close_matches
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlparse
@@ -261,24 +262,34 @@ def _read_table(path, place, encoding, header):
         raise ValueError(f'{path} is not a CSV file, because some rows have more cells than its header ({width}): '
                          f'{", ".join(first_few(wide))}. {_is_lower}')
     marks = {',': 'commas', ';': 'semicolons', '|': 'vertical bars'}.get(between, 'tabs')
-    samples, blank = _nonblank_rows(names, numbered, ('row', path.name))
-    return samples, f'a table in {encoding} with {marks}{named}{blank}{_swallowed_rows_note(rows, width, between)}'
+    samples, left = _data_rows(names, numbered, ('row', path.name))
+    return samples, f'a table in {encoding} with {marks}{named}{left}{_swallowed_rows_note(rows, width, between)}'
 
 _is_lower = 'Are the columns named in a lower row? header=2 takes the second row of a file.'
 
-def _nonblank_rows(header, rows, file, gaps=0):
-    """The rows of a table, given as (number, cells), that are not blank, as dicts, and a note about those that were
-    left out: also the `gaps` between these. A column that has neither a name nor any cells is left out, too."""
+def _is_header(names, cells):
+    "Whether a row has the names of all columns once more."
+    pairs = [(name.strip(), cell.strip()) for name, cell in zip_longest(names, cells, fillvalue='')]
+    return all(name == cell for name, cell in pairs) and sum(name > '' for name, _ in pairs) > 1
+
+def _left_out(blank, headers):
+    counts = {'blank': blank, 'repeated header': headers}
+    said = [f'{n} {what} {"row" if n == 1 else "rows"}' for what, n in counts.items() if n]
+    return f' ({" and ".join(said)} left out)' if said else ''
+
+def _data_rows(header, rows, file, gaps=0):
+    """The rows of a table, given as (number, cells), that are neither blank nor the header again, as dicts, and a note
+    about what was left out, also the `gaps` between rows. A column with neither a name nor cells is left out, too."""
     names, seen = [], Counter()
     for i, name in enumerate(map(str.strip, header)):
         name = name or f'Unnamed: {i}'
         names.append(f'{name}.{seen[name]}' if seen[name] else name)
         seen[name] += 1
-    kept = [(n, row) for n, row in rows if any(cell.strip() for cell in row)]
+    filled = [(n, row) for n, row in rows if any(cell.strip() for cell in row)]
+    kept = [(n, row) for n, row in filled if not _is_header(header, row)]
     used = [i for i, name in enumerate(header) if name.strip() or any(len(row) > i and row[i] for _, row in kept)]
     full = [in_file({names[i]: row[i] if i < len(row) else '' for i in used}, n, file) for n, row in kept]
-    blank = gaps + len(rows) - len(kept)
-    return full, f' ({blank} blank {"row" if blank == 1 else "rows"} left out)' if blank else ''
+    return full, _left_out(gaps + len(rows) - len(filled), len(filled) - len(kept))
 
 # %% ../../nbs/data/20_sources.ipynb #a45098e4
 _max_cells = 20_000_000 # Largest number of cells in a sheet
@@ -349,8 +360,8 @@ def _read_excel(path, place, encoding, header):
     wrong = f' ({len(errors)} cell(s) show an error: {", ".join(first_few(errors))})' if errors else ''
     top, names, rows, named = _split_header(path, rows or [(1, [])], header)
     gaps = rows[-1][0] - top - len(rows) if rows else 0
-    samples, blank = _nonblank_rows(names + ['']*(width - len(names)), rows, ('row', path.name), gaps)
-    return samples, f'the sheet {name!r} of an Excel workbook{of_several}{named}{blank}{wrong}'
+    samples, left = _data_rows(names + ['']*(width - len(names)), rows, ('row', path.name), gaps)
+    return samples, f'the sheet {name!r} of an Excel workbook{of_several}{named}{left}{wrong}'
 
 # %% ../../nbs/data/20_sources.ipynb #7c372d7d
 def _holds_picture(value): return isinstance(value, dict) and value.keys() == {'bytes', 'path'}

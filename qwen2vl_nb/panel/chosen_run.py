@@ -15,7 +15,6 @@ from ..recipe import dataset_names, load_recipe
 from ..run.folder import RECIPE, RUN, SCORES, SERVED, state_or_empty
 from .session import near
 from .shown import as_html
-from .texts import ENGLISH
 
 # %% ../../nbs/panel/55_chosen_run.ipynb #55chosen0004
 def about_run(
@@ -41,18 +40,15 @@ def test_set(
                  if word in name.lower()), '')
 
 # %% ../../nbs/panel/55_chosen_run.ipynb #55chosen0008
-_of_view = 'runs.stop', 'runs.stop.help', 'runs.resume', 'runs.resume.help', 'runs.place'
-
 def live_view(
     run:Path, # Folder of a run
     step, # The `Step` that shows it
 ): # A widget; `None` outside a notebook
     "The live view of a run, or why there is none."
     from qwen2vl_nb.run import attach  # imported late: the panel is made without what a run needs
-    words = {ENGLISH[key]: step.panel.say(key) for key in _of_view}
     try: view = attach(run).watch()
     except (OSError, ValueError) as e: return HTML(as_html('qvl-error', step.tell(str(e))))
-    if view: view.say_as(lambda text: words.get(text) or step.tell(text))
+    if view: view.say_as(lambda text: step.panel.say.retold(text, step.tell))
     return view
 
 def look_again(

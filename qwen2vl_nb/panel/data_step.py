@@ -231,7 +231,7 @@ class DataStep(Step):
         header = self.field('header', width='260px')
         boxes = self.field('boxes', Checkbox(indent=True))
         self._offer_columns()
-        read = self.button('data.read', icon='folder-open')
+        read = self.button('data.read', icon='table')
         for name in ('source', 'image', 'prompt', 'response'): on_enter(self.controls[name], read.start)
         self.settled, self._later = HTML(), [None, None]
         others = [self.button('data.check', icon='search'), self.button('data.mend', icon='wrench', primary=False),
@@ -266,7 +266,7 @@ def _tell_settled(self:DataStep):
     ran, self.settled.value = what_ran(self.panel.session.project).get('data.settled'), ''
     if not ran: return
     n = ran.given.get('mended')
-    done = [self.say('settled_mended', n=n)]*bool(n) + [self.tell(ran.said)]*bool(ran.said)
+    done = [self.say('settled_mended', mended=n)]*bool(n) + [self.tell(ran.said)]*bool(ran.said)
     self.settled.value = as_html('qvl-said', self.say('settled', done=' '.join(done)))
 
 @patch
@@ -331,7 +331,9 @@ def _dropped(self:DataStep, table):
 def _summary(self:DataStep, action, given):
     "What a check or a mending has found, in a sentence, and whether text was counted."
     found, mended, say = given['findings'], given.get('mended', 0), self.panel.say
-    key = 'mended' if mended else 'none_mended' if found and action == 'data.mend' else 'found' if found else 'clean'
+    is_dropped = 'data.drop' in what_ran(self.panel.session.project)
+    if mended: key = 'settled_mended' if is_dropped else 'mended'
+    else: key = 'none_mended' if found and action == 'data.mend' else 'found' if found else 'clean'
     said = self.say(key, n=found or given['samples']*(not mended), rows=given['rows'], mended=mended)
     is_counted = 'model' in check_arguments(Given(given, self.panel.session.project.folder))
     is_said = action == 'data.mend' and self.boxes['data.check'].result.children  # by the check above it
@@ -339,8 +341,11 @@ def _summary(self:DataStep, action, given):
     return ' '.join([said, *[later]*(not is_counted and not is_said)])
 
 @patch
+def _as_cards(self:DataStep, grid): return as_widget(grid.said_as(self.panel.say.retold))
+
+@patch
 def show_kept(self:DataStep, action, given):
-    if action == 'data.read': return [as_widget(show_samples(given['first']))]*bool(given.get('first'))
+    if action == 'data.read': return [self._as_cards(show_samples(given['first']))]*bool(given.get('first'))
     if action == 'data.drop': return [HTML(as_html('qvl-said', self.say('rows_left', n=given['samples'])))]
     if 'findings' not in given or action == 'data.check' and self._is_mended(): return []
     found, mended = given['findings'], given.get('mended', 0)
@@ -355,7 +360,7 @@ def show_kept(self:DataStep, action, given):
 
 @patch
 def show(self:DataStep, action, value):
-    if action == 'data.read': return [as_widget(value)]
+    if action == 'data.read': return [self._as_cards(value)]
     given = what_ran(self.panel.session.project)[action].given
     if 'kinds' in given: keep_value(self.panel.session.project, 'data', _kinds=[*given['kinds']])
     return self.show_kept(action, given)

@@ -42,13 +42,14 @@ def list_runs(
 
 def describe_run(
     row:dict, # One of these rows
+    tell=str, # Function: a part of the line, such as `'done'` → what is shown in its place
 )->str:
     "A run in a line."
     number = lambda name, value: f'{name} {value:.4g}' if value is not None and value == value else ''
     steps = f'step {row["step"]} of {row["of"]}' if row['of'] else ''
-    return ' · '.join(filter(None, [row['run'], row['state'], number('learning rate', row['learning_rate']), steps,
-                                    number('loss', row['loss']), number('lowest evaluation', row['best eval_loss']),
-                                    row['health']]))
+    parts = [row['state'], number('learning rate', row['learning_rate']), steps, number('loss', row['loss']),
+             number('lowest evaluation', row['best eval_loss']), row['health']]
+    return ' · '.join([row['run'], *map(tell, filter(None, parts))])
 
 # %% ../../nbs/panel/62_runs_step.ipynb #62runsst0009
 def _chosen(form):
@@ -150,7 +151,8 @@ def _show_list(self:RunsStep):
     "Show the runs that match the filter."
     if self.rows is None: self.count.value = as_html('qvl-help', self.say('listing'))
     if self.rows is None: return
-    word, lines = self.values['filter'].lower(), [(describe_run(row), row['run']) for row in self.rows]
+    word, tell = self.values['filter'].lower(), self.panel.say.retold
+    lines = [(describe_run(row, tell), row['run']) for row in self.rows]
     lines = [line for line in lines if word in line[0].lower()]
     kept, run = self.select.value, self.values['run']
     there = [place for _, place in lines[:_most_listed]]

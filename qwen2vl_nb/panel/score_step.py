@@ -71,6 +71,7 @@ class ScoreStep(Step):
                 self.field('wrong', Checkbox(indent=True), 'auto'), self.button('score.show', icon='image')]
 
     def show(self, action, value):
+        if action == 'score.show': value.say_as(self.panel.say.retold)
         if action != 'score.scores': return [as_widget(value)]
         shown = as_widget(value)
         shown.value = shown.value.replace(f'<p>{escape(value.advice())}</p>', '')  # `_next` says more

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock, RLock, get_ident
+from unicodedata import normalize
 from fastcore.basics import patch
 from filelock import FileLock
 from ..files import Damaged, file_digest, read_json, whole_file, write_json
@@ -228,7 +229,7 @@ class Number:
     ): # A number, or `usual`; `None` if it can't be used
         "The number that is meant."
         if not _is_typed(value) or not str(value).strip(): return self.usual
-        try: number = float(value)
+        try: number = float(normalize('NFKC', str(value)))  # which has full-width digits as plain ones
         except (ValueError, OverflowError): return None
         is_whole, is_allowed = number.is_integer(), math.isfinite(number) and self.least <= number <= self.most
         if isinstance(self.usual, int): return int(number) if is_whole and is_allowed else None

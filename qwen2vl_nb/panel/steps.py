@@ -96,9 +96,16 @@ def after_typing()->AfterTyping:
     return AfterTyping()
 
 class LateButton(Button):
-    "A button whose presses in the browser count once everything that was typed before has arrived."
+    "A button whose presses count once everything that was typed before has arrived; until then it is dim."
     def _handle_button_msg(self, _, content, buffers):
-        if content.get('event') == 'click': after_typing()(self.click)
+        if content.get('event') != 'click': return
+        was_dim = 'qvl-held' in self._dom_classes  # what it does is at work
+        self.add_class('qvl-held')
+        after_typing()(lambda: self._arrived(was_dim))
+
+    def _arrived(self, stays_dim):
+        if not stays_dim: self.remove_class('qvl-held')
+        self.click()
 
 def on_enter(
     text, # An ipywidgets `Text` or `Combobox`
@@ -387,15 +394,18 @@ def show_kept(self:Step,
 # %% ../../nbs/panel/20_steps.ipynb #steps20rf
 @patch
 def _tell_undone(self:Step):
-    "Say which action of another step has put results of this one out of date."
+    "Say which results of this step are out of date, and because of which action of another step."
     session, there, say = self.panel.session, what_ran(self.panel.session.project), self.panel.say
     is_there = lambda name: {name, *session.replaces(name)} & there.keys()
-    own = {action.name for action in self.actions}
-    others = [name for name in there if name in session.actions and name not in own]
-    by = [name for name in others for each in own & {*there[name].undid} if not is_there(each)]
-    last = max(by, key=lambda name: there[name].when, default=None)
-    values = {'action': say(last), 'step': say(last.partition('.')[0])} if last else {}
-    self.undone.value = as_html('qvl-next', say('panel.out_of_date', **values) if last else '')
+    own = [action.name for action in self.actions]
+    undid = {name: [each for each in own if each in ran.undid and not is_there(each)] for name, ran in there.items()
+             if name in session.actions and name not in own}
+    last = max(filter(undid.get, undid), key=lambda name: there[name].when, default=None)
+    if not last: self.undone.value = ''
+    else:
+        what = ' · '.join(say('panel.field', control=say(each)) for each in undid[last])
+        said = say('panel.out_of_date', what=what, action=say(last), step=say(last.partition('.')[0]))
+        self.undone.value = as_html('qvl-next', said)
 
 @patch
 def _shown_actions(self:Step):

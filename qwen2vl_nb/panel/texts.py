@@ -6,6 +6,7 @@
 __all__ = ['ENGLISH', 'tables', 'Texts']
 
 # %% ../../nbs/panel/00_texts.ipynb #00texts0013
+import re
 from .chinese import CHINESE
 
 # %% ../../nbs/panel/00_texts.ipynb #00texts0004
@@ -40,7 +41,7 @@ ENGLISH = {
                        'all that was done.',
     'panel.refused': 'The form could not be saved: {error}',
     'panel.first': 'This needs the step "{step}" first: press "{action}" there.',
-    'panel.out_of_date': 'Results of this step are out of date since "{action}" was pressed in the step "{step}".',
+    'panel.out_of_date': 'Out of date since "{action}" was pressed in the step "{step}": {what}.',
     'panel.or_else': 'Or press "{action}" in the step "{step}".',
     'panel.first_here': 'Press "{action}" first.',
     'panel.first_again': 'In the step "{step}", the form has changed since "{action}" was pressed. Press "{action}" '
@@ -103,7 +104,7 @@ ENGLISH |= {
     'data.was_undone': 'What was done with the rows is undone: press "{check}" again.',
     'data.undone': 'This undoes what "{mend}" and "{drop}" have done with the rows.',
     'data.settled': 'Before the last check: {done}',
-    'data.settled_mended': 'Mended: {n}.',
+    'data.settled_mended': 'Mended: {mended}.',
     'data.mended': 'Mended: {mended}. Left: {n} findings; rows concerned: {rows}.',
 }
 
@@ -376,8 +377,112 @@ ENGLISH |= {
     'memory.pick': 'Use the fastest that fits',
 }
 
+# %% ../../nbs/panel/00_texts.ipynb #txtseen001
+ENGLISH |= {
+    'seen.running': 'running',
+    'seen.starting': 'starting',
+    'seen.resuming': 'resuming',
+    'seen.stopping': 'stopping',
+    'seen.done': 'done',
+    'seen.failed': 'failed',
+    'seen.stopped': 'stopped',
+    'seen.damaged': 'damaged',
+    'seen.while': '{state} while {doing}',
+    'seen.libraries': 'loading the libraries',
+    'seen.checked': 'loading the libraries while the data is being checked',
+    'seen.machines': 'waiting for the other machines',
+    'seen.data': 'reading the data',
+    'seen.tokenizing': 'tokenizing',
+    'seen.model': 'loading the model',
+    'seen.checkpoint': 'loading the checkpoint',
+    'seen.engine': "building DeepSpeed's engine",
+    'seen.compiling': 'compiling an operator of DeepSpeed, which takes minutes the first time',
+    'seen.first_step': 'computing the first step',
+    'seen.first_rows': 'predicting the first rows',
+    'seen.first_answers': 'computing the first answers',
+    'seen.waiting': 'waiting for the first answers',
+    'seen.servers': 'starting the servers, which load the model',
+    'seen.counted': '{doing}: {n} of {all} {unit}',
+    'seen.rows': 'rows',
+    'seen.files': 'files',
+    'seen.step': 'step {n} of {all}',
+    'seen.step_epoch': 'step {n} of {all}, epoch {epoch}',
+    'seen.row': 'row {n} of {all}',
+    'seen.batch': 'batch {n} of {all}',
+    'seen.left': '{time} left',
+    'seen.day': '{n} day, {time}',
+    'seen.days': '{n} days, {time}',
+    'seen.took_again': 'took {time} since it was resumed, ended {when}',
+    'seen.took': 'took {time}, ended {when}',
+}
+
+# %% ../../nbs/panel/00_texts.ipynb #txtseen002
+ENGLISH |= {
+    'seen.steps_per_s': '{rate} steps/s',
+    'seen.s_per_step': '{rate} s/step',
+    'seen.rows_per_s': '{rate} rows/s',
+    'seen.s_per_row': '{rate} s/row',
+    'seen.batches_per_s': '{rate} batches/s',
+    'seen.s_per_batch': '{rate} s/batch',
+    'seen.logged': 'logged up to step {n}',
+    'seen.evaluation': 'evaluation {loss}',
+    'seen.lowest': 'evaluation {loss} (lowest {lowest})',
+    'seen.lowest_alone': 'lowest evaluation {loss}',
+    'seen.rate': 'learning rate {rate}',
+    'seen.margin': 'margin {n}',
+    'seen.accuracy': 'accuracy {n}',
+    'seen.no_curve': 'there will be no curve: the loss is logged every {n} steps',
+    'seen.curve': 'the curve will begin with the first loss',
+    'seen.curve_at': 'the curve will begin with the first loss, at step {n}',
+    'seen.answers': 'Answers during the training',
+    'seen.at_step': 'step {n}',
+}
+
+# %% ../../nbs/panel/00_texts.ipynb #txtseen003
+ENGLISH |= {
+    'seen.prompt': 'prompt',
+    'seen.label': 'label',
+    'seen.answer': 'answer',
+    'seen.error': 'error',
+    'seen.system': 'system',
+    'seen.chosen': 'chosen',
+    'seen.rejected': 'rejected',
+    'seen.good': 'good answer',
+    'seen.bad': 'bad answer',
+    'seen.all': 'all',
+    'seen.wrong': 'wrong',
+    'seen.right': 'right',
+    'seen.no_label': 'no label',
+    'seen.is_right': '✓ right',
+    'seen.is_wrong': '✗ wrong',
+    'seen.is_failed': '✗ failed',
+    'seen.cut_off': 'cut off',
+    'seen.not_in_answer': 'not in the answer',
+    'seen.not_in_label': 'not in the label',
+    'seen.with_iou': 'answer, with its IoU',
+    'seen.search': 'Search id, prompt, label and answer, then Enter',
+    'seen.back': 'Back',
+    'seen.next': 'Next',
+    'seen.page': 'page',
+    'seen.pages': 'of {n}',
+    'seen.range': '{first}–{last} of {n}',
+    'seen.nothing': 'nothing to show',
+}
+
 # %% ../../nbs/panel/00_texts.ipynb #00texts0008
 tables = {'en': ENGLISH, 'zh': {key: chinese for key, (_, chinese) in CHINESE.items()}}
+
+_long = 'state', 'doing', 'time', 'when' # Values that may have blanks
+
+def _pattern(text):
+    "What matches a text with values in its braces."
+    literal, *rest = re.split(r'{(\w+)}', text)
+    values = (f'(?P<{name}>{".+" if name in _long else "[^ ]+"})' for name in rest[::2])
+    return re.compile(re.escape(literal) + ''.join(map(str.__add__, values, map(re.escape, rest[1::2]))))
+
+_on_buttons = 'runs.stop', 'runs.stop.help', 'runs.resume', 'runs.resume.help', 'runs.place'
+_seen = {key: text for key, text in ENGLISH.items() if key.startswith('seen.') or key in _on_buttons}
+_exact, _patterns = {text: key for key, text in _seen.items()}, {key: _pattern(text) for key, text in _seen.items()}
 
 class Texts:
     "The texts in one language: called with a key, and with values for what is in braces."
@@ -396,3 +501,14 @@ class Texts:
         return self.table[key].format(**values)
 
     def __contains__(self, key): return key in self.table
+
+    def retold(self,
+        text:str, # What a widget of the package shows, or a part of it, such as `'step 3 of 9'`
+        other=str, # Function: any other text → how it is shown
+    )->str:
+        "The same in the language of the table."
+        if text in _exact: return self(_exact[text])
+        for key, pattern in _patterns.items():
+            if found := pattern.fullmatch(text):
+                return self(key, **{name: self.retold(value) for name, value in found.groupdict().items()})
+        return other(text)

@@ -42,18 +42,18 @@ def _differences(a, b):
     same = len(os.path.commonprefix([a, b]))
     return [('equal', 0, same, 0, same), ('replace', same, len(a), same, len(b))]
 
-def _escaped(pieces, mark=None):
+def _escaped(pieces, mark=None, tell=str):
     text = html.escape(''.join(pieces))
     if not (mark and text): return text
     style, title = _marks[mark]
-    return f'<mark title="{title}" style="color:inherit;{style}">{text}</mark>'
+    return f'<mark title="{html.escape(tell(title))}" style="color:inherit;{style}">{text}</mark>'
 
-def _marked_texts(label, answer):
+def _marked_texts(label, answer, tell=str):
     "Label and answer as HTML, with the differences marked in each."
     a, b = _pieces.findall(label), _pieces.findall(answer)
     found = [(how != 'equal', a[i:j], b[k:l]) for how,i,j,k,l in _differences(a, b)]
-    return (''.join(_escaped(part, 'missing' if differs else None) for differs,part,_ in found),
-            ''.join(_escaped(part, 'extra' if differs else None) for differs,_,part in found))
+    return (''.join(_escaped(part, 'missing' if differs else None, tell) for differs,part,_ in found),
+            ''.join(_escaped(part, 'extra' if differs else None, tell) for differs,_,part in found))
 
 # %% ../../nbs/prediction/60_show.ipynb #67c85157
 def _drawn_boxes(row, family, limits):
@@ -141,25 +141,26 @@ def _text_html(name, text):
     return div('margin-top:.35em;line-height:1.4', f'<small style="opacity:.65">{html.escape(name)}</small>'
                 f'<div class="t" style="{style}">{text}</div>')
 
-def _legend(boxes):
+def _legend(boxes, tell):
     "What the colours mean; points have no IoU."
     answer = 'answer, with its IoU' if any(box.x1 != box.x2 for box in boxes) else 'answer'
-    return ' · '.join(f'<span style="border-bottom:2px {line} {colour}">{name}</span>'
+    return ' · '.join(f'<span style="border-bottom:2px {line} {colour}">{html.escape(tell(name))}</span>'
                       for line,colour,name in (('dashed', LABEL, 'label'), ('solid', ANSWER, answer)))
 
-def _card_html(row, boxes=()):
-    "A row as HTML: its pictures with boxes, what became of it, and its texts."
+def _card_html(row, boxes=(), tell=str):
+    "A row as HTML: its pictures with boxes, what became of it, and its texts; `tell`: what is said → how it is shown."
     lines, (said, colour) = _lines(row), _kind_labels[_kind(row)]
     shown = {name: html.escape(text) for name,text in lines.items()}
-    if _kind(row) == 'wrong': shown['label'], shown['answer'] = _marked_texts(lines['label'], lines['answer'])
-    if row.get('finish_reason') == 'length': shown['answer'] += ' <small style="opacity:.65">[cut off]</small>'
+    if _kind(row) == 'wrong': shown['label'], shown['answer'] = _marked_texts(lines['label'], lines['answer'], tell)
+    cut_off = f' <small style="opacity:.65">[{html.escape(tell("cut off"))}]</small>'
+    if row.get('finish_reason') == 'length': shown['answer'] += cut_off
     small = '<small class="t" style="opacity:.65;overflow-wrap:anywhere">'
     name = f'id {row["id"]}' if row.get('id') is not None else ''
     if name and row['id'] == row.get('row'): name = ' · '.join([name, *_file_names(row)])  # the number says little
-    head = f'<b style="color:{colour}">{said}</b> {small}{html.escape(name)}</small>'
-    legend = [div('font-size:.75em;opacity:.65', _legend(boxes))]*bool(boxes)
+    head = f'<b style="color:{colour}">{html.escape(tell(said))}</b> {small}{html.escape(name)}</small>'
+    legend = [div('font-size:.75em;opacity:.65', _legend(boxes, tell))]*bool(boxes)
     return ''.join([*(_picture(path, boxes) for path in _media(row)), *legend, div('margin-top:.35em', head),
-                    *(_text_html(name, text) for name,text in shown.items())])
+                    *(_text_html(tell(name), text) for name,text in shown.items())])
 
 _frame = 'border:1px solid rgba(128,128,128,.35);border-radius:6px;padding:8px;text-align:left'
 
@@ -283,20 +284,18 @@ class PredictionView(VBox):
     ):
         self._family, self._limits = family, limits or {}
         self._given, self._kinds, self._n, self._columns = rows, [_kind(row) for row in rows], n, columns
-        self._count = Counter(self._kinds)
-        options = {f'{name} ({sum(self._count[k] for k in kinds):,})': name for name,kinds in _filters.items()}
-        self._filter = Dropdown(options=list(options.items()), value=show, layout=Layout(width='170px'))
-        self._search = Text(placeholder='Search id, prompt, label and answer, then Enter',
-                            continuous_update=False, layout=Layout(width='340px'))
-        self._back, self._next = self._button('arrow-left', 'Back', -1), self._button('arrow-right', 'Next', 1)
-        self._page = BoundedIntText(1, min=1, max=1, description='page', layout=Layout(width='110px'),
-                                    style=dict(description_width='36px'))
+        self._count, self._tell = Counter(self._kinds), str
+        self._filter, look = Dropdown(layout=Layout(width='170px')), Layout(width='340px')
+        self._search = Text(continuous_update=False, layout=look)
+        self._back, self._next = self._button('arrow-left', -1), self._button('arrow-right', 1)
+        self._page = BoundedIntText(1, min=1, max=1, layout=Layout(width='110px'), style=dict(description_width='36px'))
         self._at, self._cards = HTML(), HTML()
         pager = HBox([self._back, self._page, self._at, self._next], layout=Layout(align_items='center'))
         bars = HBox([self._filter, self._search, HTML(ARROW_STYLE)]), pager
         pager.add_class('qvl-pager')  # which stays one line in the panel, however narrow
         super().__init__([*bars, self._cards])
         self.add_class('qvl-arrow')
+        self._label(show)
         for widget in (self._filter, self._search): widget.observe(lambda _: self._select(), 'value')
         self._page.observe(lambda _: self._draw(), 'value')
         self._select()
@@ -318,10 +317,28 @@ class PredictionView(VBox):
 
 # %% ../../nbs/prediction/60_show.ipynb #05f7b9ad
 @patch
-def _button(self:PredictionView, icon, tooltip, step):
-    button = Button(icon=icon, tooltip=tooltip, layout=Layout(width='40px'))
+def _button(self:PredictionView, icon, step):
+    button = Button(icon=icon, layout=Layout(width='40px'))
     button.on_click(lambda _: self._turn(step))
     return button
+
+@patch
+def _label(self:PredictionView, show):
+    "Label filter, search and pages."
+    count = lambda name: f'{sum(self._count[kind] for kind in _filters[name]):,}'
+    self._filter.options = [(f'{self._tell(name)} ({count(name)})', name) for name in _filters]
+    self._filter.value = show
+    self._search.placeholder = self._tell('Search id, prompt, label and answer, then Enter')
+    self._back.tooltip, self._next.tooltip, self._page.description = map(self._tell, ('Back', 'Next', 'page'))
+
+@patch
+def say_as(self:PredictionView,
+    tell, # Function: what is said, such as `'wrong'` → what is shown in its place
+):
+    "Show the texts of the view in other words, such as those of another language."
+    self._tell = tell
+    self._label(self._filter.value)
+    self._draw()
 
 @patch
 def _turn(self:PredictionView, step): self._page.value += step
@@ -343,14 +360,14 @@ def _seen(self:PredictionView): return self.rows[(self._page.value - 1)*self._n:
 def _where(self:PredictionView):
     first, seen = (self._page.value - 1)*self._n, len(self._seen())
     here = f'{first + 1:,}–{first + seen:,} of {len(self.rows):,}' if seen else 'nothing to show'
-    return f'of {self._page.max:,} · {here}'
+    return ' · '.join(map(self._tell, [f'of {self._page.max:,}', here]))
 
 @patch
 def _boxes_of(self:PredictionView, row): return _drawn_boxes(row, self._family, self._limits)
 
 @patch
 def _grid_html(self:PredictionView):
-    cards = (div(_frame, _card_html(row, self._boxes_of(row))) for row in self._seen())
+    cards = (div(_frame, _card_html(row, self._boxes_of(row), self._tell)) for row in self._seen())
     return as_text(div(FILL, div(_grid(self._columns), ''.join(cards))))
 
 @patch

@@ -51,22 +51,22 @@ def _look(run):
     return Seen(run.output_dir.name, state, run.progress, '' if state in _at_work else _describe_end(run))
 
 # %% ../../nbs/run/70_watch.ipynb #333824fe
-def _headline(seen):
-    "State, steps and the time left, in words."
+def _headline(seen, tell=str):
+    "State, steps and the time left, in words; `tell`: a part of it → what is shown in its place."
     now, state = seen.now, seen.state
     begins = state == 'running' and (now.doing or not now.steps and now.unit != 'answer')
     if begins: said = ['starting', now.doing]
     else: said = [f'{state} while {now.doing}' if now.doing and state != 'resuming' else state]
     ended = '' if state in _at_work else seen.ended
-    return f'{seen.name}: ' + ', '.join(filter(None, [*said, now.place, now.remaining, ended]))
+    return f'{seen.name}: ' + ', '.join(map(tell, filter(None, [*said, now.place, now.remaining, ended])))
 
-def _figures(logged):
+def _figures(logged, tell=str):
     "What was logged, as `Log.summary` gives it, in words."
     names = {'loss': 'loss', 'eval_loss': 'evaluation', 'lr': 'learning rate', 'margin': 'margin',
              'accuracy': 'accuracy'}
     lowest = {'eval_loss': f' (lowest {logged["lowest"]:.4g})'} if 'lowest' in logged else {}
-    said = [f'{name} {logged[key]:.4g}{lowest.get(key, "")}' for key,name in names.items() if key in logged]
-    return f'logged up to step {logged["step"]}: ' + ', '.join(said) if said else ''
+    said = [tell(f'{name} {logged[key]:.4g}{lowest.get(key, "")}') for key,name in names.items() if key in logged]
+    return tell(f'logged up to step {logged["step"]}') + ': ' + ', '.join(said) if said else ''
 
 def _update(log):
     "Read what was added to the log; returns why it can't be read, in words."
@@ -224,10 +224,10 @@ def _label(self:RunView):
 
 @patch
 def say_as(self:RunView,
-    tell, # Function: the text of a button, or a message → what is shown in its place
+    tell, # Function: a message, or a part of a line such as `'running'` → what is shown in its place
 ):
-    "Show the texts that are about buttons and functions in the words of a form."
-    self.tell = tell
+    "Show the texts of the view in the words of a form, or of another language."
+    self.tell, self._drawn, self._previewed = tell, None, None
     self._label()
     self.follow(self._trouble)
 
@@ -316,11 +316,11 @@ def _update_text(self:RunView):
     self._resume.disabled = state not in ('failed', 'stopped') or not can_resume
     self._bar.max, self._bar.value = seen.now.steps or 1, seen.now.step
     self._bar.bar_style = _looks.get(state, 'info')
-    self._head.value = _line(_headline(seen))
-    self._rest = ' · '.join(filter(None, [seen.now.pace, self._gpu() if state in _at_work else '']))
+    self._head.value = _line(_headline(seen, self.tell))
+    self._rest = ' · '.join(filter(None, [self.tell(seen.now.pace), self._gpu() if state in _at_work else '']))
     waits = state in _at_work and seen.now.unit == 'step'  # a prediction has no curve
-    if not self._drawn and _has_curve(self._log): self._logged = _figures(self._log.summary())
-    elif not self._drawn: self._logged = _first_loss(self._run, seen.now.steps) if waits else ''
+    if not self._drawn and _has_curve(self._log): self._logged = _figures(self._log.summary(), self.tell)
+    elif not self._drawn: self._logged = self.tell(_first_loss(self._run, seen.now.steps)) if waits else ''
     self._show_figures()
     return state
 
@@ -364,7 +364,7 @@ def _draw(self:RunView):
     "Draw the curve logged so far into the picture, and show its figures next to it."
     self._picture.value, self._picture.layout.display = plot_loss(self._log)._repr_png_(), None
     self._drawn = _read_up_to(self._log)
-    self._logged = _figures(self._log.summary())
+    self._logged = _figures(self._log.summary(), self.tell)
     self._show_figures()
 
 @patch
@@ -377,7 +377,7 @@ def _check(self:RunView):
 def _show_answers(self:RunView):
     "Show the answers that the run has given at its evaluations."
     self._previewed = _when_changed(self._run)
-    shown = show_previews(self._run)
+    shown = show_previews(self._run).said_as(self.tell)
     self._cards.value = div(f'line-height:1.45;{FILL}', shown._repr_html_())  # a widget has wider lines than a notebook
     self._cards.layout.display = None if str(shown) else 'none'
 
