@@ -199,7 +199,7 @@ def _answered(form):
     form.fill('predict', max_new_tokens=24)
     for action in ('predict.before', 'predict.after'):
         form.press(action)
-        form.at.get_by_text('20 rows have an answer now, in ').nth(int(action == 'predict.after')).wait_for()
+        form.at.get_by_text('20 rows have an answer of ').nth(int(action == 'predict.after')).wait_for()
     form.go('score')
     form.press('score.scores')
     form.says('20 rows; in percent, with 95 % intervals')

@@ -293,8 +293,9 @@ CHINESE |= {
                             '用来保存回答；留空则放在模型旁边。设置或数据行变了，就要换一个目录。'),
     'predict.before': ('Predict before training', '预测（训练前）'),
     'predict.before.help': ('With the model as it was, to compare.', '使用训练前的模型，供对比用。'),
-    'predict.answered': ('{n} rows have an answer now, in {folder}. The step "{score}" says how good the answers are.',
-                         '{n} 行已有回答，保存在 {folder}。回答的质量见“{score}”步骤。'),
+    'predict.answered': ('{n} rows have an answer of {weights} now, in {folder}. The step "{score}" says how good '
+                         'the answers are.',
+                         '{weights} 已回答 {n} 行，保存在 {folder}。回答的质量见“{score}”步骤。'),
     'predict.after': ('Predict after training', '预测（训练后）'),
     'predict.after.help': ('With what the run has trained: its best checkpoint, or its last. Waits until it has '
                            'ended.',
@@ -319,6 +320,7 @@ CHINESE |= {
     'score.compare.help': ('Before and after, row by row, and whether the difference could be due to chance.',
                            '逐行对比训练前后，并判断差异是否可能出于偶然。'),
     'score.show': ('Look at the answers', '查看回答'),
+    'score.of': ('The answers are those of {weights}.', '评分的是 {weights} 的回答。'),
     'score.none_right': ('No answer is right.', '没有一个回答是正确的。'),
     'score.as_common': ('Always giving the most common answer would be right in {share} % of the rows; these answers '
                         'are right in {right} %.',

@@ -64,8 +64,10 @@ def _after(given):
 def _again(name): return lambda given: f'{name} = {as_call("Predictions", given.path("answers", new=True))}'
 def _keeps(name):
     def kept(names):
-        found = names[name]
-        return {'answers': found.output_dir, 'rows': len(found), 'answered': len(found) - len(found.failed)}
+        found, asked = names[name], names['asked']
+        weights = Path((asked.get('adapter_name_or_path') or asked['model_name_or_path']).split(',')[-1])
+        return {'answers': found.output_dir, 'rows': len(found), 'answered': len(found) - len(found.failed),
+                'weights': weights}
     return kept
 
 def _given(form):
@@ -131,7 +133,8 @@ class PredictStep(DatasetStep):
     def show(self, action, value): return self.show_kept(action, what_ran(self.panel.session.project)[action].given)
 
     def show_kept(self, action, given):
-        said = self.say('answered', n=given['answered'], folder=given['answers'], score=self.panel.say('score'))
+        values = dict(n=given['answered'], weights=given['weights'], folder=given['answers'])
+        said = self.say('answered', score=self.panel.say('score'), **values)
         return [HTML(as_html('qvl-said', said))]
 
     def is_cheap(self, action, given): return False

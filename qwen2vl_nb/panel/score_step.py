@@ -98,8 +98,10 @@ class ScoreStep(Step):
 
     def refresh(self):
         super().refresh()
-        self.of_run.value = tell_run(self)
         ran = what_ran(self.panel.session.project)
+        weights = ran['predict.after'].given.get('weights') if 'predict.after' in ran else None
+        said = as_html('qvl-said', self.say('of', weights=weights)) if weights else ''
+        self.of_run.value = tell_run(self) + said
         rows = [ran[name].given.get('rows') for name in ('predict.before', 'predict.after') if name in ran]
         if not all(isinstance(n, int) and n < _most_rows for n in rows): return
         for name in self.boxes.keys() & ran.keys(): self.boxes[name].show_again()

@@ -222,8 +222,8 @@ ENGLISH |= {
                            'folder.',
     'predict.before': 'Predict before training',
     'predict.before.help': 'With the model as it was, to compare.',
-    'predict.answered': '{n} rows have an answer now, in {folder}. The step "{score}" says how good the '
-                        'answers are.',
+    'predict.answered': '{n} rows have an answer of {weights} now, in {folder}. The step "{score}" says how good '
+                        'the answers are.',
     'predict.after': 'Predict after training',
     'predict.after.help': 'With what the run has trained: its best checkpoint, or its last. Waits until it has ended.',
 }
@@ -242,6 +242,7 @@ ENGLISH |= {
     'score.compare': 'Compare',
     'score.compare.help': 'Before and after, row by row, and whether the difference could be due to chance.',
     'score.show': 'Look at the answers',
+    'score.of': 'The answers are those of {weights}.',
     'score.none_right': 'No answer is right.',
     'score.as_common': 'Always giving the most common answer would be right in {share} % of the rows; these answers '
                        'are right in {right} %.',

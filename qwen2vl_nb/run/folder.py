@@ -284,8 +284,6 @@ def is_training(
     return state_or_empty(folder, RUN).get('unit', 'step') == 'step'
 
 # %% ../../nbs/run/00_folder.ipynb #runfolders
-_most_searched = 50_000 # Folders; those near the top come first
-
 def _subfolders(folder):
     "The folders in a folder, without links, hidden ones and earlier starts; none if it can't be read."
     is_own = lambda e: e.is_dir(follow_symlinks=False) and not e.name.startswith('.') and e.name != EARLIER
@@ -295,11 +293,12 @@ def _subfolders(folder):
 
 def run_folders(
     folder:Path, # Folder to search, including its subfolders
+    most:int=50_000, # Folders that are looked at, the nearest first
 )->list: # Folders, sorted
     "The folders in which something was started."
     found = [os.fspath(folder)]
-    for each in islice(found, _most_searched): found += _subfolders(each)  # the list grows meanwhile
-    return sorted(Path(p) for p in found[:_most_searched] if os.path.lexists(os.path.join(p, RUN)))
+    for each in islice(found, most): found += _subfolders(each)  # the list grows meanwhile
+    return sorted(Path(p) for p in found[:most] if os.path.lexists(os.path.join(p, RUN)))
 
 # %% ../../nbs/run/00_folder.ipynb #d10b000a
 _always_noted = {'id', 'command', 'cwd', 'python', 'versions', 'host', 'nproc', 'nnodes', 'node_rank', 'master',

@@ -140,7 +140,7 @@ def attach(
     "Return the run in a folder."
     run = Run(output_dir)
     if not os.path.exists(run.output_dir/RUN):
-        below = bulleted([short_path(p) for p in run_folders(run.output_dir)])
+        below = bulleted([short_path(p) for p in run_folders(run.output_dir, most=1000)])
         there = f' There are runs below it, which runs({short_path(run.output_dir)!r}) lists:\n{below}' if below else ''
         raise FileNotFoundError(f'No run was launched in {run.output_dir}: there is no run.json.{there}')
     if state_or_empty(run, RUN).get('engine') != SERVED: return run
