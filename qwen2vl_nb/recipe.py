@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['plain_values', 'with_time', 'without_time', 'train_recipe', 'Argument', 'arguments_of_recipes', 'argument_names',
            'template_names', 'unknown_argument', 'complete_arguments', 'is_adapter', 'best_measured', 'find_adapter',
-           'predict_recipe', 'answer_arguments', 'earlier_adapters', 'adapters_of', 'answering_recipe',
-           'answering_faults', 'load_recipe', 'zero_file_name', 'is_remote', 'absolute_recipe', 'save_recipe',
-           'dataset_names', 'trains_nothing']
+           'find_model', 'written_weights', 'predict_recipe', 'answer_arguments', 'earlier_adapters', 'adapters_of',
+           'answering_recipe', 'answering_faults', 'load_recipe', 'zero_file_name', 'is_remote', 'absolute_recipe',
+           'save_recipe', 'dataset_names', 'trains_nothing']
 
 # %% ../nbs/10_recipe.ipynb #0bd906f0
 import ast, json, math, os, re, sys, time
@@ -221,19 +221,34 @@ def find_adapter(
                             'A fully fine-tuned model is not an adapter: pass its folder as the model.')
 
 # %% ../nbs/10_recipe.ipynb #bb0cf879
+def find_model(
+    run, # A run that trains all weights, its folder, or a checkpoint
+)->Path: # Folder of the model
+    "The model of a run: the checkpoint that `score_checkpoints` found to be the best, else the one in its folder."
+    best = best_measured(run)
+    return best if best and (best/'config.json').is_file() else Path(run).absolute()
+
+def written_weights(
+    recipe:dict, # A recipe that loads a model
+)->str: # Path of the adapter, the last of several, or of the model; empty if no run of this package has written it
+    "The folder beside which the answers of a model are kept."
+    if adapters := recipe.get('adapter_name_or_path'): return adapters.rpartition(',')[2].strip()
+    model = Path(recipe['model_name_or_path'])
+    return str(model.absolute()) if any((p/RUN).is_file() for p in (model, model.parent)) else ''
+
 def predict_recipe(
     model:str|Path, # Model folder, or a name that LLaMA-Factory can download
     dataset:str=None, # Registered data set to predict; `None`: samples are given later
-    output_dir:str|Path=None, # Folder for the predictions; `None`: next to the adapter, or under `saves/<model>`
+    output_dir:str|Path=None, # Folder for the predictions; `None`: beside what a run wrote, or in `saves/<model>`
     adapter:str|os.PathLike=None, # A training run, its folder, or an adapter's folder; `None`: the model as it is
     **changes, # LLaMA-Factory's others: Tab completes, `llamafactory-cli train -h` explains; `None` removes a default
 )->dict: # The recipe
     "A recipe for batch prediction on a data set."
     adapter = adapter and find_adapter(adapter)
-    beside = f'{adapter}-predict-' if adapter else f'saves/{Path(model).name}/predict/'
+    parts = {'model_name_or_path': os.fspath(model), 'adapter_name_or_path': adapter and str(adapter)}
+    beside = f'{own}-predict-' if (own := written_weights(parts)) else f'saves/{Path(model).name}/predict/'
     beside += dataset or 'samples'
-    defaults = {'model_name_or_path': os.fspath(model), 'adapter_name_or_path': adapter and str(adapter),
-        'stage': 'sft', 'do_train': False, 'do_predict': True, 'predict_with_generate': True,
+    defaults = parts | {'stage': 'sft', 'do_train': False, 'do_predict': True, 'predict_with_generate': True,
         # LLaMA-Factory quantizes only with this type
         'finetuning_type': 'lora' if adapter or changes.get('quantization_bit') else 'full',
         'eval_dataset': dataset, 'template': usual_template(model), 'cutoff_len': 2048, 'overwrite_cache': True,
@@ -289,7 +304,8 @@ def answering_recipe(
     "The recipe that asks a trained model, or the one that its training began with, as it was trained."
     kind, shared = trained.get('finetuning_type', 'lora'), answer_arguments(trained) | changes
     base = trained['model_name_or_path']
-    if kind not in ('lora', 'oft'): return predict_recipe(weights or base, dataset, output_dir, **shared)
+    if kind not in ('lora', 'oft'):
+        return predict_recipe(find_model(weights) if weights else base, dataset, output_dir, **shared)
     recipe = predict_recipe(base, dataset, output_dir, **{'adapter': weights} | shared)
     found = recipe.get('adapter_name_or_path')
     if weights: adapters = found and adapters_of(trained, found)

@@ -17,13 +17,14 @@ from qwen2vl_nb.prediction.scores import compare, score
 from qwen2vl_nb.prediction.serve import serve
 from qwen2vl_nb.prediction.show import show_predictions
 from qwen2vl_nb.processes import marked
-from qwen2vl_nb.recipe import find_adapter, predict_recipe, train_recipe
+from qwen2vl_nb.recipe import answering_recipe, find_adapter, predict_recipe, train_recipe
 from qwen2vl_nb.run.folder import Best, state_or_empty, write_best
 from qwen2vl_nb.run.merge import export
 from qwen2vl_nb.run.preview import read_previews, show_previews
 from qwen2vl_nb.run.start import Run, launch
 from qwen2vl_nb.run.watch import RunView
 from qwen2vl_nb.tuning.checkpoints import score_checkpoints
+from qwen2vl_nb.tuning.hand_over import serving_lines
 from qwen2vl_nb.zero import zero_config
 
 ASKED = dict(max_new_tokens=24)
@@ -167,6 +168,13 @@ def test_the_answers_of_a_checkpoint_are_an_ordinary_prediction(scored):
     assert list(table.loc['checkpoint-160', 'json']) == list(row) and list(table['step', '']) == [40, 80, 120, 160]
     logged = {step: loss for step, _, loss, _ in _logged(scored.run) if loss is not None}
     assert dict(zip(table['step', ''], table['eval_loss', ''])) == logged
+
+def test_a_fully_trained_run_answers_with_its_best_checkpoint(alone, trained):
+    run = trained.full
+    asked = answering_recipe(run.recipe, run, 'car_item_test')
+    assert asked['model_name_or_path'] == str(run.best) and run.best.name.startswith('checkpoint-')
+    assert asked['output_dir'] == f'{run.best}-predict-car_item_test'
+    assert f"--model_name_or_path {run.best} " in serving_lines(run)['api']
 
 def test_the_best_by_each_measure_is_found_again_elsewhere(scored, tiny, tmp_path):
     run, brief = Run(scored.run.output_dir), {'brevity': lambda row: -len(row['predict'])}

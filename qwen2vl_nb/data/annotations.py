@@ -424,7 +424,10 @@ def turn_numbers(
     "Where a box is after its picture has been turned as the EXIF data says."
     if orientation not in _turns: return tuple(numbers)
     pairs = [_turns[orientation](x, y, *size) for x, y in zip(numbers[::2], numbers[1::2])]
-    return tuple(min(side) for side in zip(*pairs)) + (tuple(max(side) for side in zip(*pairs)) if pairs[1:] else ())
+    if len(pairs) == 1: return pairs[0]
+    first, second = (tuple(map(of, zip(*pairs))) for of in (min, max))
+    is_in_order = numbers[0] <= numbers[2] and numbers[1] <= numbers[3]  # what is not stays so, and is found later
+    return first + second if is_in_order else second + first
 
 # %% ../../nbs/data/05_annotations.ipynb #e5fc5249
 def _alike(one, other):

@@ -151,13 +151,13 @@ def _number_faults(answers):
 
 # %% ../../nbs/data/38_answer_faults.ipynb #38answer12
 def _blank_faults(answers):
-    "Rows whose answer is that of others with blanks around it."
-    blank = Counter(a.text.strip() for a in answers if a.text != a.text.strip())
-    plain = Counter(a.text for a in answers if a.text in blank) if blank else {}
+    "Rows whose answer is that of others with blanks around it, perhaps in another case."
+    blank = {a.label for a in answers if a.text != a.text.strip()}
+    plain = Counter(a.label for a in answers if a.text == a.text.strip() and a.label in blank) if blank else {}
     for a in answers if plain else []:
-        if a.text != (text := a.text.strip()) and text in plain:
+        if a.text != a.text.strip() and a.label in plain:
             yield a.row, a.field, Fault(
-                f'The answer {show_value(a.text)} has blanks around it; {plain[text]} row(s) have it without.',
+                f'The answer {show_value(a.text)} has blanks around it; {plain[a.label]} row(s) have it without.',
                 'Remove them', 'warning', 'blanks')
 
 def without_blanks(

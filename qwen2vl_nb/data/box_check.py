@@ -161,17 +161,29 @@ def box_faults(
                           *_coordinate_faults(sample, pieces, size, family, model, limits)) if fault]
 
 # %% ../../nbs/data/35_box_check.ipynb #58a28655
+def _named_boxes(rows):
+    "(row, field, name) of each box with a name in the answers."
+    return [(row, field, piece.label) for row, sample in rows for field, role, text in sample_turns(sample)
+            if role == 'assistant' for piece in box_pieces(text) or [] if piece.label]
+
+def _spelling_faults(named):
+    "Rows with names that are usually written in another way; single letters may be different classes."
+    counts, ways = Counter(label for _, _, label in named), {}
+    for label, n in counts.items(): ways.setdefault(label.strip().casefold(), {})[label] = n
+    usual = {key: max(ways[key], key=ways[key].get) for key in ways if len(ways[key]) > 1 and len(key) > 1}
+    for row, field, label in dict.fromkeys(named):
+        way = usual.get(label.strip().casefold(), label)
+        if label != way: yield row, field, Fault(
+            f'The class is {show_value(label)}, and in {counts[way]} box(es) {show_value(way)}: only upper and lower '
+            'case, or blanks, differ.', 'Write it in one way.', 'warning')
+
 def class_faults(
     rows:list, # (row, sample)
 ): # Yields (row, field, `Fault`)
-    "Names of objects that occur once, if nearly all others occur several times."
-    first, counts = {}, Counter()
-    for row, sample in rows:
-        for field, role, text in sample_turns(sample):
-            for piece in (box_pieces(text) or []) if role == 'assistant' else []:
-                if not piece.label: continue
-                counts[piece.label] += 1
-                first.setdefault(piece.label, (row, field))
+    "Names of objects that are written in several ways, and those that occur once, if nearly all others occur more often."
+    named = _named_boxes(rows)
+    yield from _spelling_faults(named)
+    counts, first = Counter(label for _, _, label in named), {label: (*at,) for *at, label in reversed(named)}
     once = [label for label, n in counts.items() if n == 1]
     if len(once) > .2*len(counts) or len(once) > .05*counts.total(): return
     for label in once[:20]:

@@ -574,8 +574,8 @@ def _header_names(image, prompt, response, video, *others):
     if response is None and not any(others): sets.append(usual('response'))
     if len(sets) < 2: sets.append(usual('image', 'video', 'prompt') | {prompt})
     def fit(cells):
-        if all(not names.isdisjoint(cells) for names in sets) or not given and box_columns(cells): return 1
-        return len(given & {*cells})/len(given) if given - {*cells} else 0  # what lacks one is refused later
+        if all(not names.isdisjoint(cells) for names in sets) or given <= {*cells} and box_columns(cells): return 1
+        return len(given & {*cells})/(len(given) + 1)  # what is missing is refused later
     return fit
 
 # %% ../../nbs/data/20_sources.ipynb #5264a39d
@@ -859,8 +859,9 @@ def _stored(path):
 def _why_unread(path, name, fault):
     "Why a picture cannot be read, and what to do; `path` is `None` if no file has the name."
     if name.startswith('data:'): return 'This is not a picture in base64. Give the path of a file.'
-    hint = '' if path or '://' in name else ' media_dir=… names the folder of the pictures.'
-    return f'{fault.what} {fault.cure}{hint}'
+    return f'{fault.what} {fault.cure}' + _which_folder*(not path and '://' not in name)
+
+_which_folder = ' media_dir=… names the folder of the pictures.'
 
 def _boxed_row(picture, place, family, limits):
     "A picture with its boxes as a row, and whether its boxes had to be turned; raises `ValueError`."
@@ -881,8 +882,9 @@ def _boxed_row(picture, place, family, limits):
 def _unread(faults): return [Annotated(fault=fault) for fault in faults]
 
 def _name_faults(path, faults):
-    named = bulleted([f'{fault.rstrip(".")}.' for fault in faults], 20)
-    return f'{path} has {len(faults)} box(es) or picture(s) that cannot be read:\n{named}'
+    named = bulleted([f"{fault.replace(_which_folder, '').rstrip('.')}." for fault in faults], 20)
+    said = '\n' + _which_folder.strip() if any(_which_folder in fault for fault in faults) else ''
+    return f'{path} has {len(faults)} box(es) or picture(s) that cannot be read:\n{named}{said}'
 
 def _boxed_rows(path, pictures, place, family, limits):
     "Rows of pictures with boxes in a family's form, and what is to be said about them."
@@ -900,8 +902,11 @@ def _boxed_rows(path, pictures, place, family, limits):
             turned += is_turned
     if faults: raise ValueError(_name_faults(path, faults))
     named = [label for picture in pictures for label, _ in picture.boxes]
-    said = f"{len(named)} box(es) of {len(set(named))} class(es) in the form of {form.name}"
+    classes = f'of {len(set(named))} class(es)' if any(named) else _without_names
+    said = f'{len(named)} box(es) {classes} in the form of {form.name}'
     return rows, f'{said}, {turned} picture(s) with boxes turned to fit the file' if turned else said
+
+_without_names = 'without names (response=… is the column of a table that has them)'
 
 def _short_path(image):
     "The path of a picture, or the first of those to try."

@@ -9,6 +9,7 @@ __all__ = ['SCORE', 'ROWS', 'dataset_given', 'limits', 'DatasetStep', 'Checkpoin
 import ast
 from contextlib import suppress
 from functools import partial
+from glob import escape
 from pathlib import Path
 from fastcore.basics import patch
 from ipywidgets import HTML, Combobox, VBox
@@ -74,7 +75,9 @@ class DatasetStep(Step):
 
     def _folders(self):
         folder, run = self.panel.session.project.folder, self.panel.session.form('runs')['run']
-        return (folders_at_work(folder/run) if run else []) + folders_at_work(folder, self.places)
+        if not run: return folders_at_work(folder, self.places)
+        beside = folders_at_work((folder/run).parent, (f'{escape(Path(run).name)}-predict-*',))
+        return [*folders_at_work(folder/run), *beside, *folders_at_work(folder, self.places)]
 
     def refresh(self):
         "Suggest data sets, and show what is at work and what can be shown again."

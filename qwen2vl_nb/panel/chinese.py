@@ -219,6 +219,8 @@ CHINESE |= {
                    '共 {n} 个训练任务，显示 {shown} 个，最新的在前。当前选中：{run}。'),
     'runs.listing': ('Reading the folders of the runs …', '正在读取训练任务的目录……'),
     'runs.of': ('About {run}, which is chosen in the step "{runs}".', '针对“{runs}”步骤中选中的 {run}。'),
+    'runs.best': ('It answers with {best}, which the step "{checkpoints}" found to be the best.',
+                  '用 {best} 回答，它是“{checkpoints}”步骤选出的最佳检查点。'),
     'runs.no_runs': ('There are no runs yet.', '还没有训练任务。'),
     'runs.elsewhere': ('The chosen run is {run}: the step "{runs}" shows it.',
                        '当前选中的是 {run}，请在“{runs}”步骤中查看。'),
@@ -288,9 +290,9 @@ CHINESE |= {
     'predict.max_new_tokens': ('Answer length', '回答长度'),
     'predict.max_new_tokens.help': ('At most, in tokens.', '最多多少个 token。'),
     'predict.folder': ('Folder', '目录'),
-    'predict.folder.help': ('For the answers; empty: beside the model. Other settings or other rows need another '
+    'predict.folder.help': ('For the answers; empty: beside the weights. Other settings or other rows need another '
                             'folder.',
-                            '用来保存回答；留空则放在模型旁边。设置或数据行变了，就要换一个目录。'),
+                            '用来保存回答；留空则放在权重旁边。设置或数据行变了，就要换一个目录。'),
     'predict.before': ('Predict before training', '预测（训练前）'),
     'predict.before.help': ('With the model as it was, to compare.', '使用训练前的模型，供对比用。'),
     'predict.answered': ('{n} rows have an answer of {weights} now, in {folder}. The step "{score}" says how good '

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from threading import Lock, Thread
 from ipywidgets import HTML, Layout, VBox
-from ..recipe import dataset_names, load_recipe
+from ..recipe import best_measured, dataset_names, load_recipe
 from ..run.folder import RECIPE, RUN, SCORES, SERVED, state_or_empty
 from .session import near
 from .shown import as_html
@@ -20,12 +20,11 @@ from .shown import as_html
 def about_run(
     run:Path, # Folder of a run
     folder:Path, # The panel's folder
-)->dict: # `model`, `dataset_dir`, `data_sets`; `adapter` it began with, `trained` if it writes all weights; empty: none
-    "Where a run has its model and data, and what it writes. Raises `ValueError`, `OSError` without a readable recipe."
+)->dict: # `model`, `dataset_dir`, `data_sets`, and the `adapter` it began with; empty: none
+    "Where a run has its model and data. Raises `ValueError`, `OSError` without a readable recipe."
     recipe = load_recipe(run/RECIPE)
-    is_whole = recipe.get('finetuning_type', 'lora') not in ('lora', 'oft')
     places = {'model': recipe.get('model_name_or_path'), 'dataset_dir': recipe.get('dataset_dir'),
-              'adapter': recipe.get('adapter_name_or_path'), 'trained': is_whole and run}
+              'adapter': recipe.get('adapter_name_or_path')}
     found = {key: near(str(place or ''), folder) for key, place in places.items()}
     return found | {'data_sets': dataset_names({'dataset': recipe.get('dataset')})}
 
@@ -61,9 +60,12 @@ def look_again(
 def tell_run(
     step, # A `Step`
 )->str: # HTML; empty if there is none
-    "The run that a step is about."
+    "The run that a step is about, and the checkpoint with which it answers."
     say, run = step.panel.say, step.panel.session.form('runs')['run']
-    return as_html('qvl-said', say('runs.of', run=run, runs=say('runs'))) if run else ''
+    if not run: return ''
+    best = best_measured(step.panel.session.project.folder/run)
+    said = say('runs.best', best=best.name, checkpoints=say('checkpoints')) if best else ''
+    return as_html('qvl-said', ' '.join(filter(None, [say('runs.of', run=run, runs=say('runs')), said])))
 
 # %% ../../nbs/panel/55_chosen_run.ipynb #55chosen0012
 _places = ('*', f'{SCORES}/*') # Where predictions of a run lie, below its folder

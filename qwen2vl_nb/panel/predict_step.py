@@ -28,10 +28,10 @@ def _in_saves(given, model, name):
     return {'output_dir': _place(given, usual)} if model and _place(given, usual) != usual else {}
 
 def _served(given, weights):
-    "The call that keeps a model loaded; an adapter has its folder beside it."
-    model = given.get('trained') if weights else not given.get('adapter') and given['model']
-    named = {} if weights else {'adapter': None}
-    return as_call('serve', ast.Name('run'), **named, **_in_saves(given, model, SERVED))
+    "The call that keeps a model loaded; what a run has written has its folder beside it."
+    if weights: return as_call('serve', ast.Name('run'))
+    model = not given.get('adapter') and given['model']
+    return as_call('serve', ast.Name('run'), adapter=None, **_in_saves(given, model, SERVED))
 
 _own_field = {'vllm': 'python', 'llamafactory': 'python', 'openai': 'base_url'} # Engine → the field that only it needs
 
@@ -57,9 +57,7 @@ def _before(given):
     usual = {'output_dir': _place(given, f'saves/{Path(given["model"]).name}/predict/{rows}')}
     return _asked(given, 'before', None, usual)
 
-def _after(given):
-    usual = _in_saves(given, given.get('trained'), f'predict/{given["dataset"]}')
-    return 'run.wait()\n' + _asked(given, 'after', ast.Name('run'), usual)
+def _after(given): return 'run.wait()\n' + _asked(given, 'after', ast.Name('run'), {})
 
 def _again(name): return lambda given: f'{name} = {as_call("Predictions", given.path("answers", new=True))}'
 def _keeps(name):

@@ -167,6 +167,7 @@ ENGLISH |= {
     'runs.count': '{shown} of {n} runs, the newest first. The chosen run: {run}.',
     'runs.listing': 'Reading the folders of the runs …',
     'runs.of': 'About {run}, which is chosen in the step "{runs}".',
+    'runs.best': 'It answers with {best}, which the step "{checkpoints}" found to be the best.',
     'runs.no_runs': 'There are no runs yet.',
     'runs.elsewhere': 'The chosen run is {run}: the step "{runs}" shows it.',
     'runs.none': 'none yet',
@@ -218,7 +219,7 @@ ENGLISH |= {
     'predict.max_new_tokens': 'Answer length',
     'predict.max_new_tokens.help': 'At most, in tokens.',
     'predict.folder': 'Folder',
-    'predict.folder.help': 'For the answers; empty: beside the model. Other settings or other rows need another '
+    'predict.folder.help': 'For the answers; empty: beside the weights. Other settings or other rows need another '
                            'folder.',
     'predict.before': 'Predict before training',
     'predict.before.help': 'With the model as it was, to compare.',

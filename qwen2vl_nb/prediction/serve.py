@@ -18,7 +18,7 @@ from ..checks import quick_findings
 from ..display import RED, data_uri, picture_html
 from ..files import open_regular, parse_json, video_endings
 from ..names import bar_file, warn
-from ..recipe import answering_recipe, predict_recipe, unknown_argument
+from ..recipe import answering_recipe, predict_recipe, unknown_argument, written_weights
 from ..data.objects import picture_bytes
 from .client import CHAT, NotAnswered, ServerGone, request, server_of
 from .engines import answer_settings, batch_budget, fit_findings, refuse_other, until_ready
@@ -128,8 +128,8 @@ def _recipe(model, changes):
 
 def _folder(recipe):
     "Where a model is served unless the user names a folder."
-    adapter = (recipe.get('adapter_name_or_path') or '').rpartition(',')[2].strip()  # of several, the last was trained
-    return f'{adapter}-served' if adapter else f"saves/{Path(recipe['model_name_or_path']).name}/served"
+    own = written_weights(recipe)
+    return f'{own}-served' if own else f"saves/{Path(recipe['model_name_or_path']).name}/served"
 
 def _begin(recipe, idle, env, python):
     "Start the process that holds a model."
@@ -225,7 +225,7 @@ class Served(Run):
 # %% ../../nbs/prediction/55_serve.ipynb #55serve13
 def serve(
     model:str|os.PathLike, # Model folder, or a name; or a training run, or its folder
-    output_dir:str|Path=None, # Folder of the process; `None`: next to the adapter, or under `saves/<model>`
+    output_dir:str|Path=None, # Folder of the process; `None`: beside what a run wrote, or in `saves/<model>`
     idle:float=1800, # Seconds after which the process ends if nobody asks anything
     env:dict=None, # Environment variables for the process
     python:str|Path=None, # Interpreter of an environment with LLaMA-Factory; `None`: this one

@@ -18,7 +18,7 @@ from ..files import Damaged, read_json, read_text
 from ..stack import GiB, required_packages
 from ..checkpoint import file_fault
 from ..model import chat_template, model_config, model_type, processor_limits, recipe_limits, usual_template
-from ..recipe import adapters_of, dataset_names, find_adapter
+from ..recipe import adapters_of, dataset_names, find_adapter, find_model
 from ..data.registry import Registry, dataset_samples
 from ..data.samples import media_of
 from ..prediction.scores import score
@@ -123,15 +123,14 @@ def _vllm_line(recipe, merged, name, adapter, base):
             '--chat-template', 'chat_template.jinja', *lora]
 
 # %% ../../nbs/tuning/40_hand_over.ipynb #6b0d549b
-def _factory_options(recipe, merged, name, adapter, base):
+def _factory_options(recipe, model, name, adapter, base):
     base = _base_or_place(recipe, base) if name else recipe['model_name_or_path']
-    whole = name or (str(merged) if merged else recipe['output_dir'])
     parts = ['--model_name_or_path', base, '--adapter_name_or_path', name or str(adapter), '--finetuning_type', 'lora']
-    model = parts if adapter else ['--model_name_or_path', whole]
+    whole = parts if adapter else ['--model_name_or_path', name or str(model)]
     limits = [word for k, v in recipe_limits(recipe).items() if k in recipe for word in (f'--{k}', str(v))]
     trust = ['--trust_remote_code', 'true']*bool(recipe.get('trust_remote_code'))
     template = recipe.get('template') or usual_template(recipe['model_name_or_path'])
-    return [*model, '--template', template, *limits, *trust]
+    return [*whole, '--template', template, *limits, *trust]
 
 def _refuse_several(adapter, name):
     "Raise `ValueError` if an upload would contain the last of several adapters."
@@ -149,7 +148,7 @@ def serving_lines(
     recipe, merged = Run(run).recipe, merged and _complete_model(merged)
     adapter = adapters_of(recipe, run) if _is_lora(recipe) and not merged else None
     _refuse_several(adapter, name)
-    factory = _factory_options(recipe, merged, name, adapter, base)
+    factory = _factory_options(recipe, merged or find_model(run), name, adapter, base)
     lines = {'api': ['API_HOST=127.0.0.1', 'API_PORT=8000', 'llamafactory-cli', 'api', *factory],
              'chat': ['llamafactory-cli', 'chat', *factory]}
     if merged or name: lines['vllm'] = _vllm_line(recipe, merged, name, adapter, base)
@@ -330,7 +329,7 @@ def _outgoing(folder, recipe, is_adapter, base):
 def _weights(run, recipe, merged):
     "The folder of the weights to upload."
     if _is_lora(recipe) and not merged: return find_adapter(run)
-    return _complete_model(merged or run.output_dir)
+    return _complete_model(merged or find_model(run))
 
 # %% ../../nbs/tuning/40_hand_over.ipynb #hand0037
 @dataclass
