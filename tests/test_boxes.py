@@ -532,15 +532,31 @@ def test_all_faults_come_at_once(tmp_path):
     with pytest.raises(ValueError, match=r'has 3000 box\(es\) or picture\(s\) that cannot be read') as refused: read_samples(source, family='qwen2_vl', **how)
     assert 'annotations[19]' in str(refused.value) and len(str(refused.value)) < 3000
 
+def test_a_picture_that_cannot_be_read_is_a_row_without_boxes_that_can_be_dropped(tmp_path, capsys):
+    "As where answers are texts. If none can be read, the folder is wrong, and nothing is read."
+    _drawn(tmp_path)
+    (tmp_path/'cut.png').write_bytes((tmp_path/'a.png').read_bytes()[:20])
+    rows = ['a.png,dog,1,2,3,4', 'gone.png,dog,1,2,3,4', 'cut.png,dog,1,2,3,4']
+    (tmp_path/'boxes.csv').write_text('\n'.join(['image,label,xmin,ymin,xmax,ymax', *rows]))
+    samples = read_samples(tmp_path/'boxes.csv', family='qwen2_vl')
+    said = capsys.readouterr().out
+    assert '3 pictures of a table' in said and '2 picture(s) cannot be read' in said and '1 of 3 paths leads nowhere; the first is gone.png' in said
+    assert [s.get('output') for s in samples][1:] == ['', ''] and [s.number for s in samples] == [2, 3, 4]
+    findings = check_samples(samples)
+    assert [*findings[findings.level == 'error'].row] == [1, 2] and drop_samples(samples, findings) == samples[:1]
+    (tmp_path/'boxes.csv').write_text('\n'.join(['image,label,xmin,ymin,xmax,ymax', *rows[1:]]))
+    with pytest.raises(ValueError, match='has 2 box(.|\n)*media_dir=… names the folder'): read_samples(tmp_path/'boxes.csv', family='qwen2_vl')
+
 def test_faults_of_boxes_and_of_pictures_come_together_each_with_its_place_and_its_cure(tmp_path):
     _drawn(tmp_path)
     (tmp_path/'cut.png').write_bytes((tmp_path/'a.png').read_bytes()[:20])
     rows = ['a.png,dog,1,2,3,4', 'gone.png,dog,1,2,3,4', 'a.png,dog,1,2,3,wide', 'cut.png,dog,1,2,3,4', ',dog,,2,3,4', 'lost.png,dog,1,2,3,wide']
     (tmp_path/'boxes.csv').write_text('\n'.join(['image,label,xmin,ymin,xmax,ymax', *rows]))
     with pytest.raises(ValueError) as refused: read_samples(tmp_path/'boxes.csv', family='qwen2_vl')
-    title, *lines = str(refused.value).splitlines()
+    title, *lines, folder = str(refused.value).splitlines()
+    assert folder == 'media_dir=… names the folder of the pictures.'
     assert title == f'{tmp_path/"boxes.csv"} has 7 box(es) or picture(s) that cannot be read:'
-    nowhere, no_number = 'There is no file {0}. Correct the path, or drop the row. media_dir=… names', 'has something that is not a number in xmin, ymin, xmax, ymax.'
+    nowhere, no_number = 'There is no file {0}. Correct the path, or drop the row.', 'has something that is not a number in xmin, ymin, xmax, ymax.'
     wanted = [(3, f"('gone.png'): {nowhere.format('gone.png')}"), (4, no_number), (5, "('cut.png'): cut.png cannot be read: "), (6, "has '' as image."), (6, no_number),
               (7, f"('lost.png'): {nowhere.format('lost.png')}"), (7, no_number)]
     for line, (row, words) in zip(sorted(lines), wanted, strict=True): assert line.startswith(f'- row {row} of boxes.csv {words}'), line

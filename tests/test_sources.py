@@ -313,6 +313,7 @@ TITLED = { # name → the rows of a table whose header is not the first row, arg
     'usual names': ([['Cars'], ['image', 'answer'], ['a.png', 'a car']], dict(image=None, response=None)),
     'a question in a column': ([['Cars'], ['asked', 'said'], ['What is this?', 'a car']], dict(image=None, prompt='asked', response='said')),
     'boxes': ([['Cars'], ['filename', 'class', 'xmin', 'ymin', 'xmax', 'ymax'], ['a.png', 'car', 1, 2, 30, 40]], dict(image=None, response=None, family='qwen2_vl')),
+    'boxes, with one name given': ([['Cars'], ['photo', 'part', 'xmin', 'ymin', 'xmax', 'ymax', 'filename'], ['a', 'car', 1, 2, 30, 40, 'a.png']], dict(image=None, response='part', family='qwen2_vl')),
     'names that occur again in a cell': ([['Cars'], ['photo', 'caption'], ['photo', 'a caption'], ['a.png', 'a car']], {}),
 }
 
@@ -326,7 +327,7 @@ def _written(folder, rows, ending, mark=','):
 @pytest.mark.parametrize('rows,how', TITLED.values(), ids=TITLED)
 def test_a_header_below_a_title_is_found_or_given(rows, how, ending, mark, tmp_path, capsys):
     Image.new('RGB', (56, 56)).save(tmp_path/'a.png')
-    at = next(i for i, row in enumerate(rows, 1) if {*row} & {'caption', 'answer', 'said', 'class'})
+    at = next(i for i, row in enumerate(rows, 1) if {*row} & {'caption', 'answer', 'said', 'class', 'part'})
     path, how = _written(tmp_path, rows, ending, mark), dict(image='photo', prompt='What is this?', response='caption') | how
     found = read_samples(path, **how)
     assert f'(header in row {at})' in capsys.readouterr().out

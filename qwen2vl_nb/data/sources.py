@@ -575,7 +575,7 @@ def _header_names(image, prompt, response, video, *others):
     if len(sets) < 2: sets.append(usual('image', 'video', 'prompt') | {prompt})
     def fit(cells):
         if all(not names.isdisjoint(cells) for names in sets) or given <= {*cells} and box_columns(cells): return 1
-        return len(given & {*cells})/(len(given) + 1)  # what is missing is refused later
+        return len(given & {*cells})/len(given) if given - {*cells} else 0  # what lacks one is refused later
     return fit
 
 # %% ../../nbs/data/20_sources.ipynb #5264a39d
@@ -863,6 +863,11 @@ def _why_unread(path, name, fault):
 
 _which_folder = ' media_dir=… names the folder of the pictures.'
 
+class _Unread(ValueError):
+    def __init__(self, name, why):
+        self.name = name
+        super().__init__(why)
+
 def _boxed_row(picture, place, family, limits):
     "A picture with its boxes as a row, and whether its boxes had to be turned; raises `ValueError`."
     paths = picture.image if isinstance(picture.image, list) else [picture.image]
@@ -870,7 +875,7 @@ def _boxed_row(picture, place, family, limits):
     path = next((found for p in paths if (found := place.find(p))), None)
     form, name = family_of(family), path or (paths or [''])[0]
     size, orientation, fault = _stored(name)
-    if not (size or picture.size or form.grid and picture.frame): raise ValueError(_why_unread(path, name, fault))
+    if not (size or picture.size or form.grid and picture.frame): raise _Unread(name, _why_unread(path, name, fault))
     boxes, whole, is_turned = fitted(picture, size, orientation)
     frame = box_frame(*whole, family, **limits)
     inside = lambda numbers: [n*frame[i%2]/whole[i%2] for i, n in enumerate(numbers)]
@@ -887,24 +892,32 @@ def _name_faults(path, faults):
     return f'{path} has {len(faults)} box(es) or picture(s) that cannot be read:\n{named}{said}'
 
 def _boxed_rows(path, pictures, place, family, limits):
-    "Rows of pictures with boxes in a family's form, and what is to be said about them."
+    """Rows of pictures with boxes in a family's form, and what is to be said about them. A picture that cannot be read,
+    among others that can, becomes a row without boxes, which `check_samples` finds."""
     faults = [picture.fault for picture in pictures if picture.fault]
     if not family: raise ValueError('\n'.join([_name_faults(path, faults)]*bool(faults) + [_which_family(path)]))
-    rows, faults, turned, form = [], [], 0, family_of(family)
+    rows, faults, turned, unread = [], [], 0, 0
     has_prompts = any(name in picture.more for picture in pictures for name in _default_column_names['prompt'])
     asked = {} if has_prompts else {'instruction': 'Locate every object in the picture.'}
     for picture in pictures:
         try: row, is_turned = ({}, 0) if picture.fault else _boxed_row(picture, place, family, limits)
-        except ValueError as e: picture.fault = f'{picture.place} ({_short_path(picture.image)}): {e}'
+        except ValueError as e:
+            picture.fault = f'{picture.place} ({_short_path(picture.image)}): {e}'
+            row, is_turned = picture.more | {'image': getattr(e, 'name', ''), 'output': ''}, 0
+            unread += isinstance(e, _Unread)
         if picture.fault: faults.append(picture.fault)
-        else:
-            rows.append(asked | row)
-            turned += is_turned
-    if faults: raise ValueError(_name_faults(path, faults))
-    named = [label for picture in pictures for label, _ in picture.boxes]
+        rows.append(asked | row)
+        turned += is_turned
+    if len(faults) > unread or unread == len(pictures) > 0: raise ValueError(_name_faults(path, faults))
+    return rows, _describe_boxes(pictures, family, turned, unread)
+
+def _describe_boxes(pictures, family, turned, unread):
+    named = [label for picture in pictures for label, _ in picture.boxes if not picture.fault]
     classes = f'of {len(set(named))} class(es)' if any(named) else _without_names
-    said = f'{len(named)} box(es) {classes} in the form of {form.name}'
-    return rows, f'{said}, {turned} picture(s) with boxes turned to fit the file' if turned else said
+    said = [f'{len(named)} box(es) {classes} in the form of {family_of(family).name}']
+    if turned: said.append(f'{turned} picture(s) with boxes turned to fit the file')
+    if unread: said.append(f'{unread} picture(s) cannot be read: these rows have no boxes, and `check_samples` names them')
+    return ', '.join(said)
 
 _without_names = 'without names (response=… is the column of a table that has them)'
 
@@ -1152,7 +1165,7 @@ def _describe_columns(columns, words):
     answers = '' if columns.get('chosen') else f", answers from {columns['response']}"
     return f'{named}, {prompt}{answers}'
 
-def _print_summary(source, samples, taken, place, how, media_dir):
+def _print_summary(source, taken, place, how, media_dir):
     if isinstance(source, InMemory): name = source.name
     else: name = ' + '.join(Path(p).name for p in (source if isinstance(source, (list, tuple)) else [source]))
     more = [f'{place.written} file(s) written to {place.out.name}/.'] if place.written else []
@@ -1168,7 +1181,7 @@ def _print_summary(source, samples, taken, place, how, media_dir):
     if place.beside_calls:
         more.append(f'The text next to {place.beside_calls} tool call(s) was left out: '
                     'LLaMA-Factory has no place for it.')
-    print(f'{name}: {len(samples)} rows of {taken}; {how}.', *more)
+    print(f'{name}: {taken}; {how}.', *more)
 
 # %% ../../nbs/data/20_sources.ipynb #579c6733
 def _read_each(path, rows, make):
@@ -1259,7 +1272,8 @@ def read_samples(
             columns |= preferred
             samples = [at_place(question_sample(row, columns, place, words), row) for row in shown]
             how = boxed or _describe_columns(columns, words)
-    _print_summary(source, samples, taken, place, how + said, media_dir)
+    taken = f'{len(samples)} {"pictures" if boxed else "rows"} of {taken}'
+    _print_summary(source, taken, place, how + said, media_dir)
     return samples
 
 # %% ../../nbs/data/20_sources.ipynb #275b0d08

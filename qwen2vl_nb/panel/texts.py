@@ -71,7 +71,8 @@ ENGLISH |= {
     'data.prompt.help': 'Column with the prompts, or one prompt for all rows, as for a folder with one subfolder per '
                         'class. Left empty: the column "instruction", "prompt" or "question".',
     'data.response': 'Answer',
-    'data.response.help': 'Column with the answers. Left empty: the column "output", "response" or "answer".',
+    'data.response.help': 'Column with the answers; of boxes, with their names. Left empty: the column "output", '
+                          '"response" or "answer"; of boxes, "label", "class", "category" or "name".',
     'data.header': 'Header row',
     'data.header.help': 'Row of a spreadsheet that has the names of the columns. 0: the first one that fits, so that '
                         'a title above it does no harm.',

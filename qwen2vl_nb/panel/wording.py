@@ -21,7 +21,8 @@ _call = r'\((?:[^()]|\([^()]*\))*\)' # What a function is called with, which may
 
 # What a message about code asks to do → (what to do in the form, the button or the field for it)
 _only_in_code = '; overwrite=True replaces it' # What a form has no field for
-_deeds = {'set use_cpu: true': ('press', 'memory.pick'), 'leave bf16 out': ('switch off', 'recipe.bf16')}
+_deeds = {'set use_cpu: true': ('press', 'memory.pick'), 'leave bf16 out': ('switch off', 'recipe.bf16'),
+          "say for which, as in family='qwen2.5-vl-7b-instruct', or give the model's folder": ('tick', 'data.boxes')}
 
 def fields_of(
     step:str, # Name of a step
@@ -55,10 +56,9 @@ def as_in_form(
         value = (given or '').strip('=…')
         said = called(fields[name]) + (f' to {value}' if passed and value else f' = {value}' if value else '')
         return ('set '*bool(passed)) + (start or '') + said
-    text = text.replace(_only_in_code, '')
+    text = re.sub('|'.join(_deeds), deed, text.replace(_only_in_code, ''), flags=re.I)
     for name in _buttons: text = re.sub(rf'(\bcall )?(?<![\w.])`?({name})(?:{_call})?`?(?![\w(])', button, text)
     names = '|'.join(sorted(fields, key=len, reverse=True)) or '(?!)'
     value = r"(?:=(?:…|'[^']*'|[\w.]*\w)?)"
     start = '(pass )?(^|(?<=\n)|- |recipe, )?'
-    text = re.sub(rf"{start}(?<![\w./'\"-])`?({names})({value})?`?(?![\w/(]|\.\w)", field, text)
-    return re.sub('|'.join(_deeds), deed, text, flags=re.I)
+    return re.sub(rf"{start}(?<![\w./'\"-])`?({names})({value})?`?(?![\w/(]|\.\w)", field, text)
