@@ -99,20 +99,21 @@ def full_table(
     return _full_class()(table, copy=False)
 
 # %% ../nbs/04_findings.ipynb #43575d44
-_levels, _max_shown = ('error', 'warning', 'note', 'mended'), 60
+_levels = 'error', 'warning', 'note', 'mended', 'dropped'
+_few, _max_shown = 10, 60 # Findings that are shown in their order; all that are shown
 
 def worst_findings(
     table, # A `DataFrame` of findings
-)->tuple: # (the findings to show, a line with the number of all findings if not all are shown)
-    "The part of a table of findings that is shown: all, or the worst 60."
+)->tuple: # (the findings to show, a line with the number of all findings if there are many)
+    "The part of a table of findings that is shown: all, those of many with the worst first, or the worst 60."
     if {'source', 'row'} <= {*table}:  # the place in a file, which the user knows, comes before the row's index
         places = ['source']*bool(table.source.any())
         table = table[places + [name for name in table if name != 'source']]
-    if len(table) <= _max_shown or 'level' not in table: return table, ''
+    if len(table) <= _few or 'level' not in table: return table, ''
     counts = table.level.value_counts()
     named = ', '.join(f'{counts[level]} {level}' for level in _levels if level in counts)
     worst = table.sort_values('level', key=lambda levels: levels.map(_levels.index), kind='stable').head(_max_shown)
-    return worst, f'{len(table)} findings ({named}); the worst {_max_shown} are:'
+    return worst, f'{len(table)} findings ({named})' + f'; the worst {_max_shown} are:'*(len(table) > _max_shown)
 
 # %% ../nbs/04_findings.ipynb #find0056
 # On white and on black, each has a contrast of 4

@@ -8,7 +8,7 @@ from PIL import Image
 from qwen2vl_nb.data.annotations import turn_numbers
 from qwen2vl_nb.data.box_check import box_faults
 from qwen2vl_nb.data.boxes import Box, count_boxes, format_boxes, parse_boxes, sample_boxes, to_boxes
-from qwen2vl_nb.data.check import check_samples, mend_samples
+from qwen2vl_nb.data.check import check_samples, drop_samples, mend_samples
 from qwen2vl_nb.data.registry import Registry, dataset_samples
 from qwen2vl_nb.data.sources import read_samples
 from qwen2vl_nb.checks import data_findings

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Hashable
 from ..files import file_digest
 from ..findings import first_few, show_value
+from .boxes import box_pieces
 from .samples import media_paths, name_row, sample_kind, sample_turns, with_each_answer
 
 # %% ../../nbs/data/50_split.ipynb #234b2bd6
@@ -84,6 +85,13 @@ def _known_key(samples, what, column):
     raise error
 
 # %% ../../nbs/data/50_split.ipynb #splitsam1
+def _stratum(sample, key):
+    "What a sample is represented by: a value, or the names of the objects in an answer with boxes."
+    if not key: return ''
+    value = sample[key]
+    pieces = box_pieces(value) if 'box_frame' in sample and isinstance(value, str) else None
+    return repr(sorted({piece.label or '' for piece in pieces}) if pieces else value)
+
 def split_samples(
     samples:list, # Samples
     test:float=.1, # Fraction of the samples that goes into the test split, or their number if it is an integer
@@ -96,7 +104,7 @@ def split_samples(
     if not 0 < want < len(samples):
         raise ValueError(f'test={test} takes {want} of {len(samples)} samples; both splits need some.')
     group, stratify = _known_key(samples, 'group', group), _known_key(samples, 'stratify', stratify)
-    strata = [repr(s[stratify]) if stratify else '' for s in samples]
+    strata = [_stratum(s, stratify) for s in samples]
     ties = _shared_keys(samples, group)
     groups = _groups(ties)
     held = _take_groups(_in_strata(groups, strata, random.Random(seed)), want)

@@ -11,6 +11,7 @@ import ast, csv, json, os
 from contextlib import suppress
 from functools import lru_cache
 from hashlib import blake2b
+from html import escape
 from itertools import islice
 from pathlib import Path
 from fastcore.basics import patch
@@ -147,8 +148,8 @@ def _found(names):
     kinds, levels = others.row.groupby(kind).nunique().nlargest(_most_kinds), others.level.groupby(kind).first()
     errors = int(findings[findings.level == 'error'].row.nunique())
     examples = dict(zip(kind, others.what))  # of a kind with a single row, this is the one
-    return {'samples': len(names['samples']), 'findings': len(left), 'rows': int(left.row.nunique()), 'line': line,
-            'errors': errors, 'mended': len(findings) - len(left),
+    return {'samples': len(names['samples']), 'findings': len(left), 'rows': int(left.row.nunique()),
+            'line': line*(len(worst) < len(findings)), 'errors': errors, 'mended': len(findings) - len(left),
             'kinds': kinds.to_dict(), 'levels': levels[kinds.index].to_dict(), 'shown': worst.to_dict('split'),
             'alone': {k: examples[k] for k in kinds.index[kinds == 1]}}
 
@@ -354,9 +355,11 @@ def show_kept(self:DataStep, action, given):
     table = table.assign(level=table.level.mask(table.row.isin(self._dropped(table)), 'dropped'))
     if 'source' in table: table = table.drop(columns='row')  # the index, which only code needs
     table = table.replace({'field': {key: self.say(name) for name, key in KEYS.items()}})
-    shown = [*[HTML(as_html('qvl-said', given['line']))]*bool(given['line']), as_widget(self.tell_table(table))]
+    shown = as_widget(self.tell_table(table))
+    _, own = worst_findings(table)
+    if own and given['line']: shown.value = shown.value.replace(own, escape(given['line']))  # also of those not kept
     is_new = mended or found and (action == 'data.check' or 'data.check' not in what_ran(self.panel.session.project))
-    return [HTML(as_html('qvl-said', self._summary(action, given))), *shown*bool(is_new)]
+    return [HTML(as_html('qvl-said', self._summary(action, given))), *[shown]*bool(is_new)]
 
 @patch
 def show(self:DataStep, action, value):

@@ -569,6 +569,12 @@ def result_again(
         make_names(session, name)
         return run_code(session.code(name), session.names)
 
+def _shortened(said):
+    "What was printed; of a long text, the first lines and the last."
+    if len(said) <= _most_said: return said
+    first, last = said[:_most_said//2].rpartition('\n')[0], said[-_most_said//2:].partition('\n')[2]
+    return '\n'.join(filter(None, [first, '…', last])) if first and last else said[:_most_said] + '…'
+
 def _codes(session, name): return [session.code(name, again) for again in (False, True)]
 
 def _note(session, name, given, said):
@@ -578,7 +584,7 @@ def _note(session, name, given, said):
         ran = state['ran'] = _as_dict(state.get('ran'))
         last = what_ran(session.project).get(name, Ran({}, 0, ''))
         before, undid = _codes(session, name), last.undid
-        ran[name] = {'given': given, 'when': time.time(), 'said': said[-_most_said:]}
+        ran[name] = {'given': given, 'when': time.time(), 'said': _shortened(said)}
         changed = _codes(session, name) != before or given.get('content') != last.given.get('content')
         outdated = [other for other in session.depends(name)*changed if not session.actions[other].follows]
         ran[name]['undid'] = [*dict.fromkeys([*undid, *(other for other in outdated if other in ran)])]
@@ -629,6 +635,6 @@ def settle(
         chain = [*earlier(session, done[-1]), done[-1]]
         is_made = all(session.made.get(each) == session.code(each, again=True) for each in chain)
         for each in done: state['ran'].pop(each), session.made.pop(each, None)
-        state['ran'][name] = {'given': given, 'when': time.time(), 'said': said[-_most_said:]}
+        state['ran'][name] = {'given': given, 'when': time.time(), 'said': _shortened(said)}
         session.made.pop(name, None)
         if is_made: session.made[name] = session.code(name, again=True)
