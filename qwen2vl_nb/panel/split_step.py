@@ -10,8 +10,9 @@ import ast
 from contextlib import suppress
 from ipywidgets import HTML, Combobox, Dropdown, Text
 from .data_step import KEYS, source_columns, still_in
-from .paths import suggestions
-from .session import Action, NotYet, Number, Unfilled, as_call
+from .paths import registered, suggestions
+from .session import (Action, NotYet, Number, Refused, Unfilled, as_call, keep_value,
+                                      what_ran)
 from .shown import as_html, as_widget
 from .steps import Step, explain, on_enter
 
@@ -30,7 +31,8 @@ def _register_given(form):
     split, data = form('split'), form('data')
     for key in ('name', 'folder'):
         if not split[key]: raise Unfilled(f'split.{key}')
-    return split | {key: _as_key(data, split[key]) for key in ('group', 'stratify')}
+    shown = {key: value for key, value in split.items() if key != '_made'}
+    return shown | {key: _as_key(data, split[key]) for key in ('group', 'stratify')}
 
 def _adds(name, samples, media):
     added = as_call('registry.add', name, ast.Name(samples), **({'media': media} if media != 'refer' else {}))
@@ -45,6 +47,16 @@ def _register_code(given):
     adds = [_adds(name, 'train', media), _adds(test_name(name), 'test', media)]
     return '\n'.join([f'train, test = {split}', registry, *adds])
 
+def _refuse_other_job(session):
+    "Raise `Refused` for a name that is registered, unless it was registered here from the same source; note the source."
+    split, source = session.form('split'), what_ran(session.project)['data.read'].given.get('source', '')
+    there, made = registered(session.project.folder/split['folder']), split['_made']
+    own = {f'{split["folder"]}/{name}': name for name in (split['name'], test_name(split['name']))}
+    for key, name in own.items():
+        if name in there and made.get(key) != source:
+            raise Refused('split.taken', name=name, folder=split['folder'], source=made.get(key, '?'))
+    if split['name']: keep_value(session.project, 'split', _made=made | dict.fromkeys(own, source))
+
 def _load_given(form):
     split = _register_given(form)
     return split | {'names': [split['name'], *[test_name(split['name'])]*bool(split['test'])]}
@@ -56,6 +68,7 @@ def _plot_code(given):
 
 ACTIONS = [
     Action('split.register', _register_given, _register_code, needs=('samples',), gives=('registry',),
+           before=_refuse_other_job,
            again=lambda given: f"registry = {as_call('Registry', given.path('folder', new=True))}"),
     Action('split.plot', _register_given, _plot_code, needs=('registry',)),
     Action('split.load', _load_given, _load_code, needs=('registry',))]
@@ -65,7 +78,7 @@ class SplitStep(Step):
     "Split the samples, and register both parts."
     name, done, actions = 'split', 'split.register', ACTIONS
     defaults = dict(test=Number(.1, 0, whole_from=1), group='', stratify='', name='my_data', folder='data',
-                    media='refer')
+                    media='refer', _made={})
 
     def build(self):
         folder = self.panel.session.project.folder

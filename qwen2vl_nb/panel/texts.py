@@ -265,6 +265,8 @@ ENGLISH |= {
     'split': 'Split',
     'split.about': 'Hold rows back for the test, and register both parts in the folder of a registry, under names that '
                    'recipes use.',
+    'split.taken': '"{name}" is registered in {folder} already, from other data ({source}), and runs may have been '
+                   'trained on it. Nothing was changed. Choose another name.',
     'split.test': 'Test rows',
     'split.test.help': 'A share, such as 0.1, or a number of rows. 0: all rows are for training.',
     'split.group': 'Keep together',
