@@ -51,6 +51,7 @@ def complete_checkpoints(
 
 # %% ../../nbs/tuning/00_checkpoints.ipynb #chec0031
 _leading = ('step', ''), ('eval_loss', ''), ('rows', ''), ('failed', '') # Columns before the measures
+_loss = _leading[1]
 
 def _evaluations(run):
     "Evaluation loss by step; empty if the run has none."
@@ -94,16 +95,19 @@ class CheckpointScores(dict):
 
     def _deciding(self, measure):
         "The columns by which checkpoints are compared, the first one first."
-        return [key for key in dict.fromkeys([(measure, 'value'), ('bleu-4', 'value')]) if key in self.table]
+        says_nothing = not self.table[measure, 'value'].any() and self.table[_loss].notna().any()
+        second = _loss if says_nothing else ('bleu-4', 'value')
+        return [key for key in dict.fromkeys([(measure, 'value'), second]) if key in self.table]
 
     def _ranked(self, measure):
         "The table, the checkpoint that is best by a measure first."
-        return self.table.sort_values(self._deciding(measure), ascending=False, kind='stable')
+        by = self._deciding(measure)
+        return self.table.sort_values(by, ascending=[key == _loss for key in by], kind='stable')
 
     @property
     def best(self):
         """Folder of the checkpoint with the highest value of the measure; of several, the one whose answers are most
-        like the labels (BLEU-4), or else the earliest."""
+        like the labels (BLEU-4), or else the earliest. If all values are 0, the evaluation loss decides instead."""
         return self.run.output_dir/self._ranked(self.measure).index[0]
 
     def plot(self,
@@ -130,11 +134,14 @@ def _shown(self:CheckpointScores):
 
 @patch
 def _title(self:CheckpointScores):
-    values, row = self.table[self._deciding(self.measure)], self.table.loc[self.best.name][self.measure]
+    by, row = self._deciding(self.measure), self.table.loc[self.best.name][self.measure]
+    values = self.table[by]
     is_same = values == values.loc[self.best.name]
     n, alike = int(is_same[self.measure, 'value'].sum()), int(is_same.all(axis=1).sum())
-    why = 'this one is the earliest' if alike == n else 'the answers of this one are most like the labels by BLEU-4'
-    if 1 < alike < n: why = f'{alike} of these are most like the labels by BLEU-4, and this one is the earliest of them'
+    one, several = ('its evaluation loss is the lowest', 'have the lowest evaluation loss') if by[-1] == _loss else (
+        'the answers of this one are most like the labels by BLEU-4', 'are most like the labels by BLEU-4')
+    why = 'this one is the earliest' if alike == n else one
+    if 1 < alike < n: why = f'{alike} of these {several}, and this one is the earliest of them'
     tied = f' {n} of {len(values)} have this value; {why}.'*(n > 1)
     return f'Best by {self.measure}: {self.best.name}, {_interval(row)}.{tied} In parentheses: the 95 % interval.'
 
