@@ -916,7 +916,7 @@ def _describe_boxes(pictures, family, turned, unread):
     classes = f'of {len(set(named))} class(es)' if any(named) else _without_names
     said = [f'{len(named)} box(es) {classes} in the form of {family_of(family).name}']
     if turned: said.append(f'{turned} picture(s) with boxes turned to fit the file')
-    if unread: said.append(f'{unread} picture(s) cannot be read: these rows have no boxes, and `check_samples` names them')
+    if unread: said.append(f'{unread} picture(s) cannot be read, so their rows have no boxes: see `check_samples`')
     return ', '.join(said)
 
 _without_names = 'without names (response=… is the column of a table that has them)'

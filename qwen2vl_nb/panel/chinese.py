@@ -8,8 +8,12 @@ __all__ = ['CHINESE']
 # %% ../../nbs/panel/00_chinese.ipynb #zhpanel000
 # Key → (English, Chinese)
 CHINESE = {
-    'panel.folder': ('Folder: {folder}. The form is kept in {form}, and the code that ran in {notebook}.',
-                     '目录：{folder}。表单内容保存在 {form}，运行过的代码保存在 {notebook}。'),
+    'panel.folder': ('Folder: {folder}. The form is kept in {form}, and the code that ran in {notebook}. Each folder has '
+                     'one form: for another job, run Panel(\'another folder\').',
+                     '目录：{folder}。表单内容保存在 {form}，运行过的代码保存在 {notebook}。每个目录只有一份表单；'
+                     '另一项工作请运行 Panel(\'另一个目录\')。'),
+    'panel.moved': ('{first} was changed by somebody else: the code is now in {notebook}.',
+                    '{first} 已被他人改动，代码现在保存在 {notebook}。'),
     'panel.outside': ('JupyterLab does not show {name} here. To open it, run this in a terminal: jupyter lab {path}',
                       '{name} 不在 JupyterLab 当前显示的目录中。要打开它，请在终端运行：jupyter lab {path}'),
     'panel.code': ('The code that this step ran', '这一步运行的代码'),
@@ -313,13 +317,16 @@ CHINESE |= {
                     'wrong.',
                     '回答的质量如何，与训练前相比有什么变化，哪些回答是错的。'),
     'score.measure': ('Measure', '指标'),
-    'score.measure.help': ('For the comparison.', '用于对比。'),
+    'score.measure.help': ('For the comparison; empty: json, boxes.f1, number or exact, by the form of the labels.',
+                          '用于对比；留空则按标注的形式选用 json、boxes.f1、number 或 exact。'),
     'score.tolerance': ('Tolerance', '容差'),
     'score.tolerance.help': ('Relative difference up to which numbers count as equal.',
                              '相对误差不超过这个值的数视为相等。'),
     'score.wrong': ('Begin with wrong answers', '先看答错的'),
     'score.scores': ('Score', '评分'),
-    'score.scores.help': ('Scores in percent, with 95 % intervals.', '得分（百分比）及 95% 置信区间。'),
+    'score.scores.help': ('In percent, with 95 % intervals; of boxes, for each class, too. F1 counts an IoU of 0.5 or more, '
+                         'AP is the mean for 0.5 to 0.95.',
+                         '以百分比表示，附 95% 置信区间；边界框还按类别列出。F1 以 IoU 不低于 0.5 计，AP 是 0.5 到 0.95 的平均。'),
     'score.compare': ('Compare', '对比'),
     'score.compare.help': ('Before and after, row by row, and whether the difference could be due to chance.',
                            '逐行对比训练前后，并判断差异是否可能出于偶然。'),

@@ -74,7 +74,8 @@ class Panel(VBox):
         self.touched = False  # whether somebody has used it, so that it may compute by itself
         self.steps = {step.name: step(self) for step in STEPS}
         actions = [action for step in STEPS for action in step.actions]
-        self.session = Session(project, actions, {step.name: step.defaults for step in STEPS})
+        titles = {name: self.say(name) for name in self.steps}
+        self.session = Session(project, actions, {step.name: step.defaults for step in STEPS}, titles)
         self.complaint, self.where, self._body, self._ended, self._thread = HTML(), Output(), VBox(), Event(), None
         self.tabs = {name: self._tab(name) for name in self.steps}
         row = Box([*self.tabs.values()], layout=Layout(margin='4px 0'))
@@ -148,6 +149,7 @@ def _show_folder(self:Panel):
     said = self.say('panel.folder', folder=project.folder, form=PANEL, notebook='\0')
     path = project.folder/name
     html = as_html('qvl-help', said).replace('\0', link_to(path))
+    if name != NOTEBOOK: html += as_html('qvl-help', self.say('panel.moved', first=NOTEBOOK, notebook=name))
     if path.is_file() and not way_to(path):
         html += as_html('qvl-help', self.say('panel.outside', name=name, path=shlex.quote(str(path.resolve()))))
     output = {'output_type': 'display_data', 'data': {'text/html': html}, 'metadata': {}}

@@ -74,6 +74,7 @@ class ScoreStep(Step):
         if action == 'score.show': value.say_as(self.panel.say.retold)
         if action != 'score.scores': return [as_widget(value)]
         shown = as_widget(value)
+        shown.add_class('qvl-whole')
         shown.value = shown.value.replace(f'<p>{escape(value.advice())}</p>', '')  # `_next` says more
         said = self._next(value)
         for row in value.findings.to_dict('records'):

@@ -13,6 +13,7 @@ import ast, io, math, os, re, sys, time
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from threading import Lock, RLock, get_ident
 from unicodedata import normalize
@@ -307,8 +308,9 @@ class Session:
         project:Project, # The files
         actions:list, # `Action`s, in the order of their steps
         defaults:dict, # Step → defaults of its form
+        titles:dict=None, # Step → its heading in the notebook
     ):
-        self.project, self.defaults = project, defaults
+        self.project, self.defaults, self.titles = project, defaults, titles or {}
         self.actions = {a.name: a for a in in_order(actions)}
         self.names, self.made, self.lock = {}, {}, RLock()  # namespace; action → the code that made its names
         self.at_work = [] # Names of actions that are running
@@ -471,7 +473,9 @@ def notebook_text(
     ran = {name: text for name in session.actions if (text := session.code(name))}
     cells = [new_markdown_cell(f'# {title}', id='title')]
     cells.append(new_code_cell('from qwen2vl_nb.all import *', id='names'))
-    cells += [new_code_cell(text, id=name.replace('.', '-')) for name, text in ran.items()]
+    for step, those in groupby(ran, lambda name: name.partition('.')[0]):
+        if step in session.titles: cells.append(new_markdown_cell(f'## {session.titles[step]}', id=f'title-{len(cells)}'))
+        cells += [new_code_cell(ran[name], id=name.replace('.', '-')) for name in those]
     kernel = {'kernelspec': {'name': 'python3', 'display_name': 'Python 3', 'language': 'python'}}
     return writes(new_notebook(cells=cells, metadata=kernel)) + '\n'
 

@@ -59,6 +59,7 @@ STYLE = f'<style onload="{_own_keys}">' + '''
 .qvl .jp-RenderedHTMLCommon table {margin-left:0}
 .qvl-shown tr:has(td>div) td:last-child {min-width:160px}
 .qvl-shown {overflow:auto;max-height:520px} .qvl-shown p:last-child,.qvl-shown table:last-child {margin-bottom:0}
+.qvl-whole .qvl-shown {max-height:none}
 .qvl-shown::after {content:'';display:block;position:sticky;bottom:0;left:0;height:16px;pointer-events:none;
   background:linear-gradient(transparent,var(--jp-layout-color0,transparent))}
 .qvl button:focus-visible,.qvl input:focus-visible,.qvl select:focus-visible,.qvl textarea:focus-visible

@@ -95,7 +95,8 @@ class SplitStep(Step):
 
     def show(self, action, value):
         shown = as_widget(self.tell_table(value) if action == 'split.load' else value)
-        if action == 'split.plot': shown.add_class('qvl-wide')  # three plots abreast, which a narrow page scrolls
+        if action == 'split.plot':  # three plots abreast, which a narrow page scrolls, and below each other
+            for look in ('qvl-wide', 'qvl-whole'): shown.add_class(look)
         return [shown]
 
     def tell_error(self, error):

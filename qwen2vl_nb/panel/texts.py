@@ -11,7 +11,9 @@ from .chinese import CHINESE
 
 # %% ../../nbs/panel/00_texts.ipynb #00texts0004
 ENGLISH = {
-    'panel.folder': 'Folder: {folder}. The form is kept in {form}, and the code that ran in {notebook}.',
+    'panel.folder': 'Folder: {folder}. The form is kept in {form}, and the code that ran in {notebook}. Each folder has one '
+                    'form: for another job, run Panel(\'another folder\').',
+    'panel.moved': '{first} was changed by somebody else: the code is now in {notebook}.',
     'panel.outside': 'JupyterLab does not show {name} here. To open it, run this in a terminal: jupyter lab {path}',
     'panel.code': 'The code that this step ran',
     'panel.copy': 'Copy',
@@ -235,12 +237,13 @@ ENGLISH |= {
     'score': 'Scores',
     'score.about': 'How good the answers are, what has changed since before the training, and which answers are wrong.',
     'score.measure': 'Measure',
-    'score.measure.help': 'For the comparison.',
+    'score.measure.help': 'For the comparison; empty: json, boxes.f1, number or exact, by the form of the labels.',
     'score.tolerance': 'Tolerance',
     'score.tolerance.help': 'Relative difference up to which numbers count as equal.',
     'score.wrong': 'Begin with wrong answers',
     'score.scores': 'Score',
-    'score.scores.help': 'Scores in percent, with 95 % intervals.',
+    'score.scores.help': 'In percent, with 95 % intervals; of boxes, for each class, too. F1 counts an IoU of 0.5 or more, '
+                         'AP is the mean for 0.5 to 0.95.',
     'score.compare': 'Compare',
     'score.compare.help': 'Before and after, row by row, and whether the difference could be due to chance.',
     'score.show': 'Look at the answers',

@@ -296,8 +296,7 @@ class Scores(dict):
                          f'{self.rows.id[other[0]]}: {self._given[other[0]]["label"]!r}.')
 
     def __repr__(self):
-        return '\n'.join([self._title(), one_header(self.overall.round(2)).to_string(na_rep=''),
-                          *self._said()])
+        return '\n'.join([self._title(), *(table.to_string(na_rep='') for table in self._tables()), *self._said()])
 
 # %% ../../nbs/prediction/50_scores.ipynb #usualmeasa
 def usual_measure(
@@ -325,6 +324,18 @@ def advice(self:Scores)->str: # Empty if they are better, or if the findings say
         f'{self.guess:.0f} % of the rows; these answers are right in {right:.0f} %.')
     return (f'{said} show_predictions(…, wrong=True) shows whether they are nearly right, have another form than the '
             'labels, or are about something else; plot_loss(run) shows whether the training was too short.')
+
+_most_classes = 20 # That are shown; the table `boxes` has all
+_of_classes = 'support', 'precision', 'recall', 'f1', 'iou', 'ap', 'ap_50'
+
+@patch
+def _tables(self:Scores):
+    "What is shown: the measures and, for boxes, what they are for the most frequent classes and for all together."
+    shown = [one_header(self.overall.round(2))]
+    if 'boxes.parsed' not in self: return shown
+    *classes, last = self.boxes.index
+    often = self.boxes.loc[classes].support.nlargest(_most_classes).index if any(classes) else []
+    return [*shown, self.boxes.loc[[*often, last], [*_of_classes]].round(1)]
 
 @patch
 def _said(self:Scores): return [*self._notes, *filter(None, [self.advice()])]
@@ -378,8 +389,8 @@ def _title(self:Scores):
 @patch
 def _repr_html_(self:Scores):
     notes = ''.join(f'<p>{html.escape(note)}</p>' for note in self._said())
-    table = one_header(self.overall.round(2)).to_html(na_rep="")
-    return as_text(f'<p>{self._title()}</p>{table}{notes}')
+    tables = '<br>'.join(table.to_html(na_rep='') for table in self._tables())
+    return as_text(f'<p>{self._title()}</p>{tables}{notes}')
 
 # %% ../../nbs/prediction/50_scores.ipynb #66fa6ffb
 _alike = 'bleu-4', 'rouge-1', 'rouge-2', 'rouge-l'
@@ -633,7 +644,7 @@ def _difference(change, is_sharp):
 def compare(
     before:Sequence, # `Predictions`, or any sequence of their rows
     after:Sequence, # Other predictions of the same rows
-    measure:str='exact', # A measure of `score` for which higher is better
+    measure:str=None, # A measure of `score` for which higher is better; `None`: as in `usual_measure`
     tolerance:float=0, # As in `score`
     measures:dict=None, # As in `score`
 )->Comparison:
@@ -643,6 +654,7 @@ def compare(
     second = _matched(first, checked_rows(after))
     columns = [score(rows, tolerance, measures).rows for rows in (first, second)]
     there = [c for c in columns[0] if c not in ('id', 'malformed')]
+    measure = measure or usual_measure(there)
     if measure not in there:
         raise ValueError(f'There is no measure {measure!r} to compare by; available: {", ".join(there)}.')
     one, two = (c[measure] for c in columns)
