@@ -289,6 +289,17 @@ def _unregistered_finding(key, name, names, path):
         f'{name!r} is not registered in {path}{instead_of(name, names)}',
         f'Register it: `Registry(folder).add({name!r}, samples)`.')
 
+def _shared_findings(trained, evaluated):
+    "Rows of other data sets for the evaluation whose pictures or clips are trained on, too, by the paths of these."
+    learned = {path for rows, *_ in trained for s in rows for path in media_paths(s)}
+    asked = [s for rows, *_ in evaluated if all(rows != own for own, *_ in trained) for s in rows]
+    shared = sum(not learned.isdisjoint(media_paths(s)) for s in asked)
+    if shared: return [Finding('eval_dataset',
+        f'{shared:,} of its {len(asked):,} rows have pictures or clips that are trained on, too: their loss says little '
+        'about new ones.', 'Split the data with `split_samples`, which keeps rows with the same picture together.',
+        'note')]
+    return []
+
 def _together_findings(trained, evaluated, recipe, ranks):
     "What concerns all rows of a training run together: their batches, and what their preprocessing takes."
     if not trained or not recipe.get('do_train'): return []
@@ -296,7 +307,7 @@ def _together_findings(trained, evaluated, recipe, ranks):
     samples, tokens = sum(samples, []), sum(tokens, [])
     can_group = 'group_by_length' in argument_names()
     return [*batch_findings(samples, tokens, recipe, ranks, can_group, [rows for rows, *_ in evaluated]),
-            *preprocessing_findings(sum(sizes), tokens, recipe)]
+            *preprocessing_findings(sum(sizes), tokens, recipe), *_shared_findings(trained, evaluated)]
 
 # %% ../nbs/20_checks.ipynb #731a7d56
 def _is_elsewhere(folder):

@@ -180,7 +180,7 @@ def _spelling_faults(named):
 def class_faults(
     rows:list, # (row, sample)
 ): # Yields (row, field, `Fault`)
-    "Names of objects that are written in several ways, and those that occur once, if nearly all others occur more often."
+    "Names of objects that are written in several ways, and those that occur once, if nearly all others do not."
     named = _named_boxes(rows)
     yield from _spelling_faults(named)
     counts, first = Counter(label for _, _, label in named), {label: (*at,) for *at, label in reversed(named)}

@@ -314,8 +314,10 @@ CHINESE |= {
 CHINESE |= {
     'score': ('Scores', '评分'),
     'score.about': ('How good the answers are, what has changed since before the training, and which answers are '
-                    'wrong.',
-                    '回答的质量如何，与训练前相比有什么变化，哪些回答是错的。'),
+                    'wrong. In code, export(run, …) makes a complete model of the run, and push_to_hub(run, …) '
+                    'publishes it.',
+                    '回答的质量如何，与训练前相比有什么变化，哪些回答是错的。在代码中，export(run, …) 把训练结果'
+                    '导出为完整模型，push_to_hub(run, …) 发布它。'),
     'score.measure': ('Measure', '指标'),
     'score.measure.help': ('For the comparison; empty: json, boxes.f1, number or exact, by the form of the labels.',
                           '用于对比；留空则按标注的形式选用 json、boxes.f1、number 或 exact。'),

@@ -235,7 +235,8 @@ ENGLISH |= {
 # %% ../../nbs/panel/00_texts.ipynb #txtscore00
 ENGLISH |= {
     'score': 'Scores',
-    'score.about': 'How good the answers are, what has changed since before the training, and which answers are wrong.',
+    'score.about': 'How good the answers are, what has changed since before the training, and which answers are wrong. '
+                   'In code, export(run, …) makes a complete model of the run, and push_to_hub(run, …) publishes it.',
     'score.measure': 'Measure',
     'score.measure.help': 'For the comparison; empty: json, boxes.f1, number or exact, by the form of the labels.',
     'score.tolerance': 'Tolerance',

@@ -192,8 +192,8 @@ def _add_line(folder, line):
 
 def _say_too_early(folder, step, share):
     "Say why there are no answers yet."
-    said = (f'At step {step:,}, there were no answers: generating them may take at most {100*share:g} % of the '
-            'training time, which was not enough.')
+    said = (f'At step {step:,}, there were no answers to show: generating them may take at most {100*share:g} % of the '
+            'training time, which was not enough. score_checkpoints(run, …) has the answers of each checkpoint.')
     if not read_previews(folder): _add_line(folder, {'step': step, 'note': said})
 
 def _keep_until(folder, step):
