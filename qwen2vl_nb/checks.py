@@ -295,8 +295,9 @@ def _shared_findings(trained, evaluated):
     asked = [s for rows, *_ in evaluated if all(rows != own for own, *_ in trained) for s in rows]
     shared = sum(not learned.isdisjoint(media_paths(s)) for s in asked)
     if shared: return [Finding('eval_dataset',
-        f'{shared:,} of its {len(asked):,} rows have pictures or clips that are trained on, too: their loss says little '
-        'about new ones.', 'Split the data with `split_samples`, which keeps rows with the same picture together.',
+        f'{shared:,} of its {len(asked):,} rows have pictures or clips that are trained on, too: their loss says '
+        'little about new ones.',
+        'Split the data with `split_samples`, which keeps rows with the same picture together.',
         'note')]
     return []
 
