@@ -267,6 +267,7 @@ def _read_table(path, place, encoding, header):
 
 _is_lower = 'Are the columns named in a lower row? header=2 takes the second row of a file.'
 
+# %% ../../nbs/data/20_sources.ipynb #datarows01
 def _is_header(names, cells):
     "Whether a row has the names of all columns once more."
     pairs = [(name.strip(), cell.strip()) for name, cell in zip_longest(names, cells, fillvalue='')]
@@ -1272,8 +1273,7 @@ def read_samples(
             columns |= preferred
             samples = [at_place(question_sample(row, columns, place, words), row) for row in shown]
             how = boxed or _describe_columns(columns, words)
-    taken = f'{len(samples)} {"pictures" if boxed else "rows"} of {taken}'
-    _print_summary(source, taken, place, how + said, media_dir)
+    _print_summary(source, f'{len(samples)} {"pictures" if boxed else "rows"} of {taken}', place, how + said, media_dir)
     return samples
 
 # %% ../../nbs/data/20_sources.ipynb #275b0d08

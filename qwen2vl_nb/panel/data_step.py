@@ -341,6 +341,7 @@ def _summary(self:DataStep, action, given):
     later = self.say('no_text', model=say('model'), check=say('recipe.check'), recipe=say('recipe'))
     return ' '.join([said, *[later]*(not is_counted and not is_said)])
 
+# %% ../../nbs/panel/32_data_step.ipynb #ascards001
 @patch
 def _as_cards(self:DataStep, grid): return as_widget(grid.said_as(self.panel.say.retold))
 

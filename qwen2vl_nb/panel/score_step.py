@@ -101,8 +101,7 @@ class ScoreStep(Step):
         super().refresh()
         ran = what_ran(self.panel.session.project)
         weights = ran['predict.after'].given.get('weights') if 'predict.after' in ran else None
-        said = as_html('qvl-said', self.say('of', weights=weights)) if weights else ''
-        self.of_run.value = tell_run(self) + said
+        self.of_run.value = tell_run(self) + (as_html('qvl-said', self.say('of', weights=weights)) if weights else '')
         rows = [ran[name].given.get('rows') for name in ('predict.before', 'predict.after') if name in ran]
         if not all(isinstance(n, int) and n < _most_rows for n in rows): return
         for name in self.boxes.keys() & ran.keys(): self.boxes[name].show_again()

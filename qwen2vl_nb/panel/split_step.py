@@ -47,6 +47,7 @@ def _register_code(given):
     adds = [_adds(name, 'train', media), _adds(test_name(name), 'test', media)]
     return '\n'.join([f'train, test = {split}', registry, *adds])
 
+# %% ../../nbs/panel/34_split_step.ipynb #refuseoth1
 def _refuse_other_job(session):
     "Raise `Refused` for a name that is registered, unless it was registered here from the same source; note the source."
     split, source = session.form('split'), what_ran(session.project)['data.read'].given.get('source', '')
@@ -66,6 +67,7 @@ def _load_code(given): return as_call('registry.check', given['names'])
 def _plot_code(given):
     return f"describe_samples({as_call('dataset_samples', ast.Name('registry'), given['name'])})"
 
+# %% ../../nbs/panel/34_split_step.ipynb #splitacts1
 ACTIONS = [
     Action('split.register', _register_given, _register_code, needs=('samples',), gives=('registry',),
            before=_refuse_other_job,
@@ -95,8 +97,7 @@ class SplitStep(Step):
 
     def show(self, action, value):
         shown = as_widget(self.tell_table(value) if action == 'split.load' else value)
-        if action == 'split.plot':  # three plots abreast, which a narrow page scrolls, and below each other
-            for look in ('qvl-wide', 'qvl-whole'): shown.add_class(look)
+        for look in ('qvl-wide', 'qvl-whole')*(action == 'split.plot'): shown.add_class(look)  # plots abreast
         return [shown]
 
     def tell_error(self, error):

@@ -95,6 +95,7 @@ def after_typing()->AfterTyping:
     "The one of this kernel."
     return AfterTyping()
 
+# %% ../../nbs/panel/20_steps.ipynb #latebutton
 class LateButton(Button):
     "A button whose presses count once everything that was typed before has arrived; until then it is dim."
     def _handle_button_msg(self, _, content, buffers):

@@ -343,6 +343,7 @@ def say_as(self:PredictionView,
 @patch
 def _turn(self:PredictionView, step): self._page.value += step
 
+# %% ../../nbs/prediction/60_show.ipynb #showpage01
 @patch
 def _select(self:PredictionView):
     "Find the rows that match filter and search, and show the first of them."

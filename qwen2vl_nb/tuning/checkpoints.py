@@ -110,13 +110,15 @@ class CheckpointScores(dict):
         like the labels (BLEU-4), or else the earliest. If all values are 0, the evaluation loss decides instead."""
         return self.run.output_dir/self._ranked(self.measure).index[0]
 
-    def plot(self,
-        *measures, # Names of measures; none: the one that decides
-    ): # A matplotlib `Figure`
-        "Draw the loss of the run and, below it, the scores of its checkpoints."
-        ranked = {m: self._ranked(m) for m in measures or [self.measure]}
-        parts = {m: table[m].set_axis(table['step', ''].to_numpy()) for m, table in ranked.items()}
-        return plot_loss(self.run, scores=parts)
+# %% ../../nbs/tuning/00_checkpoints.ipynb #checplot01
+@patch
+def plot(self:CheckpointScores,
+    *measures, # Names of measures; none: the one that decides
+): # A matplotlib `Figure`
+    "Draw the loss of the run and, below it, the scores of its checkpoints."
+    ranked = {m: self._ranked(m) for m in measures or [self.measure]}
+    parts = {m: table[m].set_axis(table['step', ''].to_numpy()) for m, table in ranked.items()}
+    return plot_loss(self.run, scores=parts)
 
 # %% ../../nbs/tuning/00_checkpoints.ipynb #chec0032
 @patch
