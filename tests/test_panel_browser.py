@@ -234,7 +234,7 @@ def test_from_a_spreadsheet_with_faults_to_a_score(lab, page):
     _started_by_somebody_else(form, lab.root)
     _answered(form)
     form.keep('scores')
-    before, after = (float(n) for n in re.search(r'exact: (\d+) of 20 right before, (\d+) after', form.at.inner_text()).groups())
+    before, after = (float(n) for n in re.search(r'json: (\d+) of 20 right before, (\d+) after', form.at.inner_text()).groups())
     assert (before, run.recipe['max_steps']) == (0, N_STEPS) and after > before
 
     # what is shown is what is in the notebook

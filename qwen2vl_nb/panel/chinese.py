@@ -8,8 +8,8 @@ __all__ = ['CHINESE']
 # %% ../../nbs/panel/00_chinese.ipynb #zhpanel000
 # Key → (English, Chinese)
 CHINESE = {
-    'panel.folder': ('Folder: {folder}. The form is kept in {form}, and the code that ran in {notebook}. Each folder has '
-                     'one form: for another job, run Panel(\'another folder\').',
+    'panel.folder': ('Folder: {folder}. The form is kept in {form}, and the code that ran in {notebook}. Each folder '
+                     'has one form: for another job, run Panel(\'another folder\').',
                      '目录：{folder}。表单内容保存在 {form}，运行过的代码保存在 {notebook}。每个目录只有一份表单；'
                      '另一项工作请运行 Panel(\'另一个目录\')。'),
     'panel.moved': ('{first} was changed by somebody else: the code is now in {notebook}.',
