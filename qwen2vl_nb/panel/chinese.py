@@ -326,9 +326,10 @@ CHINESE |= {
                              '相对误差不超过这个值的数视为相等。'),
     'score.wrong': ('Begin with wrong answers', '先看答错的'),
     'score.scores': ('Score', '评分'),
-    'score.scores.help': ('In percent, with 95 % intervals; of boxes, for each class, too. F1 counts an IoU of 0.5 or more, '
-                         'AP is the mean for 0.5 to 0.95.',
-                         '以百分比表示，附 95% 置信区间；边界框还按类别列出。F1 以 IoU 不低于 0.5 计，AP 是 0.5 到 0.95 的平均。'),
+    'score.scores.help': ('In percent, with 95 % intervals; of boxes, for each class, too. F1 counts an IoU of 0.5 or '
+                          'more, AP is the mean for 0.5 to 0.95.',
+                          '以百分比表示，附 95% 置信区间；边界框还按类别列出。F1 以 IoU 不低于 0.5 计，'
+                          'AP 是 0.5 到 0.95 的平均。'),
     'score.compare': ('Compare', '对比'),
     'score.compare.help': ('Before and after, row by row, and whether the difference could be due to chance.',
                            '逐行对比训练前后，并判断差异是否可能出于偶然。'),
