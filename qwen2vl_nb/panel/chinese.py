@@ -365,7 +365,8 @@ CHINESE |= {
                     '留出一部分行用于测试，并把两部分注册到注册表所在的目录，训练配置用注册的名称引用它们。'),
     'split.taken': ('"{name}" is registered in {folder} already, from other data ({source}), and runs may have been '
                     'trained on it. Nothing was changed. Choose another name.',
-                    '{folder} 中已注册了“{name}”，来自其他数据（{source}），可能已有训练任务使用它。没有做任何改动。请换一个名称。'),
+                    '{folder} 中已注册了“{name}”，来自其他数据（{source}），可能已有训练任务使用它。'
+                    '没有做任何改动。请换一个名称。'),
     'split.test': ('Test rows', '测试集大小'),
     'split.test.help': ('A share, such as 0.1, or a number of rows. 0: all rows are for training.',
                         '比例（例如 0.1）或行数。0 表示所有行都用于训练。'),

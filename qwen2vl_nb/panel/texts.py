@@ -11,8 +11,8 @@ from .chinese import CHINESE
 
 # %% ../../nbs/panel/00_texts.ipynb #00texts0004
 ENGLISH = {
-    'panel.folder': 'Folder: {folder}. The form is kept in {form}, and the code that ran in {notebook}. Each folder has one '
-                    'form: for another job, run Panel(\'another folder\').',
+    'panel.folder': 'Folder: {folder}. The form is kept in {form}, and the code that ran in {notebook}. Each folder has '
+                    'one form: for another job, run Panel(\'another folder\').',
     'panel.moved': '{first} was changed by somebody else: the code is now in {notebook}.',
     'panel.outside': 'JupyterLab does not show {name} here. To open it, run this in a terminal: jupyter lab {path}',
     'panel.code': 'The code that this step ran',
