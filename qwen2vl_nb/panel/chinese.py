@@ -96,9 +96,9 @@ CHINESE |= {
                          '留空则使用名为 instruction、prompt 或 question 的列。'),
     'data.response': ('Answer', '回答'),
     'data.response.help': ('Column with the answers; of boxes, with their names. Left empty: the column "output", '
-                           '"response" or "answer"; of boxes, "label", "class", "category" or "name".',
+                           '"response" or "answer"; of boxes, "class", "category" or "name".',
                            '回答所在的列；边界框则是名称所在的列。留空则使用名为 output、response 或 answer 的列；'
-                           '边界框使用名为 label、class、category 或 name 的列。'),
+                           '边界框使用名为 class、category 或 name 的列。'),
     'data.header': ('Header row', '表头行'),
     'data.header.help': ('Row of a spreadsheet that has the names of the columns. 0: the first one that fits, so '
                          'that a title above it does no harm.',

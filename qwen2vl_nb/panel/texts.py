@@ -11,8 +11,8 @@ from .chinese import CHINESE
 
 # %% ../../nbs/panel/00_texts.ipynb #00texts0004
 ENGLISH = {
-    'panel.folder': 'Folder: {folder}. The form is kept in {form}, and the code that ran in {notebook}. Each folder has '
-                    'one form: for another job, run Panel(\'another folder\').',
+    'panel.folder': 'Folder: {folder}. The form is kept in {form}, and the code that ran in {notebook}. Each folder '
+                    'has one form: for another job, run Panel(\'another folder\').',
     'panel.moved': '{first} was changed by somebody else: the code is now in {notebook}.',
     'panel.outside': 'JupyterLab does not show {name} here. To open it, run this in a terminal: jupyter lab {path}',
     'panel.code': 'The code that this step ran',
@@ -74,7 +74,7 @@ ENGLISH |= {
                         'class. Left empty: the column "instruction", "prompt" or "question".',
     'data.response': 'Answer',
     'data.response.help': 'Column with the answers; of boxes, with their names. Left empty: the column "output", '
-                          '"response" or "answer"; of boxes, "label", "class", "category" or "name".',
+                          '"response" or "answer"; of boxes, "class", "category" or "name".',
     'data.header': 'Header row',
     'data.header.help': 'Row of a spreadsheet that has the names of the columns. 0: the first one that fits, so that '
                         'a title above it does no harm.',
