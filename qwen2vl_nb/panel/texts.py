@@ -243,8 +243,8 @@ ENGLISH |= {
     'score.tolerance.help': 'Relative difference up to which numbers count as equal.',
     'score.wrong': 'Begin with wrong answers',
     'score.scores': 'Score',
-    'score.scores.help': 'In percent, with 95 % intervals; of boxes, for each class, too. F1 counts an IoU of 0.5 or more, '
-                         'AP is the mean for 0.5 to 0.95.',
+    'score.scores.help': 'In percent, with 95 % intervals; of boxes, for each class, too. F1 counts an IoU of 0.5 or '
+                         'more, AP is the mean for 0.5 to 0.95.',
     'score.compare': 'Compare',
     'score.compare.help': 'Before and after, row by row, and whether the difference could be due to chance.',
     'score.show': 'Look at the answers',
