@@ -474,7 +474,8 @@ def notebook_text(
     cells = [new_markdown_cell(f'# {title}', id='title')]
     cells.append(new_code_cell('from qwen2vl_nb.all import *', id='names'))
     for step, those in groupby(ran, lambda name: name.partition('.')[0]):
-        if step in session.titles: cells.append(new_markdown_cell(f'## {session.titles[step]}', id=f'title-{len(cells)}'))
+        title = session.titles.get(step)
+        if title: cells.append(new_markdown_cell(f'## {title}', id=f'title-{len(cells)}'))
         cells += [new_code_cell(ran[name], id=name.replace('.', '-')) for name in those]
     kernel = {'kernelspec': {'name': 'python3', 'display_name': 'Python 3', 'language': 'python'}}
     return writes(new_notebook(cells=cells, metadata=kernel)) + '\n'

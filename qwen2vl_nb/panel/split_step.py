@@ -49,7 +49,7 @@ def _register_code(given):
 
 # %% ../../nbs/panel/34_split_step.ipynb #refuseoth1
 def _refuse_other_job(session):
-    "Raise `Refused` for a name that is registered, unless it was registered here from the same source; note the source."
+    "Raise `Refused` for a name that is registered, unless it was registered here from the same source; note that."
     split, source = session.form('split'), what_ran(session.project)['data.read'].given.get('source', '')
     there, made = registered(session.project.folder/split['folder']), split['_made']
     own = {f'{split["folder"]}/{name}': name for name in (split['name'], test_name(split['name']))}
