@@ -335,7 +335,7 @@ def _tables(self:Scores):
     if 'boxes.parsed' not in self: return shown
     *classes, last = self.boxes.index
     often = self.boxes.loc[classes].support.nlargest(_most_classes).index if any(classes) else []
-    return [*shown, self.boxes.loc[[*often, last], [*_of_classes]].round(1)]
+    return [*shown, one_header(self.boxes.loc[[*often, last], [*_of_classes]].round(1))]
 
 @patch
 def _said(self:Scores): return [*self._notes, *filter(None, [self.advice()])]
