@@ -16,7 +16,11 @@ from .faults import Fault
 from .samples import media_of, sample_turns
 
 # %% ../../nbs/data/35_box_check.ipynb #d0c81c18
-def _boxes_of(pieces): return [piece.numbers for piece in pieces if piece.numbers and len(piece.numbers) == 4]
+def _boxes_of(pieces): return [piece for piece in pieces if piece.numbers and len(piece.numbers) == 4]
+
+def _named(piece):
+    "A box as a message names it."
+    return f'{show_value(piece.label)} at {_plain(piece.numbers)}' if piece.label else str(_plain(piece.numbers))
 
 def _malformed_fault(pieces):
     "Boxes without the required two or four numbers."
@@ -28,12 +32,12 @@ def _malformed_fault(pieces):
 def _order_fault(pieces, frame):
     "Boxes without width or height, perhaps because their last two numbers are a size."
     boxes = _boxes_of(pieces)
-    bad = [box for box in boxes if box[0] >= box[2] or box[1] >= box[3]]
+    bad = [box for box in boxes if box.numbers[0] >= box.numbers[2] or box.numbers[1] >= box.numbers[3]]
     if not bad: return
-    is_size = frame and all(x + w <= frame[0] and y + h <= frame[1] for x, y, w, h in boxes)
+    is_size = frame and all(x + w <= frame[0] and y + h <= frame[1] for x, y, w, h in (box.numbers for box in boxes))
     hint = ' Taken as x, y, width and height, all of its boxes fit into the picture.' if is_size else ''
     return Fault(f'{len(bad)} of its {len(boxes)} box(es) have no width or no height (x1 ≥ x2 or y1 ≥ y2); the first '
-                 f'is {_plain(bad[0])}.{hint}', 'Give the upper left and the lower right corner: x1, y1, x2, y2.',
+                 f'is {_named(bad[0])}.{hint}', 'Give the upper left and the lower right corner: x1, y1, x2, y2.',
                  'warning')
 
 def _plain(numbers): return [int(n) if n == int(n) else n for n in numbers]
@@ -42,17 +46,17 @@ def _twice_fault(pieces):
     counts = Counter((piece.label, piece.numbers) for piece in pieces if piece.numbers)
     twice = [place for place, n in counts.items() if n > 1]
     if twice:
-        (label, numbers), *_ = twice
-        return Fault(f'{len(twice)} box(es) are in it more than once; the first is {show_value(label)} at '
-                     f'{_plain(numbers)}.', 'Keep only one copy of each.', 'warning')
+        first = next(piece for piece in pieces if (piece.label, piece.numbers) == twice[0])
+        return Fault(f'{len(twice)} box(es) are in it more than once; the first is {_named(first)}.',
+                     'Keep only one copy of each.', 'warning')
 
 def _outside_fault(pieces, frame):
     "Boxes that reach beyond the picture by more than rounding can explain."
     is_out = lambda numbers: any(not -1 <= n <= frame[i%2] + 1 for i, n in enumerate(numbers))
-    bad = [piece.numbers for piece in pieces if piece.numbers and is_out(piece.numbers)]
+    bad = [piece for piece in pieces if piece.numbers and is_out(piece.numbers)]
     if bad:
         return Fault(f'{len(bad)} of its {len(pieces)} box(es) reach beyond the picture, whose corner is at '
-                     f'({frame[0]:g},{frame[1]:g}); the first is {_plain(bad[0])}.',
+                     f'({frame[0]:g},{frame[1]:g}); the first is {_named(bad[0])}.',
                      'Correct them, or cut them at the edge.', 'warning')
 
 # %% ../../nbs/data/35_box_check.ipynb #58876f77
@@ -98,7 +102,7 @@ def _is_beyond(pieces, size):
 # %% ../../nbs/data/35_box_check.ipynb #858bf7f9
 def _small_fault(pieces, frame, size, seen, patch):
     "Boxes that are smaller than a patch of the resized picture."
-    sides = [((box[2] - box[0])/frame[0], (box[3] - box[1])/frame[1]) for box in _boxes_of(pieces)]
+    sides = [((x2 - x1)/frame[0], (y2 - y1)/frame[1]) for x1, y1, x2, y2 in (box.numbers for box in _boxes_of(pieces))]
     is_small = lambda side, of: 0 < side[0]*of[0] < patch and 0 < side[1]*of[1] < patch
     small = [side for side in sides if is_small(side, seen)]
     if not small: return
