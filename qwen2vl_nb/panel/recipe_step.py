@@ -21,11 +21,13 @@ from ..recipe import arguments_of_recipes, train_recipe
 def find_arguments(
     words:str, # What is searched for, such as `'lora rank'`
 )->list: # Names, the best first
-    "The arguments whose names or explanations contain all words."
+    "The arguments whose names or explanations contain all words, or else the most of them."
     wanted = words.lower().replace('_', ' ').split()
     text = lambda name, about: f'{name.replace("_", " ")} {about.help}'.lower()
     known = arguments_of_recipes()
-    found = [name for name, about in known.items() if wanted and all(word in text(name, about) for word in wanted)]
+    counts = {name: sum(word in text(name, about) for word in wanted) for name, about in known.items()}
+    most = max(counts.values(), default=0)
+    found = [name for name, n in counts.items() if n == most > 0]
     joined = ' '.join(wanted)
     rank = lambda name: (not name.replace('_', ' ').startswith(joined), joined not in name.replace('_', ' '), name)
     return sorted(found, key=rank)
