@@ -234,7 +234,8 @@ def written_weights(
     "The folder beside which the answers of a model are kept."
     if adapters := recipe.get('adapter_name_or_path'): return adapters.rpartition(',')[2].strip()
     model = Path(recipe['model_name_or_path'])
-    return str(model.absolute()) if any((p/RUN).is_file() for p in (model, model.parent)) else ''
+    run = model.parent if model.name.startswith('checkpoint-') else model
+    return str(model.absolute()) if (run/RUN).is_file() else ''
 
 def predict_recipe(
     model:str|Path, # Model folder, or a name that LLaMA-Factory can download
