@@ -171,9 +171,11 @@ def _named_boxes(rows):
             if role == 'assistant' for piece in box_pieces(text) or [] if piece.label]
 
 def _spelling_faults(named):
-    "Rows with names that are usually written in another way; single letters may be different classes."
+    """Rows with names that are usually written in another way; single letters may be different classes, and many names
+    are texts that were read in the picture."""
     counts, ways = Counter(label for _, _, label in named), {}
     for label, n in counts.items(): ways.setdefault(label.strip().casefold(), {})[label] = n
+    if len(ways) > max(2, min(50, len(named)//5)): return
     usual = {key: max(ways[key], key=ways[key].get) for key in ways if len(ways[key]) > 1 and len(key) > 1}
     for row, field, label in dict.fromkeys(named):
         way = usual.get(label.strip().casefold(), label)
