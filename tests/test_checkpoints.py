@@ -189,11 +189,13 @@ def test_the_best_by_each_measure_is_found_again_elsewhere(scored, tiny, tmp_pat
     assert shortest.best.name == max(means, key=means.get) and recorded() == str(shortest.best) == predict_recipe('m', adapter=run)['adapter_name_or_path']
     with pytest.raises(ValueError, match='no measure .beauty. to rank by; available: exact'): score_checkpoints(run, 'car_item_test', 'beauty', **ASKED)
     assert run.best == shortest.best
-    tied = score_checkpoints(run, 'car_item_test', 'same', measures={'same': lambda row: 0}, **ASKED)
+    tied = score_checkpoints(run, 'car_item_test', 'same', measures={'same': lambda row: 50}, **ASKED)
     assert tied.best.name == max(tied, key=lambda name: tied[name]['bleu-4'])
     alike = [found['bleu-4'] for found in tied.values()].count(tied[tied.best.name]['bleu-4'])
     why = {1: 'the answers of this one are most like the labels', 4: 'this one is the earliest'}.get(alike, f'{alike} of these are most like the labels')
     assert f'4 of 4 have this value; {why}' in repr(tied) and 'have this value' not in repr(shortest)
+    lost = score_checkpoints(run, 'car_item_test', 'nothing', measures={'nothing': lambda row: 0}, **ASKED)
+    assert lost.best.name == lost.table['eval_loss', ''].idxmin() and '4 of 4 have this value; its evaluation loss is the lowest' in repr(lost)
     first = run.output_dir/'checkpoint-40'
     write_best(run, Best(first.name, when_written(first), 'mine', 1., None, None, 1, 'x'))
     merged, name = load_file(export(run, tmp_path/'merged')/'model.safetensors'), 'model.layers.0.mlp.up_proj'

@@ -430,7 +430,7 @@ def test_ranks_that_do_so_in_an_evaluation_end(tiny, tmp_path, said):
     recipe = train_recipe(tiny, 'rows', tmp_path/'run', dataset_dir=str(tmp_path/'data'), deepspeed=zero_config('z3'), max_steps=8, logging_steps=1, bf16=None,
                           gradient_accumulation_steps=1, preprocessing_num_workers=None, plot_loss=None, save_strategy='no', eval_dataset='checked', eval_strategy='steps',
                           eval_steps=3, per_device_eval_batch_size=1)
-    assert [(f.where, 'evaluation' in f.what, f.level) for f in data_findings(recipe, 2)] == [('deepspeed', True, 'error')]
+    assert [(f.where, 'evaluation' in f.what) for f in data_findings(recipe, 2) if f.level == 'error'] == [('deepspeed', True)]
     run = launch(recipe, nproc=2, force=True)
     with pytest.raises(RuntimeError, match='SIGABRT'): run.wait()
     assert run.status == 'failed' and run.progress.step in (2, 3), 'the step before the evaluation may not be written down yet'
